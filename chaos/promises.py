@@ -1,0 +1,102 @@
+"""Promises: each looks at what was measured and gives a verdict with its numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chaos.load import PROMISED, Call, summary
+
+if TYPE_CHECKING:
+    from chaos.counts import Books
+
+SHOWN = 3
+"""Examples in a verdict."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A promise, what was measured, and whether it was kept."""
+
+    promise: str
+    measured: str
+    kept: bool
+
+    def __str__(self) -> str:
+        return f"{'kept  ' if self.kept else 'BROKEN'}  {self.promise}: {self.measured}"
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """The value below which that share of them lies; 0 for none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def in_time(calls: Sequence[Call]) -> Verdict:
+    """No caller waits longer than its deadline and 100 ms."""
+    over = max((call.over for call in calls), default=0.0)
+    hung = sum(call.outcome == "hung" for call in calls)
+    longest = max((call.seconds for call in calls), default=0.0)
+    late = f"{max(0.0, over) * 1000:.0f} ms over the deadline at worst"
+    if lag := max((call.lag for call in calls), default=0.0):
+        late += f" (not counted: up to {lag * 1000:.0f} ms in which the machine let nobody run)"
+    return Verdict(
+        f"every call ends by its deadline + {PROMISED * 1000:.0f} ms",
+        f"{len(calls)} calls, the longest {longest:.2f} s, {late}, {hung} hung",
+        bool(calls) and over <= PROMISED and not hung,
+    )
+
+
+def well_formed(calls: Sequence[Call]) -> Verdict:
+    """Every call ends with a whole, right answer, an error document, or one error event."""
+    flawed = [call for call in calls if call.flaw or call.outcome in {"broken", "reset", "hung"}]
+    doubled = [call for call in calls if call.error_events > 1]
+    examples = "".join(f"; {call.id} ({call.outcome}): {call.flaw}" for call in flawed[:SHOWN])
+    return Verdict(
+        "every call ends with its own whole answer, an error document, or one error event",
+        f"{len(calls)} calls: {len(flawed)} ill-formed, {len(doubled)} with two error events{examples}",
+        bool(calls) and not flawed and not doubled,
+    )
+
+
+def agree(books: "Books") -> Verdict:
+    """Callers, gateway and journal count the same."""
+    return Verdict(
+        "callers, gateway and journal agree to the last call",
+        "; ".join([str(books), *books.differences[:SHOWN]]),
+        not books.differences,
+    )
+
+
+def nothing_held(leaks: Sequence[str]) -> Verdict:
+    """Everything was given back."""
+    return Verdict(
+        "open files, connections, slots, tasks and threads are back where they were",
+        "; ".join(leaks) or "they are",
+        not leaks,
+    )
+
+
+def at_most(promise: str, value: float, limit: float, unit: str = "") -> Verdict:
+    """A number that must not be larger."""
+    return Verdict(f"{promise} <= {limit:g}{unit}", f"{value:.4g}{unit}", value <= limit)
+
+
+def at_least(promise: str, value: float, limit: float, unit: str = "") -> Verdict:
+    """A number that must not be smaller."""
+    return Verdict(f"{promise} >= {limit:g}{unit}", f"{value:.4g}{unit}", value >= limit)
+
+
+def all_good(calls: Sequence[Call], what: str = "callers") -> Verdict:
+    """Nobody saw a failure."""
+    bad = sum(call.outcome != "ok" for call in calls)
+    return Verdict(f"no failure for {what}", f"{len(calls)} calls: {summary(calls)}", bool(calls) and not bad)
+
+
+def attempts_per_request(calls: Sequence[Call]) -> float:
+    """Attempts that the gateway made, per call."""
+    return sum(len(call.tries) for call in calls) / len(calls) if calls else 0.0
+
+
+def share_good(calls: Sequence[Call]) -> float:
+    """The part of the calls that was answered."""
+    return sum(call.outcome == "ok" for call in calls) / len(calls) if calls else 0.0

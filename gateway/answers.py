@@ -1,0 +1,98 @@
+"""What callers get besides the backend's own bytes: the explaining headers, and errors in OpenAI's envelope."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from aiohttp import web
+
+from gateway import __version__
+from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gateway.record import Record
+
+SERVER = f"llm-gateway/{__version__}"
+RETRIED_BY_SDKS = frozenset({408, 409, 429})
+"""These and 5xx are what the OpenAI SDKs send again unless told otherwise."""
+
+_encode = msgspec.json.encode
+_decode = msgspec.json.decode
+
+
+def explaining(record: "Record", now: float) -> dict[str, str]:
+    """The headers that explain a request, on success and on error; `now` in seconds of `time.monotonic`."""
+    headers = {
+        "x-request-id": record.request_id,
+        "x-trace-id": f"{record.trace_id:032x}",
+        "x-gateway-attempts": str(len(record.attempts)),
+        "server-timing": record.server_timing(now),
+        "server": SERVER,
+    }
+    backend = record.backend
+    if backend is not None:
+        headers["x-gateway-backend"] = backend
+    return headers
+
+
+def json_answer(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
+    """An answer of our own."""
+    return web.Response(
+        body=_encode(document),
+        status=status,
+        headers={"content-type": "application/json", "server": SERVER, **(headers or {})},
+    )
+
+
+def error_answer(error: GatewayError, record: "Record", now: float) -> web.Response:
+    """The answer an error has: a backend's own error as it came, every other in OpenAI's envelope."""
+    headers = explaining(record, now)
+    if isinstance(error, ErrorAnswer):
+        status = error.answer_status
+        headers.update(error.headers)
+        body = error.body
+        if body is None:
+            headers["content-type"] = "application/json"
+            body = _encode(error.envelope())
+    else:
+        status = error.status
+        headers["content-type"] = "application/json"
+        body = _encode(error.envelope())
+    headers.update(when_to_come_again(error, status, attempts=len(record.attempts)))
+    return web.Response(body=body, status=status, headers=headers)
+
+
+def when_to_come_again(error: GatewayError, status: int, *, attempts: int) -> dict[str, str]:
+    """`x-should-retry: false` or `Retry-After`, never both, so that nobody retries on top of our retries."""
+    if isinstance(error, GatewayDraining) or (isinstance(error, Refusal) and attempts == 0):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after or 1)))}
+    if attempts == 0 or not (status in RETRIED_BY_SDKS or status >= 500):  # noqa: PLR2004
+        return {}
+    if isinstance(error, ErrorAnswer) and error.retry_after is not None:
+        return {}  # the backend's own Retry-After is passed on, and nobody has waited for it yet
+    return {"x-should-retry": "false"}
+
+
+def error_event(error: GatewayError, sequence_number: int | None) -> bytes:
+    """A failure after the status went out, as the last event of a stream; numbered in `/v1/responses`."""
+    body = error.envelope()["error"] | _own_words(error)
+    if sequence_number is None:
+        return b"data: " + _encode({"error": body}) + b"\n\n"
+    event = {
+        "type": "error",
+        "sequence_number": sequence_number,
+        "code": body["code"],
+        "message": body["message"],
+        "param": body["param"],
+        "error": body,
+    }
+    return b"event: error\ndata: " + _encode(event) + b"\n\n"
+
+
+def _own_words(error: GatewayError) -> dict[str, Any]:
+    """What a backend's own error answer says of itself, if it is in OpenAI's form."""
+    document = _decode(error.body) if isinstance(error, ErrorAnswer) and error.body is not None else None
+    own = document.get("error") if isinstance(document, dict) else None
+    return own if isinstance(own, dict) else {}

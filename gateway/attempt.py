@@ -1,0 +1,459 @@
+"""One HTTP call to one replica: send, read, classify. Only this file sees aiohttp's client errors."""
+
+import asyncio
+import socket
+from base64 import b64encode
+from contextvars import ContextVar
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import partial
+from time import time
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote_to_bytes
+
+import aiohttp
+import msgspec
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
+
+from gateway.deadline import number
+from gateway.errors import (
+    AnswerTooLarge,
+    AuthRefused,
+    BackendError,
+    ConnectionFailed,
+    ConnectTimeout,
+    ErrorAnswer,
+    Exhausted,
+    InvalidRequest,
+    InvalidResponse,
+    Overloaded,
+    Rejected,
+    ServerFault,
+    StaleConnection,
+    Unreachable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aiohttp.connector import Connection
+    from aiohttp.http_parser import RawResponseMessage
+
+    from gateway.admission import Share
+    from gateway.backends import Replica
+
+PROBE_TIMEOUT = 1.0
+"""Seconds."""
+MAX_WAIT = 1e9
+"""Seconds or milliseconds; a longer wait is garbage."""
+LARGE_BODY = 1 << 20
+"""Bytes; a larger body is not copied to stand beside its head."""
+UNREPEATABLE = frozenset({501, 505})
+"""5xx that no repetition changes: not implemented, HTTP version not supported."""
+EXHAUSTED_CODES = frozenset(
+    {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "context_length_exceeded"}
+)
+PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
+PASSED_PREFIXES = ("openai-", "x-ratelimit-")
+
+
+class _Connecting:
+    """Whether a call made a connection of its own; else it went over a kept-alive one."""
+
+    __slots__ = ("fresh",)
+
+    def __init__(self) -> None:
+        self.fresh = False
+
+
+_connecting: ContextVar[_Connecting] = ContextVar("_connecting")
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """Called by the connector for each new connection, in the context of the call that needs it."""
+    _connecting.get().fresh = True
+    family, kind, protocol = address[:3]
+    return socket.socket(family=family, type=kind, proto=protocol)
+
+
+class _Protocol(ResponseHandler):
+    """One connection. aiohttp tells a body's reader that the connection ended, but not that its bytes are no HTTP."""
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
+        """What ends the connection ends a body that is under way."""
+        super().set_exception(exc, exc_cause or exc)
+        body = self._payload
+        if body is not None and not body.is_eof() and body.exception() is None:
+            body.set_exception(aiohttp.ClientPayloadError("the connection failed in the middle of a body"))
+
+
+def _protocol(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
+    return _Protocol(loop)
+
+
+class HttpClient:
+    """The HTTP client side, as an async context manager.
+
+    Admission is the only queue: the connectors have no limit of their own. Neither cookies nor redirects nor proxies
+    from the environment: a backend is where its url says. Prompts go over aiohttp's connector and protocol directly:
+    the session around them costs as much again and does nothing for a POST of bytes (bench/README.md).
+    """
+
+    def __init__(self, *, connect_timeout: float) -> None:
+        self._connect_timeout = connect_timeout
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
+        self._kept: aiohttp.TCPConnector
+        self._fresh: aiohttp.TCPConnector
+        self._session: aiohttp.ClientSession
+        self._addressees: dict[tuple[str, str], _Addressee] = {}
+
+    async def __aenter__(self) -> Self:
+        self._kept = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
+        self._fresh = aiohttp.TCPConnector(limit=0, socket_factory=_socket, force_close=True)
+        protocol = partial(_protocol, asyncio.get_running_loop())
+        for connector in (self._kept, self._fresh):
+            connector._factory = protocol  # noqa: SLF001 - aiohttp offers no other way to a protocol of one's own
+        self._session = aiohttp.ClientSession(connector=self._fresh, cookie_jar=aiohttp.DummyCookieJar())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._kept.close()
+        await self._session.close()
+
+    async def send(
+        self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
+    ) -> "Exchange":
+        """Post `body` and wait for the headers of the answer, without a timer but the connect timeout.
+
+        Args:
+            replica: where to.
+            path: added to the replica's base url.
+            body: bytes.
+            headers: all but `host` and `content-length`; names in lower case.
+            fresh: over a connection of its own, closed afterwards.
+
+        Raises:
+            ConnectionFailed: or its subclasses.
+            InvalidResponse: what came is no HTTP answer.
+        """
+        addressee = self._addressees.get((replica.base, path))
+        if addressee is None:
+            addressee = self._addressees[replica.base, path] = _Addressee(replica.base + path)
+        connecting = _Connecting()
+        _connecting.set(connecting)
+        connector = self._fresh if fresh else self._kept
+        try:
+            connection = await connector.connect(addressee.request, [], self._timeout)
+            try:
+                return await _post(connection, addressee.head(headers, len(body), close=fresh), body)
+            except BaseException:
+                connection.close()
+                raise
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
+            raise self._failure(error, replica, connecting) from None
+
+    async def probe(self, replica: "Replica") -> bool:
+        """Ask the replica's health path, over a fresh connection; any answer below 500 is good. Never raises."""
+        _connecting.set(_Connecting())
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT)
+        url = URL(f"{replica.origin}{replica.probe_path}", encoded=True)
+        headers = authorization(replica)
+        try:
+            async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
+                return response.status < 500  # noqa: PLR2004
+        except aiohttp.ClientConnectorError:
+            self._forget_address(replica)
+            return False
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def _failure(self, error: Exception, replica: "Replica", connecting: _Connecting) -> BackendError:
+        """Why there is no answer. The order matters: aiohttp's timeouts are connection errors too."""
+        if isinstance(error, TimeoutError):
+            self._forget_address(replica)
+            return ConnectTimeout(f"{replica.name} did not accept a connection within {self._connect_timeout:g} s.")
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            self._forget_address(replica)
+            return Unreachable(f"The name of {replica.name} could not be resolved.")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            self._forget_address(replica)
+            return Unreachable(f"{replica.name} refused the connection.")
+        if isinstance(error, (aiohttp.ServerDisconnectedError, OSError)):
+            begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
+            if not connecting.fresh and not begun:  # begun: a part of the answer's head came, aiohttp hands it over
+                return StaleConnection(f"A kept-alive connection to {replica.name} had died.")
+            return ConnectionFailed(f"{replica.name} closed the connection before it answered.")
+        return InvalidResponse(f"{replica.name} sent something that is no HTTP answer.")
+
+    def _forget_address(self, replica: "Replica") -> None:
+        """A container that comes back may have another address."""
+        self._kept.clear_dns_cache(replica.host, replica.port)
+        self._fresh.clear_dns_cache(replica.host, replica.port)
+
+
+class _Addressee:
+    """One url that is posted to: what the connector asks about it, and the lines of the head that stay the same."""
+
+    def __init__(self, text: str) -> None:
+        url = URL(text, encoded=True)
+        self.request = aiohttp.ClientRequest("POST", url, loop=asyncio.get_running_loop())
+        self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n"
+
+    def head(self, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
+        """The request's head.
+
+        Raises:
+            InvalidRequest: a value holds a line end, and would be more than one header.
+        """
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+            raise InvalidRequest("A header holds a line end.")
+        last = "connection: close\r\n\r\n" if close else "\r\n"
+        return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
+
+
+async def _post(connection: "Connection", head: bytes, body: bytes) -> "Exchange":
+    """Send a request over a connection and read the head of its answer."""
+    protocol, transport = connection.protocol, connection.transport
+    if protocol is None or transport is None:
+        raise aiohttp.ServerDisconnectedError
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    if len(body) > LARGE_BODY:
+        transport.write(head)
+        transport.write(body)
+    else:
+        transport.write(head + body)
+    while True:
+        message, content = await protocol.read()
+        if message.code >= 200:  # 1xx are no answers yet  # noqa: PLR2004
+            return Exchange(connection, message, content)
+
+
+def authorization(replica: "Replica") -> list[tuple[str, str]]:
+    """The header with the backend's own key; from the url's user info when there is no key."""
+    if replica.api_key:
+        return [("authorization", f"Bearer {replica.api_key}")]
+    if replica.user_info:
+        user, _, password = replica.user_info.partition(":")
+        pair = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
+        return [("authorization", f"Basic {b64encode(pair).decode()}")]
+    return []
+
+
+class Exchange:
+    """An answer whose headers are there and whose body is still to be read. `close` it, on every way out."""
+
+    __slots__ = ("_connection", "_content", "headers", "status")
+
+    def __init__(self, connection: "Connection", message: "RawResponseMessage", content: aiohttp.StreamReader) -> None:
+        self._connection = connection
+        self._content = content
+        self.status = message.code
+        self.headers = message.headers
+
+    @property
+    def content_type(self) -> str:
+        """The media type, in lower case, without parameters."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    def check_plain(self) -> None:
+        """A good answer is not compressed: we asked for identity, and pass no `content-encoding` on.
+
+        Raises:
+            InvalidResponse: it is.
+        """
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise InvalidResponse("The backend's answer is compressed, although it was asked for plain bytes.")
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the whole body is there and has been read."""
+        return self._content.at_eof()
+
+    def passed_headers(self) -> dict[str, str]:
+        """Those headers of the answer that pass to callers."""
+        return {
+            low: value
+            for name, value in self.headers.items()
+            if (low := name.lower()) in PASSED_NAMES or low.startswith(PASSED_PREFIXES)
+        }
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, `b""` at its end.
+
+        Raises:
+            InvalidResponse: the body was cut.
+        """
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, OSError):
+            came_before: bytes = self._content._read_nowait(-1)  # noqa: SLF001 - aiohttp would lose it
+            if came_before:
+                return came_before
+            raise InvalidResponse("The backend's answer was cut.") from None
+
+    async def read_whole(self, share: "Share", limit: int, each_read: "Callable[[], None]") -> bytes:
+        """The whole body, held by `share`; `each_read` is called before each read that may have to wait.
+
+        Raises:
+            InvalidResponse: the body was cut.
+            AnswerTooLarge: it is larger than `limit` bytes.
+            GatewayOverloaded: the share cannot hold it.
+        """
+        pieces, size = [], 0
+        while not self._content.at_eof():
+            if not self._content.is_eof():
+                each_read()
+            piece = await self.read()
+            size += len(piece)
+            if size > limit:
+                raise AnswerTooLarge(f"The backend's answer is larger than {limit} bytes.")
+            share.take(len(piece))
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """Give the connection back if the body has ended, else close it."""
+        if self._content.at_eof():
+            self._connection.release()
+        else:
+            self._connection.close()
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class Usage(msgspec.Struct):
+    """The tokens of an unstreamed answer, by either of their names."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+    @property
+    def input(self) -> int | None:
+        """Of the prompt."""
+        return self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens
+
+    @property
+    def output(self) -> int | None:
+        """Of the answer."""
+        return self.completion_tokens if self.completion_tokens is not None else self.output_tokens
+
+
+class Whole(msgspec.Struct):
+    """What an unstreamed answer says about itself."""
+
+    error: Any = None
+    id: str | None = None
+    model: str | None = None
+    status: str | None = None
+    choices: list[_Choice] | None = None
+    usage: Usage | None = None
+
+    @property
+    def finish_reasons(self) -> list[str] | None:
+        """Of each choice, or the status of a response."""
+        if self.choices is not None:
+            return [choice.finish_reason or "error" for choice in self.choices]
+        return [self.status] if self.status else None
+
+
+class _Bare(msgspec.Struct):
+    error: Any = None
+
+
+_decode_whole = msgspec.json.Decoder(Whole).decode
+_decode_bare = msgspec.json.Decoder(_Bare).decode
+
+
+def check_whole(content_type: str, body: bytes) -> Whole:
+    """A good unstreamed answer: `application/json`, an object, without a non-null `error`.
+
+    Raises:
+        InvalidResponse: it is none.
+    """
+    if content_type != "application/json":
+        raise InvalidResponse("The backend's answer is not application/json.")
+    try:
+        if not body.isascii():
+            body.decode()
+        try:
+            whole = _decode_whole(body)
+        except msgspec.ValidationError:
+            whole = Whole(error=_decode_bare(body).error)
+    except msgspec.ValidationError:
+        raise InvalidResponse("The backend's answer is no JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidResponse("The backend's answer is not JSON.") from None
+    if whole.error is not None:
+        raise InvalidResponse("The backend's answer is an error with a good status.")
+    return whole
+
+
+def check_stream(content_type: str) -> None:
+    """A good streamed answer is `text/event-stream`. Raises: InvalidResponse."""
+    if content_type != "text/event-stream":
+        raise InvalidResponse("The backend's answer is not text/event-stream.")
+
+
+def classify(status: int, body: bytes, headers: "Mapping[str, str]") -> BackendError:
+    """The failure that an answer with a status other than 2xx is; `headers` are the ones that pass to callers."""
+    if status < 400:  # noqa: PLR2004
+        return InvalidResponse(f"The backend answered {status}, which is no answer to a prompt.")
+    if status in {401, 403}:
+        return AuthRefused(f"The backend refuses the gateway's key ({status}).")
+    try:
+        content = msgspec.json.decode(body)
+        passed: bytes | None = body
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        content, passed = None, None
+    kind: type[ErrorAnswer] = Rejected
+    if _exhausted(status, content):
+        kind = Exhausted
+    elif status in {429, 503}:
+        kind = Overloaded
+    elif status == 408 or (status >= 500 and status not in UNREPEATABLE):  # noqa: PLR2004
+        kind = ServerFault
+    return kind(status, passed, headers, retry_after=retry_after(headers))
+
+
+def _exhausted(status: int, content: object) -> bool:
+    if status >= 500:  # noqa: PLR2004
+        return False
+    error = content.get("error") if isinstance(content, dict) else None
+    if not isinstance(error, dict):
+        return status == 402  # noqa: PLR2004
+    words = [word for key in ("code", "type") if isinstance(word := error.get(key), str)]
+    return status == 402 or not EXHAUSTED_CODES.isdisjoint(words)  # noqa: PLR2004
+
+
+def retry_after(headers: "Mapping[str, str]") -> float | None:
+    """Seconds that `retry-after-ms` or `Retry-After` (seconds or a date) asks to wait; None without or for garbage.
+
+    Source: RFC 9110, 10.2.3; `retry-after-ms` is OpenAI's and wins.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is not None or text is None:
+        return seconds
+    try:
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # asctime's form names no zone, and is GMT
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, date.timestamp() - time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    value = number(text)
+    return value if 0 <= value < MAX_WAIT else None

@@ -1,0 +1,156 @@
+"""The circuit breaker of one replica: closed, open, half open."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SPREAD = 0.2
+"""The open time is drawn within +- this share, so that many gateways do not return in step."""
+
+
+class State(StrEnum):
+    """Where a breaker stands."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Ticket:
+    """An attempt the breaker let pass. Its report counts only in the generation that admitted it."""
+
+    __slots__ = ("generation", "trial")
+
+    def __init__(self, generation: int, *, trial: bool) -> None:
+        self.generation = generation
+        self.trial = trial
+
+
+class Breaker:
+    """Opens on consecutive failures; open, nothing touches the replica; half open, one attempt at a time does.
+
+    It turns half open when its open time is over or, if the replica was unreachable or failed a probe since it opened,
+    at the next good probe. Only a real answer closes it. A report of an attempt from before the last change of state
+    (its generation) changes nothing.
+
+    Args:
+        failures: consecutive failures that open it.
+        open_seconds: the first open time, +- 20 %; doubled after each failed half-open attempt.
+        open_max: the longest open time, seconds.
+        clock: seconds, monotonic.
+        draw: uniform in [0, 1).
+        changed: called with (old, new) at each change of state.
+    """
+
+    def __init__(
+        self,
+        *,
+        failures: int,
+        open_seconds: float,
+        open_max: float,
+        clock: "Callable[[], float]",
+        draw: "Callable[[], float]",
+        changed: "Callable[[State, State], None]" = lambda _old, _new: None,
+    ) -> None:
+        self._limit = failures
+        self._open_seconds = open_seconds
+        self._open_max = open_max
+        self._clock = clock
+        self._draw = draw
+        self._changed = changed
+        self._state = State.CLOSED
+        self._generation = 0
+        self._until = 0.0
+        self._reopened = 0
+        self._trial_out = False
+        self._probe_may_end = False
+        self.consecutive_failures = 0
+
+    @property
+    def state(self) -> State:
+        """The state now; an open time that is over shows as half open."""
+        if self._state is State.OPEN and self._clock() >= self._until:
+            self._turn(State.HALF_OPEN)
+        return self._state
+
+    @property
+    def admits(self) -> bool:
+        """Whether `admit` would give a ticket now."""
+        state = self._state
+        if state is State.CLOSED:
+            return True
+        return self.state is State.HALF_OPEN and not self._trial_out
+
+    @property
+    def retry_in(self) -> float | None:
+        """Seconds until it turns half open; 0 when it is, None when it is closed."""
+        state = self.state
+        if state is State.CLOSED:
+            return None
+        return max(0.0, self._until - self._clock()) if state is State.OPEN else 0.0
+
+    def admit(self) -> Ticket | None:
+        """A ticket for one attempt, or None. Every ticket ends in `succeed`, `fail` or `release`."""
+        if not self.admits:
+            return None
+        if self._state is State.CLOSED:
+            return Ticket(self._generation, trial=False)
+        self._trial_out = True
+        return Ticket(self._generation, trial=True)
+
+    def answered(self, ticket: Ticket) -> None:
+        """The first content of an answer is there: a half-open breaker closes, its ticket goes on in the new row."""
+        if ticket.generation == self._generation and ticket.trial:
+            self._turn(State.CLOSED)
+            ticket.generation = self._generation
+            ticket.trial = False
+
+    def succeed(self, ticket: Ticket) -> None:
+        """A whole answer."""
+        self.answered(ticket)
+        if ticket.generation == self._generation:
+            self.consecutive_failures = 0
+
+    def fail(self, ticket: Ticket, *, unreachable: bool = False) -> None:
+        """A failure that counts; `unreachable`: nothing listens there."""
+        if ticket.generation != self._generation:
+            return
+        self.consecutive_failures += 1
+        if ticket.trial:
+            self._reopened += 1
+            self._open(unreachable=unreachable)
+        elif self.consecutive_failures >= self._limit:
+            self._reopened = 0
+            self._open(unreachable=unreachable)
+
+    def release(self, ticket: Ticket) -> None:
+        """Neither success nor failure: a half-open place is given back."""
+        if ticket.generation == self._generation and ticket.trial:
+            self._trial_out = False
+
+    def probed(self, *, good: bool) -> None:
+        """A probe of the replica came back."""
+        if self.state is not State.OPEN:
+            return
+        if not good:
+            self._probe_may_end = True
+        elif self._probe_may_end:
+            self._turn(State.HALF_OPEN)
+
+    def _open(self, *, unreachable: bool) -> None:
+        planned: float = self._open_seconds * 2 ** min(self._reopened, 32)
+        spread = 1 - SPREAD + 2 * SPREAD * self._draw()
+        self._until = self._clock() + min(self._open_max, min(self._open_max, planned) * spread)
+        self._probe_may_end = unreachable
+        self._turn(State.OPEN)
+
+    def _turn(self, state: State) -> None:
+        old, self._state = self._state, state
+        self._generation += 1
+        self._trial_out = False
+        if state is State.CLOSED:
+            self.consecutive_failures = 0
+            self._reopened = 0
+        self._changed(old, state)

@@ -1,0 +1,78 @@
+"""Server-sent events, taken apart without being changed.
+
+Source: WHATWG HTML, section "Server-sent events": lines end with LF, CR LF or CR; an empty line ends an event; a line
+that begins with a colon is a comment.
+"""
+
+import re
+
+from gateway.errors import InvalidResponse
+
+MAX_EVENT = 1 << 20
+"""Bytes. A longer event is a failure, like a cut."""
+
+DONE = b"[DONE]"
+
+_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE = re.compile(rb"\r\n|\n|\r")
+
+
+class EventSplitter:
+    """Bytes in, in any pieces; whole events out, each with the empty line that ends it, byte for byte.
+
+    An event that has not ended stays inside, so that half an event never goes on.
+    """
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that `data` completes.
+
+        Raises:
+            InvalidResponse: an event is longer than `MAX_EVENT`.
+        """
+        if self._rest:
+            data = self._rest + data
+        if b"\r" in data:
+            events, rest = _split_any(data)
+        else:
+            parts = data.split(b"\n\n")
+            rest = parts.pop()
+            events = [part + b"\n\n" for part in parts]
+        self._rest = rest
+        if len(rest) > MAX_EVENT or any(len(event) > MAX_EVENT for event in events):
+            raise InvalidResponse(f"The backend sent an event longer than {MAX_EVENT} bytes.")
+        return events
+
+    def end(self) -> list[bytes]:
+        """No more bytes follow: the event that waited for the LF of its last CR, if there is one."""
+        rest, self._rest = self._rest, b""
+        return [rest] if _END_OF_EVENT.search(rest) else []
+
+
+def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
+    events = []
+    start = 0
+    for match in _END_OF_EVENT.finditer(data):
+        end = match.end()
+        if end == len(data) and data.endswith(b"\r"):
+            break  # an LF that belongs to this CR may follow
+        events.append(data[start:end])
+        start = end
+    return events, data[start:]
+
+
+def data_of(event: bytes) -> bytes | None:
+    """The data of an event, None when it has none (a comment, for one)."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[6:-2]
+    lines = []
+    for line in _LINE.split(event):
+        if line.startswith(b"data:"):
+            lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
+        elif line == b"data":
+            lines.append(b"")
+    return b"\n".join(lines) if lines else None

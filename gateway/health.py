@@ -1,0 +1,155 @@
+"""Background probes of every replica, and the document of `/health`."""
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self
+
+from gateway import __version__
+from gateway.backends import Probe
+from gateway.breaker import State
+
+if TYPE_CHECKING:
+    from gateway.admission import Admission
+    from gateway.attempt import HttpClient
+    from gateway.backends import Pool, Replica
+    from gateway.settings import Settings
+    from gateway.telemetry import Telemetry
+
+EAGER_INTERVAL = 0.25
+"""Seconds between probes of a replica whose breaker is not closed."""
+LOOK = 0.05
+"""Seconds between looks at whether a breaker has opened meanwhile."""
+LAG_INTERVAL = 0.5
+"""Seconds between measurements of the event loop's lag."""
+
+
+class Health:
+    """Probes replicas while it is entered, and tells what is known from memory."""
+
+    def __init__(
+        self,
+        settings: "Settings",
+        *,
+        pool: "Pool",
+        client: "HttpClient",
+        admission: "Admission",
+        telemetry: "Telemetry",
+    ) -> None:
+        self._interval = settings.gateway_probe_interval
+        self._app_mode = settings.app_mode
+        self._pool = pool
+        self._client = client
+        self._admission = admission
+        self._telemetry = telemetry
+        self._started = monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._first_probes = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether every replica has been probed once."""
+        return self._first_probes >= len(self._pool.replicas)
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.replicas]
+        self._tasks.append(asyncio.create_task(self._watch_loop()))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _watch(self, replica: "Replica") -> None:
+        """Probe one replica, more often while its breaker is not closed."""
+        if replica.probe_path is None:
+            self._first_probes += 1
+            return
+        await self._probe(replica)
+        self._first_probes += 1
+        while True:
+            await self._until_next(replica)
+            await self._probe(replica)
+
+    async def _until_next(self, replica: "Replica") -> None:
+        """Sleep for the interval, or until an eager probe is due."""
+        began = monotonic()
+        while (passed := monotonic() - began) < self._interval:
+            if replica.breaker.state is not State.CLOSED and passed >= EAGER_INTERVAL:
+                return
+            await asyncio.sleep(min(LOOK, self._interval - passed))
+
+    async def _probe(self, replica: "Replica") -> None:
+        began = monotonic()
+        ok = await self._client.probe(replica)
+        now = monotonic()
+        replica.probe = Probe(ok=ok, latency=now - began, at=now)
+        replica.breaker.probed(good=ok)
+
+    async def _watch_loop(self) -> None:
+        while True:
+            due = monotonic() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
+            self._telemetry.metrics.loop_lag.set(max(0.0, monotonic() - due))
+
+    def document(self, *, in_full: bool) -> dict[str, Any]:
+        """The document of `/health`; not `in_full`: without urls and error messages."""
+        now = monotonic()
+        backends = [_backend(replica, now, in_full=in_full) for replica in self._pool.replicas]
+        states = [backend["status"] for backend in backends]
+        downstream = "ok"
+        if all(state == "down" for state in states):
+            downstream = "down"
+        elif any(state != "ok" for state in states):
+            downstream = "degraded"
+        telemetry = self._telemetry.status
+        status = "degraded" if downstream == "ok" and telemetry == "degraded" else downstream
+        return {
+            "status": status,
+            "version": __version__,
+            "app_mode": self._app_mode,
+            "uptime_seconds": round(now - self._started, 3),
+            "draining": self._admission.draining,
+            "in_flight": self._admission.in_flight,
+            "queued": self._admission.queued,
+            "downstream": {"status": downstream, "backends": backends},
+            "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
+        }
+
+
+def _backend(replica: "Replica", now: float, *, in_full: bool) -> dict[str, Any]:
+    error, probe, breaker = replica.last_error, replica.probe, replica.breaker
+    document: dict[str, Any] = {
+        "name": replica.name,
+        "url": replica.shown_url,
+        "status": replica.status,
+        "breaker": breaker.state.value,
+        "retry_in_seconds": _rounded(breaker.retry_in),
+        "in_flight": replica.in_flight,
+        "consecutive_failures": breaker.consecutive_failures,
+        "last_success_seconds_ago": _rounded(now - replica.last_success if replica.last_success is not None else None),
+        "last_error": None,
+        "probe": {"ok": None, "latency_ms": None, "seconds_ago": None},
+    }
+    if error is not None:
+        document["last_error"] = {
+            "code": error.code,
+            "message": error.message,
+            "seconds_ago": _rounded(now - error.at),
+            "trace_id": error.trace_id,
+        }
+    if probe is not None:
+        document["probe"] = {
+            "ok": probe.ok,
+            "latency_ms": round(probe.latency * 1000, 3),
+            "seconds_ago": _rounded(now - probe.at),
+        }
+    if not in_full:
+        del document["url"]
+        if error is not None:
+            del document["last_error"]["message"]
+    return document
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

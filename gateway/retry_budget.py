@@ -1,0 +1,74 @@
+"""How many retries a replica may receive: a share of its first attempts.
+
+After the retry budget of Finagle and the retry throttling of gRPC (gRFC A6): without one, retries multiply the load on
+a backend in the very moment it cannot carry what it has.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WINDOW = 10.0
+"""Seconds looked back on."""
+BUCKETS = 100
+
+
+class RetryBudget:
+    """In any `WINDOW` seconds: retries <= max(`ratio` x first attempts, `floor`); with ratio 0 none at all.
+
+    Retries are counted exactly, first attempts in buckets of a tenth of a second that expire a little early, so that an
+    error of rounding is never a retry too many.
+    """
+
+    __slots__ = ("_buckets", "_clock", "_firsts", "_floor", "_ratio", "_retries", "_slot")
+
+    def __init__(self, *, ratio: float, floor: int, clock: "Callable[[], float]") -> None:
+        self._ratio = ratio
+        self._floor = floor
+        self._clock = clock
+        self._buckets = [0] * BUCKETS
+        self._slot = int(clock() * BUCKETS / WINDOW)
+        self._firsts = 0
+        self._retries: deque[float] = deque()
+
+    @property
+    def allows_any(self) -> bool:
+        """Whether retries exist at all."""
+        return self._ratio > 0
+
+    def first(self) -> None:
+        """A first attempt was sent to this replica."""
+        self._turn(self._clock())
+        self._buckets[self._slot % BUCKETS] += 1
+        self._firsts += 1
+
+    def left(self) -> int:
+        """Retries that may be sent now."""
+        if not self.allows_any:
+            return 0
+        now = self._clock()
+        self._turn(now)
+        while self._retries and self._retries[0] <= now - WINDOW:
+            self._retries.popleft()
+        return max(0, int(max(self._ratio * self._firsts, self._floor)) - len(self._retries))
+
+    def take(self) -> bool:
+        """Take one retry; False when the budget is spent."""
+        if self.left() < 1:
+            return False
+        self._retries.append(self._clock())
+        return True
+
+    def _turn(self, now: float) -> None:
+        """Empty the buckets that time has passed by."""
+        slot = int(now * BUCKETS / WINDOW)
+        if slot == self._slot:
+            return
+        gone = min(slot - self._slot, BUCKETS)
+        for step in range(1, gone + 1):
+            index = (self._slot + step) % BUCKETS
+            self._firsts -= self._buckets[index]
+            self._buckets[index] = 0
+        self._slot = max(slot, self._slot)

@@ -1,0 +1,191 @@
+"""The configuration: read from the environment once, at start, and checked.
+
+Nothing else reads the environment (the OpenTelemetry SDK reads its own `OTEL_*`). Durations are float seconds.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
+"""Variables that can be given as `NAME_FILE`, the path of a file that holds the value."""
+_USER_INFO = re.compile(r"//[^/,\s]*@")
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message is one line: the variable, its value, what is allowed."""
+
+
+def _split(value: object) -> object:
+    """`"a, b"` or lines -> `["a", "b"]`. Raises: ValueError."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.replace("\n", ",").split(",") if part.strip()]
+    if not parts and value.strip():  # a lone comma must not open the gateway to everybody
+        raise ValueError("at least one entry, separated by commas or lines; or leave it empty")
+    return parts
+
+
+def check_url(url: str) -> str:
+    """An absolute http(s) url with a host. Raises: ValueError."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        raise ValueError("an http:// or https:// url with a host, without query and fragment")
+    return url
+
+
+def _known_log_level(value: str) -> str:
+    level = value.upper()
+    if level not in {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}:
+        raise ValueError("DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    return level
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Commit = Literal["first_token", "complete"]
+
+
+class Settings(BaseSettings):
+    """Every variable of the gateway; the field's name is the variable's, in lower case."""
+
+    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, frozen=True)
+
+    host: str = "0.0.0.0"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    app_mode: Literal["dev", "prod"] = "dev"
+    model_name: Annotated[str, Field(min_length=1, max_length=256)] = "demo-model"
+    log_level: Annotated[str, AfterValidator(_known_log_level)] = "INFO"
+
+    gateway_backend_urls: Annotated[
+        list[Annotated[str, AfterValidator(check_url)]], NoDecode, BeforeValidator(_split), Field(min_length=1)
+    ] = Field(default=["http://127.0.0.1:8001"], validate_default=True)
+    gateway_backend_api_key: SecretStr | None = None
+    gateway_config: Path | None = None
+    gateway_api_keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
+
+    gateway_request_deadline: Seconds = 600
+    gateway_connect_timeout: Seconds = 1
+    gateway_first_token_timeout: Seconds = 30
+    gateway_answer_timeout: Seconds = 120
+    gateway_idle_timeout: Seconds = 30
+    gateway_body_timeout: Seconds = 30
+    gateway_heartbeat: SecondsOrNone = 0
+
+    gateway_max_attempts: Count = 3
+    gateway_backoff_initial: SecondsOrNone = 0.1
+    gateway_backoff_max: SecondsOrNone = 2
+    gateway_retry_after_max: SecondsOrNone = 10
+    gateway_retry_budget: SecondsOrNone = 0.2
+    gateway_retry_floor: CountOrNone = 10
+
+    gateway_breaker_failures: Count = 5
+    gateway_breaker_open_seconds: Seconds = 5
+    gateway_breaker_open_max: Seconds = 30
+
+    gateway_max_in_flight: Count = 1024
+    gateway_max_queue: CountOrNone = 256
+    gateway_queue_timeout: Seconds = 2
+    gateway_max_body_bytes: Count = 10_485_760
+    gateway_max_answer_bytes: Count = 67_108_864
+    gateway_max_buffered_bytes: Count = 268_435_456
+
+    gateway_stream_commit: Commit = "first_token"
+    gateway_probe_interval: Seconds = 2
+    gateway_shutdown_grace: SecondsOrNone = 20
+    gateway_capture_content: bool = False
+    gateway_trace_keep_slow: Annotated[float, Field(gt=0)] | Literal["off"] = 10
+
+
+def load(**overrides: Any) -> Settings:  # noqa: ANN401
+    """Read and check the environment; `overrides` win over it (field names, for tests and tools).
+
+    Raises:
+        SettingsError: the first setting that is wrong, in one line.
+    """
+    secrets = {name.lower(): value for name in SECRETS if (value := secret(name)) is not None}
+    try:
+        return Settings(**(secrets | overrides))
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+
+
+def secret(name: str) -> str | None:
+    """The value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
+
+    Raises:
+        SettingsError: both are set, or the file cannot be read.
+    """
+    value, path = os.environ.get(name), os.environ.get(f"{name}_FILE")
+    if not path:
+        return value or None
+    if value:
+        raise SettingsError(f"{name} and {name}_FILE are both set: allowed is one of them")
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise SettingsError(f"{name}_FILE={path!r}: {reason}; allowed is the path of a readable text file") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    wrong: dict[str, list[ErrorDetails]] = {}
+    for each in error.errors():
+        wrong.setdefault(str(each["loc"][0]), []).append(each)
+    field, details = next(iter(wrong.items()))
+    name = field.upper()
+    shown = _USER_INFO.sub("//", repr(os.environ.get(name, details[0]["input"])))
+    messages = [each["msg"].replace("Value error, ", "").replace("Input should", "should") for each in details]
+    others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    line = f"{name}={'(hidden)' if name in SECRETS else shown} is not valid: {' or '.join(dict.fromkeys(messages))}"
+    return (line + others).replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class OtelSettings:
+    """The few `OTEL_*` variables that decide what is built; all others the SDK reads itself.
+
+    Attributes:
+        disabled: no spans at all.
+        has_endpoint: an OTLP endpoint is set.
+        protocol: `http/protobuf` or `grpc`.
+    """
+
+    disabled: bool
+    has_endpoint: bool
+    protocol: str
+
+
+def load_otel() -> OtelSettings:
+    """Read `OTEL_*`.
+
+    Raises:
+        SettingsError: an unknown protocol.
+    """
+    env = os.environ
+    name = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+    if not env.get(name):
+        name = "OTEL_EXPORTER_OTLP_PROTOCOL"
+    protocol = env.get(name) or "http/protobuf"
+    if protocol not in {"http/protobuf", "grpc"}:
+        raise SettingsError(f"{name}={protocol!r} is not valid: 'http/protobuf' or 'grpc'")
+    return OtelSettings(
+        disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
+        has_endpoint=bool(env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")),
+        protocol=protocol,
+    )

@@ -1,0 +1,100 @@
+"""What the gateway tells about itself: traces, metrics, logs; built once, handed in."""
+
+import asyncio
+import logging
+from random import getrandbits
+from time import monotonic
+from typing import TYPE_CHECKING, Self
+
+from gateway.record import Record
+from gateway.telemetry.logs import RequestLog
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gateway.breaker import State
+    from gateway.settings import Settings
+
+MAX_REQUEST_ID = 128
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+"""The methods that are told by name; every other is `_OTHER`, as OpenTelemetry's conventions have it."""
+_log = logging.getLogger("gateway")
+
+
+class Telemetry:
+    """One record per request in; spans, metrics and a log line out. Runs while it is entered."""
+
+    def __init__(
+        self, settings: "Settings", *, tracer: Tracer, log: RequestLog, metrics: Metrics | None = None
+    ) -> None:
+        self.metrics = metrics or Metrics()
+        self.metrics.watch_dropped(lambda: tracer.dropped)
+        self._tracer = tracer
+        self._requests = log
+        self._keep_slow = settings.gateway_trace_keep_slow
+
+    async def __aenter__(self) -> Self:
+        self._tracer.start()
+        self._requests.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._requests.stop()
+        await asyncio.to_thread(self._tracer.stop)
+
+    @property
+    def status(self) -> str:
+        """`ok`, `degraded` while the exporter fails, `off` without one."""
+        return self._tracer.status
+
+    @property
+    def spans_dropped(self) -> int:
+        """Spans lost since the start."""
+        return self._tracer.dropped
+
+    def begin(self, method: str, path: str | None, headers: "Mapping[str, str]") -> Record:
+        """The record of a request whose headers have arrived; its trace is decided here."""
+        method = method if method in METHODS else "_OTHER"
+        asked = headers.get("x-request-id")
+        request_id = asked if asked is not None and _visible(asked) else f"req-{getrandbits(96):024x}"
+        trace_id, span_id, parent_id, sampled = self._tracer.decide(method, path, headers.get("traceparent"))
+        record = Record(method, path, trace_id=trace_id, span_id=span_id, request_id=request_id, started=monotonic())
+        record.parent_id = parent_id
+        record.sampled = sampled
+        return record
+
+    def finish(self, record: Record) -> None:
+        """The request has ended."""
+        try:
+            kept = record.sampled or self._worth_keeping(record)
+            if kept:
+                self._tracer.take(record)
+            self.metrics.count(record, kept=kept and self._tracer.exports)
+            self._requests.write(record)
+        except Exception:  # a defect here must not cost an answer  # noqa: BLE001
+            _log.exception("telemetry failed for trace %032x", record.trace_id)
+
+    def breaker_changed(self, backend: str, old: "State", new: "State") -> None:
+        """A breaker has changed its state."""
+        self.metrics.breaker_changed(backend, new)
+        level = logging.INFO if new == "closed" else logging.WARNING
+        _log.log(level, "breaker of %s: %s -> %s", backend, old.value, new.value)
+
+    def _worth_keeping(self, record: Record) -> bool:
+        """Failed, retried, fallen back or slow: exported whatever the sampler said."""
+        if self._keep_slow == "off":
+            return False
+        return (
+            record.status >= 500  # noqa: PLR2004
+            or record.outcome != "ok"
+            or len(record.attempts) > 1
+            or record.fell_back
+            or record.seconds(0.0) > self._keep_slow
+        )
+
+
+def _visible(text: str) -> bool:
+    """1 to 128 visible ASCII characters."""
+    return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable() and " " not in text

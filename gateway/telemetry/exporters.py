@@ -1,0 +1,26 @@
+"""Which exporter the environment asks for, by OpenTelemetry's own variables."""
+
+from typing import TYPE_CHECKING
+
+from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.telemetry.tree import TreePrinter
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from gateway.settings import OtelSettings, Settings
+
+
+def exporter_for(settings: "Settings", otel: "OtelSettings") -> "SpanExporter | None":
+    """OTLP where an endpoint is set; without one, a tree in the terminal in dev, and nothing in prod."""
+    if otel.disabled:
+        return None
+    if not otel.has_endpoint:
+        return TreePrinter() if settings.app_mode == "dev" else None
+    if otel.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415 - grpcio is slow to load
+            OTLPSpanExporter as GrpcExporter,
+        )
+
+        return GrpcExporter()
+    return OtlpHttpExporter()

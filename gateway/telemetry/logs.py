@@ -1,0 +1,187 @@
+"""Logs: one line each, readable in dev, JSON in prod. Request lines are buffered: one write for many."""
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TextIO
+
+import msgspec
+
+if TYPE_CHECKING:
+    from gateway.record import Record
+
+FLUSH_INTERVAL = 0.2
+"""Seconds a request line may wait to be written."""
+MAX_WAITING = 10_000
+"""Lines; while the terminal or the log driver blocks, older ones are lost."""
+CHUNK = 32
+"""Lines formed at a stretch: a thread that holds the interpreter for longer is felt by the requests."""
+BREATH = 0.001
+"""Seconds between two chunks."""
+OWN_PER_SECOND = 20
+"""Lines a second of our own, at most: changes of breakers, defects."""
+OTHERS_PER_SECOND = 1
+"""Lines a second, at most, of each library that complains while something is down."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        document = {
+            "time": _rfc3339(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(document).decode()
+
+
+class RateLimit(logging.Filter):
+    """Lets a few lines a second of each logger through; the first one afterwards tells how many were lost."""
+
+    def __init__(self, *, own: int = OWN_PER_SECOND, others: int = OTHERS_PER_SECOND) -> None:
+        super().__init__()
+        self._own = own
+        self._others = others
+        self._counts: dict[str, _Count] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line goes on."""
+        count = self._counts.setdefault(record.name, _Count())
+        second = int(record.created)
+        if second != count.second:
+            count.second, count.passed = second, 0
+        if count.passed >= (self._own if record.name == "gateway" else self._others):
+            count.lost += 1
+            return False
+        count.passed += 1
+        if count.lost:
+            record.msg = f"{record.getMessage()} ({count.lost} lines left out before)"
+            record.args = ()
+            count.lost = 0
+        return True
+
+
+class _Count:
+    __slots__ = ("lost", "passed", "second")
+
+    def __init__(self) -> None:
+        self.second = self.passed = self.lost = 0
+
+
+def setup_logs(level: str, *, as_json: bool) -> None:
+    """Standard logging to stderr, in the form of the mode; libraries only from WARNING on, and few lines a second."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    )
+    handler.addFilter(RateLimit())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("gateway").setLevel(level)
+
+
+class RequestLog:
+    """One line per request: formed and written by a thread, so that a request waits for neither."""
+
+    def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
+        self._on = logging.getLevelName(level) <= logging.INFO
+        self._form = _json_line if as_json else _readable_line
+        self._stream = stream or sys.stdout
+        self._waiting: deque[Record] = deque(maxlen=MAX_WAITING)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write."""
+        if self._on:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Write what waits; a stream that blocks is left behind."""
+        if self._thread is not None:
+            self._stopping.set()
+            self._thread.join(timeout=1.0)
+
+    def write(self, record: "Record") -> None:
+        """A request has ended."""
+        if self._on:
+            self._waiting.append(record)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(FLUSH_INTERVAL):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            chunk = [self._waiting.popleft() for _ in range(min(CHUNK, len(self._waiting)))]
+            try:
+                self._stream.write("".join(map(self._form, chunk)))
+                self._stream.flush()
+            except Exception:  # a full disk, a closed terminal, a defect: the thread goes on  # noqa: BLE001, S112
+                continue
+            time.sleep(BREATH)
+
+
+def _json_line(record: "Record") -> str:
+    document = {
+        "time": _rfc3339(record.started_ns / 1e9),
+        "level": "info" if record.status < 500 else "warning",  # noqa: PLR2004
+        "message": "request",
+        "method": record.method,
+        "path": record.path,
+        "status": record.status,
+        "outcome": record.outcome,
+        "seconds": round(record.seconds(0.0), 6),
+        "queued_seconds": round(record.queued, 6),
+        "stream": record.stream,
+        "route": record.route,
+        "model": _short(record.model),
+        "backend": record.backend,
+        "attempts": [
+            {
+                "backend": attempt.backend,
+                "outcome": attempt.outcome,
+                "seconds": round((attempt.ended or attempt.started) - attempt.started, 6),
+                "backoff_seconds": round(attempt.backoff, 6),
+                "decision": attempt.decision,
+            }
+            for attempt in record.attempts
+        ],
+        "stop_reason": record.stop_reason,
+        "error": record.error_message,
+        "input_tokens": record.input_tokens,
+        "output_tokens": record.output_tokens,
+        "request_id": record.request_id,
+        "trace_id": f"{record.trace_id:032x}",
+        "span_id": f"{record.span_id:016x}",
+    }
+    return msgspec.json.encode({key: value for key, value in document.items() if value is not None}).decode() + "\n"
+
+
+def _readable_line(record: "Record") -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(record.started_ns / 1e9))
+    attempts = ", ".join(f"{attempt.backend} {attempt.outcome}" for attempt in record.attempts)
+    return (
+        f"{clock} {record.status} {record.method} {record.path or '(unknown path)'}"
+        f" {record.seconds(0.0) * 1000:.1f} ms {record.outcome}"
+        f"{f' [{attempts}]' if attempts else ''}"
+        f" request={record.request_id} trace={record.trace_id:032x}\n"
+    )
+
+
+def _short(text: str | None) -> str | None:
+    return text[:128] if text is not None else None
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

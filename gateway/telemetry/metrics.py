@@ -1,0 +1,197 @@
+"""The numbers at `/metrics`. Gauges are read from the parts when somebody asks; counters have cached children."""
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+
+from gateway import __version__
+from gateway.breaker import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from gateway.admission import Admission, Memory
+    from gateway.backends import Pool
+    from gateway.record import Record
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Bucket bounds of durations."""
+BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+SHED_REASONS = ("queue_full", "queue_timeout", "memory")
+OPENMETRICS = "application/openmetrics-text"
+OTHER = "other"
+"""The `route` of a call whose path is none of ours."""
+
+
+class Metrics:
+    """One set of instruments, in a registry of its own. No label value comes from a caller."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry
+        )
+        self._duration = Histogram(
+            "gateway_request_duration_seconds",
+            "From a request's headers to the end of its answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "gateway_time_to_first_token_seconds",
+            "From a streamed request's headers to its first content event.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._queue_wait = Histogram(
+            "gateway_queue_wait_seconds",
+            "Time in the queue of requests that had to wait.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._attempts = Counter(
+            "gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry
+        )
+        self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
+        self._refused = Counter(
+            "gateway_retries_refused", "Retries the retry budget refused.", ["backend"], registry=registry
+        )
+        self._transitions = Counter(
+            "gateway_breaker_transitions", "Changes of a breaker's state.", ["backend", "to"], registry=registry
+        )
+        self._shed = Counter("gateway_shed_requests", "Requests refused at admission.", ["reason"], registry=registry)
+        for reason in SHED_REASONS:
+            self._shed.labels(reason)
+        self._disconnects = Counter("gateway_client_disconnects", "Callers who left early.", registry=registry)
+        tokens = Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
+        self._input_tokens = tokens.labels("input")
+        self._output_tokens = tokens.labels("output")
+        self.loop_lag = Gauge(
+            "gateway_event_loop_lag_seconds", "How late the event loop was at the last look.", registry=registry
+        )
+        Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
+        self._request_children: dict[tuple[str, int, str], Counter] = {}
+        self._attempt_children: dict[tuple[str, str], Counter] = {}
+        self._duration_children: dict[str, Histogram] = {}
+        self._first_token_children: dict[str, Histogram] = {}
+
+    def watch(self, pool: "Pool", admission: "Admission", memory: "Memory") -> None:
+        """Read these parts whenever somebody asks for the metrics."""
+        for replica in pool.replicas:
+            self._allowed.labels(replica.name)
+            self._refused.labels(replica.name)
+            for state in State:
+                self._transitions.labels(replica.name, state.value)
+        self._registry.register(_Parts(pool, admission, memory))
+
+    def watch_dropped(self, dropped: "Callable[[], int]") -> None:
+        """Read the number of lost spans whenever somebody asks."""
+        self._registry.register(_Dropped(dropped))
+
+    def count(self, record: "Record", *, kept: bool) -> None:
+        """A request has ended; `kept`: its trace is exported, so that it can be an exemplar."""
+        route = record.path or OTHER
+        key = (route, record.status, record.outcome)
+        child = self._request_children.get(key)
+        if child is None:
+            child = self._request_children[key] = self._requests.labels(route, str(record.status), record.outcome)
+        child.inc()
+        exemplar = {"trace_id": f"{record.trace_id:032x}"} if kept else None
+        _child(self._duration_children, self._duration, route).observe(record.seconds(0.0), exemplar)
+        if record.first_token is not None:
+            waited = record.first_token - record.started
+            _child(self._first_token_children, self._first_token, route).observe(waited, exemplar)
+        for attempt in record.attempts:
+            self._count_attempt(attempt.backend, attempt.outcome or "ok")
+        if record.input_tokens:
+            self._input_tokens.inc(record.input_tokens)
+        if record.output_tokens:
+            self._output_tokens.inc(record.output_tokens)
+        if record.queued:
+            self._queue_wait.observe(record.queued)
+        if record.shed is not None:
+            self._shed.labels(record.shed).inc()
+        if record.outcome == "client_closed_request":
+            self._disconnects.inc()
+
+    def retry_allowed(self, backend: str) -> None:
+        """A retry goes to this replica."""
+        self._allowed.labels(backend).inc()
+
+    def retry_refused(self, backend: str) -> None:
+        """The budget of this replica refused a retry."""
+        self._refused.labels(backend).inc()
+
+    def breaker_changed(self, backend: str, to: State) -> None:
+        """A breaker has changed its state."""
+        self._transitions.labels(backend, to.value).inc()
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The metrics in the form that `accept` asks for, and its content type."""
+        # Not the header itself: a version that is none would fail, and any other would come back in the content type.
+        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
+        return encode(self._registry), content_type
+
+    def _count_attempt(self, backend: str, outcome: str) -> None:
+        child = self._attempt_children.get((backend, outcome))
+        if child is None:
+            child = self._attempt_children[backend, outcome] = self._attempts.labels(backend, outcome)
+        child.inc()
+
+
+def _child(children: dict[str, Histogram], parent: Histogram, route: str) -> Histogram:
+    child = children.get(route)
+    if child is None:
+        child = children[route] = parent.labels(route)
+    return child
+
+
+class _Parts:
+    """Gauges that the parts know."""
+
+    def __init__(self, pool: "Pool", admission: "Admission", memory: "Memory") -> None:
+        self._pool = pool
+        self._admission = admission
+        self._memory = memory
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        breakers = GaugeMetricFamily("gateway_breaker_state", "0 closed, 1 half open, 2 open.", labels=["backend"])
+        probes = GaugeMetricFamily("gateway_backend_probe_ok", "Whether the last probe was good.", labels=["backend"])
+        flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
+        for replica in self._pool.replicas:
+            breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
+            flying.add_metric([replica.name], replica.in_flight)
+            if replica.probe is not None:
+                probes.add_metric([replica.name], int(replica.probe.ok))
+        yield breakers
+        yield probes
+        yield flying
+        yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
+        yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
+        yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._memory.held)
+
+
+class _Dropped:
+    """The lost spans."""
+
+    def __init__(self, dropped: "Callable[[], int]") -> None:
+        self._read = dropped
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        family = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
+        family.add_metric([], self._read())
+        yield family
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text)
+    family.add_metric([], value)
+    return family

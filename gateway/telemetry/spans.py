@@ -1,0 +1,305 @@
+"""From the record of a request to its spans. Pure: ids, names, attributes, instants.
+
+Names follow OpenTelemetry's semantic conventions: HTTP 1.44 (stable), GenAI 0.1.0 (development); what they have no name
+for begins with `gateway.`.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.record import Attempt, Record
+
+Value = str | int | float | bool | list[str]
+SERVER, CLIENT = 2, 3
+"""Span kinds, as in OTLP."""
+UNSET, ERROR = 0, 2
+"""Status codes, as in OTLP."""
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+    "/v1/responses": "chat",
+}
+
+
+class Shared:
+    """Attributes that many spans have in common; `encoded` keeps their bytes once somebody has encoded them."""
+
+    __slots__ = ("attributes", "encoded")
+
+    def __init__(self, attributes: list[tuple[str, Value]]) -> None:
+        self.attributes = attributes
+        self.encoded: bytes | None = None
+
+
+class SpanData:
+    """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
+
+    Attributes:
+        shared: the attributes that recur from span to span.
+        own: the others.
+        events: (instant, name, attributes) in order.
+        error: the description of an ERROR status, or None.
+    """
+
+    __slots__ = (
+        "end",
+        "error",
+        "events",
+        "kind",
+        "name",
+        "own",
+        "parent_id",
+        "shared",
+        "span_id",
+        "start",
+        "status",
+        "trace_id",
+    )
+
+    def __init__(self, name: str, kind: int, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.parent_id = parent_id
+        self.name = name
+        self.kind = kind
+        self.shared = shared
+        self.own: list[tuple[str, Value]] = []
+        self.start = 0
+        self.end = 0
+        self.events: list[tuple[int, str, list[tuple[str, Value]]]] = []
+        self.status = UNSET
+        self.error: str | None = None
+
+    @property
+    def parent_is_remote(self) -> bool:
+        """A SERVER span's parent is the caller's."""
+        return self.kind == SERVER
+
+    @property
+    def attributes(self) -> list[tuple[str, Value]]:
+        """All of them."""
+        return [*self.shared.attributes, *self.own]
+
+
+def spans_of(record: "Record") -> list[SpanData]:
+    """The SERVER span and one CLIENT span per attempt."""
+    spans = [_server(record)]
+    spans.extend(_client(record, attempt) for attempt in record.attempts)
+    return spans
+
+
+def _instant(record: "Record", moment: float) -> int:
+    return record.started_ns + int((moment - record.started) * 1e9)
+
+
+def _server(record: "Record") -> SpanData:
+    method = record.method if record.method != "_OTHER" else "HTTP"
+    name = f"{method} {record.path}" if record.path is not None else method
+    if record.model is None:
+        shared = _http_attributes(record.method, record.path, record.status, record.outcome)
+    else:
+        reasons = record.finish_reasons
+        shared = _operation_attributes(
+            record.method,
+            record.path,
+            record.status,
+            record.outcome,
+            record.model[:256],
+            record.stream,
+            record.choices,
+            record.max_tokens,
+            record.temperature,
+            record.top_p,
+            record.response_model,
+            tuple(reasons) if reasons is not None else None,
+            record.route,
+            len(record.attempts),
+            record.stop_reason,
+        )
+    span = SpanData(
+        name, SERVER, shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0
+    )
+    span.start = record.started_ns
+    span.end = _instant(record, record.ended if record.ended is not None else record.started)
+    span.own.append(("gateway.request_id", record.request_id))
+    for attribute, value in (
+        ("gen_ai.response.id", record.response_id),
+        ("gen_ai.usage.input_tokens", record.input_tokens),
+        ("gen_ai.usage.output_tokens", record.output_tokens),
+        ("gateway.queue_seconds", record.queued or None),
+        ("gen_ai.input.messages", record.input_text),
+        ("gen_ai.output.messages", record.output_text),
+    ):
+        if value is not None:
+            span.own.append((attribute, value))
+    if record.first_token is not None:
+        span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
+    if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
+        span.status = ERROR
+        span.error = record.error_message
+    _describe_events(record, span)
+    return span
+
+
+LEFT = "client_closed_request"
+"""A caller who left is nobody's failure: the span's status stays unset."""
+
+
+def _error_type(status: int, outcome: str) -> str | None:
+    """`error.type` of a SERVER span: 5xx, what failed after its 200 had gone out, a caller who left; not 4xx."""
+    if status >= 500:  # noqa: PLR2004
+        return str(status)
+    if outcome == LEFT or (outcome != "ok" and status < 400):  # noqa: PLR2004
+        return outcome
+    return None
+
+
+@lru_cache(maxsize=256)
+def _http_attributes(method: str, path: str | None, status: int, outcome: str) -> Shared:
+    attributes: list[tuple[str, Value]] = [
+        ("http.request.method", method),
+        ("url.scheme", "http"),
+        ("http.response.status_code", status),
+        ("gateway.outcome", outcome),
+    ]
+    if path is not None:
+        attributes += (("http.route", path), ("url.path", path))
+    error_type = _error_type(status, outcome)
+    if error_type is not None:
+        attributes.append(("error.type", error_type))
+    return Shared(attributes)
+
+
+@lru_cache(maxsize=2048)
+def _operation_attributes(  # noqa: PLR0917 - they are the key of the cache
+    method: str,
+    path: str | None,
+    status: int,
+    outcome: str,
+    model: str,
+    stream: bool,  # noqa: FBT001
+    choices: int,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    response_model: str | None,
+    finish_reasons: tuple[str, ...] | None,
+    route: str | None,
+    attempts: int,
+    stop_reason: str | None,
+) -> Shared:
+    attributes: list[tuple[str, Value]] = [
+        *_http_attributes(method, path, status, outcome).attributes,
+        ("gen_ai.operation.name", OPERATIONS.get(path or "", "chat")),
+        ("gen_ai.provider.name", "openai"),
+        ("gen_ai.request.model", model),
+        ("gateway.attempts", attempts),
+    ]
+    for attribute, value in (
+        ("gen_ai.request.stream", stream or None),
+        ("gen_ai.request.choice.count", choices if choices != 1 else None),
+        ("gen_ai.request.max_tokens", max_tokens),
+        ("gen_ai.request.temperature", temperature),
+        ("gen_ai.request.top_p", top_p),
+        ("gen_ai.response.model", response_model),
+        ("gen_ai.response.finish_reasons", list(finish_reasons) if finish_reasons is not None else None),
+        ("gateway.route", route),
+        ("gateway.retry.stop_reason", stop_reason),
+    ):
+        if value is not None:
+            attributes.append((attribute, value))
+    return Shared(attributes)
+
+
+def _describe_events(record: "Record", span: SpanData) -> None:
+    for attempt in record.attempts:
+        if attempt.backoff:
+            slept: list[tuple[str, Value]] = [
+                ("gateway.backoff_seconds", attempt.backoff),
+                ("gateway.attempt", attempt.number),
+            ]
+            span.events.append((_instant(record, attempt.started - attempt.backoff), "gateway.backoff", slept))
+    for moment, name, attributes in record.events:
+        span.events.append((_instant(record, moment), name, list(attributes.items())))
+    if record.first_token is not None:
+        span.events.append((_instant(record, record.first_token), "gateway.first_token", []))
+    span.events.sort(key=lambda event: event[0])
+
+
+def _client(record: "Record", attempt: "Attempt") -> SpanData:
+    shared = _attempt_attributes(
+        attempt.url,
+        attempt.host,
+        attempt.port,
+        attempt.number,
+        attempt.status,
+        attempt.backend,
+        attempt.outcome,
+        attempt.decision,
+        attempt.breaker,
+        attempt.timer,
+        attempt.error_type,
+    )
+    span = SpanData(
+        f"POST {record.path}",
+        CLIENT,
+        shared,
+        trace_id=record.trace_id,
+        span_id=attempt.span_id,
+        parent_id=record.span_id,
+    )
+    span.start = _instant(record, attempt.started)
+    span.end = _instant(record, attempt.ended if attempt.ended is not None else attempt.started)
+    own = span.own
+    own.append(("gateway.retry_budget.left", attempt.budget_left))
+    own.append(("gateway.deadline.left_seconds", attempt.deadline_left))
+    if attempt.backoff:
+        own.append(("gateway.backoff_seconds", attempt.backoff))
+    if attempt.retry_after is not None:
+        own.append(("gateway.retry_after_seconds", attempt.retry_after))
+    if attempt.error_type is not None and attempt.error_type not in NO_FAULT:
+        span.status = ERROR
+        span.error = attempt.message
+    return span
+
+
+@lru_cache(maxsize=2048)
+def _attempt_attributes(  # noqa: PLR0917 - they are the key of the cache
+    url: str,
+    host: str,
+    port: int,
+    number: int,
+    status: int | None,
+    backend: str,
+    outcome: str | None,
+    decision: str | None,
+    breaker: str,
+    timer: str | None,
+    error_type: str | None,
+) -> Shared:
+    attributes: list[tuple[str, Value]] = [
+        ("http.request.method", "POST"),
+        ("url.full", url),
+        ("server.address", host),
+        ("server.port", port),
+        ("gateway.backend", backend),
+        ("gateway.attempt", number),
+        ("gateway.attempt.outcome", outcome or "ok"),
+        ("gateway.decision", decision or "none"),
+        ("gateway.breaker.state", breaker),
+    ]
+    for attribute, value in (
+        ("http.request.resend_count", number - 1 or None),
+        ("http.response.status_code", status),
+        ("gateway.timer", timer),
+        ("error.type", error_type),
+    ):
+        if value is not None:
+            attributes.append((attribute, value))
+    return Shared(attributes)
+
+
+NO_FAULT = frozenset({"cancelled", LEFT, "gateway_draining"})
+"""Ends of an attempt that are nobody's failure: the span's status stays unset."""

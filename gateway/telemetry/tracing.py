@@ -1,0 +1,240 @@
+"""Traces: ids and sampling when a request begins, spans when it has ended, made and exported by a thread.
+
+The OpenTelemetry SDK gives the resource, the sampler and the exporters. Spans are not recorded through its API: one
+span of it costs more than all the rest of a request (bench/README.md), so a request fills a plain record, and this
+thread turns records into spans.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from random import getrandbits
+from typing import TYPE_CHECKING
+
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    set_span_in_context,
+)
+
+from gateway import __version__
+from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
+from gateway.telemetry.spans import CLIENT, ERROR, SpanData, spans_of
+from gateway.telemetry.tree import TreePrinter
+
+if TYPE_CHECKING:
+    from gateway.record import Record
+
+SCOPE = InstrumentationScope("gateway", __version__)
+MAX_WAITING = 4096
+"""Requests whose spans wait for the exporter; beyond it the oldest are lost, and counted."""
+BATCH = 512
+"""Requests per export."""
+CHUNK = 32
+"""Requests whose spans are made at a stretch: a thread that holds the interpreter for longer is felt by requests."""
+BREATH = 0.001
+"""Seconds between two chunks."""
+INTERVAL = 0.5
+"""Seconds between exports while less than a batch waits."""
+LAST_EXPORT = 2.0
+"""Seconds the last export may take when the gateway stops."""
+RECENT = 10.0
+"""Seconds for which spans that were pushed out show as `degraded`."""
+
+_log = logging.getLogger("gateway")
+
+
+class Tracer:
+    """Decides traces and exports spans; with no exporter it only decides."""
+
+    def __init__(self, exporter: SpanExporter | None, *, interval: float = INTERVAL) -> None:
+        self._exporter = exporter
+        self._local = isinstance(exporter, TreePrinter)
+        self._interval = 0.05 if self._local else interval
+        self.resource = _resource()
+        self._encoder = Encoder(self.resource.attributes, SCOPE.name, __version__)
+        self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
+        self._always = isinstance(self._sampler, ParentBased) and self._sampler._root is ALWAYS_ON  # noqa: SLF001
+        self._waiting: deque[Record] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._failing = False
+        self._pushed_out = 0
+        self._pushed_out_at = -RECENT
+        self._unsent = 0
+
+    @property
+    def dropped(self) -> int:
+        """Spans lost since the start: pushed out while they waited, or not taken by the exporter."""
+        return self._pushed_out + self._unsent  # one thread writes each
+
+    @property
+    def exports(self) -> bool:
+        """Whether spans go to where they can be looked up."""
+        return self._exporter is not None and not self._local
+
+    @property
+    def status(self) -> str:
+        """`ok`, `degraded` while the exporter fails or is too slow, `off` without one (the terminal's tree is none)."""
+        if not self.exports:
+            return "off"
+        return "degraded" if self._failing or time.monotonic() - self._pushed_out_at < RECENT else "ok"
+
+    def decide(self, method: str, path: str | None, traceparent: str | None) -> tuple[int, int, int | None, bool]:
+        """Trace id, span id, the caller's span id or None, and whether the sampler takes the request."""
+        parent = parse_traceparent(traceparent) if traceparent is not None else None
+        span_id = getrandbits(64) or 1
+        if parent is None:
+            trace_id = getrandbits(128) or 1
+            return trace_id, span_id, None, self._always or self._sampled(trace_id, method, path, None)
+        trace_id, parent_id = parent[:2]
+        return trace_id, span_id, parent_id, self._sampled(trace_id, method, path, parent)
+
+    def take(self, record: "Record") -> None:
+        """A request to export has ended."""
+        if self._exporter is None:
+            return
+        waiting = self._waiting
+        if len(waiting) >= MAX_WAITING:
+            with suppress(IndexError):  # the thread was faster
+                self._pushed_out += 1 + len(waiting.popleft().attempts)
+                self._pushed_out_at = time.monotonic()
+        waiting.append(record)
+        if len(waiting) >= BATCH:
+            self._wake.set()
+
+    def start(self) -> None:
+        """Begin to export."""
+        if self._exporter is not None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="span-export", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Export what waits, for at most `LAST_EXPORT` seconds: a dead collector cannot hold up the stop."""
+        if self._thread is None or self._exporter is None:
+            return
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(LAST_EXPORT)
+        if self._thread.is_alive():
+            _log.warning("the last spans could not be exported within %g s", LAST_EXPORT)
+        threading.Thread(target=self._exporter.shutdown, daemon=True).start()
+        self._thread.join(0.1)
+
+    def _sampled(self, trace_id: int, method: str, path: str | None, parent: tuple[int, int, int] | None) -> bool:
+        context = None
+        if parent is not None:
+            remote = SpanContext(parent[0], parent[1], is_remote=True, trace_flags=TraceFlags(parent[2]))
+            context = set_span_in_context(NonRecordingSpan(remote))
+        name = f"{method} {path}" if path is not None else method
+        decision = self._sampler.should_sample(context, trace_id, name, SpanKind.SERVER).decision
+        return decision is Decision.RECORD_AND_SAMPLE
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            self._export_waiting()
+        self._export_waiting()
+
+    def _export_waiting(self) -> None:
+        while self._waiting:
+            spans: list[SpanData] = []
+            encoded: list[bytes] = []
+            try:
+                for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
+                    chunk = self._next_chunk()
+                    spans += chunk
+                    if isinstance(self._exporter, OtlpHttpExporter):
+                        encoded += map(self._encoder.span, chunk)
+                    if not self._stopping:
+                        time.sleep(BREATH)
+                good = self._export(spans, encoded)
+            except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
+                _log.exception("the span exporter failed")
+                good = False
+            self._failing = not good
+            if not good:
+                self._unsent += len(spans)
+
+    def _next_chunk(self) -> list[SpanData]:
+        spans: list[SpanData] = []
+        for _ in range(min(CHUNK, len(self._waiting))):
+            try:
+                spans += spans_of(self._waiting.popleft())
+            except IndexError:  # the oldest was dropped meanwhile
+                break
+        return spans
+
+    def _export(self, spans: list[SpanData], encoded: list[bytes]) -> bool:
+        exporter = self._exporter
+        if exporter is None or not spans:
+            return True
+        if isinstance(exporter, OtlpHttpExporter):
+            return exporter.send(self._encoder.request(encoded))
+        readable = [to_readable(span, self.resource) for span in spans]
+        return exporter.export(readable) is SpanExportResult.SUCCESS
+
+
+def parse_traceparent(text: str) -> tuple[int, int, int] | None:
+    """Trace id, parent id, flags; None for anything that W3C Trace Context calls invalid (then a new trace begins)."""
+    parts = text.strip().split("-")
+    if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:  # noqa: PLR2004
+        return None
+    version = parts[0]
+    if version == "ff" or (version == "00" and len(parts) != 4):  # noqa: PLR2004
+        return None
+    digits = "".join(parts[:4])
+    if not digits.isascii() or digits != digits.lower():
+        return None
+    try:
+        int(version, 16)
+        trace_id, parent_id, flags = int(parts[1], 16), int(parts[2], 16), int(parts[3], 16)
+    except ValueError:
+        return None
+    return (trace_id, parent_id, flags) if trace_id and parent_id and digits.isalnum() else None
+
+
+_KINDS = {CLIENT: SpanKind.CLIENT}
+
+
+def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
+    """The SDK's form of a span, which any `SpanExporter` takes."""
+    context = SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    parent = None
+    if span.parent_id:
+        parent = SpanContext(span.trace_id, span.parent_id, is_remote=span.parent_is_remote)
+    return ReadableSpan(
+        name=span.name,
+        context=context,
+        parent=parent,
+        resource=resource,
+        attributes=dict(span.attributes),
+        events=[Event(name, dict(attributes), timestamp=moment) for moment, name, attributes in span.events],
+        kind=_KINDS.get(span.kind, SpanKind.SERVER),
+        status=Status(StatusCode.ERROR, span.error) if span.status == ERROR else Status(),
+        start_time=span.start,
+        end_time=span.end,
+        instrumentation_scope=SCOPE,
+    )
+
+
+def _resource() -> Resource:
+    """`OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` win over our own name."""
+    own = Resource(
+        {"service.name": "gateway", "service.version": __version__, "service.instance.id": f"{getrandbits(64):016x}"}
+    )
+    return Resource.create().merge(own).merge(OTELResourceDetector().detect())

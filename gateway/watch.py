@@ -1,0 +1,107 @@
+"""One alarm clock for the phases of an attempt."""
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, Self
+
+from gateway.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from gateway.errors import GatewayError
+
+
+class Watch:
+    """Ends the block it surrounds when a phase takes too long, or at the hard end, with that timer's own error.
+
+    Instants are seconds of `time.monotonic`.
+
+    A phase begins with `limit` and lasts until the next `limit` or `pause`. The loop's timer is armed again only when
+    it goes off too early, so that a phase per event of a stream costs two assignments.
+
+    Raises (at the end of the block):
+        DeadlineExceeded: the hard end came.
+        GatewayError: what `late` gave for the phase that took too long.
+    """
+
+    __slots__ = (
+        "_armed_for",
+        "_cancelling",
+        "_due",
+        "_end",
+        "_end_message",
+        "_handle",
+        "_late",
+        "_loop",
+        "_ran_out",
+        "_task",
+    )
+
+    def __init__(self, end: float, end_message: str = "The deadline ended before the answer did.") -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end = end
+        self._end_message = end_message
+        self._due = end
+        self._late: Callable[[], GatewayError] | None = None
+        self._ran_out: GatewayError | None = None
+        self._handle: asyncio.TimerHandle | None = None
+        self._armed_for = end
+        self._task: asyncio.Task[object]
+        self._cancelling = 0
+
+    def limit(self, seconds: float, late: "Callable[[], GatewayError]") -> None:
+        """Begin a phase of at most `seconds`; `late` makes its error."""
+        due = monotonic() + seconds
+        if due < self._end:
+            self._due, self._late = due, late
+        else:
+            self._due, self._late = self._end, None
+        if self._handle is None or self._armed_for > self._due:
+            self._arm()
+
+    def pause(self) -> None:
+        """End the phase: only the hard end holds."""
+        self._due, self._late = self._end, None
+
+    def end_at(self, end: float) -> None:
+        """Move the hard end; ends the phase."""
+        self._end = end
+        self.pause()
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a watch surrounds a block of a task")
+        self._task = task
+        self._cancelling = task.cancelling()
+        if self._handle is None:
+            self._arm()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if self._ran_out is None:
+            return
+        # As asyncio.timeout does it: a cancellation that is not ours goes on.
+        if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise self._ran_out from None
+
+    def _arm(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._armed_for = self._due
+        self._handle = self._loop.call_later(self._due - monotonic(), self._check)
+
+    def _check(self) -> None:
+        self._handle = None
+        if monotonic() < self._due:
+            self._arm()
+            return
+        self._ran_out = self._late() if self._late is not None else DeadlineExceeded(self._end_message)
+        self._task.cancel()

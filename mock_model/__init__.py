@@ -1,0 +1,1 @@
+"""A scriptable OpenAI-compatible mock model: deterministic answers, and faults on command."""

@@ -1,0 +1,56 @@
+"""`python -m mock_model`: settings, logs, a mock model, and signals."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import uvloop
+
+from mock_model.logs import start_logging
+from mock_model.serve import MockModel
+from mock_model.settings import Settings, SettingsError, read_settings
+
+BAD_SETTING = 2
+NO_PORT = 1
+CRASHED = 70
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the exit code."""
+    try:
+        settings = read_settings()
+    except SettingsError as exc:
+        return _give_up(str(exc), BAD_SETTING)
+    start_logging(settings.level, settings.app_mode)
+    return uvloop.run(_run(settings))
+
+
+async def _run(settings: Settings) -> int:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    try:
+        mock = MockModel(settings, crash=lambda: os._exit(CRASHED))
+    except OSError as exc:
+        value = str(settings.mock_journal_file)
+        return _give_up(
+            f"MOCK_JOURNAL_FILE={value!r} is not allowed: it must be a file that can be written ({exc.strerror})",
+            BAD_SETTING,
+        )
+    try:
+        await mock.start()
+    except OSError as exc:
+        return _give_up(str(exc.strerror or exc), NO_PORT)
+    await stopped.wait()
+    await mock.stop()
+    return 0
+
+
+def _give_up(reason: str, code: int) -> int:
+    sys.stderr.write(f"mock_model: {reason}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A good answer, ready to be sent: a body, or the events of a stream."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+# Answers carry a fixed date, so that the same request gives the same bytes.
+CREATED = 1_767_225_600
+
+Part = Literal["opening", "token", "closing", "finish", "usage", "done"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event: its bytes, which part of a stream it is, and whether a decoding step comes before it."""
+
+    data: bytes
+    part: Part
+    step: bool = False
+
+
+DONE = Event(b"data: [DONE]\n\n", "done")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call is answered with, if no fault comes between.
+
+    Attributes:
+        status: Of the answer; not 200 if the request is wrong.
+        body: The JSON of an unstreamed answer, else empty.
+        events: The events of a streamed answer, else empty.
+        steps: Decoding steps, the first included: what the time of an answer depends on.
+        input_tokens: Tokens of the prompt.
+        output_tokens: Tokens of all choices.
+        finish_reasons: One for each choice.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    events: tuple[Event, ...] = ()
+    steps: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    finish_reasons: tuple[str, ...] = field(default=())
+
+    @property
+    def content(self) -> bytes:
+        """All bytes of the answer."""
+        return self.body or b"".join(event.data for event in self.events)
+
+
+def data_event(payload: Mapping[str, Any], part: Part, *, step: bool = False) -> Event:
+    """An event without a name, as chat completions and completions have it."""
+    return Event(b"data: " + _encode(payload) + b"\n\n", part, step)
+
+
+def named_event(payload: Mapping[str, Any], part: Part, *, step: bool = False) -> Event:
+    """An event that carries its `type` as its name too, as responses has it."""
+    return Event(b"event: " + payload["type"].encode() + b"\ndata: " + _encode(payload) + b"\n\n", part, step)
+
+
+def document(payload: Mapping[str, Any] | msgspec.Struct) -> bytes:
+    """The JSON of an unstreamed answer."""
+    return _encode(payload)

@@ -1,0 +1,195 @@
+"""One call: what it asks for, its good answer, and the means of sending it or of failing to."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from time import monotonic
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from mock_model.answer import Answer, Event
+from mock_model.errors import envelope
+from mock_model.journal import Ended, Entry, Journal
+from mock_model.machine import Machine
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
+# Time for a caller to read what was sent before a reset makes its kernel or client library throw it away.
+SETTLE = 0.02
+
+
+class Call:
+    """A call under way.
+
+    Attributes:
+        path: Of the URL.
+        model: The name asked for, or None.
+        stream: Whether the answer is streamed.
+        fingerprint: Equal for calls with the same path and body.
+        occurrence: How many calls with this fingerprint came before it.
+        answer: What it is answered with if no fault comes between.
+        entry: Its place in the journal.
+        machine: What it stands on.
+        status: Of the answer, as soon as there is one.
+
+    With `placed`, the call needs no place among those that are being answered.
+    """
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        *,
+        entry: Entry,
+        answer: Answer,
+        stream: bool,
+        occurrence: int,
+        machine: Machine,
+        journal: Journal,
+        placed: bool = False,
+    ) -> None:
+        self.path = entry.path
+        self.model = entry.model
+        self.fingerprint = entry.fingerprint
+        self.stream = stream
+        self.occurrence = occurrence
+        self.answer = answer
+        self.entry = entry
+        self.machine = machine
+        self.status: int | None = None
+        self.places = AsyncExitStack()
+        self._request = request
+        self._journal = journal
+        self._start = monotonic()
+        self._placed = placed
+        self._written = 0
+
+    # The good answer
+
+    async def serve(self, answer: Answer | None = None, *, content_type: str | None = None) -> web.StreamResponse:
+        """Send the good answer, or a changed one in its place, at the model's pace."""
+        answer = self.answer if answer is None else answer
+        if answer.events:
+            response = await self.begin(content_type)
+            await self.play(response, answer.events)
+            return await self.finish(response, "complete" if answer is self.answer else "fault")
+        await self.think()
+        self.end("complete" if answer is self.answer else "fault")
+        return self.reply(answer.status, answer.body, content_type=content_type)
+
+    async def take_place(self) -> None:
+        """Wait for a place among the calls being answered; it is kept until the call ends."""
+        if not self._placed:
+            self._placed = True
+            await self.places.enter_async_context(self.machine.load.place())
+
+    async def think(self) -> None:
+        """Take the time of an unstreamed answer."""
+        await self.take_place()
+        wait = self.machine.pace.total(self.fingerprint, self.occurrence, self.answer.steps)
+        if wait:
+            await asyncio.sleep(wait * self.machine.load.factor())
+
+    async def begin(
+        self, content_type: str | None = None, *, length: int | None = None, keep_alive: bool = True
+    ) -> web.StreamResponse:
+        """Send the headers of the good answer, chunked unless a length is given."""
+        await self.take_place()
+        response = web.StreamResponse(status=self.answer.status, headers=self._headers())
+        response.content_type = content_type or (EVENT_STREAM if self.answer.events else JSON)
+        if self.answer.events:
+            response.headers["Cache-Control"] = "no-cache"
+        if length is not None:
+            response.content_length = length
+        if not keep_alive:
+            response.force_close()
+        await response.prepare(self._request)
+        self.status = response.status
+        return response
+
+    async def play(self, response: web.StreamResponse, events: Iterable[Event]) -> None:
+        """Send events, each token at its time."""
+        pace, load = self.machine.pace, self.machine.load
+        for event in events:
+            if event.step:
+                wait = pace.wait(self.fingerprint, self.occurrence, self._written)
+                self._written += 1
+                if wait:
+                    await asyncio.sleep(wait * load.factor())
+            await response.write(event.data)
+            self.entry.events_sent += 1
+
+    async def finish(self, response: web.StreamResponse, ended: Ended) -> web.StreamResponse:
+        """End an answer as HTTP has it."""
+        self.end(ended)
+        await response.write_eof()
+        return response
+
+    # Other answers, and ways of not answering
+
+    def reply(
+        self,
+        status: int,
+        body: bytes,
+        *,
+        content_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> web.Response:
+        """A whole answer."""
+        self.status = status
+        merged = self._headers()
+        merged["Content-Type"] = content_type or JSON
+        merged.update(headers or {})
+        return web.Response(status=status, body=body, headers=merged)
+
+    def reply_error(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> web.Response:
+        """An error in OpenAI's form."""
+        return self.reply(status, envelope(status, message, param=param, code=code), headers=headers)
+
+    async def hang(self) -> web.StreamResponse:
+        """Send nothing more until the caller leaves; if the mock stops or is reset before that, hang up."""
+        await self.machine.hang()
+        return self.hang_up()
+
+    def hang_up(self) -> web.StreamResponse:
+        """Close the connection after what was sent, whatever the headers promised."""
+        self.end("fault")
+        if self._request.transport is not None:
+            self._request.transport.close()
+        return web.Response()
+
+    async def reset(self) -> web.StreamResponse:
+        """Break the connection with a TCP RST."""
+        if self.status is not None:
+            await asyncio.sleep(SETTLE)
+        self.end("fault")
+        transport = self._request.transport
+        if transport is not None:
+            connection: socket.socket | None = transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+        return web.Response()
+
+    def end(self, ended: Ended) -> None:
+        """Note in the journal how the call ended, before the caller can see it."""
+        self._journal.end(self.entry, ended)
+
+    def _headers(self) -> CIMultiDict[str]:
+        head = {
+            "x-request-id": self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}",
+            "openai-version": "2020-10-01",
+            "openai-processing-ms": str(int((monotonic() - self._start) * 1000)),
+        }
+        return CIMultiDict(head)

@@ -1,0 +1,88 @@
+"""The control API: faults, journal, metrics, and the two buttons."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from mock_model.errors import envelope
+from mock_model.journal import Journal
+from mock_model.metrics import CONTENT_TYPE, Metrics
+from mock_model.script import Script, ScriptError
+
+JSON = "application/json"
+MAX_BODY = 4 * 2**20
+
+# Lets the answer to `POST /crash` reach the caller.
+CRASH_DELAY = 0.05
+
+
+class Control:
+    """What a test turns; on a port of its own, so that it is never published with the API."""
+
+    def __init__(
+        self,
+        *,
+        script: Script,
+        journal: Journal,
+        metrics: Metrics,
+        reset: Callable[[], Awaitable[None]],
+        crash: Callable[[], None],
+    ) -> None:
+        self._script = script
+        self._journal = journal
+        self._metrics = metrics
+        self._reset = reset
+        self._crash = crash
+
+    def create_app(self) -> web.Application:
+        """The application that serves it."""
+        app = web.Application(client_max_size=MAX_BODY)
+        app.router.add_get("/faults", self._get_faults)
+        app.router.add_put("/faults", self._put_faults)
+        app.router.add_delete("/faults", self._delete_faults)
+        app.router.add_get("/journal", self._get_journal)
+        app.router.add_delete("/journal", self._delete_journal)
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_post("/reset", self._post_reset)
+        app.router.add_post("/crash", self._post_crash)
+        return app
+
+    async def _get_faults(self, _request: web.Request) -> web.Response:
+        return _json(msgspec.json.encode(self._script.document()))
+
+    async def _put_faults(self, request: web.Request) -> web.Response:
+        try:
+            self._script.replace(msgspec.json.decode(await request.read()))
+        except ScriptError as exc:
+            return _json(envelope(400, str(exc), param=exc.where, code="invalid_faults"), status=400)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            return _json(envelope(400, f"the script is not JSON: {exc}", code="invalid_json"), status=400)
+        return await self._get_faults(request)
+
+    async def _delete_faults(self, _request: web.Request) -> web.Response:
+        self._script.clear()
+        return web.Response(status=204)
+
+    async def _get_journal(self, _request: web.Request) -> web.Response:
+        return _json(self._journal.document())
+
+    async def _delete_journal(self, _request: web.Request) -> web.Response:
+        self._journal.clear()
+        return web.Response(status=204)
+
+    async def _get_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _post_reset(self, _request: web.Request) -> web.Response:
+        await self._reset()
+        return web.Response(status=204)
+
+    async def _post_crash(self, _request: web.Request) -> web.Response:
+        asyncio.get_running_loop().call_later(CRASH_DELAY, self._crash)
+        return _json(b'{"status":"crashing"}', status=202)
+
+
+def _json(body: bytes, *, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=body, content_type=JSON)

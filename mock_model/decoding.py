@@ -1,0 +1,34 @@
+"""From the bytes of a body to a typed request, or to an error that says what is wrong with it."""
+
+import re
+from typing import TypeVar
+
+import msgspec
+
+from mock_model.errors import InvalidRequest
+
+Request = TypeVar("Request")
+_MISSING = re.compile(r"missing required field `([^`]+)`")
+_PATH = re.compile(r" - at `\$\.?([A-Za-z_][A-Za-z0-9_]*)?[^`]*`$")
+
+
+class StreamOptions(msgspec.Struct):
+    """What a caller wants of a stream."""
+
+    include_usage: bool | None = None
+
+
+def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
+    """The request in a body.
+
+    Raises:
+        InvalidRequest: It is not JSON, or a field has a wrong type; `param` names it.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        text = str(exc)
+        found = _MISSING.search(text) or _PATH.search(text)
+        raise InvalidRequest(text, param=found and found[1]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"the body is not JSON: {exc}", code="invalid_json") from None

@@ -1,0 +1,457 @@
+"""Every way in which the mock model can fail, one class each.
+
+A fault decides which calls it suits, and sends (or does not send) the answer. Durations are float seconds.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
+
+from mock_model.answer import Answer, Event
+from mock_model.call import JSON, Call
+from mock_model.draws import draw
+from mock_model.errors import envelope
+
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+HeaderValue = Annotated[str, Meta(pattern=r"^[^\r\n\x00]*$")]
+HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+
+PAGE = (
+    b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\n"
+)
+GARBAGE = b"this is no JSON {"
+MALFORMED = b'data: {"id": "chatcmpl-broken", "choices": [{"index": 0, "delta": {"content": \n\n'
+ELLIPSIS = "…".encode()
+
+
+class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the faults have in common."""
+
+    kind: ClassVar[str]
+
+    def suits(self, call: Call) -> bool:  # noqa: ARG002
+        """Whether the fault can show in such a call; one that cannot is not used up by it."""
+        return True
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Answer the call in the fault's way."""
+        raise NotImplementedError
+
+
+def _streamed(call: Call) -> bool:
+    return bool(call.answer.events)
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+class Status(Fault):
+    """An error status (or any other).
+
+    Attributes:
+        status: 200 to 599.
+        body: JSON; a text is sent as it stands, as text/plain. Without it: an error in OpenAI's form.
+        headers: Further headers, such as `retry-after`.
+    """
+
+    kind = "status"
+    status: Annotated[int, Meta(ge=200, le=599)]
+    body: Any | UnsetType = UNSET
+    headers: dict[HeaderName, HeaderValue] = {}
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Answer with it."""
+        content_type = JSON
+        if self.body is UNSET:
+            phrase = HTTPStatus(self.status).phrase if self.status in list(HTTPStatus) else "unknown status"
+            body = envelope(self.status, f"{phrase} (a fault of the mock model)", code=f"mock_{self.status}")
+        elif isinstance(self.body, str):
+            body, content_type = self.body.encode(), "text/plain; charset=utf-8"
+        else:
+            body = msgspec.json.encode(self.body)
+        call.end("fault")
+        return call.reply(self.status, body, content_type=content_type, headers=self.headers)
+
+
+class Latency(Fault):
+    """A good answer that comes late.
+
+    Attributes:
+        delay: Before anything is sent.
+        jitter: The delay is drawn between `delay - jitter` and `delay + jitter`.
+    """
+
+    kind = "latency"
+    delay: Seconds
+    jitter: Seconds = 0.0
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Wait, then serve."""
+        part = draw(call.machine.seed, self.kind, call.fingerprint, call.occurrence)
+        await asyncio.sleep(max(0.0, self.delay + self.jitter * (2 * part - 1)))
+        return await call.serve()
+
+
+class HangBeforeHeaders(Fault):
+    """Nothing is ever sent."""
+
+    kind = "hang_before_headers"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Hang."""
+        return await call.hang()
+
+
+class HangAfterHeaders(Fault):
+    """The headers of a 200, then nothing."""
+
+    kind = "hang_after_headers"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the headers and hang."""
+        await call.begin()
+        return await call.hang()
+
+
+class SlowFirstToken(Fault):
+    """A good answer whose first token comes late: a stream's headers and opening events are in time.
+
+    Attributes:
+        delay: Before the first token; of an unstreamed answer, before the body.
+    """
+
+    kind = "slow_first_token"
+    delay: Seconds
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the headers, wait, then go on as usual."""
+        if not _streamed(call):
+            response = await call.begin(length=len(call.answer.body))
+            await asyncio.sleep(self.delay)
+            await call.think()
+            await response.write(call.answer.body)
+            return await call.finish(response, "complete")
+        events = call.answer.events
+        opening = next((number for number, event in enumerate(events) if event.step), len(events))
+        response = await call.begin()
+        await call.play(response, events[:opening])
+        await asyncio.sleep(self.delay)
+        await call.play(response, events[opening:])
+        return await call.finish(response, "complete")
+
+
+class Stall(Fault):
+    """A stream that stops and stays open; of an unstreamed answer, half of the body comes.
+
+    Attributes:
+        after_events: How many events come.
+    """
+
+    kind = "stall"
+    after_events: Count = 1
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the beginning and hang."""
+        if _streamed(call):
+            response = await call.begin()
+            await call.play(response, call.answer.events[: self.after_events])
+        else:
+            await call.think()
+            response = await call.begin(length=len(call.answer.body))
+            await response.write(_half(call.answer.body))
+        return await call.hang()
+
+
+class Cut(Fault):
+    """A stream that ends too early; of an unstreamed answer, half of the body comes.
+
+    Attributes:
+        after_events: How many whole events come.
+        how: `end`: the answer ends as HTTP has it, so that only its meaning is cut; `reset`: by TCP RST.
+        where: `between` two events, `inside_event` (half of the next one comes too) or `inside_character` (the next one
+            comes up to the middle of a UTF-8 sequence in its text).
+    """
+
+    kind = "cut"
+    after_events: Count = 1
+    how: Literal["end", "reset"] = "end"
+    where: Literal["between", "inside_event", "inside_character"] = "between"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the beginning and end."""
+        if _streamed(call):
+            response = await call.begin(keep_alive=False)
+            await call.play(response, call.answer.events[: self.after_events])
+            rest = self._piece(call.answer.events[self.after_events :])
+        else:
+            await call.think()
+            response = await call.begin(keep_alive=False)
+            rest = _half(call.answer.body)
+        if rest:
+            await response.write(rest)
+        return await (call.finish(response, "fault") if self.how == "end" else call.reset())
+
+    def _piece(self, rest: tuple[Event, ...]) -> bytes:
+        if not rest or self.where == "between":
+            return b""
+        data = rest[0].data
+        if self.where == "inside_event":
+            return _half(data)
+        for key in (b'"content":"', b'"arguments":"', b'"text":"', b'"delta":"'):
+            if key in data:
+                return data[: data.index(key) + len(key)] + ELLIPSIS[:2]
+        return b'data: {"id":"' + ELLIPSIS[:2]
+
+
+class _Edited(Fault):
+    """A stream some of whose events are left out or put in."""
+
+    def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
+        """The events that are sent."""
+        raise NotImplementedError
+
+    def suits(self, call: Call) -> bool:
+        """Whether it is a stream, and one that would change."""
+        return _streamed(call) and tuple(self.edit(call.answer.events)) != call.answer.events
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve the edited events."""
+        return await call.serve(replace(call.answer, events=tuple(self.edit(call.answer.events))))
+
+
+class NoDone(_Edited):
+    """A stream without `[DONE]`; not for responses, which has none."""
+
+    kind = "no_done"
+
+    def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
+        """All but `[DONE]`."""
+        return (event for event in events if event.part != "done")
+
+
+class NoFinish(_Edited):
+    """A stream without finish reasons, or, in responses, without its last event; `[DONE]` comes as usual."""
+
+    kind = "no_finish"
+
+    def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
+        """All but the finish."""
+        return (event for event in events if event.part != "finish")
+
+
+class MalformedEvent(_Edited):
+    """A stream with one event more, whose data is no JSON; the rest comes as usual.
+
+    Attributes:
+        after_events: How many good events come before it.
+    """
+
+    kind = "malformed_event"
+    after_events: Count = 1
+
+    def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
+        """The events with the bad one between."""
+        return (*events[: self.after_events], Event(MALFORMED, "closing"), *events[self.after_events :])
+
+
+class ContentType(Fault):
+    """A good answer under a wrong name.
+
+    Attributes:
+        value: The `Content-Type` that is sent.
+    """
+
+    kind = "content_type"
+    value: Annotated[str, Meta(pattern=r"^[\x20-\x7e]+$")]
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve it under that name."""
+        return await call.serve(replace(call.answer), content_type=self.value)
+
+
+class Html(Fault):
+    """A 200 with an HTML page, as proxies send it."""
+
+    kind = "html"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Answer with the page."""
+        await call.think()
+        call.end("fault")
+        return call.reply(200, PAGE, content_type="text/html; charset=utf-8")
+
+
+class NotJson(Fault):
+    """A 200 that says it is JSON and is not, streamed or not."""
+
+    kind = "not_json"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Answer with something else."""
+        await call.think()
+        call.end("fault")
+        return call.reply(200, GARBAGE)
+
+
+class ShortBody(Fault):
+    """A `Content-Length` that promises the whole answer, and a connection that closes before it came.
+
+    Attributes:
+        bytes: How many bytes of the body are sent; half of it if not given; at least one is always missing.
+    """
+
+    kind = "short_body"
+    bytes: Count | None = None
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the beginning and close."""
+        content = call.answer.content
+        sent = len(content) // 2 if self.bytes is None else self.bytes
+        await call.think()
+        response = await call.begin(length=len(content), keep_alive=False)
+        await response.write(content[: min(sent, len(content) - 1)])
+        return call.hang_up()
+
+
+class Drip(Fault):
+    """A good answer that comes a few bytes at a time.
+
+    Attributes:
+        bytes: In each piece.
+        interval: Between two pieces.
+    """
+
+    kind = "drip"
+    bytes: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 1
+    interval: Seconds = 0.01
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send it piece by piece."""
+        answer = call.answer
+        response = await call.begin(length=None if answer.events else len(answer.body))
+        ends = self._ends(answer)
+        content = answer.content
+        for start in range(0, len(content), self.bytes):
+            if start:
+                await asyncio.sleep(self.interval)
+            await response.write(content[start : start + self.bytes])
+            while ends and ends[-1] <= start + self.bytes:
+                ends.pop()
+                call.entry.events_sent += 1
+        return await call.finish(response, "complete")
+
+    @staticmethod
+    def _ends(answer: Answer) -> list[int]:
+        """Where each event ends in the content, the first at the end of the list."""
+        ends, position = [], 0
+        for event in answer.events:
+            position += len(event.data)
+            ends.append(position)
+        return ends[::-1]
+
+
+class Reset(Fault):
+    """A TCP RST before the headers."""
+
+    kind = "reset"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Break the connection."""
+        return await call.reset()
+
+
+class Refuse(Fault):
+    """The call is reset, and nobody listens on the port for a while, so that further connections are refused.
+
+    Attributes:
+        seconds: Until the port is open again.
+    """
+
+    kind = "refuse"
+    seconds: Seconds = 1.0
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Stop listening and break the connection."""
+        await call.machine.refuse(self.seconds)
+        return await call.reset()
+
+
+class Overload(Fault, dict=True):
+    """A model that turns calls away when it is full: those that find a place are answered as usual.
+
+    Attributes:
+        capacity: Calls that are answered at a time.
+        queue: Further calls that wait for a place.
+        retry_after: What the others are told, in seconds; None: nothing.
+        status: 503 or 429.
+    """
+
+    kind = "overload"
+    capacity: Annotated[int, Meta(ge=0, le=1_000_000)]
+    queue: Count = 0
+    retry_after: Seconds | None = None
+    status: Literal[429, 503] = 503
+
+    def __post_init__(self) -> None:
+        self._present = 0
+        self._places = asyncio.Semaphore(self.capacity)
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve, wait and serve, or turn away."""
+        if self._present >= self.capacity + (self.queue if self.capacity else 0):
+            code = "rate_limit_exceeded" if self.status == 429 else "server_is_overloaded"  # noqa: PLR2004
+            headers = {} if self.retry_after is None else {"Retry-After": f"{self.retry_after:g}"}
+            call.end("fault")
+            return call.reply_error(self.status, "the mock model is overloaded", code=code, headers=headers)
+        self._present += 1
+        try:
+            async with self._places:
+                return await call.serve()
+        finally:
+            self._present -= 1
+
+
+class Crash(Fault):
+    """The process ends at once."""
+
+    kind = "crash"
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """End it; where a test put something else in its place, the connection closes."""
+        call.end("fault")
+        call.machine.crash()
+        return call.hang_up()
+
+
+KINDS: dict[str, type[Fault]] = {
+    fault.kind: fault
+    for fault in (
+        Status,
+        Latency,
+        HangBeforeHeaders,
+        HangAfterHeaders,
+        SlowFirstToken,
+        Stall,
+        Cut,
+        NoDone,
+        NoFinish,
+        MalformedEvent,
+        ContentType,
+        Html,
+        ShortBody,
+        NotJson,
+        Drip,
+        Reset,
+        Refuse,
+        Overload,
+        Crash,
+    )
+}

@@ -1,0 +1,80 @@
+"""How long the model takes, alone and under load."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from mock_model.draws import draw
+
+# A batch at full size makes each decoding step take this many times as long as a batch of one.
+FULL_LOAD_FACTOR = 2.0
+
+
+class Load:
+    """The calls that are being answered, and those that wait for a place.
+
+    With a `capacity`, at most so many calls are answered at a time, the others wait in the order they came, and each
+    answer takes longer the more there are. Without one (0), each call is answered as if it were alone.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.running = 0
+        self.waiting = 0
+        self._places = asyncio.Semaphore(capacity) if capacity else None
+
+    def factor(self) -> float:
+        """By how much the load stretches each wait: 1 for a call that is alone, 2 at full capacity."""
+        if self.capacity <= 1 or self.running <= 1:
+            return 1.0
+        return 1.0 + (FULL_LOAD_FACTOR - 1.0) * (self.running - 1) / (self.capacity - 1)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Wait for a place and keep it while the call is answered."""
+        if self._places is not None:
+            self.waiting += 1
+            try:
+                await self._places.acquire()
+            finally:
+                self.waiting -= 1
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if self._places is not None:
+                self._places.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The time of each decoding step, in seconds.
+
+    Attributes:
+        seed: Decides the jitter.
+        first_token: Until the first token.
+        interval: Between two tokens.
+        jitter: The part of a wait, 0 to 1, by which it may be shorter or longer.
+    """
+
+    seed: int
+    first_token: float
+    interval: float
+    jitter: float
+
+    def wait(self, fingerprint: str, occurrence: int, step: int) -> float:
+        """The time before token number `step` (from 0) of a call, without load."""
+        base = self.interval if step else self.first_token
+        if not base or not self.jitter:
+            return base
+        return base * (1 + self.jitter * (2 * draw(self.seed, "pace", fingerprint, occurrence, step) - 1))
+
+    def total(self, fingerprint: str, occurrence: int, steps: int) -> float:
+        """The time of an unstreamed answer of so many tokens, without load."""
+        if not steps:
+            return 0.0
+        if not self.jitter:
+            return self.first_token + (steps - 1) * self.interval
+        return sum(self.wait(fingerprint, occurrence, step) for step in range(steps))

@@ -1,0 +1,178 @@
+"""Responses: a message or a function call as an item, or the named events that build it up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from mock_model.answer import CREATED, Answer, Event, Part, document, named_event
+from mock_model.errors import InvalidRequest
+from mock_model.text import Passage, Writer, count_tokens, texts_in
+
+
+class TextFormat(msgspec.Struct):
+    """The form a text must have."""
+
+    type: str
+    schema: dict[str, Any] | None = None
+
+
+class TextOptions(msgspec.Struct):
+    """What a caller wants of the text."""
+
+    format: TextFormat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What the model puts out: a text, or the arguments for a function."""
+
+    id: str
+    call_id: str
+    passage: Passage
+    function: str | None
+
+    def value(self, status: str, text: str | None = None) -> dict[str, Any]:
+        """The item in a response; its text is left out while it is being written (None)."""
+        if self.function is not None:
+            call = {"call_id": self.call_id, "name": self.function, "arguments": text or ""}
+            return {"id": self.id, "type": "function_call", "status": status, **call}
+        content = [] if text is None else [self.part(text)]
+        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    @staticmethod
+    def part(text: str) -> dict[str, Any]:
+        """A text as a part of the content."""
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+class ResponseRequest(msgspec.Struct):
+    """The body of `POST /v1/responses`; fields not named here are ignored."""
+
+    input: str | list[Any] | None = None
+    model: str | None = None
+    stream: bool | None = None
+    instructions: str | list[Any] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, Any] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: str | None = None
+
+    def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
+        """What the model says to it."""
+        item = self._item(fingerprint, writer)
+        cut = item.function is None and item.passage.cut
+        input_tokens = count_tokens(texts_in([self.instructions, self.input]))
+        output_tokens = len(item.passage.tokens)
+        usage = {
+            "input_tokens": input_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": output_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": input_tokens + output_tokens,
+        }
+        opened = self._response(model, fingerprint)
+        status = "incomplete" if cut else "completed"
+        closed = {
+            **opened,
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": [item.value(status, item.passage.text)],
+            "usage": usage,
+        }
+        return Answer(
+            body=b"" if self.stream else document(closed),
+            events=tuple(self._events(item, opened, closed)) if self.stream else (),
+            steps=output_tokens,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            finish_reasons=("length" if cut else "tool_calls" if item.function is not None else "stop",),
+        )
+
+    def _item(self, fingerprint: str, writer: Writer) -> Item:
+        tool = self._tool()
+        call_id = writer.name("call_", fingerprint)
+        if tool is not None:
+            passage = writer.write_json(tool.get("parameters"))
+            return Item(writer.name("fc_", fingerprint), call_id, passage, str(tool.get("name")))
+        form = self.text.format if self.text is not None else None
+        if form is not None and form.type in {"json_object", "json_schema"}:
+            passage = writer.write_json(form.schema, self.max_output_tokens)
+        else:
+            passage = writer.write(fingerprint, 0, self.max_output_tokens)
+        return Item(writer.name("msg_", fingerprint), call_id, passage, None)
+
+    def _tool(self) -> dict[str, Any] | None:
+        """The function to call: the one asked for, else the first, but never in answer to a function's result."""
+        functions = [tool for tool in self.tools or () if tool.get("type") == "function"]
+        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "function":
+            for tool in functions:
+                if tool.get("name") == self.tool_choice.get("name"):
+                    return tool
+            raise InvalidRequest(f"tool_choice: there is no tool {self.tool_choice.get('name')!r}", param="tool_choice")
+        last = self.input[-1] if isinstance(self.input, list) and self.input else None
+        answered = isinstance(last, dict) and last.get("type") == "function_call_output"
+        if self.tool_choice == "none" or answered:
+            return None
+        return functions[0] if functions else None
+
+    def _response(self, model: str, fingerprint: str) -> dict[str, Any]:
+        return {
+            "id": "resp_" + fingerprint,
+            "object": "response",
+            "created_at": CREATED,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata or {},
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "previous_response_id": self.previous_response_id,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": self.tool_choice or "auto",
+            "tools": self.tools or [],
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+
+    def _events(self, item: Item, opened: dict[str, Any], closed: dict[str, Any]) -> Iterator[Event]:
+        number = 0
+
+        def event(kind: str, stage: Part, fields: dict[str, Any]) -> Event:
+            nonlocal number
+            payload = {"type": kind, "sequence_number": number, **fields}
+            number += 1
+            return named_event(payload, stage, step=stage == "token")
+
+        text, status = item.passage.text, closed["status"]
+        place: dict[str, Any] = {"item_id": item.id, "output_index": 0}
+        yield event("response.created", "opening", {"response": opened})
+        yield event("response.in_progress", "opening", {"response": opened})
+        added = {"output_index": 0, "item": item.value("in_progress")}
+        yield event("response.output_item.added", "opening", added)
+        if item.function is not None:
+            for token in item.passage.tokens:
+                yield event("response.function_call_arguments.delta", "token", {**place, "delta": token})
+            done = {**place, "name": item.function, "arguments": text}
+            yield event("response.function_call_arguments.done", "closing", done)
+        else:
+            place["content_index"] = 0
+            yield event("response.content_part.added", "opening", {**place, "part": item.part("")})
+            for token in item.passage.tokens:
+                yield event("response.output_text.delta", "token", {**place, "delta": token, "logprobs": []})
+            yield event("response.output_text.done", "closing", {**place, "text": text, "logprobs": []})
+            yield event("response.content_part.done", "closing", {**place, "part": item.part(text)})
+        yield event("response.output_item.done", "closing", {"output_index": 0, "item": item.value(status, text)})
+        yield event(f"response.{status}", "finish", {"response": closed})

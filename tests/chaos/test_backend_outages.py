@@ -1,0 +1,290 @@
+"""A backend that is killed, frozen, restarted, refused, or goes and comes."""
+
+import asyncio
+from collections.abc import Sequence
+
+from chaos.load import Call, now, sent_between
+from chaos.processes import Gateway
+from chaos.promises import Verdict, all_good, at_least, at_most, attempts_per_request, quantile, share_good
+from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+
+RATE = 40.0
+LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
+"""An answer takes 0.42 s: always some under way."""
+
+
+def ended_by_one_event(calls: Sequence[Call], moment: float) -> Verdict:
+    """What became of the streams that had begun at a moment and did not end well."""
+    begun = [call for call in calls if call.first is not None and call.first < moment < call.ended]
+    events = [call.error_events for call in begun if call.outcome != "ok"]
+    return Verdict(
+        "each stream under way ends with one error event",
+        f"{len(begun)} under way, error events {events}",
+        bool(events) and all(number == 1 for number in events),
+    )
+
+
+async def seconds_until_down(gateway: Gateway) -> float:
+    """How long until /health says so."""
+    start = now()
+    async with asyncio.timeout(10):
+        while (await gateway.health())["status"] != "down":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return now() - start
+
+
+def refusals_are_fast(gateway: Gateway) -> Verdict:
+    """Measured in the gateway: on the way to the caller lies the machine."""
+    seconds = [line["seconds"] for line in gateway.requests() if line["outcome"] == "backend_unavailable"]
+    return at_most(f"p99 of {len(seconds)} refusals by an open breaker", quantile(seconds, 0.99), 0.05, " s")
+
+
+async def test_a_killed_backend_costs_nobody_more_than_an_error(start_arena: StartArena) -> None:
+    """SIGKILL for 3 s under 40 calls/s.
+
+    Every answer within deadline + 100 ms and well-formed; each stream under way ends with one error event; /health says
+    `down` within 1 probe interval (0.5 s) + 1 s; refusals take <= 50 ms; first success <= 1 s after the backend answers
+    its probe again; before and afterwards 0 failures; the counts agree; nothing is held.
+    """
+    arena = await start_arena(mock=LONG)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(2)
+        killed = now()
+        await arena.mock.kill()
+        noticed = await seconds_until_down(arena.gateway)
+        await asyncio.sleep(3 - noticed)
+        await arena.mock.start()
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1.5)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("/health says down after", noticed, 1.5, " s"),
+        all_good(sent_between(load.calls, 0, killed - 1), "callers before"),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        at_most(
+            "attempts per request while down",
+            attempts_per_request(sent_between(load.calls, killed, killed + 3)),
+            1.2,
+        ),
+        ended_by_one_event(load.calls, killed),
+        refusals_are_fast(arena.gateway),
+    )
+
+
+async def test_a_backend_that_crashes_is_found_again(start_arena: StartArena) -> None:
+    """The process ends from inside, in the middle of a call (the fault `crash`), and is started again.
+
+    First success <= 1 s after it answers its probe; 0 failures afterwards; every answer in time and well-formed.
+    """
+    arena = await start_arena()
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(1)
+        await arena.mock.faults({"kind": "crash"})
+        await arena.mock.wait()
+        await asyncio.sleep(1.5)
+        await arena.mock.start()
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    after = all_good(sent_between(load.calls, recovered, now()), "callers after")
+    await nothing_is_lost(arena, load.calls, recovery, after)
+
+
+async def test_three_restarts_in_a_row_are_each_recovered_from(start_arena: StartArena) -> None:
+    """SIGTERM, start, three times under 40 calls/s.
+
+    First success <= 1 s after each time the backend answers its probe; every answer in time and well-formed.
+    """
+    arena = await start_arena()
+    recoveries = []
+    async with arena.load(RATE) as load:
+        for _ in range(3):
+            await asyncio.sleep(1)
+            await arena.mock.stop()
+            await asyncio.sleep(0.5)
+            await arena.mock.start()
+            recoveries.append(await recovers(load, now()))
+        await asyncio.sleep(0.5)
+    await nothing_is_lost(arena, load.calls, *recoveries)
+
+
+async def test_a_frozen_backend_holds_nobody_beyond_the_deadline(start_arena: StartArena) -> None:
+    """SIGSTOP for 4 s, then SIGCONT, under 40 calls/s; timeouts 0.8 s, deadline 3 s.
+
+    Every answer within deadline + 100 ms, and none is another caller's; failures are 504 or, with the breaker open,
+    503; first success <= 1 s after SIGCONT; 0 failures afterwards.
+    """
+    arena = await start_arena(mock=LONG)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(2)
+        frozen = now()
+        arena.mock.freeze()
+        await asyncio.sleep(4)
+        arena.mock.thaw()
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1.5)
+    failures = {(call.status, call.outcome) for call in load.calls if call.outcome != "ok"}
+    streams_cut = (200, "backend_timeout")
+    allowed = {(504, "backend_timeout"), (503, "backend_unavailable"), streams_cut}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        Verdict(f"failures are among {sorted(allowed)}", f"{sorted(failures)}", bool(failures) and failures <= allowed),
+        ended_by_one_event(load.calls, frozen),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_a_backend_that_refuses_is_found_again(start_arena: StartArena) -> None:
+    """Nobody listens on the backend's port for 3 s (the fault `refuse`); its process lives and finishes what it has.
+
+    Attempts per request while refused <= 1.2; first success <= 1 s after the port is open again.
+    """
+    arena = await start_arena()
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(1)
+        refused = now()
+        await arena.mock.faults({"kind": "refuse", "with": {"seconds": 3}, "times": 1})
+        await asyncio.sleep(2)
+        open_again = await arena.answers(arena.mock)
+        recovery = await recovers(load, open_again)
+        recovered = now()
+        await asyncio.sleep(1)
+    while_refused = sent_between(load.calls, refused, open_again)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("attempts per request while refused", attempts_per_request(while_refused), 1.2),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_of_two_replicas_one_is_killed_and_nobody_sees_it(start_arena: StartArena) -> None:
+    """Two replicas, one SIGKILLed for 3 s and started again, under 40 calls/s.
+
+    0 failures, but for streams already committed: one error event each.
+    """
+    arena = await start_arena(mocks=2, mock=LONG)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(2)
+        killed = now()
+        await arena.mock.kill()
+        await asyncio.sleep(3)
+        await arena.mock.start()
+        await asyncio.sleep(2)
+    failed = [call for call in load.calls if call.outcome != "ok"]
+    committed = [call for call in failed if call.first is not None and call.first < killed + 0.1]
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict(
+            "only streams already committed fail, with one error event each",
+            f"{len(failed)} failures, {len(committed)} of them committed streams,"
+            f" error events {[call.error_events for call in committed]}",
+            len(failed) == len(committed) and all(call.error_events == 1 for call in committed),
+        ),
+    )
+
+
+async def test_a_flapping_backend_gives_its_up_time(start_arena: StartArena) -> None:
+    """Killed and started again eight times, 2 s down and 2 s up, under 40 calls/s.
+
+    Goodput >= 90 % of what was sent while it was up (from its first answer to a probe + 1 s of recovery); the breaker
+    opens once per flap and once for each open time (>= 0.8 s) that passes in it; every answer in time and well-formed.
+    """
+    arena = await start_arena()
+    ups: list[tuple[float, float]] = []
+    openings = 0.0
+    up = now()
+    async with arena.load(RATE) as load:
+        for _ in range(8):
+            await asyncio.sleep(2)
+            down = now()
+            ups.append((up, down))
+            await arena.mock.kill()
+            await asyncio.sleep(2)
+            await arena.mock.start()
+            up = now() + 1
+            openings += 1 + (now() - down) / 0.8
+        await asyncio.sleep(1.5)
+    opened = (await arena.gateway.metrics()).value("gateway_breaker_transitions_total", to="open")
+    while_up = [call for start, end in ups for call in sent_between(load.calls, start, end - 0.2)]
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        at_least(f"goodput of {len(while_up)} calls while up", share_good(while_up), 0.9),
+        at_most("times the breaker opened", opened, openings),
+    )
+
+
+async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(start_arena: StartArena) -> None:
+    """503 to everything for 12 s under 40 calls/s, then well.
+
+    Attempts per request <= 1.2; refusals take <= 50 ms; first success within the open time then running + 1 s (its
+    probe was good all the time, so that nothing but the open time can end it); 0 failures afterwards.
+    """
+    arena = await start_arena()
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(1)
+        broken = now()
+        await arena.mock.faults({"kind": "status", "with": {"status": 503}})
+        await asyncio.sleep(12)
+        health = await arena.gateway.health()
+        await arena.mock.faults()
+        healed = now()
+        open_for = health["downstream"]["backends"][0]["retry_in_seconds"] or 0.0
+        recovery = await recovers(load, healed, within=open_for + 1)
+        recovered = now()
+        await asyncio.sleep(1)
+    sent = sent_between(load.calls, broken, healed)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("attempts per request", attempts_per_request(sent), 1.2),
+        refusals_are_fast(arena.gateway),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_everything_down_for_a_minute_and_back(start_arena: StartArena) -> None:
+    """Both replicas killed for 60 s under 20 calls/s.
+
+    Attempts per request <= 1.2; the breakers open; refusals take <= 50 ms; /readyz stays 200; memory grows <= 20 MB;
+    first success <= 1 s after the first backend answers its probe again; 0 failures afterwards.
+    """
+    arena = await start_arena(mocks=2)
+    async with arena.load(RATE / 2) as load:
+        await asyncio.sleep(1)
+        memory = arena.gateway.memory()
+        killed = now()
+        await asyncio.gather(*(mock.kill() for mock in arena.mocks))
+        ready = []
+        while now() < killed + 60:
+            await asyncio.sleep(1)
+            ready.append(await arena.gateway.serves())
+        states = [backend["breaker"] for backend in (await arena.gateway.health())["downstream"]["backends"]]
+        sent = sent_between(load.calls, killed, now())
+        growth = (arena.gateway.memory() - memory) / 1e6
+        await arena.mock.start()
+        recovery = await recovers(load, now())
+        await arena.mocks[1].start()
+        recovered = now()
+        await asyncio.sleep(1.5)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("attempts per request", attempts_per_request(sent), 1.2),
+        Verdict("no breaker is closed after 60 s", f"{states}", "closed" not in states),
+        Verdict("/readyz answers 200 all the time", f"{ready.count(True)} of {len(ready)} looks", all(ready)),
+        at_most("memory grows", growth, 20, " MB"),
+        refusals_are_fast(arena.gateway),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )

@@ -1,0 +1,90 @@
+"""The gateway itself stops, under load."""
+
+import asyncio
+
+from chaos.load import now, sent_between
+from chaos.promises import Verdict, all_good, at_most
+from tests.chaos.verdict import StartArena, nothing_is_lost
+
+LONG = {"MOCK_TOKENS": "40", "MOCK_TOKEN_INTERVAL": "0.05"}
+"""An answer takes 2 s."""
+PATIENT = {"GATEWAY_ANSWER_TIMEOUT": "5", "GATEWAY_FIRST_TOKEN_TIMEOUT": "5"}
+
+
+async def test_a_gateway_that_is_told_to_stop_loses_nothing(start_arena: StartArena) -> None:
+    """SIGTERM under 20 calls/s of 2 s each, with a grace of 8 s.
+
+    0 of the requests under way are lost; new ones get 503 `gateway_draining` with Retry-After; /readyz is 503 within
+    0.5 s; the exit code is 0, at most 2 s after the last request under way could end (2 s).
+    """
+    arena = await start_arena(mock=LONG, gateway={**PATIENT, "GATEWAY_SHUTDOWN_GRACE": "8"})
+    async with arena.load(20, deadline=6) as load:
+        await asyncio.sleep(2.5)
+        told = now()
+        stopping = asyncio.create_task(arena.gateway.stop())
+        await asyncio.sleep(0.5)
+        ready = await arena.gateway.serves()
+        await asyncio.sleep(0.5)
+    code = await stopping
+    took = now() - told
+    before = sent_between(load.calls, 0, told - 0.1)
+    after = sent_between(load.calls, told + 0.1, now())
+    kinds = {(call.status, call.outcome, call.retry_after) for call in after}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(before, "requests under way"),
+        Verdict("new ones are told to come again", f"{kinds}", kinds == {(503, "gateway_draining", "1")}),
+        Verdict("/readyz says so", f"{ready}", not ready),
+        Verdict("exit code", f"{code}", code == 0),
+        at_most("time to stop", took, 4.0, " s"),
+    )
+
+
+async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(start_arena: StartArena) -> None:
+    """SIGTERM under 20 calls/s of 2 s each, with a grace of 0.5 s.
+
+    Each request that is cut off gets `gateway_draining`: 503, or one error event in a stream; the exit code is 0, at
+    most 3 s after SIGTERM (grace, 1 s for the last words, 1.5 s for the machine).
+    """
+    arena = await start_arena(mock=LONG, gateway={**PATIENT, "GATEWAY_SHUTDOWN_GRACE": "0.5"})
+    async with arena.load(20, deadline=6, total=50) as load:
+        while len(arena.mock.arrivals()) < 50:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        told = now()
+        code = await arena.gateway.stop()
+        took = now() - told
+    cut = [call for call in load.calls if call.outcome != "ok"]
+    kinds = {(call.kind, call.status, call.outcome, call.error_events) for call in cut}
+    allowed = {("answer", 503, "gateway_draining", 0), ("stream", 200, "gateway_draining", 1)}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict("typed errors alone", f"{len(cut)} cut off: {sorted(kinds, key=str)}", kinds == allowed),
+        Verdict("exit code", f"{code}", code == 0),
+        at_most("time to stop", took, 3.0, " s"),
+    )
+
+
+async def test_a_rolling_restart_of_two_gateways_loses_nothing(start_arena: StartArena) -> None:
+    """Two gateways are restarted one after the other (SIGTERM, start) under 30 calls/s.
+
+    The callers go to the other gateway when one refuses or drains: 0 failures; both exit codes are 0.
+    """
+    arena = await start_arena(gateways=2, mock={"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"})
+    codes = []
+    async with arena.load(30) as load:
+        for gateway in arena.gateways:
+            await asyncio.sleep(1.5)
+            codes.append(await gateway.stop())
+            await asyncio.sleep(0.5)
+            await gateway.start()
+        await asyncio.sleep(1)
+    moved = sum(call.drained for call in load.calls)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(load.calls),
+        Verdict("exit codes", f"{codes}; {moved} calls were told to go elsewhere", codes == [0, 0]),
+    )

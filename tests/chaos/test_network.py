@@ -1,0 +1,139 @@
+"""The network between gateway and backend: black holes, resets, names that do not resolve."""
+
+import asyncio
+
+from chaos.load import now, sent_between
+from chaos.processes import LOOPBACK
+from chaos.promises import Verdict, all_good, at_most, attempts_per_request
+from chaos.proxy import Network
+from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+
+RATE = 30.0
+LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
+
+
+async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(start_arena: StartArena) -> None:
+    """Connects are dropped for 3 s (0.3 s connect timeout), on an idle gateway, so that no connection is kept.
+
+    Failures are 504 `backend_timeout` of the timer `connect`, or 503 with the breaker open; not one prompt arrives;
+    first success <= 1 s after the network is good.
+    """
+    arena = await start_arena(proxied=True)
+    await arena.proxy.be(Network.NO_CONNECT)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(3)
+        failures = {(call.status, call.outcome, call.param) for call in load.calls}
+        arrived = len(arena.mock.arrivals())
+        await arena.proxy.be(Network.GOOD)
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    allowed = {(504, "backend_timeout", "connect"), (503, "backend_unavailable", None)}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        Verdict("the connect timer and then the breaker", f"{sorted(failures, key=str)}", failures == allowed),
+        at_most("prompts that arrived", arrived, 0),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartArena) -> None:
+    """Every byte is lost for 4 s under 30 calls/s: on new connections and in the middle of streams.
+
+    Before the headers the timer is `answer` or, for streams, `first_token`; in a stream that has begun it is `idle`,
+    told by one error event; every answer within deadline + 100 ms; first success <= 1 s after the network is good.
+    """
+    arena = await start_arena(proxied=True, mock=LONG)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(2)
+        lost = now()
+        await arena.proxy.be(Network.SWALLOWS)
+        await asyncio.sleep(4)
+        await arena.proxy.be(Network.GOOD)
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    timers = {(call.kind, call.status, call.param) for call in load.calls if call.outcome == "backend_timeout"}
+    expected = {("answer", 504, "answer"), ("stream", 504, "first_token"), ("stream", 200, "idle")}
+    begun = [call for call in load.calls if call.first is not None and call.first < lost < call.ended]
+    failed = [call.error_events for call in begun if call.outcome != "ok"]
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        # An unstreamed answer that was being written when the bytes began to be lost stands still: the idle timer.
+        Verdict(
+            "the timer of each phase",
+            f"{sorted(timers, key=str)}",
+            expected <= timers <= expected | {("answer", 504, "idle"), ("stream", 504, "idle")},
+        ),
+        Verdict("a stream that has begun ends with one error event", f"{failed}", bool(failed) and set(failed) == {1}),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(start_arena: StartArena) -> None:
+    """The backend dies and its name vanishes for 3 s; then it is back under another address, as a container is.
+
+    Failures are 502 `backend_connection_error` or 503; attempts per request <= 1.2; first success <= 1 s after the new
+    address answers and resolves.
+    """
+    arena = await start_arena(named=True)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(1)
+        gone = now()
+        arena.resolve(None)
+        await arena.mock.kill()
+        await asyncio.sleep(3)
+        back = await arena.add_mock(host="127.0.0.2", port=arena.mock.port)
+        arena.resolve(back.host)
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    down = sent_between(load.calls, gone, recovered)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("attempts per request while gone", attempts_per_request(down), 1.2),
+        Verdict("the new address took the calls", f"{len(back.arrivals())} arrivals", bool(back.arrivals())),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_a_name_that_vanishes_while_its_backend_lives(start_arena: StartArena) -> None:
+    """DNS fails for 4 s; connections that are kept need none, later ones do: the addresses are asked for again.
+
+    Every answer in time and well-formed; first success <= 1 s after the name resolves again.
+    """
+    arena = await start_arena(named=True)
+    arena.resolve(None)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(2)
+        arena.resolve(LOOPBACK)
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    await nothing_is_lost(
+        arena, load.calls, recovery, all_good(sent_between(load.calls, recovered, now()), "callers after")
+    )
+
+
+async def test_resets_before_the_headers_are_retried(start_arena: StartArena) -> None:
+    """Every tenth call is broken by a TCP RST before its headers, 120 calls.
+
+    0 failures for callers: each is sent again; no call is sent twice that was answered (the counts agree).
+    """
+    arena = await start_arena(gateway={"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"})
+    await arena.mock.faults({"kind": "reset", "rate": 0.1})
+    async with arena.load(RATE, total=120) as load:
+        await load.all_sent(30)
+    broken = sum(entry["fault"] == "reset" for entry in arena.mock.arrivals())
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict("calls that were broken", f"{broken}", broken > 0),
+        all_good(load.calls),
+    )

@@ -1,0 +1,200 @@
+"""More calls than the backend can take, rate limits, slow answers, and callers who retry on top."""
+
+import asyncio
+
+from chaos.load import Call, good, now, sent_between
+from chaos.processes import Gateway
+from chaos.promises import Verdict, all_good, at_least, at_most, attempts_per_request, quantile
+from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+
+SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}
+"""An answer takes 0.24 s, and with all places taken twice that."""
+PEAK, DOUBLE = 15.0, 32.0
+"""Calls per second: just under what eight places can answer (8 / 0.48 s), and twice that."""
+
+
+def goodput(calls: list[Call], start: float, end: float) -> float:
+    """Good answers per second."""
+    return len([call for call in good(calls) if start <= call.ended < end]) / (end - start)
+
+
+async def highest(gateway: Gateway, name: str, seconds: float) -> float:
+    """The highest value of a gauge meanwhile."""
+    values = []
+    end = now() + seconds
+    while now() < end:
+        values.append((await gateway.metrics()).value(name))
+        await asyncio.sleep(0.1)
+    return max(values)
+
+
+async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> None:
+    """A model with 8 places, a gateway with 8 slots and 8 places in its queue; 15 calls/s for 5 s, then 32 for 12 s.
+
+    Goodput at twice the load >= 90 % of the peak; the rest is refused with 503 `gateway_overloaded` and Retry-After,
+    in <= 50 ms (p99 in the gateway); the queue never holds more than 8; every answer within deadline + 100 ms.
+    """
+    arena = await start_arena(
+        mock={**SLOW, "MOCK_MAX_CONCURRENCY": "8"},
+        gateway={
+            "GATEWAY_MAX_IN_FLIGHT": "8",
+            "GATEWAY_MAX_QUEUE": "8",
+            "GATEWAY_FIRST_TOKEN_TIMEOUT": "3",
+            "GATEWAY_ANSWER_TIMEOUT": "3",
+        },
+    )
+    async with arena.load(PEAK) as load:
+        start = now()
+        await asyncio.sleep(6)
+        peak = goodput(load.calls, start + 1, start + 6)
+    calls = list(load.calls)
+    async with arena.load(DOUBLE, prefix="double") as load:
+        start = now()
+        queued = await highest(arena.gateway, "gateway_queued_requests", 12)
+        double = goodput(load.calls, start + 2, now())
+    calls += load.calls
+    refused = [call for call in calls if call.outcome != "ok"]
+    lines = [line["seconds"] for line in arena.gateway.requests() if line["outcome"] == "gateway_overloaded"]
+    told = [call for call in refused if call.outcome == "gateway_overloaded" and call.retry_after]
+    await nothing_is_lost(
+        arena,
+        calls,
+        at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.9),
+        Verdict(
+            "the rest is refused, with Retry-After", f"{len(told)} of {len(refused)}", 0 < len(told) == len(refused)
+        ),
+        at_most("p99 of a refusal", quantile(lines, 0.99), 0.05, " s"),
+        at_most("requests in the queue", queued, 8),
+    )
+
+
+async def test_a_backend_that_sheds_is_used_to_its_capacity(start_arena: StartArena) -> None:
+    """The backend itself has 4 places and turns the rest away with 429 and Retry-After 0.2 s; 15 calls/s, then 32.
+
+    Goodput at twice the load >= 90 % of the peak; attempts per request <= 1.2, the retry budget; the breaker stays
+    closed (429 is no failure of the backend).
+    """
+    arena = await start_arena(mock=SLOW)
+    overload = {"capacity": 4, "retry_after": 0.2, "status": 429}
+    await arena.mock.faults({"kind": "overload", "with": overload})
+    async with arena.load(PEAK) as load:
+        start = now()
+        await asyncio.sleep(6)
+        peak = goodput(load.calls, start + 1, start + 6)
+    calls = list(load.calls)
+    async with arena.load(DOUBLE, prefix="double") as load:
+        start = now()
+        await asyncio.sleep(12)
+        double = goodput(load.calls, start + 2, now())
+    calls += load.calls
+    opened = (await arena.gateway.metrics()).value("gateway_breaker_transitions_total", to="open")
+    await nothing_is_lost(
+        arena,
+        calls,
+        at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.9),
+        at_most("attempts per request", attempts_per_request(calls), 1.2),
+        at_most("times the breaker opened", opened, 0),
+    )
+
+
+async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: StartArena) -> None:
+    """429 to everything, Retry-After an hour, for 4 s under 30 calls/s, then well.
+
+    Attempts per request 1.0; each answer carries that Retry-After, and no `x-should-retry`; first success <= 1 s after
+    the backend is well; 0 failures afterwards.
+    """
+    arena = await start_arena()
+    async with arena.load(30) as load:
+        await asyncio.sleep(1)
+        limit = {"status": 429, "headers": {"retry-after": "3600"}}
+        await arena.mock.faults({"kind": "status", "with": limit})
+        await asyncio.sleep(4)
+        await arena.mock.faults()
+        recovery = await recovers(load, now())
+        recovered = now()
+        await asyncio.sleep(1)
+    limited = [call for call in load.calls if call.outcome != "ok"]
+    as_it_came = [c for c in limited if (c.status, c.retry_after, c.should_retry) == (429, "3600", None)]
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        recovery,
+        at_most("attempts per request", attempts_per_request(load.calls), 1.0),
+        Verdict("429 as it came", f"{len(as_it_came)} of {len(limited)}", 0 < len(as_it_came) == len(limited)),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_a_short_retry_after_is_waited_for(start_arena: StartArena) -> None:
+    """20 % of the calls get 429 with `retry-after-ms: 300`, 90 calls, one replica.
+
+    0 failures; no retry arrives earlier than 0.3 s after the attempt before it.
+    """
+    arena = await start_arena(gateway={"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_MAX_ATTEMPTS": "6"})
+    limit = {"status": 429, "headers": {"retry-after-ms": "300"}}
+    await arena.mock.faults({"kind": "status", "with": limit, "rate": 0.2})
+    async with arena.load(30, total=90, deadline=8) as load:
+        await load.all_sent(60)
+    arrivals: dict[str, list[float]] = {}
+    for entry in arena.mock.arrivals():
+        arrivals.setdefault(entry["request_id"], []).append(entry["time"])
+    gaps = [later - first for times in arrivals.values() for first, later in zip(times, times[1:], strict=False)]
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(load.calls),
+        at_least(f"the shortest of {len(gaps)} waits", min(gaps), 0.3, " s"),
+    )
+
+
+async def test_a_slow_drip_ends_at_the_deadline(start_arena: StartArena) -> None:
+    """Every answer comes 20 bytes at a time, each 50 ms; the idle timeout is 0.3 s, the deadline 3 s; 10 calls/s, 6 s.
+
+    Nobody waits longer than deadline + 100 ms; no failure is the idle timer's, since bytes flow; memory grows <= 20 MB.
+    """
+    arena = await start_arena(
+        mock={"MOCK_TOKENS": "200"},
+        gateway={
+            "GATEWAY_IDLE_TIMEOUT": "0.3",
+            "GATEWAY_FIRST_TOKEN_TIMEOUT": "10",
+            "GATEWAY_ANSWER_TIMEOUT": "10",
+            "GATEWAY_BREAKER_FAILURES": "1000",
+        },
+    )
+    memory = arena.gateway.memory()
+    await arena.mock.faults({"kind": "drip", "with": {"bytes": 20, "interval": 0.05}})
+    async with arena.load(10, total=60) as load:
+        await load.all_sent(60)
+    ends = {(call.kind, call.status, call.outcome, call.error_events) for call in load.calls}
+    growth = (arena.gateway.memory() - memory) / 1e6
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict(
+            "all end by the deadline, streams with one error event",
+            f"{sorted(ends, key=str)}",
+            ends == {("answer", 504, "deadline_exceeded", 0), ("stream", 200, "deadline_exceeded", 1)},
+        ),
+        at_most("memory grows", growth, 20, " MB"),
+    )
+
+
+async def test_callers_who_retry_as_the_sdks_do_do_not_multiply_the_attempts(start_arena: StartArena) -> None:
+    """503 to everything for 6 s under 20 calls/s; each caller sends its call again up to twice, as the SDKs do.
+
+    Attempts per call that somebody meant to make <= 1.2; no call is repeated that had an attempt.
+    """
+    arena = await start_arena()
+    await arena.mock.faults({"kind": "status", "with": {"status": 503}})
+    async with arena.load(20, total=120, sdk_retries=2) as load:
+        await load.all_sent(60)
+    meant = [call for call in load.calls if "-again-" not in call.id]
+    repeated = {call.id.partition("-again-")[0] for call in load.calls if "-again-" in call.id}
+    tried = [call.id for call in meant if call.tries and call.id in repeated]
+    attempts = sum(len(call.tries) for call in load.calls)
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        at_most(f"attempts per call of {len(meant)}", attempts / len(meant), 1.2),
+        at_most("calls repeated although an attempt was made", len(tried), 0),
+    )

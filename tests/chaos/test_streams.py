@@ -1,0 +1,156 @@
+"""Every way in which an answer can be spoiled, before commit (nobody sees it) and after (one error event)."""
+
+from typing import Any
+
+import pytest
+
+from chaos.load import Call
+from chaos.promises import Verdict, all_good, at_most
+from tests.chaos.verdict import StartArena, nothing_is_lost
+
+PATIENT = {"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"}
+"""Retries alone are looked at: neither budget nor breaker ends them."""
+RATE = 30.0
+TOTAL = 45
+PART = 0.3
+AFTER = 4
+"""Events before a fault that comes after commit: the opening, which has no content, and three tokens."""
+
+
+def fault(kind: str, **details: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"kind": kind, "with": details, "rate": PART}
+
+
+BEFORE = {
+    "reset": fault("reset"),
+    "hang-before-headers": fault("hang_before_headers"),
+    "hang-after-headers": fault("hang_after_headers"),
+    "slow-first-token": fault("slow_first_token", delay=5),
+    "stall": fault("stall", after_events=1),
+    "cut-by-end": fault("cut", after_events=1, how="end"),
+    "cut-by-reset": fault("cut", after_events=1, how="reset"),
+    "cut-inside-event": fault("cut", after_events=1, how="reset", where="inside_event"),
+    "cut-inside-character": fault("cut", after_events=1, how="end", where="inside_character"),
+    "malformed-event": fault("malformed_event", after_events=1),
+    "short-body": fault("short_body", bytes=20),
+    "html": fault("html"),
+    "not-json": fault("not_json"),
+    "wrong-content-type": fault("content_type", value="text/plain"),
+    "error-500": fault("status", status=500),
+    "error-502-html": fault("status", status=502, body="<html>Bad Gateway</html>"),
+    "error-503": fault("status", status=503),
+    "rate-limited": fault("status", status=429, headers={"retry-after-ms": "100"}),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, name: str) -> None:
+    """30 % of one replica's calls are spoiled, 45 calls, half of them streams; the other replica is well.
+
+    0 failures; each spoiled call was sent again once, to the other replica (one that was reset on a kept connection
+    goes to the same replica on a new one first, since such a connection may just have been old: at most 3 attempts).
+    """
+    arena = await start_arena(mocks=2, gateway=PATIENT)
+    await arena.mock.faults(BEFORE[name])
+    async with arena.load(RATE, total=TOTAL) as load:
+        await load.all_sent(60)
+    spoiled = [entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]]
+    tries = {call.id: len(call.tries) for call in load.calls}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(load.calls),
+        Verdict(
+            "each spoiled call was sent once more",
+            f"{len(spoiled)} spoiled, attempts {[tries[one] for one in spoiled]}",
+            bool(spoiled) and all(tries[one] == 2 or (name == "reset" and tries[one] == 3) for one in spoiled),
+        ),
+    )
+
+
+CUT = (200, "backend_invalid_response", None)
+AFTER_COMMIT = {
+    "cut-by-end": (fault("cut", after_events=AFTER, how="end"), CUT),
+    "cut-by-reset": (fault("cut", after_events=AFTER, how="reset"), CUT),
+    "cut-inside-event": (fault("cut", after_events=AFTER, how="end", where="inside_event"), CUT),
+    "cut-inside-character": (fault("cut", after_events=AFTER, how="reset", where="inside_character"), CUT),
+    "malformed-event": (fault("malformed_event", after_events=AFTER), CUT),
+    "no-finish": (fault("no_finish"), CUT),
+    "short-body": (fault("short_body"), CUT),
+    "stall": (fault("stall", after_events=AFTER), (200, "backend_timeout", "idle")),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_COMMIT)
+async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, name: str) -> None:
+    """30 % of the streams are spoiled after three tokens, 45 calls; two replicas could take a retry, and must not.
+
+    Exactly the spoiled streams fail: with the beginning of their own text, one error event and no `[DONE]`; each took
+    one attempt; 0 failures else.
+    """
+    script, expected = AFTER_COMMIT[name]
+    arena = await start_arena(mocks=2, gateway=PATIENT)
+    for mock in arena.mocks:
+        await mock.faults({**script, "match": {"stream": True}})
+    async with arena.load(RATE, total=TOTAL) as load:
+        await load.all_sent(60)
+    spoiled = {entry["request_id"] for mock in arena.mocks for entry in mock.arrivals() if entry["fault"]}
+    failed = [call for call in load.calls if call.outcome != "ok"]
+    kinds = {_seen(call) for call in failed}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict(
+            "exactly the spoiled streams fail",
+            f"{len(spoiled)} spoiled, {len(failed)} failed",
+            bool(spoiled) and spoiled == {call.id for call in failed},
+        ),
+        Verdict(f"each as {expected}, with one error event", f"{kinds}", kinds == {(*expected, 1, True)}),
+        at_most("attempts of a spoiled stream", max((len(call.tries) for call in failed), default=0), 1),
+    )
+
+
+def _seen(call: Call) -> tuple[int | None, str, str | None, int, bool]:
+    return call.status, call.outcome, call.param, call.error_events, call.events > 0
+
+
+@pytest.mark.parametrize("name", AFTER_COMMIT)
+async def test_a_stream_that_is_held_back_is_retried_whole(start_arena: StartArena, name: str) -> None:
+    """The same faults, but the callers ask for `x-gateway-commit: complete`, and the other replica is well.
+
+    0 failures; each spoiled stream was sent again once.
+    """
+    script, _ = AFTER_COMMIT[name]
+    arena = await start_arena(mocks=2, gateway=PATIENT)
+    await arena.mock.faults({**script, "match": {"stream": True}})
+    async with arena.load(RATE, total=TOTAL, headers={"x-gateway-commit": "complete"}) as load:
+        await load.all_sent(60)
+    spoiled = [entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]]
+    tries = {call.id: len(call.tries) for call in load.calls}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(load.calls),
+        Verdict(
+            "each spoiled stream was sent once more",
+            f"{len(spoiled)} spoiled, attempts {[tries[one] for one in spoiled]}",
+            bool(spoiled) and all(tries[one] == 2 for one in spoiled),
+        ),
+    )
+
+
+@pytest.mark.parametrize("script", [fault("no_done"), fault("drip", bytes=200, interval=0.01)], ids=["no-done", "drip"])
+async def test_what_is_odd_but_whole_is_no_failure(start_arena: StartArena, script: dict[str, Any]) -> None:
+    """Streams without `[DONE]`, or that come in small pieces: 0 failures, 1 attempt per request; `[DONE]` is there."""
+    arena = await start_arena(gateway=PATIENT)
+    await arena.mock.faults(script)
+    async with arena.load(RATE, total=TOTAL) as load:
+        await load.all_sent(60)
+    odd = sum(entry["fault"] is not None for entry in arena.mock.arrivals())
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        all_good(load.calls),
+        Verdict("odd answers", f"{odd}", odd > 0),
+        at_most("attempts", sum(len(call.tries) for call in load.calls), TOTAL),
+    )

@@ -1,0 +1,30 @@
+"""`make bench` works: not how fast, only that it measures and says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench.chart import Result
+from bench.processes import ROOT
+from bench.systems import BARE, GATEWAY
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bench pins processes and reads /proc")
+def test_a_quick_bench_measures_and_saves_what_it_measured(tmp_path: Path) -> None:
+    options = ["--quick", "--only", "first-token", "--systems", BARE, GATEWAY, "--results", str(tmp_path)]
+    bench = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "bench", *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=55
+    )
+    assert bench.returncode == 0, bench.stderr
+    assert "added time to first token / bare's" in bench.stdout
+    (saved,) = tmp_path.glob("*.json")
+    assert saved.with_suffix(".svg").read_text().startswith("<svg")
+    result = msgspec.json.decode(saved.read_bytes(), type=Result)
+    assert not result.problems
+    assert {(sample.measure, sample.system) for sample in result.samples} == {
+        ("first token", name) for name in (BARE, GATEWAY, "(direct)")
+    }
+    assert all(sample.values["added_p50"] > 0 for sample in result.samples if sample.system != "(direct)")

@@ -1,0 +1,477 @@
+"""A stop: the listener stays open, what is under way ends well or with a typed error, and the process ends in time."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gateway.serve import LAST_WORDS, drain
+from gateway.telemetry.tracing import LAST_EXPORT
+from mock_model.serve import MockModel
+from tests.integration.backends_raw import (
+    ANSWER,
+    END,
+    STREAM_HEAD,
+    RawBackend,
+    RawCall,
+    StartRaw,
+    chunk,
+    event,
+    raw_backends,
+)
+from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway
+from tests.integration.sse import DONE, Events
+from tests.integration.wire import PATIENCE, Wire, dial, post, until
+
+ROOT = Path(__file__).parents[2]
+LONG = 600.0
+SHORT = 0.3
+INTERPRETER = 8.0
+"""Seconds a busy machine may add to the end of a process."""
+ROLE, WORD, FINISH = chunk(), chunk("word "), chunk(finish="stop")
+CREATED = event({"type": "response.created", "sequence_number": 0, "response": {}}, name="response.created")
+DELTA = event({"type": "response.output_text.delta", "sequence_number": 1, "delta": "word"}, name="x")
+ALIVE = b"GET /livez HTTP/1.1\r\nhost: gateway\r\n\r\n"
+READY = b"GET /readyz HTTP/1.1\r\nhost: gateway\r\n\r\n"
+MODELS = b"GET /v1/models HTTP/1.1\r\nhost: gateway\r\n\r\n"
+STREAM = CHAT | {"stream": True}
+RESPONSE = {"model": "demo-model", "input": "Say something.", "stream": True}
+
+
+@pytest.fixture
+async def start_raw() -> AsyncIterator[StartRaw]:
+    async with raw_backends() as start:
+        yield start
+
+
+@pytest.fixture
+def black_hole() -> Iterator[str]:
+    """A collector that takes connections and never says a word."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=128)) as silent:
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
+class Gated:
+    """A backend's play: it begins to answer and waits for `go` before the rest.
+
+    Attributes:
+        left: how many calls the gateway has closed before they were whole.
+    """
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.left = 0
+
+    async def __call__(self, call: RawCall) -> None:
+        asked = json.loads(call.body)
+        if "input" in asked:
+            await call.send(STREAM_HEAD)
+            await call.events(CREATED, DELTA)
+        elif asked.get("stream"):
+            await call.send(STREAM_HEAD)
+            await call.events(ROLE, WORD)
+        gone = asyncio.create_task(call.left())
+        going = asyncio.create_task(self.go.wait())
+        await asyncio.wait({gone, going}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        going.cancel()
+        await asyncio.gather(gone, going, return_exceptions=True)
+        if not self.go.is_set():
+            self.left += 1
+        elif asked.get("stream"):
+            await call.events(FINISH, DONE)
+            await call.send(END)
+        else:
+            await call.answer()
+
+
+class Process:
+    """`python -m gateway`, as a container runs it.
+
+    Attributes:
+        log: what it said after its start, once it has ended.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, session: aiohttp.ClientSession) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = ""
+        self._process = process
+        self._session = session
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self._process.send_signal(number)
+
+    async def exit_code(self, seconds: float = PATIENCE) -> int:
+        """Wait until it has ended by itself."""
+        assert self._process.stderr is not None
+        async with asyncio.timeout(seconds):
+            self.log = (await self._process.stderr.read()).decode()
+            return await self._process.wait()
+
+    async def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> Answer:
+        async with asyncio.timeout(PATIENCE), self._session.post(self.url + path, json=body) as response:
+            return Answer(response.status, dict(response.headers), await response.read())
+
+    async def get(self, path: str) -> Answer:
+        async with asyncio.timeout(PATIENCE), self._session.get(self.url + path) as response:
+            return Answer(response.status, dict(response.headers), await response.read())
+
+    async def health(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((await self.get("/health")).body)
+        return document
+
+    async def not_ready(self) -> Answer:
+        """The answer of `/readyz` once the signal has been seen."""
+        async with asyncio.timeout(PATIENCE):
+            while (answer := await self.get("/readyz")).status == 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return answer
+
+    async def queued(self, requests: int) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while (await self.health())["queued"] < requests:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(backend: RawBackend, **settings: object) -> AsyncIterator[Process]:
+    """A process that serves; each request of the test opens a connection of its own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "OTEL_"))}
+    own = {
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "GATEWAY_BACKEND_URLS": backend.url,
+        "GATEWAY_SHUTDOWN_GRACE": LONG,
+        **settings,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", cwd=ROOT, env=inherited | {name: str(value) for name, value in own.items()},
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        port = 0
+        async with asyncio.timeout(30):
+            while not port:
+                line = (await process.stderr.readline()).decode()
+                assert line, "the gateway has ended"
+                if "listens on http://127.0.0.1:" in line:
+                    port = int(line.partition("http://127.0.0.1:")[2].partition(",")[0])
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+            yield Process(process, port, session)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def assert_draining(answer: Answer) -> None:
+    """A refusal of a gateway that stops: come again, elsewhere."""
+    assert (answer.status, answer.error["code"]) == (503, "gateway_draining")
+    assert set(answer.error) == {"message", "type", "param", "code"}
+    assert answer.error["type"] == "server_error"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "x-should-retry" not in answer.headers
+
+
+async def is_closed(wire: Wire) -> bool:
+    """Wait until the gateway has closed the connection; whether nothing came before that."""
+    return await wire.rest() == b""
+
+
+async def refused(wire: Wire, message: bytes) -> None:
+    """A request that a stopping gateway refuses, closing a connection that its caller would have kept."""
+    await wire.send(message)
+    answer = await wire.answer()
+    assert_draining(answer)
+    assert answer.headers["connection"] == "close"
+    assert await is_closed(wire)
+
+
+# While it drains
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_process_that_is_told_to_stop_finishes_what_is_under_way_and_refuses_the_rest(
+    start_raw: StartRaw, number: signal.Signals
+) -> None:
+    backend = await start_raw(gated := Gated())
+    async with running(backend) as process, dial(process.url) as kept, asyncio.TaskGroup() as group:
+        await kept.send(ALIVE)
+        assert (await kept.answer()).status == 200
+        plain = group.create_task(process.post(CHAT))
+        stream = group.create_task(process.post(STREAM))
+        await backend.called(2)
+
+        process.signal(number)
+        assert_draining(await process.not_ready())
+        for message in (READY, MODELS, post(), post(json.dumps(STREAM).encode())):
+            async with dial(process.url) as fresh:
+                await refused(fresh, message)
+        await refused(kept, post())
+        assert (await process.get("/livez")).status == 200
+        assert (await process.health())["draining"] is True
+        assert len(backend.calls) == 2, "the backend hears nothing of those who come now"
+        assert not plain.done()
+        assert not stream.done()
+
+        gated.go.set()
+        assert await process.exit_code() == 0
+        answer = await plain
+        assert (answer.status, answer.body) == (200, ANSWER)
+        answer = await stream
+        assert (answer.status, answer.body) == (200, ROLE + WORD + FINISH + DONE)
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await process.get("/livez")
+    assert gated.left == 0
+
+
+async def test_those_who_queue_are_refused_and_those_in_flight_are_not(start_raw: StartRaw) -> None:
+    backend = await start_raw(gated := Gated())
+    settings = {"GATEWAY_MAX_IN_FLIGHT": 1, "GATEWAY_QUEUE_TIMEOUT": LONG}
+    async with running(backend, **settings) as process, asyncio.TaskGroup() as group:
+        first = group.create_task(process.post(CHAT))
+        await backend.called(1)
+        async with dial(process.url) as one, dial(process.url) as two:
+            queued = [
+                asyncio.create_task(refused(one, post())),
+                asyncio.create_task(refused(two, post(json.dumps(STREAM).encode()))),
+            ]
+            await process.queued(2)
+            process.signal()
+            await asyncio.gather(*queued)
+        assert not first.done()
+        gated.go.set()
+        assert (await first).body == ANSWER
+        assert await process.exit_code() == 0
+    assert len(backend.calls) == 1
+
+
+async def test_a_process_with_nothing_under_way_ends_at_once(start_raw: StartRaw) -> None:
+    backend = await start_raw(Gated())
+    async with running(backend) as process, dial(process.url) as idle:
+        await idle.send(ALIVE)
+        assert (await idle.answer()).status == 200
+        process.signal()
+        assert await process.exit_code() == 0, "an idle connection holds up nothing"
+        assert await is_closed(idle)
+
+
+async def test_a_request_whose_body_is_still_on_its_way_is_refused(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    message = post()
+    async with dial(gateway.url) as wire:
+        await wire.send(message[:-10])
+        await until(lambda: len(gateway.parts.running) == 1)
+        draining = asyncio.create_task(drain(gateway.parts, LONG, asyncio.Event()))
+        await until(lambda: gateway.parts.admission.draining)
+        await wire.send(message[-10:])
+        assert_draining(await wire.answer())
+        await draining
+    assert mock.journal.total == 0
+
+
+async def test_a_stop_waits_until_a_slow_caller_has_taken_the_end_of_his_answer(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    async def talk(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        await call.events(ROLE, WORD)
+        await ready.wait()
+        await call.events(large, FINISH, DONE)
+        await call.send(END)
+
+    ready = asyncio.Event()
+    large = chunk("x" * 50_000)
+    gateway = await start_gateway((await start_raw(talk)).url)
+    async with dial(gateway.url, receive_buffer=4_096) as wire:
+        await wire.send(post(json.dumps(STREAM).encode()))
+        assert (await wire.head())[0] == 200
+        assert gateway.limit_send_buffers(4_096) == 1
+        ready.set()
+        await until(lambda: not len(gateway.parts.running))
+        draining = asyncio.create_task(drain(gateway.parts, LONG, asyncio.Event()))
+        await asyncio.sleep(SHORT)
+        assert not draining.done(), "most of the answer is still here"
+        taken = b""
+        while not taken.endswith(END):
+            taken += await wire.some(1)
+        await draining
+    assert large in taken
+    assert DONE in taken
+
+
+# At the end of the grace
+
+
+async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(start_raw: StartRaw) -> None:
+    grace = 1.0
+    backend = await start_raw(gated := Gated())
+    async with running(backend, GATEWAY_SHUTDOWN_GRACE=grace) as process, asyncio.TaskGroup() as group:
+        plain = group.create_task(process.post(CHAT))
+        stream = group.create_task(process.post(STREAM))
+        response = group.create_task(process.post(RESPONSE, "/v1/responses"))
+        await backend.called(3)
+
+        began = monotonic()
+        process.signal()
+        assert await process.exit_code(grace + LAST_WORDS + INTERPRETER) == 0
+        assert monotonic() - began >= grace
+
+        assert_draining(await plain)
+        events = Events((await stream).body)
+        assert events.only_error()["code"] == "gateway_draining"
+        assert events.data[:-1] == [ROLE, WORD]
+        events = Events((await response).body)
+        assert events.only_error()["code"] == "gateway_draining"
+        assert events.data[:-1] == [CREATED, DELTA]
+        last = events.documents[-1]
+        assert (last["type"], last["code"], last["sequence_number"]) == ("error", "gateway_draining", 2)
+    await until(lambda: gated.left == 3)
+    assert len(backend.calls) == 3, "and nothing is tried again"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_the_grace(start_raw: StartRaw, second: signal.Signals) -> None:
+    backend = await start_raw(Gated())
+    async with running(backend) as process, asyncio.TaskGroup() as group:
+        plain = group.create_task(process.post(CHAT))
+        stream = group.create_task(process.post(STREAM))
+        await backend.called(2)
+        process.signal()
+        await process.not_ready()
+        assert not plain.done()
+        assert not stream.done()
+
+        process.signal(second)
+        assert await process.exit_code(LAST_WORDS + INTERPRETER) == 0
+        assert_draining(await plain)
+        assert Events((await stream).body).only_error()["code"] == "gateway_draining"
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+async def test_a_silent_collector_does_not_hold_up_the_end(start_raw: StartRaw, black_hole: str, protocol: str) -> None:
+    backend = await start_raw(Gated())
+    settings = {
+        "GATEWAY_SHUTDOWN_GRACE": SHORT,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": black_hole,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+    }
+    async with running(backend, **settings) as process, asyncio.TaskGroup() as group:
+        plain = group.create_task(process.post(CHAT))
+        await backend.called(1)
+        process.signal()
+        assert_draining(await plain)
+        began = monotonic()
+        assert await process.exit_code() == 0
+        assert monotonic() - began < LAST_WORDS + LAST_EXPORT + INTERPRETER
+    assert "the last spans could not be exported" in process.log, "it did wait for the collector"
+
+
+async def cut_off(gateway: Gateway) -> None:
+    """Drain with hardly any grace; whatever is under way gets its error, and nothing is left behind."""
+    parts = gateway.parts
+    await drain(parts, 0.05, asyncio.Event())
+    assert not len(parts.running), "it did not end"
+    assert (parts.admission.in_flight, parts.admission.queued, parts.memory.held) == (0, 0, 0)
+
+
+STREAMS = ["hang_before_headers", "hang_after_headers", "stall"]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+async def test_a_stream_cut_off_before_its_first_words_is_a_plain_error(
+    mock: MockModel, start_gateway: StartGateway, kind: str
+) -> None:
+    gateway = await start_gateway(mock)
+    mock.set_faults([{"kind": kind}])
+    asked = asyncio.create_task(gateway.chat(stream=True))
+    await mock.called(1)
+    await cut_off(gateway)
+    assert_draining(await asked)
+    await mock.settled()
+    assert [call.ended for call in mock.journal.calls] == ["caller_left"]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+async def test_a_stream_held_until_it_is_whole_is_cut_off_as_a_plain_error(
+    mock: MockModel, start_gateway: StartGateway, kind: str
+) -> None:
+    gateway = await start_gateway(mock, gateway_stream_commit="complete")
+    mock.set_faults([{"kind": kind, **({"with": {"after_events": 4}} if kind == "stall" else {})}])
+    asked = asyncio.create_task(gateway.chat(stream=True))
+    await mock.called(1)
+    await cut_off(gateway)
+    assert_draining(await asked)
+    await mock.settled()
+    assert [call.ended for call in mock.journal.calls] == ["caller_left"]
+
+
+async def test_a_stream_with_heartbeats_is_cut_off_with_an_error_event(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_heartbeat=0.05)
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    async with gateway.client.post("/v1/chat/completions", json=STREAM) as response:
+        assert (await response.content.readuntil(b"\n\n")).startswith(b":")
+        await cut_off(gateway)
+        assert Events(await response.read()).only_error()["code"] == "gateway_draining"
+    assert mock.journal.total == 1
+
+
+async def test_a_request_that_sleeps_before_a_retry_is_cut_off(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_retry_after_max=60)
+    mock.set_faults([{"kind": "status", "with": {"status": 503, "headers": {"retry-after": "30"}}}])
+    asked = asyncio.create_task(gateway.chat())
+    await mock.called(1)
+    await mock.settled()
+    await cut_off(gateway)
+    assert_draining(await asked)
+    assert mock.journal.total == 1
+
+
+async def test_a_request_whose_body_never_ends_is_cut_off(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    async with dial(gateway.url) as wire:
+        await wire.send(post()[:-10])
+        await until(lambda: len(gateway.parts.running) == 1)
+        await cut_off(gateway)
+        assert_draining(await wire.answer())
+    assert mock.journal.total == 0
+
+
+async def test_a_caller_who_does_not_read_is_cut_off_too(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def flood(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        while True:
+            await call.events(chunk("word " * 1_000))
+
+    gateway = await start_gateway((await start_raw(flood)).url)
+    async with dial(gateway.url, receive_buffer=4_096) as wire:
+        await wire.send(post(json.dumps(STREAM).encode()))
+        assert (await wire.head())[0] == 200
+        assert gateway.limit_send_buffers(4_096) == 1
+        await cut_off(gateway)
+
+
+async def test_a_request_cut_off_is_no_failure_of_its_backend(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    asked = asyncio.create_task(gateway.chat())
+    await mock.called(1)
+    await cut_off(gateway)
+    assert_draining(await asked)
+    (backend,) = (await gateway.health())["downstream"]["backends"]
+    assert (backend["breaker"], backend["consecutive_failures"], backend["in_flight"]) == ("closed", 0, 0)

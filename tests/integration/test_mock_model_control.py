@@ -1,0 +1,151 @@
+"""The control API, on its own port."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mock_model.serve import MockModel
+from mock_model.settings import Settings
+
+BODY: Any = {"model": "m", "messages": [{"role": "user", "content": "a secret prompt"}]}
+
+
+@pytest.fixture
+async def mock() -> AsyncIterator[MockModel]:
+    async with MockModel(Settings(port=0, control_port=0, mock_ttft=0, mock_token_interval=0)) as running:
+        yield running
+
+
+@pytest.fixture
+async def control(mock: MockModel) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(mock.control_url) as session:
+        yield session
+
+
+async def chat(mock: MockModel, **body: Any) -> int:  # noqa: ANN401
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{mock.url}/v1/chat/completions", json={**BODY, **body}) as answer,
+    ):
+        await answer.read()
+        return answer.status
+
+
+async def test_faults_are_put_read_and_deleted(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    entry = {"kind": "status", "with": {"status": 503}, "times": 2, "match": {"path": "/v1/chat/completions"}}
+    async with control.put("/faults", json=[entry]) as answer:
+        assert answer.status == 200
+        assert await answer.json() == [{**entry, "used": 0}]
+    statuses = [await chat(mock)]
+    async with control.get("/faults") as answer:
+        assert await answer.json() == [{**entry, "used": 1}]
+    async with control.delete("/faults") as answer:
+        assert answer.status == 204
+    statuses.append(await chat(mock))
+    async with control.get("/faults") as answer:
+        assert await answer.json() == []
+
+    assert statuses == [503, 200]
+
+
+@pytest.mark.parametrize("script", [b"", b"no json", b"\xff", b"[" * 100_000])
+async def test_a_script_that_is_no_json_is_a_400(control: aiohttp.ClientSession, script: bytes) -> None:
+    async with control.put("/faults", data=script) as answer:
+        assert answer.status == 400
+        assert (await answer.json())["error"]["code"] == "invalid_json"
+
+
+async def test_a_bad_script_is_a_400_that_names_entry_and_key_and_changes_nothing(
+    mock: MockModel, control: aiohttp.ClientSession
+) -> None:
+    mock.set_faults([{"kind": "html"}])
+    bad = [{"kind": "reset"}, {"kind": "cut", "with": {"how": "sideways"}}]
+    async with control.put("/faults", json=bad) as answer:
+        error = (await answer.json())["error"]
+        assert answer.status == 400
+    async with control.get("/faults") as answer:
+        assert [entry["kind"] for entry in await answer.json()] == ["html"]
+
+    assert error["message"] == "fault [1] (\"cut\"): with.how: invalid enum value 'sideways'"
+    assert error["param"] == "[1].with.how"
+    assert error["code"] == "invalid_faults"
+
+
+async def test_the_journal_is_read_and_deleted(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    await chat(mock)
+    async with control.get("/journal") as answer:
+        journal = await answer.json()
+    async with control.delete("/journal") as answer:
+        assert answer.status == 204
+    async with control.get("/journal") as answer:
+        assert await answer.json() == {"total": 0, "dropped": 0, "calls": []}
+
+    assert (journal["total"], journal["dropped"]) == (1, 0)
+    assert journal["calls"][0]["ended"] == "complete"
+    assert "secret" not in str(journal)
+
+
+async def test_reset_brings_back_a_fresh_model(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    mock.set_faults(
+        [
+            {"kind": "hang_before_headers", "times": 1},
+            {"kind": "refuse", "with": {"seconds": 600}, "times": 1},
+            {"kind": "reset"},
+        ]
+    )
+    hanging = asyncio.create_task(chat(mock))
+    await mock.called(1)
+    with pytest.raises(aiohttp.ClientError):
+        await chat(mock, user="refused")
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await chat(mock)
+    async with control.post("/reset") as answer:
+        assert answer.status == 204
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await hanging
+
+    assert mock.journal.total == 0
+    assert mock.faults.document() == []
+    assert await chat(mock) == 200
+
+
+async def test_crash_is_answered_before_it_happens() -> None:
+    crashed = asyncio.Event()
+    settings = Settings(port=0, control_port=0)
+    async with (
+        MockModel(settings, crash=crashed.set) as mock,
+        aiohttp.ClientSession(mock.control_url) as control,
+        control.post("/crash") as answer,
+    ):
+        assert answer.status == 202
+        await asyncio.wait_for(crashed.wait(), 5)
+
+
+async def test_metrics_begin_with_the_name_of_the_mock_model(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    mock.set_faults([{"kind": "reset", "times": 1}])
+    with pytest.raises(aiohttp.ClientError):
+        await chat(mock)
+    await chat(mock, stream=True)
+    async with control.get("/metrics") as answer:
+        assert answer.content_type == "text/plain"
+        lines = (await answer.text()).splitlines()
+
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert all(name.startswith("mock_model_") for name in samples)
+    route = 'route="/v1/chat/completions"'
+    assert samples[f'mock_model_calls_total{{ended="complete",{route}}}'] == "1.0"
+    assert samples[f'mock_model_calls_total{{ended="fault",{route}}}'] == "1.0"
+    assert samples['mock_model_faults_total{kind="reset"}'] == "1.0"
+    assert samples["mock_model_events_sent_total"] == "19.0"
+    assert samples['mock_model_tokens_total{direction="output"}'] == "16.0"
+    assert samples["mock_model_in_flight_calls"] == "0.0"
+
+
+async def test_the_control_api_is_not_on_the_port_of_the_model(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    async with control.get(f"{mock.url}/faults") as answer:
+        assert answer.status == 404
+    async with control.get("/v1/models") as answer:
+        assert answer.status == 404

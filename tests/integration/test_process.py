@@ -1,0 +1,216 @@
+"""`python -m gateway` as a real process: how it starts, what it writes, how it stops."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from gateway.__main__ import main
+from mock_model.serve import MockModel
+from tests.integration.processes import run, running
+from tests.integration.recorder import Recorder, recording
+from tests.integration.wire import dial, post, until
+
+LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
+SECRET = "a prompt nobody may read"
+MESSAGES: Any = [{"role": "user", "content": SECRET}]
+BODY = json.dumps({"model": "demo-model", "messages": MESSAGES}).encode()
+
+
+@pytest.fixture
+async def recorder() -> AsyncIterator[Recorder]:
+    async with recording() as one:
+        yield one
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_gateway_and_mock_model_serve_and_stop_cleanly_by_either_signal(number: signal.Signals) -> None:
+    ports = {"PORT": "0", "CONTROL_PORT": "0"}
+    async with running("mock_model", **ports) as model:
+        await model.up()
+        async with running(**LOCAL, GATEWAY_BACKEND_URLS=model.url) as gateway:
+            await gateway.up()
+            async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=0) as sdk:
+                answer = await sdk.chat.completions.create(model="demo-model", messages=MESSAGES)
+                assert answer.choices[0].message.content
+                stream = await sdk.chat.completions.create(model="demo-model", messages=MESSAGES, stream=True)
+                assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "stop"
+                # The SDK still keeps its connection: an idle one holds nobody up.
+                gateway.signal(number)
+                code, _, errors = await gateway.end()
+            assert code == 0, errors
+            assert "Traceback" not in errors
+        model.signal(number)
+        assert (await model.end())[0] == 0
+
+
+async def test_a_second_signal_ends_the_grace(mock: MockModel) -> None:
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    environment = {**LOCAL, "GATEWAY_BACKEND_URLS": mock.url, "GATEWAY_SHUTDOWN_GRACE": "500"}
+    async with running(**environment) as gateway:
+        await gateway.up()
+        async with dial(gateway.url) as wire, dial(gateway.url) as other:
+            await wire.send(post())
+            await mock.called(1)
+            gateway.signal(signal.SIGTERM)
+            draining = False
+            while not draining:
+                await other.send(b"GET /health HTTP/1.1\r\nhost: gateway\r\nconnection: keep-alive\r\n\r\n")
+                answer = await other.answer()
+                draining = json.loads(answer.body)["draining"]
+            assert not gateway.ended
+            gateway.signal(signal.SIGINT)
+            answer = await wire.answer()
+            assert (answer.status, answer.error["code"]) == (503, "gateway_draining")
+            code, _, errors = await gateway.end()
+    assert code == 0, errors
+    await mock.settled()
+    assert [call.ended for call in mock.journal.calls] == ["caller_left"]
+
+
+async def test_what_stops_a_start_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text('backends:\n  one: {url: "http://127.0.0.1:1"}\nroutes:\n  - {model: m, target: one}\n')
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        cases = [
+            ({"PORT": "eight"}, 2, ["PORT='eight'", "integer"]),
+            ({"GATEWAY_CONFIG": str(file)}, 2, [f"GATEWAY_CONFIG='{file}'", "line 4", "routes[0]: target", "targets"]),
+            ({"PORT": port}, 1, [f"cannot listen on 127.0.0.1:{port}", "in use"]),
+        ]
+        ends = await asyncio.gather(*(run(**{**LOCAL, **environment}) for environment, _, _ in cases))
+    for (environment, code, words), (ended, output, errors) in zip(cases, ends, strict=True):
+        assert ended == code, (environment, errors)
+        assert output == ""
+        check_line(errors, words)
+
+
+def check_line(errors: str, words: list[str]) -> None:
+    """One line, with all of these words."""
+    assert errors.startswith("gateway: ")
+    assert errors.count("\n") == 1, errors
+    for word in words:
+        assert word in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code", "words"),
+    [
+        ("APP_MODE", "test", 2, ["'dev' or 'prod'"]),
+        ("GATEWAY_IDLE_TIMEOUT", "-1", 2, ["greater than 0"]),
+        ("GATEWAY_BACKEND_URLS", "ftp://backend", 2, ["http:// or https://"]),
+        ("GATEWAY_API_KEYS_FILE", "/nowhere/keys", 2, ["readable text file"]),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json", 2, ["'http/protobuf' or 'grpc'"]),
+        ("GATEWAY_CONFIG", "/nowhere/gateway.yaml", 2, ["No such file", "readable YAML file"]),
+        ("HOST", "no.such.host.invalid", 1, ["cannot listen on"]),
+    ],
+)
+def test_the_line_names_the_variable_its_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    name: str,
+    value: str,
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.setattr("gateway.__main__.setup_logs", lambda *_, **__: None)  # it would take the logs from pytest
+    monkeypatch.setenv("PORT", "0")
+    monkeypatch.setenv(name, value)
+    assert main() == code
+    output, errors = capsys.readouterr()
+    assert output == ""
+    check_line(errors, [*words, value, *([name] if code == 2 else [])])
+
+
+async def test_in_prod_all_that_is_written_is_json_with_ids_and_no_secret(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.pieces = [b'{"choices": [{"message": {"content": "an answer nobody may read"}}]}']
+    keys, backend_key = tmp_path / "keys", tmp_path / "backend-key"
+    keys.write_text("gw-key-1\ngw-key-2\n")
+    backend_key.write_text("backend-key\n")
+    environment = {
+        **LOCAL,
+        "APP_MODE": "prod",
+        "LOG_LEVEL": "debug",
+        "GATEWAY_API_KEYS_FILE": str(keys),
+        "GATEWAY_BACKEND_API_KEY_FILE": str(backend_key),
+        "GATEWAY_BACKEND_URLS": recorder.url.replace("//", "//me:pass-word@"),
+    }
+    answers = []
+    async with running(**environment) as gateway:
+        await gateway.up()
+        async with dial(gateway.url) as wire:
+            for key, body in (("gw-key-2", BODY), ("wrong-key", BODY), ("gw-key-1", b"[" + BODY), ("gw-key-1", BODY)):
+                await wire.send(post(body, {"authorization": f"Bearer {key}"}))
+                answers.append(await wire.answer())
+            recorder.status = 500
+            await wire.send(post(BODY, {"authorization": "Bearer gw-key-1", "x-request-id": "mine"}))
+            answers.append(await wire.answer())
+            await wire.send(f"{SECRET}\r\n\r\n".encode())
+            answers.append(await wire.answer())
+        gateway.signal(signal.SIGTERM)
+        code, output, errors = await gateway.end()
+
+    assert code == 0, errors
+    assert [answer.status for answer in answers] == [200, 401, 400, 200, 500, 400]
+    assert {seen.header("authorization") for seen in recorder.seen} == {"Bearer backend-key"}
+    lines = [json.loads(line) for line in (output + errors).splitlines()]
+    assert all({"time", "level", "message"} <= set(line) for line in lines)
+    requests = [line for line in lines if line["message"] == "request"]
+    assert [line["status"] for line in requests] == [200, 401, 400, 200, 500, 400]
+    for line, answer in zip(requests, answers, strict=True):
+        assert line["trace_id"] == answer.headers["x-trace-id"]
+        assert line["request_id"] == answer.headers["x-request-id"]
+    assert requests[4]["request_id"] == "mine"
+    for word in (SECRET, "nobody may read", "gw-key", "wrong-key", "backend-key", "pass-word"):
+        assert word not in output + errors
+
+
+async def test_in_dev_each_request_is_a_readable_line_and_a_tree(mock: MockModel) -> None:
+    mock.set_faults([{"kind": "status", "with": {"status": 500}, "times": 1}])
+    async with running(**LOCAL, GATEWAY_BACKEND_URLS=mock.url, GATEWAY_BACKOFF_INITIAL="0.01") as gateway:
+        await gateway.up()
+        async with dial(gateway.url) as wire:
+            await wire.send(post(BODY, {"x-request-id": "mine"}))
+            answer = await wire.answer()
+        gateway.signal(signal.SIGINT)
+        code, output, errors = await gateway.end()
+    assert code == 0, errors
+    trace = answer.headers["x-trace-id"]
+    tree = output[output.index(f"trace {trace}\n") :].splitlines()
+    assert re.fullmatch(r"  \|#{30}\| +[0-9.]+ ms  POST /v1/chat/completions: 200 ok", tree[1])
+    assert re.search(r"\|[ #]{30}\| +[0-9.]+ ms +attempt 1 at backend-1: status_500 -> retry", tree[2])
+    assert re.search(r"\|[ #]{30}\| +[0-9.]+ ms +attempt 2 at backend-1: ok -> answered", tree[3])
+    (line,) = [line for line in output.splitlines() if f"trace={trace}" in line]
+    assert "200 POST /v1/chat/completions" in line
+    assert "request=mine" in line
+    assert SECRET not in output + errors
+
+
+async def test_with_an_endpoint_spans_go_there_and_no_tree_is_printed(mock: MockModel, recorder: Recorder) -> None:
+    recorder.headers = [("content-type", "application/x-protobuf")]
+    recorder.pieces = [b""]
+    environment = {**LOCAL, "GATEWAY_BACKEND_URLS": mock.url, "OTEL_EXPORTER_OTLP_ENDPOINT": recorder.url}
+    async with running(**environment) as gateway:
+        await gateway.up()
+        async with dial(gateway.url) as wire:
+            await wire.send(post(BODY))
+            answer = await wire.answer()
+        await until(lambda: len(recorder.seen) > 0)
+        gateway.signal(signal.SIGTERM)
+        code, output, errors = await gateway.end()
+    assert code == 0, errors
+    assert {seen.path for seen in recorder.seen} == {"/v1/traces"}
+    sent = b"".join(seen.body for seen in recorder.seen)
+    assert bytes.fromhex(answer.headers["x-trace-id"]) in sent
+    assert SECRET.encode() not in sent
+    assert f"trace {answer.headers['x-trace-id']}\n" not in output

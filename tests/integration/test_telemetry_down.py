@@ -1,0 +1,329 @@
+"""A collector that is gone, silent, slow or back again: no request notices, losses are told, spans flow again."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+from opentelemetry.sdk.trace.export import SpanExporter
+
+from gateway.record import Record
+from gateway.telemetry import tracing
+from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.telemetry.tracing import Tracer
+from mock_model.serve import MockModel
+from tests.integration.collector import Collector, patient, until
+from tests.integration.gateways import CHAT, Gateway, StartGateway
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 0.4
+"""Seconds an export may take in these tests."""
+STOP = tracing.LAST_EXPORT + 3.0
+"""Seconds that stopping a tracer may take: its promise, and what a busy machine adds."""
+
+
+@pytest.fixture
+def start_gateway(start_gateway: StartGateway) -> StartGateway:
+    return patient(start_gateway)
+
+
+@pytest.fixture
+async def collector() -> AsyncIterator[Collector]:
+    async with Collector() as running:
+        yield running
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """The port of a socket that takes connections and never says a word."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=128)) as silent:
+        yield silent.getsockname()[1]
+
+
+@pytest.fixture
+def refusing() -> int:
+    """A port where nobody listens."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as gone:
+        port: int = gone.getsockname()[1]
+    return port
+
+
+def exporter_to(port: int) -> OtlpHttpExporter:
+    return OtlpHttpExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=TIMEOUT)
+
+
+async def all_is_well(gateway: Gateway, mock: MockModel, requests: int = 20) -> set[str]:
+    """So many requests, half of them streams, are answered by one call of the mock model each; their traces."""
+    before = mock.journal.total
+    answers = await asyncio.gather(*(gateway.chat(stream=bool(number % 2)) for number in range(requests)))
+    assert [answer.status for answer in answers] == [200] * requests
+    assert [answer.headers["x-gateway-attempts"] for answer in answers] == ["1"] * requests
+    assert mock.journal.total == before + requests
+    traces = {answer.headers["x-trace-id"] for answer in answers}
+    assert len(traces) == requests
+    return traces
+
+
+async def told(gateway: Gateway) -> tuple[str, dict[str, Any], float]:
+    """What `/health` says of the whole and of telemetry, and the number of lost spans in `/metrics`."""
+    health = await gateway.health()
+    (line,) = (
+        line
+        for line in (await gateway.metrics()).splitlines()
+        if line.startswith("gateway_telemetry_dropped_spans_total ")
+    )
+    return health["status"], health["telemetry"], float(line.split()[1])
+
+
+async def lost(gateway: Gateway, spans: int) -> None:
+    """Wait until so many spans are lost; `/health` and `/metrics` agree about it."""
+    telemetry = gateway.parts.telemetry
+    await until(lambda: telemetry.spans_dropped >= spans, lambda: f"{telemetry.spans_dropped} of {spans} are lost")
+    status, document, dropped = await told(gateway)
+    assert status == "degraded"
+    assert document == {"status": "degraded", "spans_dropped": spans}
+    assert dropped == spans
+    async with gateway.client.get("/health") as response:
+        assert response.status == 200
+    async with gateway.client.get("/readyz") as response:
+        assert response.status == 200
+
+
+async def test_a_collector_that_refuses_costs_spans_and_no_request(
+    mock: MockModel, start_gateway: StartGateway, refusing: int
+) -> None:
+    gateway = await start_gateway(mock, exporter=exporter_to(refusing))
+    await all_is_well(gateway, mock)
+    await lost(gateway, 40)
+    await all_is_well(gateway, mock)
+    await lost(gateway, 80)
+
+
+async def test_a_collector_that_never_answers_costs_spans_and_no_request(
+    mock: MockModel, start_gateway: StartGateway, black_hole: int
+) -> None:
+    gateway = await start_gateway(mock, exporter=exporter_to(black_hole))
+    await all_is_well(gateway, mock)
+    await lost(gateway, 40)
+    await all_is_well(gateway, mock)
+
+
+@pytest.mark.parametrize("status", [400, 413, 500, 503])
+async def test_a_collector_that_answers_errors_costs_spans_and_no_request(
+    mock: MockModel, start_gateway: StartGateway, status: int
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server:
+        gateway = await start_gateway(mock, exporter=exporter_to(server.sockets[0].getsockname()[1]))
+        await all_is_well(gateway, mock)
+        await lost(gateway, 40)
+
+
+async def test_a_slow_collector_gets_everything(
+    mock: MockModel, start_gateway: StartGateway, collector: Collector
+) -> None:
+    collector.delay = 0.3
+    gateway = await start_gateway(mock, exporter=OtlpHttpExporter(endpoint=collector.endpoint))
+    for _ in range(3):
+        await all_is_well(gateway, mock)
+    await until(lambda: len(collector.spans) >= 120)
+
+    assert len(collector.spans) == 120
+    assert await told(gateway) == ("ok", {"status": "ok", "spans_dropped": 0}, 0)
+
+
+async def test_spans_flow_again_when_the_collector_is_back(
+    mock: MockModel, start_gateway: StartGateway, collector: Collector
+) -> None:
+    gateway = await start_gateway(mock, exporter=exporter_to(collector.port))
+    await all_is_well(gateway, mock)
+    await until(lambda: len(collector.spans) >= 40)
+    await collector.stop()
+    await all_is_well(gateway, mock)
+    await lost(gateway, 40)
+    await collector.start()
+    await all_is_well(gateway, mock)
+    await until(lambda: len(collector.spans) >= 80)
+
+    await until(lambda: gateway.parts.telemetry.status == "ok")
+    assert await told(gateway) == ("ok", {"status": "ok", "spans_dropped": 40}, 40)
+    assert len(collector.spans) == 80
+
+
+async def test_a_collector_that_restarts_within_the_time_of_an_export_loses_nothing(
+    mock: MockModel, start_gateway: StartGateway, collector: Collector
+) -> None:
+    exporter = OtlpHttpExporter(endpoint=collector.endpoint, timeout=30)
+    gateway = await start_gateway(mock, exporter=exporter)
+    await collector.stop()
+    await all_is_well(gateway, mock)
+    await asyncio.sleep(0.2)  # so that the first try meets nobody
+    await collector.start()
+    await until(lambda: len(collector.spans) >= 40)
+
+    assert await told(gateway) == ("ok", {"status": "ok", "spans_dropped": 0}, 0)
+
+
+async def test_what_waits_for_a_dead_collector_is_bounded_and_what_is_pushed_out_is_told(
+    mock: MockModel, start_gateway: StartGateway, black_hole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "MAX_WAITING", 50)
+    exporter = OtlpHttpExporter(endpoint=f"http://127.0.0.1:{black_hole}/v1/traces", timeout=60)
+    gateway = await start_gateway(mock, exporter=exporter)
+    tracer = gateway.parts.telemetry._tracer
+    await gateway.chat()
+    await until(lambda: not tracer._waiting)  # the thread holds that one, for a minute
+    await all_is_well(gateway, mock, 50)
+    assert await told(gateway) == ("ok", {"status": "ok", "spans_dropped": 0}, 0)
+    await all_is_well(gateway, mock, 20)
+
+    assert len(tracer._waiting) == 50
+    await lost(gateway, 40)
+
+
+async def test_an_exporter_that_raises_costs_spans_and_not_the_thread(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    class Broken(SpanExporter):
+        raises = True
+
+        def export(self, spans: Any) -> Any:  # noqa: ANN401
+            if self.raises:
+                raise RuntimeError("a defect")
+            return super().export(spans)
+
+    gateway = await start_gateway(mock, exporter=Broken())
+    await all_is_well(gateway, mock)
+    await lost(gateway, 40)
+    assert gateway.parts.telemetry._tracer._thread is not None
+    assert gateway.parts.telemetry._tracer._thread.is_alive()
+
+
+# The stop.
+
+
+def stopped_in(exporter: SpanExporter) -> float:
+    """Seconds that a tracer with a span to export takes to stop."""
+    tracer = Tracer(exporter, interval=0.01)
+    tracer.start()
+    tracer.take(finished())
+    time.sleep(0.1)
+    tracer.take(finished())
+    began = time.monotonic()
+    tracer.stop()
+    return time.monotonic() - began
+
+
+def finished() -> Record:
+    record = Record("GET", "/", trace_id=1, span_id=2, request_id="r", started=time.monotonic())
+    record.ended, record.status = record.started, 200
+    return record
+
+
+def test_a_dead_collector_does_not_hold_up_the_stop(black_hole: int, refusing: int) -> None:
+    for port in (black_hole, refusing):
+        assert stopped_in(OtlpHttpExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=15)) < STOP
+
+
+def test_a_dead_grpc_collector_does_not_hold_up_the_stop(black_hole: int, refusing: int) -> None:
+    for port in (black_hole, refusing):
+        assert stopped_in(GrpcExporter(endpoint=f"http://127.0.0.1:{port}", timeout=15)) < STOP
+
+
+async def test_the_last_spans_are_exported_at_the_stop(
+    mock: MockModel, start_gateway: StartGateway, collector: Collector
+) -> None:
+    gateway = await start_gateway(mock, exporter=OtlpHttpExporter(endpoint=collector.endpoint))
+    await all_is_well(gateway, mock)
+    await gateway.client.close()
+
+    assert len(collector.spans) == 40
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+async def test_a_process_stops_in_time_while_the_collector_is_silent(
+    mock: MockModel, black_hole: int, protocol: str
+) -> None:
+    environment = {
+        **os.environ,
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "APP_MODE": "prod",
+        "GATEWAY_BACKEND_URLS": mock.url,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{black_hole}",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "120",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", cwd=ROOT, env=environment,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        port = 0
+        async with asyncio.timeout(30):
+            while not port:
+                line = (await process.stderr.readline()).decode()
+                assert line, "the gateway has ended"
+                if "listens on http://127.0.0.1:" in line:
+                    port = int(line.partition("http://127.0.0.1:")[2].partition(",")[0])
+        async with aiohttp.ClientSession() as session:
+            for _ in range(20):
+                async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT) as response:
+                    assert response.status == 200
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(25):  # far less than the export under way may take
+            await process.stderr.read()
+            code = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    assert code == 0
+
+
+# Memory.
+
+
+async def test_requests_are_not_kept_when_their_spans_are_lost(
+    mock: MockModel, start_gateway: StartGateway, refusing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: weakref.WeakSet[Record] = weakref.WeakSet()
+
+    class Seen(Record):
+        __slots__ = ("__weakref__",)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            super().__init__(*args, **kwargs)
+            kept.add(self)
+
+    monkeypatch.setattr("gateway.telemetry.Record", Seen)
+    gateway = await start_gateway(mock, exporter=exporter_to(refusing))
+    await all_is_well(gateway, mock)
+    assert kept
+    await lost(gateway, 40)
+    await gateway.client.session.close()  # aiohttp keeps the last request of each open connection
+
+    for _ in range(30):
+        if not kept:
+            break
+        gc.collect()
+        await asyncio.sleep(0.5)
+    assert not kept, f"{len(kept)} of 20 requests are still held"

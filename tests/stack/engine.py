@@ -1,0 +1,268 @@
+"""The real compose.yaml on a real engine, driven through the Docker CLI as a user would."""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).parents[2]
+PROJECT = "llm-gateway-test"
+SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
+BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "MODEL_NAME")
+"""Variables of the caller's shell that would change the stack under test."""
+
+T = TypeVar("T")
+
+
+def docker(*args: str, env: Mapping[str, str] | None = None, seconds: float = 120) -> str:
+    """Run `docker ARGS` and return what it printed. Raises: AssertionError with its stderr."""
+    done = subprocess.run(  # noqa: S603
+        ["docker", *args],  # noqa: S607
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, f"docker {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def why_no_engine() -> str | None:
+    """Why there is no Docker engine to use, in a few words; None when there is one."""
+    for command, missing in (("info", "no Docker engine answers"), ("compose", "no Compose v2")):
+        try:
+            docker(command, *(["version"] if command == "compose" else []), seconds=20)
+        except FileNotFoundError:
+            return "no docker command"
+        except (AssertionError, subprocess.TimeoutExpired):
+            return missing
+    return None
+
+
+def wait_for(check: Callable[[], T], what: str, seconds: float, every: float = 0.1) -> T:
+    """Call `check` until it returns something true, and return that. Raises: AssertionError after `seconds`."""
+    end = time.monotonic() + seconds
+    seen: object = None
+    while True:
+        try:
+            seen = result = check()
+            if result:
+                return result
+        except (OSError, http.client.HTTPException, AssertionError, KeyError, ValueError) as error:
+            seen = error
+        assert time.monotonic() < end, f"not within {seconds} s: {what}; last seen: {seen!r}"
+        time.sleep(every)
+
+
+class Answer(NamedTuple):
+    """An answer, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:  # noqa: ANN401
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of an answer that must be a well-formed one."""
+        assert self.headers["content-type"].startswith("application/json"), self
+        (key,) = self.json
+        assert key == "error", self
+        error: dict[str, Any] = self.json["error"]
+        assert error.keys() == {"message", "type", "param", "code"}, self
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of each event of a stream: parsed, but for `[DONE]`."""
+        assert self.headers["content-type"].startswith("text/event-stream"), self
+        data = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
+        return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+    @property
+    def text(self) -> str:
+        """The completion's text, streamed or not."""
+        if self.headers["content-type"].startswith("application/json"):
+            return str(self.json["choices"][0]["message"]["content"])
+        chunks = [event for event in self.events if event != "[DONE]" and event.get("choices")]
+        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+def call(
+    method: str,
+    url: str,
+    body: object = None,
+    headers: Mapping[str, str] | None = None,
+    seconds: float = 10,
+) -> Answer:
+    """One HTTP call on a connection of its own. Raises: OSError, http.client.HTTPException."""
+    parts = urlsplit(url)
+    assert parts.hostname == "127.0.0.1", "load goes to published ports only"
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=seconds)
+    started = time.monotonic()
+    with contextlib.closing(connection):
+        data = None if body is None else json.dumps(body).encode()
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path or "/"
+        connection.request(method, target, data, {"content-type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        received = response.read()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, names, received, time.monotonic() - started)
+
+
+def prompt(text: str = "Say something.", *, stream: bool = False, **more: object) -> dict[str, Any]:
+    """The body of a chat completion."""
+    return {"model": "demo-model", "messages": [{"role": "user", "content": text}], "stream": stream, **more}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@dataclass
+class Stack:
+    """One project of compose.yaml with ports of its own."""
+
+    env: dict[str, str]
+    profiles: tuple[str, ...] = ()
+
+    @classmethod
+    def with_free_ports(cls) -> "Stack":
+        names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT")
+        ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
+        own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
+        return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env"})
+
+    def compose(self, *args: str, seconds: float = 120) -> str:
+        """Run `docker compose ARGS` on this project; a user's own .env and project are left out of it."""
+        chosen = [f"--profile={profile}" for profile in self.profiles]
+        return docker("compose", "-p", PROJECT, "--env-file", os.devnull, *chosen, *args, env=self.env, seconds=seconds)
+
+    def with_profile(self, profile: str, **env: str) -> "Stack":
+        """The same project with one more profile."""
+        return Stack(self.env | env, (*self.profiles, profile))
+
+    def down(self) -> None:
+        Stack(self.env, ("*",)).compose("down", "--volumes", "--remove-orphans", "--timeout=5")
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        """What the engine says of a service's container, running or not."""
+        name = self.compose("ps", "--all", "--quiet", service).strip()
+        assert name, f"{service} has no container"
+        found: dict[str, Any] = json.loads(docker("inspect", name))[0]
+        return found
+
+    def running(self) -> set[str]:
+        """The services whose container runs."""
+        label = "com.docker.compose.service"
+        own = ("--filter", f"label=com.docker.compose.project={PROJECT}", "--filter", "status=running")
+        return set(docker("ps", *own, "--format", f'{{{{.Label "{label}"}}}}').split())
+
+    def addresses(self, service: str) -> set[str]:
+        """The container's own addresses, one for each network."""
+        networks = self.inspect(service)["NetworkSettings"]["Networks"].values()
+        return {network["IPAddress"] for network in networks} - {""}
+
+    def url(self, port: str, path: str) -> str:
+        return f"http://127.0.0.1:{self.env[port]}{path}"
+
+    def ask(self, body: object = None, *, seconds: float = 10, **headers: str) -> Answer:
+        """Post a prompt through the published port; `x_request_timeout="2"` becomes a header."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        url = self.url("GATEWAY_PORT", "/v1/chat/completions")
+        return call("POST", url, prompt() if body is None else body, named, seconds)
+
+    def gateway(self, path: str) -> Answer:
+        return call("GET", self.url("GATEWAY_PORT", path))
+
+    def control(self, method: str, path: str, body: object = None) -> Answer:
+        """Call the mock model's control API through its published port."""
+        answer = call(method, self.url("MOCK_CONTROL_PORT", path), body)
+        assert answer.status < 300, answer
+        return answer
+
+    def script(self, *faults: dict[str, Any]) -> None:
+        """Replace the mock model's script of faults."""
+        self.control("PUT", "/faults", list(faults))
+
+    def spans(self, trace_id: str) -> "list[Span]":
+        """The spans that Jaeger's query API has for a trace, so far."""
+        answer = call("GET", self.url("JAEGER_PORT", f"/api/v3/traces/{trace_id}"))
+        return list(read_spans(answer.json)) if answer.status == 200 else []
+
+    def wait_for_spans(self, trace_id: str, services: list[str]) -> "list[Span]":
+        """The spans of a trace as soon as Jaeger has one for each of `services` (sorted, repeated if several)."""
+
+        def complete() -> list[Span]:
+            found = self.spans(trace_id)
+            return found if sorted(span.service for span in found) == services else []
+
+        return wait_for(complete, f"spans of {services} in trace {trace_id}", 15, every=0.3)
+
+    def steady(self) -> None:
+        """Wait until the stack is as after a start: no fault, each backend `ok`, a prompt answered."""
+        wait_for(lambda: self.control("POST", "/reset"), "the mock model's control API", 15)
+        wait_for(lambda: self.ask().status == 200, "a prompt is answered", 40, every=0.25)
+        wait_for(
+            lambda: self.gateway("/health").json["downstream"]["status"] == "ok",
+            "the gateway is healthy",
+            20,
+            every=0.25,
+        )
+        self.control("DELETE", "/journal")
+
+
+class Span(NamedTuple):
+    """What a test asks of a span."""
+
+    service: str
+    name: str
+    kind: str
+    span_id: str
+    parent_id: str
+    attributes: dict[str, Any]
+    failed: bool
+
+
+KINDS = {1: "internal", 2: "server", 3: "client"}
+
+
+def read_spans(document: Any) -> Iterator[Span]:  # noqa: ANN401
+    """The spans of an OTLP document in JSON."""
+    for resource in document["result"]["resourceSpans"]:
+        service = read_attributes(resource["resource"]["attributes"])["service.name"]
+        for scope in resource["scopeSpans"]:
+            for span in scope["spans"]:
+                kind = KINDS[span["kind"]]
+                attributes = read_attributes(span.get("attributes", []))
+                failed = span.get("status", {}).get("code") == 2
+                yield Span(
+                    service, span["name"], kind, span["spanId"], span.get("parentSpanId", ""), attributes, failed
+                )
+
+
+def read_attributes(attributes: list[dict[str, Any]]) -> dict[str, Any]:
+    """`[{"key": k, "value": {"intValue": "1"}}]` -> `{k: 1}`."""
+    read: dict[str, Any] = {}
+    for attribute in attributes:
+        ((kind, value),) = attribute["value"].items()
+        read[attribute["key"]] = int(value) if kind == "intValue" else value
+    return read

@@ -1,0 +1,140 @@
+"""The profiles `fallback` and `metrics`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.stack.engine import Stack, call, wait_for
+
+
+@pytest.fixture
+def fallback_stack(stack: Stack) -> Iterator[Stack]:
+    """The stack with a second mock model and docker/routes.yaml."""
+    with_fallback = stack.with_profile("fallback", GATEWAY_CONFIG="docker/routes.yaml")
+    with_fallback.compose("up", "--wait")
+    with_fallback.steady()
+    yield with_fallback
+    with_fallback.compose("rm", "--stop", "--force", "mock-model-b")
+    stack.compose("up", "--wait")
+
+
+def test_what_one_model_cannot_answer_the_other_does(fallback_stack: Stack) -> None:
+    assert fallback_stack.ask().headers["x-gateway-backend"] == "primary"
+    fallback_stack.compose("kill", "mock-model")
+    for _ in range(10):
+        answer = fallback_stack.ask(x_request_timeout="4")
+        assert (answer.status, answer.headers["x-gateway-backend"]) == (200, "secondary"), answer
+    assert answer.json["model"] == "small-model"
+    health = fallback_stack.gateway("/health")
+    assert (health.status, health.json["status"]) == (200, "degraded")
+    fallback_stack.compose("start", "mock-model")
+    wait_for(
+        lambda: fallback_stack.ask().headers["x-gateway-backend"] == "primary", "the first model is used again", 10
+    )
+
+
+@pytest.fixture(scope="module")
+def metrics_stack(built_stack: Stack) -> Iterator[Stack]:
+    """The stack with Prometheus."""
+    with_metrics = built_stack.with_profile("metrics")
+    with_metrics.compose("up", "--wait")
+    with_metrics.steady()
+    yield with_metrics
+    with_metrics.compose("rm", "--stop", "--force", "prometheus")
+
+
+def prometheus(stack: Stack, path: str) -> Any:  # noqa: ANN401
+    answer = call("GET", stack.url("PROMETHEUS_PORT", f"/api/v1/{path}"))
+    assert answer.status == 200, answer
+    return answer.json["data"]
+
+
+def alerts(stack: Stack) -> dict[str, str]:
+    """The alerts that are pending or firing, and which of the two."""
+    return {alert["labels"]["alertname"]: alert["state"] for alert in prometheus(stack, "alerts")["alerts"]}
+
+
+def query(stack: Stack, expression: str) -> list[float]:
+    return [float(sample["value"][1]) for sample in prometheus(stack, f"query?query={expression}")["result"]]
+
+
+def test_prometheus_reads_every_target_and_every_rule(metrics_stack: Stack) -> None:
+    def targets() -> set[tuple[str, str]]:
+        active = prometheus(metrics_stack, "targets")["activeTargets"]
+        return {(target["labels"]["job"], target["health"]) for target in active}
+
+    jobs = {("gateway", "up"), ("otel-collector", "up"), ("span-metrics", "up")}
+    wait_for(lambda: targets() == jobs, "all targets are up", 15)
+
+    def rules() -> dict[str, str]:
+        (group,) = prometheus(metrics_stack, "rules")["groups"]
+        return {rule["name"]: rule["health"] for rule in group["rules"]}
+
+    names = ("GatewayDown", "BackendDown", "ErrorRatioHigh", "TelemetryDropping", "CollectorDropping")
+    wait_for(lambda: rules() == dict.fromkeys(names, "ok"), "all rules work", 15)
+    before = query(metrics_stack, "sum(gateway_requests_total)")
+    metrics_stack.ask()
+    wait_for(lambda: query(metrics_stack, "sum(gateway_requests_total)") > before, "requests are counted", 15)
+
+
+def test_the_metrics_that_the_alerts_need_are_there(metrics_stack: Stack) -> None:
+    page = metrics_stack.gateway("/metrics").body.decode()
+    for name in ("gateway_requests_total", "gateway_breaker_state", "gateway_telemetry_dropped_spans_total"):
+        assert f"\n{name}" in page
+
+
+@pytest.mark.timeout(150, func_only=True)
+def test_a_killed_backend_fires_its_alert(metrics_stack: Stack) -> None:
+    metrics_stack.steady()
+    wait_for(lambda: "BackendDown" not in alerts(metrics_stack), "no alert before", 45)
+    metrics_stack.compose("kill", "mock-model")
+    try:
+
+        def fired() -> bool:
+            metrics_stack.ask(x_request_timeout="1")
+            return alerts(metrics_stack).get("BackendDown") == "firing"
+
+        wait_for(fired, "the alert fires", 40, every=0.5)
+        wait_for(lambda: "ErrorRatioHigh" in alerts(metrics_stack), "the error ratio is noticed", 20, every=0.5)
+        assert "GatewayDown" not in alerts(metrics_stack)
+    finally:
+        metrics_stack.compose("start", "mock-model")
+    metrics_stack.steady()
+    wait_for(lambda: "BackendDown" not in alerts(metrics_stack), "the alert ends", 60, every=0.5)
+
+
+def test_a_gateway_that_is_gone_fires_its_alert(metrics_stack: Stack) -> None:
+    metrics_stack.compose("stop", "gateway")
+    try:
+        wait_for(lambda: alerts(metrics_stack).get("GatewayDown") == "firing", "the alert fires", 40, every=0.5)
+    finally:
+        metrics_stack.compose("start", "gateway")
+    metrics_stack.steady()
+
+
+def test_spans_that_are_dropped_fire_their_alert(metrics_stack: Stack) -> None:
+    metrics_stack.compose("stop", "otel-collector")
+    try:
+
+        def fired() -> bool:
+            metrics_stack.ask()
+            return alerts(metrics_stack).get("TelemetryDropping") == "firing"
+
+        wait_for(fired, "the alert fires", 40, every=0.5)
+    finally:
+        metrics_stack.compose("start", "otel-collector")
+    metrics_stack.steady()
+
+
+def test_jaeger_s_monitor_tab_has_data(metrics_stack: Stack) -> None:
+    metrics_stack.steady()
+
+    def points() -> list[Any]:
+        metrics_stack.ask()
+        path = "/api/metrics/calls?service=gateway&lookback=600000&step=5000&ratePer=60000&spanKind=server"
+        (family,) = call("GET", metrics_stack.url("JAEGER_PORT", path)).json["metrics"]
+        found: list[Any] = family["metricPoints"]
+        return found
+
+    wait_for(points, "calls per second of the gateway", 40, every=1)

@@ -1,0 +1,163 @@
+# ruff: noqa: ARG002 - the fakes have the signatures of what they stand for
+"""A forwarder whose HTTP calls are scripted: who was called when, with which words, in virtual time."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from gateway.admission import Admission, Memory, Share
+from gateway.attempt import HttpClient
+from gateway.deadline import Deadline
+from gateway.errors import BackendError, GatewayError
+from gateway.forwarder import Call, Forwarder
+from gateway.record import Record
+from gateway.requests import parse
+from gateway.settings import load
+from tests.unit.gateway.fakes import Clock, pool
+from tests.unit.gateway.virtual import run
+
+if TYPE_CHECKING:
+    from gateway.attempt import Exchange
+    from gateway.backends import Replica
+    from gateway.outlet import Outlet
+
+BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
+ANSWER = b'{"id":"1","choices":[{"index":0,"finish_reason":"stop"}]}'
+Outcome = BackendError | None
+"""How a call ends: with a failure, or (None) with a good answer."""
+
+
+class GoodAnswer:
+    """An exchange whose whole body is there."""
+
+    status = 200
+    content_type = "application/json"
+
+    def check_plain(self) -> None:
+        """It is plain."""
+
+    def passed_headers(self) -> dict[str, str]:
+        return {"content-type": self.content_type}
+
+    async def read_whole(self, share: Share, limit: int, each_read: Callable[[], None]) -> bytes:
+        share.take(len(ANSWER))
+        return ANSWER
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class ScriptedClient(HttpClient):
+    """Answers from a script per replica; the last entry repeats.
+
+    Attributes:
+        calls: (instant, replica, over a fresh connection) in order.
+    """
+
+    def __init__(self, script: dict[str, list[Outcome]], clock: Clock) -> None:
+        super().__init__(connect_timeout=1)
+        self._script = {name: list(outcomes) for name, outcomes in script.items()}
+        self._clock = clock
+        self.calls: list[tuple[float, str, bool]] = []
+
+    async def send(
+        self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
+    ) -> "Exchange":
+        self.calls.append((self._clock(), replica.name, fresh))
+        outcomes = self._script[replica.name]
+        outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
+        if outcome is not None:
+            raise outcome.with_traceback(None)
+        return cast("Exchange", GoodAnswer())
+
+
+class _NoOutlet:
+    committed = False
+
+
+class Story:
+    """What happened to one request.
+
+    Attributes:
+        calls: the replicas that were called, in order.
+        at: when, seconds after the start.
+        fresh: whether over a connection of its own.
+        error: what it ended with, or None.
+        record: all of it.
+        replicas: by name.
+    """
+
+    def __init__(self, client: ScriptedClient, began: float, record: Record, replicas: "dict[str, Replica]") -> None:
+        self.calls = [name for _, name, _ in client.calls]
+        self.at = [moment - began for moment, _, _ in client.calls]
+        self.fresh = [fresh for _, _, fresh in client.calls]
+        self.record = record
+        self.replicas = replicas
+        self.error: GatewayError | None = None
+
+    @property
+    def decisions(self) -> list[str | None]:
+        return [attempt.decision for attempt in self.record.attempts]
+
+
+def forward(
+    script: dict[str, list[Outcome]],
+    *,
+    prepare: "Callable[[dict[str, Replica]], None]" = lambda _replicas: None,
+    deadline: float = 600.0,
+    read_timeout: float | None = None,
+    **settings: float,
+) -> Story:
+    """Forward one prompt.
+
+    Args:
+        script: outcomes per replica; `a-1`, `a-2` are replicas of the first target, `b-1` of the second, and so on.
+        prepare: called with the replicas before the request comes.
+        deadline: seconds.
+        read_timeout: of the OpenAI SDK, seconds.
+        settings: of the gateway, by the names of its fields.
+    """
+
+    async def story(clock: Clock) -> Story:
+        backends: dict[str, int] = {}
+        for name in script:
+            backend = name.split("-", 1)[0]
+            backends[backend] = backends.get(backend, 0) + 1
+        where = pool(clock, backends, **settings)
+        replicas = {replica.name: replica for replica in where.replicas}
+        prepare(replicas)
+        client = ScriptedClient(script, clock)
+        admission = Admission(max_in_flight=1, max_queue=0, queue_timeout=1)
+        forwarder = Forwarder(
+            load(**settings),
+            client=client,
+            admission=admission,
+            clock=clock,
+            retries_allowed=lambda _name: None,
+            retries_refused=lambda _name: None,
+        )
+        record = Record("POST", "/v1/chat/completions", trace_id=1, span_id=1, request_id="r", started=clock())
+        memory = Memory(1 << 20)
+        began = clock()
+        error: GatewayError | None = None
+        with memory.share() as share:
+            call = Call(
+                parse("/v1/chat/completions", BODY),
+                Deadline(clock, clock(), deadline, read_timeout),
+                record,
+                cast("Outlet", _NoOutlet()),
+                share=share,
+                headers=[],
+                hold=False,
+            )
+            try:
+                await forwarder.forward(call, where.routes[0])
+            except GatewayError as failure:
+                error = failure
+            assert (call.answer is None) == (error is not None)
+        assert admission.in_flight == memory.held == 0
+        assert [replica.in_flight for replica in where.replicas] == [0] * len(where.replicas)
+        told = Story(client, began, record, replicas)
+        told.error = error
+        return told
+
+    return run(story)

@@ -1,0 +1,380 @@
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.admission import Admission, Memory
+from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded
+from tests.unit.gateway.fakes import Clock
+from tests.unit.gateway.virtual import run, settle
+
+LONG = 600.0
+QUEUE_TIMEOUT = 2.0
+
+
+def admission(*, slots: int = 1, queue: int = 4) -> Admission:
+    return Admission(max_in_flight=slots, max_queue=queue, queue_timeout=QUEUE_TIMEOUT)
+
+
+def enter(gate: Admission, left: float = LONG) -> "asyncio.Task[None]":
+    return asyncio.create_task(gate.enter(left))
+
+
+async def error_of(task: "asyncio.Task[None]") -> BaseException | None:
+    await asyncio.wait([task])
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def assert_empty(gate: Admission) -> None:
+    assert (gate.in_flight, gate.queued) == (0, 0)
+
+
+def test_a_free_slot_is_had_without_waiting_even_with_no_time_left() -> None:
+    async def story(clock: Clock) -> None:
+        gate, began = admission(slots=2), clock()
+        await gate.enter(0)
+        await gate.enter(0)
+        assert clock() == began
+        assert gate.in_flight == 2
+        assert gate.full
+        gate.leave()
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_the_queue_is_first_in_first_out() -> None:
+    async def story(_clock: Clock) -> list[int]:
+        gate, order = admission(queue=5), []
+
+        async def come(number: int) -> None:
+            await gate.enter(LONG)
+            order.append(number)
+            gate.leave()
+
+        await gate.enter(LONG)
+        tasks = [asyncio.create_task(come(number)) for number in range(5)]
+        await settle()
+        assert gate.queued == 5
+        gate.leave()
+        await asyncio.gather(*tasks)
+        assert_empty(gate)
+        return order
+
+    assert run(story) == [0, 1, 2, 3, 4]
+
+
+def test_nobody_overtakes_the_queue_when_a_slot_becomes_free() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(queue=1)
+        await gate.enter(LONG)
+        waiting = enter(gate)
+        await settle()
+        gate.leave()
+        assert gate.full  # the slot belongs to the one who waited, before it has run
+        overtaking = enter(gate)
+        await settle()
+        assert waiting.done()
+        assert not overtaking.done()
+        gate.leave()
+        await overtaking
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    async def story(clock: Clock) -> None:
+        gate = admission(queue=1)
+        await gate.enter(LONG)
+        waiting = enter(gate)
+        await settle()
+        began = clock()
+        with pytest.raises(GatewayOverloaded) as refused:
+            gate.check()
+        with pytest.raises(GatewayOverloaded):
+            await gate.enter(LONG)
+        assert clock() == began
+        assert refused.value.reason == "queue_full"
+        assert gate.queued == 1
+        gate.leave()
+        await waiting
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_without_a_queue_a_taken_slot_refuses_at_once() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(queue=0)
+        await gate.enter(LONG)
+        with pytest.raises(GatewayOverloaded):
+            await gate.enter(LONG)
+        gate.leave()
+        await gate.enter(LONG)
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_who_queues_longer_than_the_queue_timeout_is_overloaded() -> None:
+    async def story(clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        began = clock()
+        with pytest.raises(GatewayOverloaded) as late:
+            await gate.enter(QUEUE_TIMEOUT + 0.01)
+        assert QUEUE_TIMEOUT <= clock() - began < QUEUE_TIMEOUT + 0.01
+        assert late.value.reason == "queue_timeout"
+        assert gate.queued == 0
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_whose_deadline_ends_in_the_queue_is_told_so() -> None:
+    async def story(clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        for left in (QUEUE_TIMEOUT, 0.3, 0.0):
+            began = clock()
+            with pytest.raises(DeadlineExceeded):
+                await gate.enter(left)
+            assert left <= clock() - began < left + 0.01
+        assert gate.queued == 0
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_who_leaves_the_queue_is_skipped() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        first, second = enter(gate), enter(gate)
+        await settle()
+        first.cancel()
+        gate.leave()  # before the cancelled one has run
+        assert isinstance(await error_of(first), asyncio.CancelledError)
+        await second
+        assert (gate.in_flight, gate.queued) == (1, 0)
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_a_slot_handed_to_one_who_leaves_in_that_moment_goes_on_to_the_next() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        first, second = enter(gate), enter(gate)
+        await settle()
+        gate.leave()  # hands it to the first
+        first.cancel()
+        assert isinstance(await error_of(first), asyncio.CancelledError)
+        await second
+        assert (gate.in_flight, gate.queued) == (1, 0)
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_a_slot_handed_over_when_nobody_else_waits_becomes_free_again() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        only = enter(gate)
+        await settle()
+        gate.leave()
+        only.cancel()
+        await error_of(only)
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_draining_refuses_who_comes_and_who_waits_and_lets_who_is_in_finish() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        waiting = [enter(gate) for _ in range(3)]
+        await settle()
+        gate.drain()
+        assert gate.in_flight == 1
+        for task in waiting:
+            assert isinstance(await error_of(task), GatewayDraining)
+        with pytest.raises(GatewayDraining) as refused:
+            gate.check()
+        assert refused.value.retry_after == 1
+        with pytest.raises(GatewayDraining):
+            await gate.enter(LONG)
+        gate.leave()
+        with pytest.raises(GatewayDraining):
+            await gate.enter(LONG)
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_who_is_cancelled_and_drained_in_the_same_moment_leaves_nothing_behind() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission()
+        await gate.enter(LONG)
+        before, after = enter(gate), enter(gate)
+        await settle()
+        before.cancel()
+        gate.drain()
+        after.cancel()
+        await error_of(before)
+        await error_of(after)
+        gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("enter"), st.sampled_from([0.0, 0.5, LONG])),
+        st.tuples(st.just("leave"), st.integers(0, 9)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("run"), st.just(0)),
+        st.tuples(st.just("sleep"), st.sampled_from([0.4, 0.6, QUEUE_TIMEOUT])),
+        st.tuples(st.just("drain"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS, st.integers(1, 3), st.integers(0, 4))
+def test_after_any_mix_of_outcomes_nothing_is_held(actions: list[tuple[str, float]], slots: int, queue: int) -> None:
+    """Leaves, cancellations, timeouts and the drain fall on any moment, handed-over slots included."""
+
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=slots, queue=queue)
+        inside = 0
+        gone: list[asyncio.Event] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def request(left: float, leaves: asyncio.Event) -> None:
+            nonlocal inside
+            await gate.enter(left)
+            inside += 1
+            assert inside <= slots
+            try:
+                await leaves.wait()
+            finally:
+                inside -= 1
+                gate.leave()
+
+        for kind, value in actions:
+            if kind == "enter":
+                gone.append(asyncio.Event())
+                tasks.append(asyncio.create_task(request(value, gone[-1])))
+            elif kind == "leave" and gone:
+                gone[int(value) % len(gone)].set()
+            elif kind == "cancel" and tasks:
+                tasks[int(value) % len(tasks)].cancel()
+            elif kind == "run":
+                await asyncio.sleep(0)
+            elif kind == "sleep":
+                await asyncio.sleep(value)
+            elif kind == "drain":
+                gate.drain()
+            assert 0 <= inside <= gate.in_flight <= slots
+            assert gate.queued <= queue
+        for leaves in gone:
+            leaves.set()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(end is None or isinstance(end, GatewayError | asyncio.CancelledError) for end in ends)
+        assert inside == 0
+        assert_empty(gate)
+
+    run(story)
+
+
+@given(st.integers(1, 3), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_everybody_who_stays_in_the_queue_gets_in_whoever_else_leaves_it(slots: int, stays: list[bool]) -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=slots, queue=len(stays))
+        for _ in range(slots):
+            await gate.enter(LONG)
+        tasks = [enter(gate) for _ in stays]
+        await settle()
+        for _ in range(slots):
+            gate.leave()
+        for task, stay in zip(tasks, stays, strict=True):
+            if not stay:
+                task.cancel()
+        served = 0
+        while not all(task.done() for task in tasks):
+            await settle()
+            served += 1
+            if gate.in_flight:
+                gate.leave()
+        ends = [await error_of(task) for task in tasks]
+        assert [end is None for end in ends] == stays
+        for _ in range(gate.in_flight):
+            gate.leave()
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_memory_refuses_what_is_above_its_limit_and_holds_nothing_of_it() -> None:
+    memory = Memory(100)
+    with memory.share() as one, memory.share() as other:
+        one.take(60)
+        other.take(40)
+        with pytest.raises(GatewayOverloaded) as full:
+            other.take(1)
+        assert full.value.reason == "memory"
+        assert (one.held, other.held, memory.held) == (60, 40, 100)
+        one.give_back(10)
+        other.take(10)
+        assert memory.held == 100
+    assert memory.held == 0
+
+
+SHARES = st.lists(
+    st.tuples(st.integers(0, 4), st.sampled_from(["take", "some", "all", "end"]), st.integers(0, 60)), max_size=40
+)
+
+
+@given(SHARES)
+def test_after_any_mix_of_shares_no_byte_is_held(steps: list[tuple[int, str, int]]) -> None:
+    memory = Memory(100)
+    shares = [memory.share().__enter__() for _ in range(5)]
+    for index, kind, size in steps:
+        share = shares[index]
+        before = share.held
+        if kind == "take":
+            fits = memory.held + size <= 100
+            try:
+                share.take(size)
+            except GatewayOverloaded:
+                assert not fits
+                assert share.held == before
+            else:
+                assert fits
+        elif kind == "some":
+            share.give_back(min(size, share.held))
+        elif kind == "all":
+            share.give_back()
+            assert share.held == 0
+        else:
+            share.__exit__(None, None, None)
+            assert share.held == 0
+        assert memory.held == sum(each.held for each in shares) <= 100
+    for share in shares:
+        share.__exit__(None, None, None)
+    assert memory.held == 0

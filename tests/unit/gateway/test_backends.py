@@ -1,0 +1,289 @@
+from collections import Counter
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.attempt import authorization, classify
+from gateway.backends import Lease, Pool, Probe, Replica
+from gateway.breaker import Breaker
+from gateway.errors import (
+    AuthRefused,
+    BackendError,
+    ConnectionFailed,
+    InvalidResponse,
+    StaleConnection,
+    Unreachable,
+)
+from gateway.retry_budget import RetryBudget
+from gateway.routes import load_routing
+from gateway.settings import load
+from tests.unit.gateway.fakes import Clock, ignore, pool, replica_config, target, trip
+
+
+def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Replica:
+    clock = clock or Clock()
+    breaker = Breaker(failures=2, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
+    budget = RetryBudget(ratio=0.2, floor=10, clock=clock)
+    return Replica(replica_config("a", url), breaker=breaker, budget=budget, clock=clock)
+
+
+def leased(of: Replica) -> Lease:
+    lease = of.lease()
+    assert lease is not None
+    return lease
+
+
+def fail(of: Replica, error: BackendError) -> None:
+    leased(of).fail(error, "t" * 32)
+
+
+def test_of_two_replicas_the_one_with_less_in_flight_is_picked() -> None:
+    of = target(Clock(), 2)
+    of.replicas[0].in_flight = 3
+    of.replicas[1].in_flight = 2
+
+    assert {of.pick() for _ in range(50)} == {of.replicas[1]}
+
+
+def test_equally_loaded_replicas_are_picked_evenly() -> None:
+    of = target(Clock(), 2)
+    picks = Counter(of.pick() for _ in range(1000))
+
+    assert set(picks) == set(of.replicas)
+    assert min(picks.values()) > 300  # 12 standard deviations from 500
+
+
+def test_of_many_replicas_two_are_drawn_and_the_busiest_of_all_never_wins() -> None:
+    of = target(Clock(), 4)
+    for number, each in enumerate(of.replicas):
+        each.in_flight = number
+    picks = Counter(of.pick() for _ in range(2000))
+
+    assert set(picks) == set(of.replicas[:3])  # the last one loses against each other
+    assert picks[of.replicas[0]] > picks[of.replicas[1]] > picks[of.replicas[2]] > 100
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), min_size=1, max_size=5))
+def test_only_a_replica_that_would_be_admitted_and_is_not_left_out_is_picked(
+    replicas: list[tuple[bool, bool, int]],
+) -> None:
+    of = target(Clock(), len(replicas))
+    without = []
+    for each, (is_open, left_out, in_flight) in zip(of.replicas, replicas, strict=True):
+        each.in_flight = in_flight
+        if is_open:
+            trip(each)
+        if left_out:
+            without.append(each)
+    able = [
+        each for each, (is_open, left_out, _) in zip(of.replicas, replicas, strict=True) if not (is_open or left_out)
+    ]
+
+    picked = of.pick(without=without)
+
+    assert picked in able if able else picked is None
+
+
+def test_a_half_open_replica_whose_place_is_taken_is_not_picked() -> None:
+    clock = Clock()
+    of = target(clock, 1)
+    trip(of.replicas[0])
+    assert of.pick() is None
+    clock.forward(6)
+    assert of.pick() is of.replicas[0]
+    lease = leased(of.replicas[0])
+    assert of.pick() is None
+    assert of.replicas[0].lease() is None
+    lease.release()
+    assert of.pick() is of.replicas[0]
+
+
+def test_a_target_comes_back_with_its_first_replica() -> None:
+    clock = Clock()
+    of = target(clock, 2)
+    assert of.retry_in() is None
+    trip(of.replicas[0])
+    clock.forward(2)
+    trip(of.replicas[1])
+
+    assert of.retry_in() == 3
+
+
+@given(st.lists(st.sampled_from(["succeed", "fail", "neither", "release", "twice"]), max_size=12))
+def test_after_any_mix_of_outcomes_nothing_is_in_flight(ends: list[str]) -> None:
+    clock = Clock()
+    of = replica(clock=clock)
+    for end in ends:
+        lease = of.lease()
+        if lease is None:
+            clock.forward(40)
+            lease = leased(of)
+        assert of.in_flight == 1
+        if end in {"succeed", "twice"}:
+            lease.succeed()
+        if end in {"fail", "twice"}:
+            lease.fail(ConnectionFailed("gone"), "t")
+        if end == "neither":
+            lease.fail(StaleConnection("dead"), "t")
+        lease.release()
+        lease.release()
+        assert of.in_flight == 0
+    clock.forward(40)
+    leased(of)  # no half-open place was lost
+
+
+def test_only_the_first_end_of_an_attempt_counts() -> None:
+    of = replica()
+    lease = leased(of)
+    lease.succeed()
+    lease.fail(ConnectionFailed("gone"), "t")
+
+    assert of.breaker.consecutive_failures == 0
+    assert of.last_error is None
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_a_failing_server_counts(status: int) -> None:
+    of = replica()
+    fail(of, classify(status, b"{}", {}))
+
+    assert of.breaker.consecutive_failures == 1
+    assert of.status == "degraded"
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 501, 505])
+def test_a_wrong_request_is_a_well_backend(status: int) -> None:
+    clock = Clock(70.0)
+    of = replica(clock=clock)
+    fail(of, InvalidResponse("cut"))
+    fail(of, classify(status, b"{}", {}))
+
+    assert of.breaker.consecutive_failures == 0
+    assert of.status == "ok"
+    assert of.last_success == 70
+
+
+@pytest.mark.parametrize("error", [classify(429, b"{}", {}), classify(408, b"{}", {}), AuthRefused("no")])
+def test_an_answer_that_helps_nobody_ends_the_row_of_failures_and_shows(error: BackendError) -> None:
+    of = replica()
+    fail(of, InvalidResponse("cut"))
+    fail(of, error)
+
+    assert of.breaker.consecutive_failures == 0
+    assert of.status == "degraded"
+    assert of.last_error is not None
+    assert of.last_error.code == error.code
+
+
+def test_a_stale_connection_is_neither_success_nor_failure() -> None:
+    of = replica()
+    fail(of, InvalidResponse("cut"))
+    fail(of, StaleConnection("dead"))
+
+    assert of.breaker.consecutive_failures == 1
+
+
+def test_the_status_follows_breaker_probe_and_last_attempt() -> None:
+    clock = Clock()
+    of = replica(clock=clock)
+    assert of.status == "ok"
+    of.probe = Probe(ok=False, latency=0.1, at=clock())
+    assert of.status == "down"
+    of.probe = Probe(ok=True, latency=0.1, at=clock())
+    assert of.status == "ok"
+    fail(of, Unreachable("no"))
+    assert of.status == "degraded"
+    fail(of, Unreachable("no"))
+    assert of.status == "down"
+    clock.forward(6)
+    assert of.status == "degraded"
+    leased(of).succeed()
+    assert of.status == "ok"
+
+
+def test_the_last_error_says_what_when_and_where() -> None:
+    of = replica(clock=Clock(70.0))
+    fail(of, Unreachable("a refused the connection."))
+
+    assert of.last_error is not None
+    assert (of.last_error.code, of.last_error.at) == ("backend_connection_error", 70)
+    assert (of.last_error.message, of.last_error.trace_id) == ("a refused the connection.", "t" * 32)
+
+
+@pytest.mark.parametrize(
+    ("url", "base", "origin", "host", "port"),
+    [
+        ("http://h", "http://h", "http://h", "h", 80),
+        ("http://h/", "http://h", "http://h", "h", 80),
+        ("http://h/v1", "http://h", "http://h", "h", 80),
+        ("http://h:8001/v1/", "http://h:8001", "http://h:8001", "h", 8001),
+        ("https://h/openai/v1", "https://h/openai", "https://h", "h", 443),
+        ("https://h/openai/", "https://h/openai", "https://h", "h", 443),
+        ("http://h/v1/v1", "http://h/v1", "http://h", "h", 80),
+        ("http://h/myv1", "http://h/myv1", "http://h", "h", 80),
+        ("http://[::1]:8001/v1", "http://[::1]:8001", "http://[::1]:8001", "::1", 8001),
+        ("http://me:s3cret@h:1/v1", "http://h:1", "http://h:1", "h", 1),
+    ],
+)
+def test_with_or_without_v1_a_url_is_the_same(url: str, base: str, origin: str, host: str, port: int) -> None:
+    of = replica(url)
+
+    assert (of.base, of.origin, of.host, of.port) == (base, origin, host, port)
+    assert "s3cret" not in of.shown_url
+
+
+def test_user_info_is_sent_decoded_and_a_key_wins_over_it() -> None:
+    of = replica("http://me:p%40ss%3A%C3%A9@h")
+    assert authorization(of) == [("authorization", "Basic bWU6cEBzczrDqQ==")]  # me:p@ss:é
+    of.api_key = "k3y"
+    assert authorization(of) == [("authorization", "Bearer k3y")]
+    assert authorization(replica()) == []
+
+
+def routed(tmp_path: Path) -> Pool:
+    (tmp_path / "gateway.yaml").write_text(
+        dedent("""
+            backends: {a: {urls: [http://h, http://i]}, b: {url: http://j}}
+            routes:
+              - {model: m, targets: [{backend: a}, {backend: b, model: small}]}
+              - {model: n, targets: [{backend: b}]}
+              - {model: m, targets: [{backend: b}]}
+              - {model: "*", targets: [{backend: b}]}
+              - {model: late, targets: [{backend: a}]}
+        """)
+    )
+    settings = load(gateway_config=tmp_path / "gateway.yaml", model_name="n")
+    return Pool(load_routing(settings), settings, Clock(), ignore)
+
+
+def test_the_first_route_that_matches_wins(tmp_path: Path) -> None:
+    of = routed(tmp_path)
+
+    assert of.route("m") is of.routes[0]
+    assert of.route("n") is of.routes[1]
+    assert of.route("anything") is of.routes[3]
+    assert of.route("late") is of.routes[3]
+    assert [each.name for each in of.replicas] == ["a-1", "a-2", "b"]
+    assert [(each.backend, each.model) for each in of.routes[0].targets] == [("a", None), ("b", "small")]
+
+
+def test_a_replica_is_the_same_in_every_route(tmp_path: Path) -> None:
+    of = routed(tmp_path)
+
+    assert of.routes[0].targets[1].replicas == of.routes[1].targets[0].replicas == of.replicas[2:]
+
+
+def test_models_are_the_named_routes_and_the_default_one_each_once(tmp_path: Path) -> None:
+    assert routed(tmp_path).models == ["m", "n", "late"]
+    assert pool(Clock(), {"a": 1}).models == ["demo-model"]
+
+
+def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
+    of = routed(tmp_path)
+    of.routes = of.routes[:2]
+
+    assert of.route("other") is None
+    assert of.route("*") is None

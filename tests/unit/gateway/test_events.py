@@ -1,0 +1,155 @@
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gateway.errors import InvalidResponse
+from gateway.events import MAX_EVENT, EventSplitter, data_of
+
+LINE_ENDS = (b"\n", b"\r\n", b"\r")
+WORDS = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12).map(str.encode)
+FIELD = st.sampled_from([b"data: ", b"data:", b":", b": ", b"event: ", b"id: ", b"retry: ", b"", b"data"])
+LINE = st.builds(bytes.__add__, FIELD, WORDS).filter(bool)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """A stream of events and comments, each line with its own end, some empty lines between, and maybe a cut event."""
+    out = bytearray()
+    for _ in range(draw(st.integers(0, 6))):
+        for line in draw(st.lists(LINE, max_size=4)):
+            out += line + draw(st.sampled_from(LINE_ENDS))
+        out += draw(st.sampled_from(LINE_ENDS))
+    return bytes(out + draw(st.one_of(st.just(b""), LINE)))
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({min(cut, len(data)) for cut in cuts})
+    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+def feed(pieces: list[bytes]) -> list[bytes]:
+    splitter = EventSplitter()
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    return [*events, *splitter.end()]
+
+
+def reference(data: bytes) -> list[bytes]:
+    """Byte by byte, in the plainest way: an event ends with the line end that follows a line end."""
+    events, begin, at, ends = [], 0, 0, 0
+    while at < len(data):
+        width = 2 if data[at : at + 2] == b"\r\n" else 1
+        if data[at : at + width] in LINE_ENDS:
+            ends += 1
+            at += width
+            if ends == 2:
+                events.append(data[begin:at])
+                begin, ends = at, 0
+        else:
+            ends = 0
+            at += 1
+    return events
+
+
+CUTS = st.lists(st.integers(0, 200), max_size=12)
+
+
+@given(streams(), CUTS)
+@example(b"data: a\r\n\r\ndata: b\r\n\r\n", [8, 9, 10, 11])
+@example(b"data: a\r\rdata: b\n\r\n", [9, 19])
+@example(b"data: a\n\r\ndata: b\n\n", [9])
+@example(b"\n\n\r\n\r\r", [1, 2, 3, 4, 5])
+def test_any_split_of_the_bytes_gives_the_same_events(data: bytes, cuts: list[int]) -> None:
+    expected = reference(data)
+
+    assert feed([data]) == expected
+    assert feed(split(data, cuts)) == expected
+    assert feed([data[at : at + 1] for at in range(len(data))]) == expected
+
+
+@given(streams(), CUTS)
+def test_events_joined_are_the_bytes_that_came(data: bytes, cuts: list[int]) -> None:
+    joined = b"".join(feed(split(data, cuts)))
+
+    assert data.startswith(joined)
+    assert reference(data[len(joined) :]) == []
+
+
+@given(st.lists(st.binary(max_size=30), max_size=10))
+def test_no_bytes_make_it_fail(pieces: list[bytes]) -> None:
+    assert feed(pieces) == reference(b"".join(pieces))
+
+
+def test_half_an_event_never_goes_on() -> None:
+    splitter = EventSplitter()
+
+    assert splitter.feed(b"data: hel") == []
+    assert splitter.feed(b"lo\n") == []
+    assert splitter.feed(b"\ndata") == [b"data: hello\n\n"]
+    assert splitter.end() == []
+
+
+def test_an_event_that_ends_with_a_bare_cr_waits_for_the_lf_that_may_follow() -> None:
+    for after, first in ((b"\ndata: b", b"data: a\r\n\r\n"), (b"data: b", b"data: a\r\n\r")):
+        splitter = EventSplitter()
+        assert splitter.feed(b"data: a\r\n\r") == []
+        assert splitter.feed(after) == [first]
+    splitter = EventSplitter()
+    assert splitter.feed(b"data: a\r\r") == []
+    assert splitter.end() == [b"data: a\r\r"]
+    assert splitter.end() == []
+
+
+@pytest.mark.parametrize("line_end", LINE_ENDS)
+def test_an_event_of_the_largest_size_passes_and_a_larger_one_fails(line_end: bytes) -> None:
+    ends = 2 * line_end
+    fits = b"data: " + b"x" * (MAX_EVENT - 6 - len(ends)) + ends
+    assert feed([fits, fits]) == [fits, fits]
+    for step in (1 << 16, len(fits) + 1):
+        pieces = [b"data: x" + fits[6:]]
+        pieces = [pieces[0][at : at + step] for at in range(0, len(pieces[0]), step)]
+        with pytest.raises(InvalidResponse):
+            feed(pieces)
+
+
+def test_an_event_without_an_end_fails_at_the_limit_and_is_not_collected() -> None:
+    splitter = EventSplitter()
+    for _ in range(MAX_EVENT // 1024):
+        assert splitter.feed(b"x" * 1024) == []
+    with pytest.raises(InvalidResponse):
+        splitter.feed(b"x")
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        (b"data: x\n\n", b"x"),
+        (b"data:x\n\n", b"x"),
+        (b"data:  x\n\n", b" x"),
+        (b"data: x\r\n\r\n", b"x"),
+        (b"data: x\r\r", b"x"),
+        (b"data: a\ndata: b\n\n", b"a\nb"),
+        (b"data: a\r\ndata:\rdata\ndata: b\n\n", b"a\n\n\nb"),
+        (b"data\n\n", b""),
+        (b"data:\n\n", b""),
+        (b"event: error\ndata: x\nid: 7\n\n", b"x"),
+        (b": ping\ndata: x\n\n", b"x"),
+        (b"\ndata: x\n\n", b"x"),
+        (b": ping\n\n", None),
+        (b"event: ping\n\n", None),
+        (b"\n\n", None),
+        (b"dataset: x\n\n", None),
+        (b" data: x\n\n", None),
+        (b"data: a\rid: 1\n\n", b"a"),
+    ],
+)
+def test_the_data_of_an_event(event: bytes, data: bytes | None) -> None:
+    assert data_of(event) == data
+
+
+@given(st.lists(WORDS, min_size=1, max_size=4), st.data())
+def test_data_comes_out_as_it_went_in(words: list[bytes], data: st.DataObject) -> None:
+    ends = st.sampled_from(LINE_ENDS)
+    lines = [b"data: " + word + data.draw(ends) for word in words]
+    noise = data.draw(st.sampled_from([b"", b": ping\n", b"event: x\r\n", b"id: 1\n"]))
+
+    assert data_of(b"".join([noise, *lines, b"\n"])) == b"\n".join(words)

@@ -1,0 +1,239 @@
+"""Our encoder writes what the SDK's own writes; the exporters are the ones the environment names."""
+
+import json
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from opentelemetry.sdk.resources import Resource
+
+from gateway import __version__
+from gateway.record import Attempt, Record
+from gateway.requests import parse
+from gateway.settings import SettingsError, load, load_otel
+from gateway.telemetry.exporters import exporter_for
+from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
+from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
+from gateway.telemetry.tracing import SCOPE, Tracer, to_readable
+from gateway.telemetry.tree import TreePrinter
+
+RESOURCE = Resource(
+    {"service.name": "gateway", "flag": True, "number": -1, "share": 0.5, "list": ["a", "b"], "empty": ""}
+)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=300)
+NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
+VALUE: st.SearchStrategy[Value] = st.one_of(
+    TEXT, INT64, st.booleans(), st.floats(allow_nan=False), st.lists(TEXT, max_size=5)
+)
+ATTRIBUTES = st.dictionaries(NAME, VALUE, max_size=8).map(lambda found: list(found.items()))
+INSTANT = st.integers(0, 2**64 - 1)
+
+
+def encoded(spans: list[SpanData]) -> ExportTraceServiceRequest:
+    encoder = Encoder(RESOURCE.attributes, SCOPE.name, __version__)
+    request = ExportTraceServiceRequest()
+    request.ParseFromString(encoder.request([encoder.span(span) for span in spans]))
+    return request
+
+
+def by_the_sdk(spans: list[SpanData]) -> ExportTraceServiceRequest:
+    request: ExportTraceServiceRequest = encode_spans([to_readable(span, RESOURCE) for span in spans])
+    return request
+
+
+@st.composite
+def span_data(draw: st.DrawFn) -> SpanData:
+    attributes = draw(ATTRIBUTES)
+    cut = draw(st.integers(0, len(attributes)))
+    span = SpanData(
+        draw(NAME),
+        draw(st.sampled_from([SERVER, CLIENT])),
+        Shared(attributes[:cut]),
+        trace_id=draw(st.integers(1, 2**128 - 1)),
+        span_id=draw(st.integers(1, 2**64 - 1)),
+        parent_id=draw(st.just(0) | st.integers(1, 2**64 - 1)),
+    )
+    span.own = attributes[cut:]
+    span.start, span.end = draw(INSTANT), draw(INSTANT)
+    span.events = draw(st.lists(st.tuples(INSTANT, NAME, ATTRIBUTES), max_size=3))
+    span.status = draw(st.sampled_from([UNSET, ERROR]))
+    if span.status == ERROR:
+        span.error = draw(st.none() | TEXT)
+    return span
+
+
+@given(st.lists(span_data(), min_size=1, max_size=4))
+def test_spans_are_encoded_as_the_sdk_encodes_them(spans: list[SpanData]) -> None:
+    assert encoded(spans) == by_the_sdk(spans)
+    assert encoded(spans) == by_the_sdk(spans), "the second time, attributes that recur come from memory"
+
+
+def a_record(number: int) -> Record:
+    """The record of a request with much to tell."""
+    record = Record("POST", "/v1/chat/completions", trace_id=number + 1, span_id=7, request_id="r", started=monotonic())
+    record.parent_id = 5 if number % 2 else None
+    body = {"model": "größe", "messages": [{"role": "user"}], "temperature": 0.5, "max_tokens": 3, "n": 2}
+    record.asked(parse(record.path or "", json.dumps(body).encode()), model="größe", route="*", keep_text=True)
+    for attempt_number in (1, 2):
+        attempt = Attempt(attempt_number, "backend-1", attempt_number, monotonic())
+        attempt.url, attempt.host, attempt.port = "http://127.0.0.1:8001/v1/chat/completions", "127.0.0.1", 8001
+        attempt.ended = monotonic()
+        record.attempts.append(attempt)
+    failed = record.attempts[0]
+    failed.outcome, failed.error_type, failed.message, failed.decision = "status_500", "500", "kaputt: ü", "retry"
+    failed.status, failed.retry_after, failed.timer = 500, 0.25, "idle"
+    record.attempts[1].backoff = 0.125
+    record.events.append((monotonic(), "gateway.breaker", {"backend": "b", "from": "closed", "to": "open"}))
+    record.first_token = record.ended = monotonic()
+    record.queued = 0.5
+    record.status, record.outcome, record.error_message = 503, "backend_error", "schlecht: ß"
+    record.answered(
+        response_id="x", model="m", finish_reasons=["stop"], input_tokens=0, output_tokens=7, text="Antwort"
+    )
+    return record
+
+
+def test_the_spans_of_requests_are_encoded_as_the_sdk_encodes_them() -> None:
+    spans = [span for number in range(4) for span in spans_of(a_record(number))]
+
+    assert len(spans) == 12
+    assert encoded(spans) == by_the_sdk(spans)
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400])
+def test_an_integer_that_otlp_cannot_hold_is_text(value: int) -> None:
+    span = SpanData("name", SERVER, Shared([("number", value)]), trace_id=1, span_id=1, parent_id=0)
+    (found,) = encoded([span]).resource_spans[0].scope_spans[0].spans[0].attributes
+
+    assert found.value.string_value == str(value)
+
+
+def test_half_a_surrogate_costs_a_letter_and_not_the_batch() -> None:
+    span = SpanData("name", SERVER, Shared([("text", "a\ud800b")]), trace_id=1, span_id=1, parent_id=0)
+    span.own = [("list", ["\udfff"])]
+    span.status, span.error = ERROR, "\udcff"
+    found = encoded([span]).resource_spans[0].scope_spans[0].spans[0]
+
+    assert found.attributes[0].value.string_value == "a?b"
+    assert found.status.message == "?"
+
+
+# Which exporter.
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "kind"),
+    [
+        ({}, "dev", TreePrinter),
+        ({}, "prod", None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}, "dev", OtlpHttpExporter),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:4318/v1/traces"}, "prod", OtlpHttpExporter),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            "prod",
+            GrpcExporter,
+        ),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317",
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            },
+            "prod",
+            OtlpHttpExporter,
+        ),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", "OTEL_SDK_DISABLED": "TRUE"}, "dev", None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", "OTEL_TRACES_EXPORTER": "none"}, "dev", None),
+    ],
+)
+def test_the_environment_chooses_the_exporter(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], mode: str, kind: type | None
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    exporter = exporter_for(load(app_mode=mode), load_otel())
+
+    assert type(exporter) is (kind or type(None))
+    if exporter is not None:
+        exporter.shutdown()
+
+
+def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+
+    with pytest.raises(SettingsError, match="OTEL_EXPORTER_OTLP_PROTOCOL='http/json' is not valid"):
+        load_otel()
+
+
+@pytest.mark.parametrize("name", [None, "my-gateway"])
+def test_the_service_is_the_gateway_unless_the_environment_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    if name:
+        monkeypatch.setenv("OTEL_SERVICE_NAME", name)
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+    attributes = Tracer(None).resource.attributes
+
+    assert attributes["service.name"] == (name or "gateway")
+    assert attributes["service.version"] == __version__
+    assert attributes["deployment.environment.name"] == "test"
+
+
+class GrpcCollector(TraceServiceServicer):
+    """An OTLP/gRPC receiver."""
+
+    def __init__(self) -> None:
+        self.requests: list[ExportTraceServiceRequest] = []
+
+    def Export(self, request: ExportTraceServiceRequest, *_: Any) -> ExportTraceServiceResponse:  # noqa: ANN401, N802
+        self.requests.append(request)
+        return ExportTraceServiceResponse()
+
+
+@contextmanager
+def grpc_collector() -> Iterator[tuple[GrpcCollector, int]]:
+    collector = GrpcCollector()
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield collector, port
+    finally:
+        server.stop(None).wait()
+
+
+def test_spans_go_out_by_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    with grpc_collector() as (collector, port):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        tracer = Tracer(exporter_for(load(app_mode="prod"), load_otel()))
+        tracer.start()
+        tracer.take(a_record(1))
+        tracer.stop()
+
+    (request,) = collector.requests
+    (resource,) = request.resource_spans
+    spans = resource.scope_spans[0].spans
+    assert [span.name for span in spans] == ["POST /v1/chat/completions"] * 3
+    assert [span.kind for span in spans] == [SERVER, CLIENT, CLIENT]
+    assert spans[0].parent_span_id.hex() == f"{5:016x}"
+    assert {span.parent_span_id for span in spans[1:]} == {spans[0].span_id}
+    assert tracer.dropped == 0

@@ -1,0 +1,281 @@
+"""First content, completeness and the end of a stream, exactly as the project defines them."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import InvalidResponse
+from gateway.progress import ChoicesProgress, Progress, ResponsesProgress
+
+
+def chunk(*choices: dict[str, Any], **fields: object) -> bytes:
+    return json.dumps({"id": "c-1", "model": "m", "choices": list(choices), **fields}).encode()
+
+
+def delta(index: int = 0, reason: str | None = None, **fields: object) -> dict[str, Any]:
+    return {"index": index, "delta": fields, "finish_reason": reason}
+
+
+def seen(progress: Progress, *events: bytes) -> Progress:
+    for event in events:
+        progress.see(event)
+    return progress
+
+
+def chat(*events: bytes, choices: int = 1) -> Progress:
+    return seen(ChoicesProgress(choices), *events)
+
+
+def responses(*events: dict[str, Any]) -> Progress:
+    return seen(ResponsesProgress(), *(json.dumps(event).encode() for event in events))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        delta(content="a"),
+        delta(role="assistant", content="a"),
+        delta(content=" "),
+        delta(refusal="no"),
+        delta(reasoning="hm"),
+        delta(reasoning_content="hm"),
+        delta(tool_calls=[{"index": 0, "function": {"name": "f"}}]),
+        delta(function_call={"name": "f"}),
+        delta(audio={"id": "a"}),
+        delta(reason="stop"),
+        delta(reason="content_filter"),
+        {"index": 0, "text": "a", "finish_reason": None},
+        {"index": 0, "text": "", "finish_reason": "length"},
+    ],
+)
+def test_what_is_content(choice: dict[str, Any]) -> None:
+    assert chat(chunk(choice)).content
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        chunk(delta()),
+        chunk(delta(role="assistant")),
+        chunk(delta(role="assistant", content="")),
+        chunk(delta(role="assistant", content=None, refusal=None, tool_calls=[])),
+        chunk(delta(reason="")),
+        chunk({"index": 0, "text": "", "finish_reason": None}),
+        chunk({"index": 0, "text": None}),
+        chunk({"index": 0, "delta": None}),
+        chunk(),
+        chunk(usage={"prompt_tokens": 1}),
+        b"{}",
+        b"[]",
+        b"5",
+        b"null",
+        b'{"choices": null}',
+        b'{"choices": [5, null, "x"]}',
+        b'{"prompt_filter_results": []}',
+    ],
+)
+def test_what_is_no_content(event: bytes) -> None:
+    progress = chat(event)
+
+    assert not progress.content
+    assert not progress.complete
+    assert not progress.ended
+    assert progress.error is None
+
+
+def test_a_stream_is_complete_with_its_finish_reason() -> None:
+    begun = chat(chunk(delta(content="a")))
+    assert not begun.complete
+    progress = seen(begun, chunk(delta(reason="stop")))
+
+    assert progress.complete
+    assert not progress.ended
+    assert progress.finish_reasons == ["stop"]
+
+
+def test_every_choice_needs_its_own_finish_reason() -> None:
+    progress = chat(chunk(delta(2, "stop")), chunk(delta(0, "length")), chunk(delta(0, "stop")), choices=3)
+
+    assert not progress.complete
+    assert progress.finish_reasons == ["stop", "error", "stop"]
+    assert seen(progress, chunk(delta(1, "tool_calls"))).complete
+
+
+def test_one_chunk_may_finish_all_choices() -> None:
+    assert chat(chunk(delta(0, "stop"), delta(1, "stop")), choices=2).complete
+
+
+@pytest.mark.parametrize("index", [1, -1, 7, "0", None, 0.0])
+def test_a_finish_reason_of_a_choice_nobody_asked_for_completes_nothing(index: object) -> None:
+    assert not chat(chunk({"index": index, "delta": {}, "finish_reason": "stop"})).complete
+
+
+def test_an_empty_finish_reason_is_none() -> None:
+    """Some servers write "" where OpenAI writes null."""
+    progress = chat(chunk(delta(content="a", reason="")), chunk(delta(content="b", reason="")))
+
+    assert not progress.complete
+    assert progress.finish_reasons == ["error"]
+
+
+@pytest.mark.parametrize("data", [b"[DONE]", b" [DONE] ", b"[DONE]\n"])
+def test_done_before_the_finish_is_an_end_and_no_completion(data: bytes) -> None:
+    progress = chat(chunk(delta(content="a")), data)
+
+    assert progress.ended
+    assert not progress.complete
+
+
+def test_done_after_the_finish_is_the_end() -> None:
+    progress = chat(chunk(delta(reason="stop")), b"[DONE]")
+
+    assert progress.ended
+    assert progress.complete
+    assert progress.done_event == b"data: [DONE]\n\n"
+    assert progress.sequence_number is None
+
+
+@pytest.mark.parametrize("error", [{"message": "m"}, "overloaded", 5, [], {}])
+def test_an_error_in_an_event_is_the_backends_own(error: object) -> None:
+    assert chat(json.dumps({"error": error}).encode()).error == error
+
+
+def test_a_null_error_is_none() -> None:
+    progress = chat(chunk(delta(content="a"), error=None))
+
+    assert progress.error is None
+    assert progress.content
+
+
+def test_what_a_stream_says_about_itself() -> None:
+    progress = chat(
+        chunk(delta(role="assistant")),
+        chunk(delta(reason="stop"), usage=None),
+        chunk(usage={"prompt_tokens": 3, "completion_tokens": 4}),
+    )
+
+    assert (progress.model, progress.response_id) == ("m", "c-1")
+    assert (progress.input_tokens, progress.output_tokens) == (3, 4)
+    assert progress.text is None
+
+
+@pytest.mark.parametrize("count", [-1, True, "3", None, 1.5, []])
+def test_what_is_no_count_of_tokens(count: object) -> None:
+    progress = chat(chunk(usage={"prompt_tokens": count, "completion_tokens": 4}))
+
+    assert (progress.input_tokens, progress.output_tokens) == (None, 4)
+
+
+def test_words_are_kept_only_when_asked_for() -> None:
+    events = chunk(delta(content="he")), chunk(delta(content="llo", reason="stop"))
+
+    assert seen(ChoicesProgress(1), *events).text is None
+    assert seen(ChoicesProgress(1, keep_text=True), *events).text == "hello"
+    said = seen(ResponsesProgress(keep_text=True), b'{"type": "response.output_text.delta", "delta": "hello"}')
+    assert said.text == "hello"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"hello", b"{} {}", b"\xff", b'{"a": NaN}', b"[" * 100_000])
+def test_data_that_is_no_json_is_a_failure(data: bytes) -> None:
+    for progress in (ChoicesProgress(1), ResponsesProgress()):
+        with pytest.raises(InvalidResponse):
+            progress.see(data)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("response.output_text.delta", "response.reasoning_text.delta", "response.function_call_arguments.delta"),
+        *("response.refusal.delta", "response.output_item.done"),
+        *("response.completed", "response.incomplete", "response.failed"),
+    ],
+)
+def test_what_is_content_of_a_response(kind: str) -> None:
+    assert responses({"type": kind}).content
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("response.created", "response.queued", "response.in_progress", "response.output_item.added"),
+        *("response.content_part.added", "response.content_part.done", "ping", ""),
+    ],
+)
+def test_what_is_no_content_of_a_response(kind: str) -> None:
+    progress = responses({"type": kind, "response": {"status": "in_progress"}})
+
+    assert not progress.content
+    assert not progress.complete
+
+
+@pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
+def test_a_response_is_complete_with_its_terminal_event(status: str) -> None:
+    response = {"id": "r-1", "model": "m", "usage": {"input_tokens": 1, "output_tokens": 2}}
+    progress = responses(
+        {"type": "response.output_text.delta", "delta": "a", "sequence_number": 3},
+        {"type": f"response.{status}", "response": response, "sequence_number": 4},
+    )
+
+    assert progress.complete
+    assert progress.error is None
+    assert progress.done_event is None
+    assert progress.finish_reasons == [status]
+    assert progress.sequence_number == 5
+    assert (progress.model, progress.response_id) == ("m", "r-1")
+    assert (progress.input_tokens, progress.output_tokens) == (1, 2)
+
+
+def test_a_response_without_its_terminal_event_is_not_complete() -> None:
+    progress = responses({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.output_item.done"})
+    seen(progress, b"[DONE]")
+
+    assert not progress.complete
+    assert progress.ended
+
+
+def test_an_error_of_a_response_is_the_backends_own() -> None:
+    flat = responses({"type": "error", "code": "c", "message": "m", "param": None})
+    assert flat.error == {"code": "c", "message": "m", "param": None}
+    assert responses({"type": "error", "error": {"code": "c"}}).error == {"code": "c"}
+    assert responses({"error": {"code": "c"}}).error == {"code": "c"}
+
+
+def test_an_error_event_of_ours_is_numbered_from_0_or_after_the_last() -> None:
+    assert responses().sequence_number == 0
+    assert responses({"type": "response.created", "sequence_number": 0}).sequence_number == 1
+    assert responses({"type": "response.created", "sequence_number": "x"}).sequence_number == 0
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from(["", "a", "stop", "error", "response.completed"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    *("choices", "delta", "text", "index", "finish_reason", "usage", "error", "type", "response"),
+                    *("model", "id", "prompt_tokens", "sequence_number"),
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(st.lists(VALUES, max_size=4), st.integers(1, 3), st.booleans())
+def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], choices: int, keep: bool) -> None:  # noqa: FBT001
+    for progress in (ChoicesProgress(choices, keep_text=keep), ResponsesProgress(keep_text=keep)):
+        before = (False, False, False)
+        for event in events:
+            progress.see(json.dumps(event).encode())
+            now = (progress.content, progress.complete, progress.ended)
+            assert all(new or not old for old, new in zip(before, now, strict=True))
+            assert progress.content or not progress.complete
+            before = now
+        assert all(isinstance(reason, str) for reason in progress.finish_reasons)

@@ -1,0 +1,269 @@
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from gateway.errors import InvalidJson, InvalidRequest
+from gateway.requests import PATHS, Prompt, parse, with_model
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
+
+
+def chat(more: bytes = b"") -> Prompt:
+    return parse(CHAT, b"{" + MESSAGES + more + b"}")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, b"{" + MESSAGES + b"}"),
+        (COMPLETIONS, b'{"prompt":"hi"}'),
+        (COMPLETIONS, b'{"prompt":null}'),
+        ("/v1/embeddings", b'{"input":[1,2]}'),
+        ("/v1/responses", b"{}"),
+    ],
+)
+def test_the_least_a_caller_must_send(path: str, body: bytes) -> None:
+    prompt = parse(path, body)
+
+    assert path in PATHS
+    assert (prompt.path, prompt.body, prompt.model, prompt.stream, prompt.choices) == (path, body, None, False, 1)
+
+
+def test_unknown_fields_and_null_ones_are_the_backends_business() -> None:
+    prompt = chat(
+        b',"model":null,"stream":null,"n":null,"temperature":null,"tools":[{"x":1}],"anything":{"deep":[1e999]}'
+    )
+
+    assert prompt.model is None
+    assert not prompt.stream
+    assert prompt.choices == 1
+
+
+def test_what_is_read_of_a_request() -> None:
+    prompt = chat(b',"model":"m","stream":true,"n":3,"temperature":1,"max_tokens":5')
+
+    assert (prompt.model, prompt.stream, prompt.choices) == ("m", True, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "choices"),
+    [
+        (b'{"prompt":"a","n":2}', 2),
+        (b'{"prompt":["a","b"],"n":2}', 4),
+        (b'{"prompt":["a","b","c"]}', 3),
+        (b'{"prompt":[1,2,3],"n":2}', 2),
+        (b'{"prompt":[[1,2],[3]],"n":2}', 4),
+        (b'{"prompt":[],"n":2}', 2),
+    ],
+)
+def test_every_prompt_has_its_choices(body: bytes, choices: int) -> None:
+    assert parse(COMPLETIONS, body).choices == choices
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            b"",
+            b" \n",
+            b"{",
+            b"{]",
+            b"hello",
+            b"{} {}",
+            b'{"a":1,}',
+            b"{'a':1}",
+            b'{"a":NaN}',
+            b'{"a":01}',
+            b"\xef\xbb\xbf{}",
+        ),
+        *(b'{"messages":5', b'{"messages":5,"x":nope}', b'{"a":"\x01"}'),
+        b'{"a":"\xff"}',
+        b'{"messages":5,"a":"\xff"}',
+        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"messages":5,"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"messages":[{"role":"user","content":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}",
+    ],
+)
+def test_what_is_no_json(body: bytes) -> None:
+    with pytest.raises(InvalidJson):
+        parse(CHAT, body)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, b"[]", None),
+        (CHAT, b"5", None),
+        (CHAT, b"null", None),
+        (CHAT, b'"x"', None),
+        (CHAT, b"{}", "messages"),
+        (CHAT, b'{"messages":null}', "messages"),
+        (CHAT, b'{"messages":[]}', "messages"),
+        (CHAT, b'{"messages":"hi"}', "messages"),
+        (CHAT, b'{"messages":[{}]}', "messages[0].role"),
+        (CHAT, b'{"messages":[{"role":"user"},{"role":5}]}', "messages[1].role"),
+        (CHAT, b"{" + MESSAGES + b',"model":5}', "model"),
+        (CHAT, b"{" + MESSAGES + b',"model":""}', "model"),
+        (CHAT, b"{" + MESSAGES + b',"model":"' + b"m" * 513 + b'"}', "model"),
+        (CHAT, b"{" + MESSAGES + b',"stream":"yes"}', "stream"),
+        (CHAT, b"{" + MESSAGES + b',"n":0}', "n"),
+        (CHAT, b"{" + MESSAGES + b',"n":1.5}', "n"),
+        (CHAT, b"{" + MESSAGES + b',"n":true}', "n"),
+        (CHAT, b"{" + MESSAGES + b',"temperature":"hot"}', "temperature"),
+        (CHAT, b"{" + MESSAGES + b',"temperature":1e999}', "temperature"),
+        (CHAT, b"{" + MESSAGES + b',"stream_options":{"include_usage":3}}', "stream_options.include_usage"),
+        (COMPLETIONS, b"{}", "prompt"),
+        (COMPLETIONS, b'{"prompt":5}', "prompt"),
+        ("/v1/embeddings", b"{}", "input"),
+        ("/v1/embeddings", b'{"input":null}', "input"),
+        ("/v1/responses", b'{"input":5}', "input"),
+        ("/v1/responses", b'{"max_output_tokens":"many"}', "max_output_tokens"),
+    ],
+)
+def test_a_wrong_field_is_named(path: str, body: bytes, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        parse(path, body)
+
+    assert wrong.value.param == param
+
+
+def test_an_error_quotes_nothing_of_the_prompt() -> None:
+    for secret in (b'"s3cret"', b'{"s3cret":1}', b'["s3cret"]'):
+        with pytest.raises(InvalidRequest) as wrong:
+            chat(b',"temperature":' + secret)
+        assert "s3cret" not in wrong.value.message
+
+
+KEYS = st.sampled_from(["model", "Model", "models", "mod\\el", 'mo"del', "x", "", "é", "messages "])
+NUMBERS = st.sampled_from(
+    [b"0", b"-0", b"1.0E+5", b"1e-07", b"123456789012345678901234567890", b"0.10", b"1E400", b"-1.50"]
+)
+SPACE = st.sampled_from([b"", b" ", b"\n", b"\t ", b"\r\n  "])
+
+
+@st.composite
+def strings(draw: st.DrawFn, text: st.SearchStrategy[str]) -> bytes:
+    """A JSON string, some of its characters escaped that need not be."""
+    out = bytearray(b'"')
+    for character in draw(text):
+        plain = json.dumps(character, ensure_ascii=draw(st.booleans()))[1:-1]
+        units = character.encode("utf-16-be")
+        escaped = "".join(f"\\u{units[at]:02X}{units[at + 1]:02x}" for at in range(0, len(units), 2))
+        out += (escaped if draw(st.integers(0, 3)) == 0 else plain).encode()
+    return bytes(out + b'"')
+
+
+TEXT = st.one_of(
+    KEYS, st.text(st.characters(exclude_categories=["Cs"]), max_size=6), st.sampled_from(['"model":"x"', "{[", "]}"])
+)
+SCALARS = st.one_of(NUMBERS, strings(TEXT), st.sampled_from([b"true", b"false", b"null"]))
+
+
+@st.composite
+def members(draw: st.DrawFn, value: st.SearchStrategy[bytes], key: st.SearchStrategy[str]) -> bytes:
+    pad = [draw(SPACE) for _ in range(4)]
+    return pad[0] + draw(strings(key)) + pad[1] + b":" + pad[2] + draw(value) + pad[3]
+
+
+def containers(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    array = st.builds(
+        lambda items, pad: b"[" + (pad + b",").join(items) + pad + b"]", st.lists(inner, max_size=3), SPACE
+    )
+    pairs = st.lists(members(inner, KEYS), max_size=3)
+    return array | st.builds(lambda items, pad: b"{" + pad + b",".join(items) + b"}", pairs, SPACE)
+
+
+VALUES = st.recursive(SCALARS, containers, max_leaves=6)
+
+
+@st.composite
+def objects(draw: st.DrawFn) -> bytes:
+    """A JSON object, its top-level `model` members texts or null."""
+    others = members(VALUES, KEYS.filter(lambda key: key != "model"))
+    models = members(st.one_of(strings(TEXT), st.just(b"null")), st.just("model"))
+    items = draw(st.lists(st.one_of(others, others, models), max_size=5))
+    return draw(SPACE) + b"{" + draw(SPACE) + b",".join(items) + b"}" + draw(SPACE)
+
+
+def pairs_of(body: bytes) -> list[tuple[str, bytes]]:
+    """The members of an object in order, values as their bytes, by a decoder that is not ours."""
+    keys: list[str] = [key for key, _ in json.loads(body, object_pairs_hook=Pairs)]
+    text = body.decode()
+    at, out = text.index("{") + 1, []
+    decoder = json.JSONDecoder(parse_float=str, parse_int=str)
+    for key in keys:
+        at = _skip(text, at)
+        found, at = decoder.raw_decode(text, at)
+        assert found == key
+        at = _skip(text, _skip(text, at) + 1)
+        _, end = decoder.raw_decode(text, at)
+        out.append((key, text[at:end].encode()))
+        at = _skip(text, end) + 1
+    return out
+
+
+class Pairs(list[tuple[str, Any]]):
+    """An object's members, duplicates included."""
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+@given(objects(), st.one_of(TEXT, st.just("new-model")))
+@example(b'{"mod\\u0065l":"old","x":1.0E+5}', "new")
+@example(b'{"x":{"model":"inner"},"model":"old"}', "new")
+@example(b'{"model":"a","x":"\\\\","model":"b"}', "new")
+@example(b'{"x":"model","y":["model"],"model" \n:\t"old" }', "new")
+@example(b'{"x":"a\\"","model":null}', "new")
+@example(b"{ }", "new")
+def test_only_the_model_changes_and_every_other_byte_stays(body: bytes, model: str) -> None:
+    out = with_model(body, model)
+
+    before, after = pairs_of(body), pairs_of(out)
+    new = msgspec.json.encode(model)
+    if all(key != "model" for key, _ in before):
+        start = body.index(b"{") + 1
+        added = b'"model":' + new + (b"," if before else b"")
+        assert out == body[:start] + added + body[start:]
+        assert after == [("model", new), *before]
+        return
+    assert after == [(key, new if key == "model" else value) for key, value in before]
+    assert len(out) - len(body) == sum(len(new) - len(value) for key, value in before if key == "model")
+    assert json.loads(out)["model"] == model
+
+
+@given(objects(), TEXT.filter(bool))
+def test_what_comes_out_is_read_with_the_new_model(body: bytes, model: str) -> None:
+    try:
+        parse("/v1/responses", body)
+    except InvalidRequest:  # a model of no letters
+        assume(False)
+
+    assert parse("/v1/responses", with_model(body, model)).model == model
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_make_the_parser_fail(body: bytes) -> None:
+    for path in PATHS:
+        try:
+            prompt = parse(path, body)
+        except (InvalidJson, InvalidRequest):
+            continue
+        assert prompt.body == body
+
+
+def test_a_body_of_ten_megabytes_is_changed_in_one_pass() -> None:
+    """Strings full of quotes and backslashes, the hardest case; the test's own timeout is the bound."""
+    noise = json.dumps('\\"{[' * 2_000_000).encode()
+    body = b'{"x":' + noise + b',"model":"old"}'
+
+    assert with_model(body, "new") == b'{"x":' + noise + b',"model":"new"}'

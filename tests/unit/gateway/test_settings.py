@@ -1,0 +1,266 @@
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.settings import SECRETS, OtelSettings, Settings, SettingsError, load, load_otel
+
+WRONG = [
+    ("PORT", "x", "integer"),
+    ("PORT", "-1", "greater than or equal to 0"),
+    ("PORT", "65536", "65535"),
+    ("APP_MODE", "test", "'dev' or 'prod'"),
+    ("LOG_LEVEL", "loud", "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
+    ("MODEL_NAME", "m" * 257, "256"),
+    ("GATEWAY_BACKEND_URLS", "localhost:8001", "http://"),
+    ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
+    ("GATEWAY_BACKEND_URLS", "http://", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://:8001", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://host:0", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://host:99999", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://host:port", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://[::1", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://host?x=1", "query"),
+    ("GATEWAY_BACKEND_URLS", "http://host#x", "fragment"),
+    ("GATEWAY_BACKEND_URLS", "http://two words", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://host/a b", "http://"),
+    ("GATEWAY_BACKEND_URLS", "http://a, nonsense", "http://"),
+    ("GATEWAY_BACKEND_URLS", " , ", "one"),
+    ("GATEWAY_API_KEYS", ",\n,", "one"),
+    ("GATEWAY_STREAM_COMMIT", "last_token", "'first_token' or 'complete'"),
+    ("GATEWAY_CAPTURE_CONTENT", "maybe", "boolean"),
+    ("GATEWAY_TRACE_KEEP_SLOW", "never", "'off'"),
+    ("GATEWAY_TRACE_KEEP_SLOW", "0", "greater than 0"),
+    ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
+    ("GATEWAY_RETRY_BUDGET", "-0.1", "greater than or equal to 0"),
+]
+POSITIVE = [
+    *("REQUEST_DEADLINE", "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "ANSWER_TIMEOUT", "IDLE_TIMEOUT", "BODY_TIMEOUT"),
+    *("BREAKER_OPEN_SECONDS", "BREAKER_OPEN_MAX", "QUEUE_TIMEOUT", "PROBE_INTERVAL"),
+]
+NOT_NEGATIVE = [
+    *("HEARTBEAT", "BACKOFF_INITIAL", "BACKOFF_MAX", "RETRY_AFTER_MAX", "RETRY_BUDGET", "SHUTDOWN_GRACE"),
+]
+AT_LEAST_ONE = [
+    "MAX_ATTEMPTS",
+    "BREAKER_FAILURES",
+    "MAX_IN_FLIGHT",
+    "MAX_BODY_BYTES",
+    "MAX_ANSWER_BYTES",
+    "MAX_BUFFERED_BYTES",
+]
+AT_LEAST_NONE = ["RETRY_FLOOR", "MAX_QUEUE"]
+WRONG += [(f"GATEWAY_{name}", value, "") for name in POSITIVE for value in ("0", "-1", "nan", "inf", "1s", "1,5")]
+WRONG += [(f"GATEWAY_{name}", value, "") for name in NOT_NEGATIVE for value in ("-1", "nan", "inf", "many")]
+WRONG += [(f"GATEWAY_{name}", value, "") for name in AT_LEAST_ONE for value in ("0", "-1", "1.5", "nan", "many")]
+WRONG += [(f"GATEWAY_{name}", value, "") for name in AT_LEAST_NONE for value in ("-1", "1.5", "many")]
+
+
+def complaint(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> str:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as wrong:
+        load()
+    return str(wrong.value)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
+def test_a_bad_value_is_one_line_with_the_variable_its_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
+) -> None:
+    line = complaint(monkeypatch, name, value)
+
+    assert "\n" not in line
+    shown = "(hidden)" if name in SECRETS else repr(value)
+    assert line.startswith(f"{name}={shown} is not valid: ")
+    said = line.partition(" is not valid: ")[2]
+    assert said
+    assert allowed in said
+
+
+def test_every_setting_that_can_be_wrong_is_tried() -> None:
+    free = {"HOST", "GATEWAY_BACKEND_API_KEY", "GATEWAY_CONFIG"}
+
+    assert {name.upper() for name in Settings.model_fields} - free == {name for name, _, _ in WRONG}
+
+
+def test_more_than_one_bad_value_is_still_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MAX_QUEUE", "x")
+    line = complaint(monkeypatch, "PORT", "y")
+
+    assert line.startswith("PORT='y'")
+    assert line.endswith("(and 1 more)")
+
+
+def test_neither_user_info_nor_a_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = complaint(monkeypatch, "GATEWAY_BACKEND_URLS", "http://user:s3cret@host?x, https://me:s3cret@other#y")
+    assert "s3cret" not in line
+    assert "host?x" in line
+    monkeypatch.delenv("GATEWAY_BACKEND_URLS")
+    assert "s3cret" not in repr(load(gateway_api_keys=["s3cret"], gateway_backend_api_key="s3cret"))
+
+
+def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None:
+    settings = load()
+
+    assert (settings.host, settings.port, settings.app_mode, settings.model_name) == (
+        "0.0.0.0",
+        8000,
+        "dev",
+        "demo-model",
+    )
+    assert settings.log_level == "INFO"
+    assert settings.gateway_backend_urls == ["http://127.0.0.1:8001"]
+    assert settings.gateway_backend_api_key is None
+    assert settings.gateway_config is None
+    assert settings.gateway_api_keys == []
+    numbers = {
+        "request_deadline": 600,
+        "connect_timeout": 1,
+        "first_token_timeout": 30,
+        "answer_timeout": 120,
+        "idle_timeout": 30,
+        "body_timeout": 30,
+        "heartbeat": 0,
+        "max_attempts": 3,
+        "backoff_initial": 0.1,
+        "backoff_max": 2,
+        "retry_after_max": 10,
+        "retry_budget": 0.2,
+        "retry_floor": 10,
+        "breaker_failures": 5,
+        "breaker_open_seconds": 5,
+        "breaker_open_max": 30,
+        "max_in_flight": 1024,
+        "max_queue": 256,
+        "queue_timeout": 2,
+        "max_body_bytes": 10485760,
+        "max_answer_bytes": 67108864,
+        "max_buffered_bytes": 268435456,
+        "stream_commit": "first_token",
+        "probe_interval": 2,
+        "shutdown_grace": 20,
+        "capture_content": False,
+        "trace_keep_slow": 10,
+    }
+    assert {name: getattr(settings, f"gateway_{name}") for name in numbers} == numbers
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(name.upper(), "")
+    for name in SECRETS:
+        monkeypatch.setenv(f"{name}_FILE", "")
+
+    assert load() == Settings.model_construct(**{name: getattr(Settings(), name) for name in Settings.model_fields})
+    assert load().gateway_api_keys == []
+    assert load().port == 8000
+
+
+def test_lists_are_split_at_commas_and_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_BACKEND_URLS", " http://a:1 ,https://b/v1/\n\nhttp://[::1]:8001,")
+    monkeypatch.setenv("GATEWAY_API_KEYS", "one, two\nthree\r\n")
+    settings = load()
+
+    assert settings.gateway_backend_urls == ["http://a:1", "https://b/v1/", "http://[::1]:8001"]
+    assert [key.get_secret_value() for key in settings.gateway_api_keys] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, name.lower()) for name in SECRETS])
+def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
+    file = tmp_path / "secret"
+    file.write_text("s3cret\n")
+    monkeypatch.setenv(f"{name}_FILE", str(file))
+
+    value = getattr(load(), field)
+    value = value[0] if isinstance(value, list) else value
+    assert value.get_secret_value() == "s3cret"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_in_both_places_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "secret"
+    file.write_text("s3cret")
+    monkeypatch.setenv(f"{name}_FILE", str(file))
+    line = complaint(monkeypatch, name, "s3cret")
+
+    assert f"{name} and {name}_FILE" in line
+    assert "s3cret" not in line
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_secret_file_that_cannot_be_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    line = complaint(monkeypatch, f"{name}_FILE", str(file))
+
+    assert line.startswith(f"{name}_FILE={str(file)!r}: ")
+    assert "\n" not in line
+
+
+def test_an_empty_secret_file_is_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """compose.yaml mounts one where there are no keys."""
+    (tmp_path / "secret").write_text(" \n")
+    for name in SECRETS:
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
+
+    assert load().gateway_api_keys == []
+    assert load().gateway_backend_api_key is None
+
+
+def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert str(tmp_path) in complaint(monkeypatch, "GATEWAY_API_KEYS_FILE", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf")),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"},
+            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf"),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            OtelSettings(disabled=False, has_endpoint=True, protocol="grpc"),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+            OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf"),
+        ),
+        ({"OTEL_SDK_DISABLED": "True"}, OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf")),
+        ({"OTEL_TRACES_EXPORTER": "none"}, OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf")),
+    ],
+)
+def test_what_is_read_of_opentelemetrys_own_variables(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: OtelSettings
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert load_otel() == expected
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http/json")
+    with pytest.raises(SettingsError) as wrong:
+        load_otel()
+
+    assert str(wrong.value) == f"{name}='http/json' is not valid: 'http/protobuf' or 'grpc'"
+
+
+def test_only_settings_reads_the_environment() -> None:
+    package = Path(inspect.getfile(Settings)).parent
+    readers = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if any(word in file.read_text() for word in ("os.environ", "getenv"))
+    }
+
+    assert readers == {"settings.py"}
+    assert "PATH" in os.environ  # the search is for the real name

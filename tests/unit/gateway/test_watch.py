@@ -1,0 +1,299 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import CallerLeft, DeadlineExceeded, GatewayError, Silent, Stalled
+from gateway.watch import Watch
+from tests.unit.gateway.fakes import Clock
+from tests.unit.gateway.virtual import run, settle
+
+END = 100.0
+SOON = 0.01
+"""Virtual seconds a timer may be late."""
+
+
+def stalled() -> Stalled:
+    return Stalled("idle")
+
+
+def silent() -> Silent:
+    return Silent("late", timer="answer")
+
+
+def ends_with(
+    block: Callable[[Watch], Awaitable[None]], prepare: Callable[[Watch], None] = lambda _watch: None
+) -> tuple[GatewayError | None, float]:
+    """How a watched block ends, and after how long."""
+
+    async def story(clock: Clock) -> tuple[GatewayError | None, float]:
+        watch, began = Watch(clock() + END), clock()
+        prepare(watch)
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            with watch:
+                await block(watch)
+        except GatewayError as error:
+            assert task.cancelling() == 0
+            return error, clock() - began
+        assert task.cancelling() == 0
+        took = clock() - began
+        await asyncio.sleep(3 * END)  # nothing goes off afterwards
+        return None, took
+
+    return run(story)
+
+
+def test_a_phase_that_takes_too_long_ends_with_its_own_error() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        await asyncio.sleep(50)
+
+    error, took = ends_with(block)
+    assert isinstance(error, Stalled)
+    assert 3 <= took < 3 + SOON
+
+
+def test_a_phase_may_begin_before_the_block() -> None:
+    async def block(_watch: Watch) -> None:
+        await asyncio.sleep(50)
+
+    error, took = ends_with(block, lambda watch: watch.limit(2, silent))
+    assert isinstance(error, Silent)
+    assert 2 <= took < 2 + SOON
+
+
+def test_the_hard_end_wins_over_a_longer_phase() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(END + 1, stalled)
+        await asyncio.sleep(1000)
+
+    error, took = ends_with(block)
+    assert isinstance(error, DeadlineExceeded)
+    assert END <= took < END + SOON
+
+
+def test_without_a_phase_the_hard_end_holds() -> None:
+    async def block(_watch: Watch) -> None:
+        await asyncio.sleep(1000)
+
+    error, took = ends_with(block)
+    assert isinstance(error, DeadlineExceeded)
+    assert END <= took < END + SOON
+
+
+def test_each_phase_begins_anew() -> None:
+    async def block(watch: Watch) -> None:
+        for _ in range(20):
+            watch.limit(3, stalled)
+            await asyncio.sleep(2)
+        watch.limit(3, silent)
+        await asyncio.sleep(50)
+
+    error, took = ends_with(block)
+    assert isinstance(error, Silent)
+    assert 43 <= took < 43 + SOON
+
+
+def test_a_shorter_phase_after_a_longer_one_is_on_time() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(50, silent)
+        await asyncio.sleep(1)
+        watch.limit(2, stalled)
+        await asyncio.sleep(50)
+
+    error, took = ends_with(block)
+    assert isinstance(error, Stalled)
+    assert 3 <= took < 3 + SOON
+
+
+def test_while_it_is_paused_only_the_hard_end_holds() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        watch.pause()
+        await asyncio.sleep(1000)
+
+    error, took = ends_with(block)
+    assert isinstance(error, DeadlineExceeded)
+    assert END <= took < END + SOON
+
+
+def test_the_hard_end_may_move_back() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        watch.end_at(asyncio.get_running_loop().time() + 2 * END)
+        await asyncio.sleep(1000)
+
+    error, took = ends_with(block)
+    assert isinstance(error, DeadlineExceeded)
+    assert 2 * END <= took < 2 * END + SOON
+
+
+def test_an_end_that_is_over_ends_the_block_at_its_first_wait() -> None:
+    async def block(watch: Watch) -> None:
+        watch.end_at(0)
+        watch.limit(5, stalled)
+        await asyncio.sleep(50)
+
+    error, took = ends_with(block)
+    assert isinstance(error, DeadlineExceeded)
+    assert took < SOON
+
+
+def test_a_block_in_time_ends_as_it_ends_and_nothing_goes_off_later() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        await asyncio.sleep(2)
+
+    error, took = ends_with(block)
+    assert error is None
+    assert 2 <= took < 2 + SOON
+
+
+def test_an_error_of_the_block_goes_on() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        raise CallerLeft("gone")
+
+    assert isinstance(ends_with(block)[0], CallerLeft)
+
+
+def test_an_error_while_the_cancelled_block_is_left_goes_on() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(3, stalled)
+        try:
+            await asyncio.sleep(50)
+        finally:
+            raise CallerLeft("gone")
+
+    assert isinstance(ends_with(block)[0], CallerLeft)
+
+
+def cancelled_at(moment: float, *, phase: float, before: bool) -> str:
+    """What a watched block ends with when its task is cancelled at `moment`; `before` the timer, in the same tick."""
+
+    async def story(_clock: Clock) -> str:
+        loop = asyncio.get_running_loop()
+
+        async def watched() -> str:
+            if before:
+                loop.call_later(moment, task.cancel)
+            with Watch(loop.time() + END) as watch:
+                watch.limit(phase, stalled)
+                if not before:
+                    loop.call_later(moment, task.cancel)
+                await asyncio.sleep(50)
+            return "ended"
+
+        task = asyncio.create_task(watched())
+        await settle()
+        await asyncio.wait([task])
+        if task.cancelled():
+            return "cancelled"
+        return type(task.exception()).__name__
+
+    return run(story)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_callers_cancellation_is_never_swallowed(before: bool) -> None:  # noqa: FBT001
+    assert cancelled_at(1, phase=3, before=before) == "cancelled"
+    assert cancelled_at(3, phase=1, before=before) == "Stalled"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_cancellation_in_the_moment_the_timer_goes_off_wins(before: bool) -> None:  # noqa: FBT001
+    assert cancelled_at(3, phase=3, before=before) == "cancelled"
+
+
+def test_a_cancellation_that_was_there_before_is_not_taken_for_the_watchs() -> None:
+    """As in a clean-up that is itself watched: the earlier cancellation stays counted."""
+
+    async def story(clock: Clock) -> tuple[str, int]:
+        async def watched() -> tuple[str, int]:
+            task = asyncio.current_task()
+            assert task is not None
+            try:
+                await asyncio.sleep(50)
+            except asyncio.CancelledError:
+                try:
+                    with Watch(clock() + 1):
+                        await asyncio.sleep(50)
+                except DeadlineExceeded:
+                    return "deadline", task.cancelling()
+            return "nothing", 0
+
+        task = asyncio.create_task(watched())
+        await settle()
+        task.cancel()
+        return await task
+
+    assert run(story) == ("deadline", 1)
+
+
+def test_a_timeout_inside_keeps_its_own_error() -> None:
+    async def block(watch: Watch) -> None:
+        watch.limit(5, stalled)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.sleep(50)
+        async with asyncio.timeout(20):
+            await asyncio.sleep(50)
+
+    error, took = ends_with(block)
+    assert isinstance(error, Stalled)
+    assert 5 <= took < 5 + SOON
+
+
+def test_it_needs_a_task() -> None:
+    async def story(clock: Clock) -> None:
+        watch = Watch(clock() + END)
+        caught: list[BaseException] = []
+
+        def outside() -> None:
+            try:
+                watch.__enter__()
+            except RuntimeError as error:
+                caught.append(error)
+
+        asyncio.get_running_loop().call_soon(outside)
+        await settle()
+        assert len(caught) == 1
+
+    run(story)
+
+
+STEP = st.tuples(st.sampled_from(["limit", "pause", "end"]), st.floats(0.1, 20), st.floats(0, 15))
+
+
+@given(st.lists(STEP, min_size=1, max_size=10))
+def test_any_order_of_phases_ends_on_time_and_with_the_right_error(steps: list[tuple[str, float, float]]) -> None:
+    async def block(watch: Watch) -> None:
+        now = asyncio.get_running_loop().time
+        for kind, seconds, sleep in steps:
+            if kind == "limit":
+                watch.limit(seconds, stalled)
+            elif kind == "pause":
+                watch.pause()
+            else:
+                watch.end_at(now() + END)
+            await asyncio.sleep(sleep)
+
+    error, took = ends_with(block)
+    passed, end = 0.0, END
+    for kind, seconds, sleep in steps:
+        if kind == "end":
+            end = passed + END
+        due = min(end, passed + seconds) if kind == "limit" else end
+        if abs(passed + sleep - due) < SOON:
+            return  # too close to call
+        if passed + sleep > due:
+            assert isinstance(error, Stalled if due < end else DeadlineExceeded)
+            assert due <= took + 1e-6
+            assert took < due + SOON
+            return
+        passed += sleep
+    assert error is None

@@ -1,0 +1,78 @@
+"""The bench counts right: a wrong count would be a wrong figure."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
+
+from bench.backend import HEAD, LAST, ROLE, content_event
+from bench.caller import Caller, Lost, Spec, Tally
+from bench.http import Incoming
+from bench.load import Sample
+from bench.report import Figures, goals
+from bench.sink import count
+from bench.systems import BARE, GATEWAY
+
+
+def test_the_sink_counts_the_spans_of_every_resource_and_scope() -> None:
+    span = Span(name="a", trace_id=b"\x01" * 16, start_time_unix_nano=2**60, flags=257)
+    scopes = [ScopeSpans(spans=[span, span]), ScopeSpans(spans=[span]), ScopeSpans()]
+    export = ExportTraceServiceRequest(resource_spans=[ResourceSpans(scope_spans=scopes) for _ in range(100)])
+    assert count(export.SerializeToString()) == 300
+    assert count(b"") == 0
+
+
+def test_a_request_is_whole_however_it_is_cut() -> None:
+    data = b"POST / HTTP/1.1\r\nhost: x\r\nContent-Length: 5\r\n\r\nhello"
+    for cut in range(1, len(data)):
+        incoming = Incoming()
+        assert incoming.take(data[:cut]) is None
+        assert incoming.take(data[cut:]) == (data[:-5], b"hello")
+
+
+class _Transport:
+    def write(self, data: bytes) -> None:
+        pass
+
+
+async def _answered(pieces: list[bytes], events: int) -> Tally:
+    tally = Tally()
+    caller = Caller(Spec(mode="once", stream=True, events=events), b"", tally, [])
+    caller.connection_made(cast("asyncio.BaseTransport", _Transport()))
+    call = asyncio.create_task(caller.call())
+    await asyncio.sleep(0)
+    for piece in pieces:
+        caller.data_received(piece)
+    await asyncio.wait_for(call, 5)
+    return tally
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 10_000])
+async def test_the_caller_counts_each_event_once_however_the_reads_cut_them(size: int) -> None:
+    data = HEAD + ROLE + b"".join(content_event() for _ in range(5)) + LAST
+    tally = await _answered([data[at : at + size] for at in range(0, len(data), size)], 5)
+    assert tally.events == 5
+
+
+async def test_a_stream_with_an_event_too_few_is_no_good_call() -> None:
+    with pytest.raises(Lost, match="4 of 5 events"):
+        await _answered([HEAD + ROLE + b"".join(content_event() for _ in range(4)) + LAST], 5)
+
+
+def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
+    def sample(system: str, number: int, rps: float) -> Sample:
+        return Sample(
+            measure="throughput", setting="32 connections", system=system, round=number, values={"rps": rps, "p99": 1.0}
+        )
+
+    def judged(gateway: list[float]) -> Any:  # noqa: ANN401
+        samples = [sample(GATEWAY, number, rps) for number, rps in enumerate(gateway)]
+        samples += [sample(BARE, number, 1000 * (number + 1)) for number in range(len(gateway))]
+        return next(goal for goal in goals(Figures(samples)) if goal.name.startswith("rps / bare"))
+
+    assert judged([610, 1220, 300]).met
+    assert judged([610, 1220, 300]).measured == "0.61 (0.10 to 0.61)"
+    assert not judged([590, 1180, 3000]).met
+    assert all(goal.met is None for goal in goals(Figures([])))
