@@ -1,4 +1,4 @@
-"""`python -m chaos.caller`: the process that sends the load. A plan on stdin; on stdout an empty line, then one per call."""
+"""`python -m chaos.caller`: the load. A plan on stdin; on stdout an empty line, then one line per call."""
 
 import asyncio
 import json
@@ -37,6 +37,8 @@ OWN_CODES = frozenset(
 )
 TRY = re.compile(r'attempt-\d+;desc="(\S+) (\S+)"')
 SDK_STATUSES = frozenset({408, 409, 429})
+SDK_PATIENCE = 60.0
+"""Seconds; a longer Retry-After the OpenAI SDKs do not obey."""
 
 
 class Lag:
@@ -144,7 +146,8 @@ class Caller:
         kind = self._plan.kinds[number % len(self._plan.kinds)]
         for again in range(self._plan.sdk_retries + 1):
             suffix = f"-again-{again}" if again else ""
-            call = Call(id=f"{self._plan.prefix}-{self._plan.seed}-{number}{suffix}", kind=kind, deadline=self._plan.deadline)
+            name = f"{self._plan.prefix}-{self._plan.seed}-{number}{suffix}"
+            call = Call(id=name, kind=kind, deadline=self._plan.deadline)
             call.started = monotonic()
             call.late = call.started - due
             await self._one(call, number)
@@ -153,7 +156,7 @@ class Caller:
             sys.stdout.buffer.write(msgspec.json.encode(call) + b"\n")
             sys.stdout.buffer.flush()
             wait = _sdk_waits(call, again)
-            if wait is None:
+            if wait is None or again == self._plan.sdk_retries:
                 return
             await asyncio.sleep(wait)
 
@@ -329,7 +332,8 @@ def _sdk_waits(call: Call, again: int) -> float | None:
         return None
     if call.status not in SDK_STATUSES and call.status < 500:
         return None
-    return float(call.retry_after) if call.retry_after else 0.5 * 2**again
+    asked = float(call.retry_after or 0)
+    return asked if 0 < asked <= SDK_PATIENCE else 0.5 * 2**again
 
 
 async def main() -> None:

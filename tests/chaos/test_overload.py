@@ -1,6 +1,7 @@
 """More calls than the backend can take, rate limits, slow answers, and callers who retry on top."""
 
 import asyncio
+from itertools import pairwise
 
 from chaos.load import Call, good, now, sent_between
 from chaos.processes import Gateway
@@ -138,7 +139,7 @@ async def test_a_short_retry_after_is_waited_for(start_arena: StartArena) -> Non
     arrivals: dict[str, list[float]] = {}
     for entry in arena.mock.arrivals():
         arrivals.setdefault(entry["request_id"], []).append(entry["time"])
-    gaps = [later - first for times in arrivals.values() for first, later in zip(times, times[1:], strict=False)]
+    gaps = [later - first for times in arrivals.values() for first, later in pairwise(times)]
     await nothing_is_lost(
         arena,
         load.calls,

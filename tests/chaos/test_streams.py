@@ -13,12 +13,15 @@ PATIENT = {"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"}
 RATE = 30.0
 TOTAL = 45
 PART = 0.3
+KINDS = ("answer", "stream", "stream", "answer")
+"""Two replicas take calls in turn while none is slow: by this order each gets answers and streams."""
+SPOILED = 8
 AFTER = 4
 """Events before a fault that comes after commit: the opening, which has no content, and three tokens."""
 
 
 def fault(kind: str, **details: Any) -> dict[str, Any]:  # noqa: ANN401
-    return {"kind": kind, "with": details, "rate": PART}
+    return {"kind": kind, "with": details}
 
 
 BEFORE = {
@@ -45,14 +48,15 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, name: str) -> None:
-    """30 % of one replica's calls are spoiled, 45 calls, half of them streams; the other replica is well.
+    """The first 8 calls that one replica gets (and the fault suits) are spoiled, of 45, half of them streams.
 
-    0 failures; each spoiled call was sent again once, to the other replica (one that was reset on a kept connection
-    goes to the same replica on a new one first, since such a connection may just have been old: at most 3 attempts).
+    The other replica is well. 0 failures; each spoiled call was sent again once, to that one (a call that was reset on a
+    kept connection goes to the same replica on a new one first, since the old one may just have died: at most 3
+    attempts).
     """
     arena = await start_arena(mocks=2, gateway=PATIENT)
-    await arena.mock.faults(BEFORE[name])
-    async with arena.load(RATE, total=TOTAL) as load:
+    await arena.mock.faults({**BEFORE[name], "times": SPOILED})
+    async with arena.load(RATE, total=TOTAL, kinds=KINDS) as load:
         await load.all_sent(60)
     spoiled = [entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]]
     tries = {call.id: len(call.tries) for call in load.calls}
@@ -91,7 +95,7 @@ async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, 
     script, expected = AFTER_COMMIT[name]
     arena = await start_arena(mocks=2, gateway=PATIENT)
     for mock in arena.mocks:
-        await mock.faults({**script, "match": {"stream": True}})
+        await mock.faults({**script, "rate": PART, "match": {"stream": True}})
     async with arena.load(RATE, total=TOTAL) as load:
         await load.all_sent(60)
     spoiled = {entry["request_id"] for mock in arena.mocks for entry in mock.arrivals() if entry["fault"]}
@@ -116,14 +120,14 @@ def _seen(call: Call) -> tuple[int | None, str, str | None, int, bool]:
 
 @pytest.mark.parametrize("name", AFTER_COMMIT)
 async def test_a_stream_that_is_held_back_is_retried_whole(start_arena: StartArena, name: str) -> None:
-    """The same faults, but the callers ask for `x-gateway-commit: complete`, and the other replica is well.
+    """The same faults in the first 8 streams one replica gets; callers ask for `x-gateway-commit: complete`.
 
-    0 failures; each spoiled stream was sent again once.
+    The other replica is well. 0 failures; each spoiled stream was sent again once.
     """
     script, _ = AFTER_COMMIT[name]
     arena = await start_arena(mocks=2, gateway=PATIENT)
-    await arena.mock.faults({**script, "match": {"stream": True}})
-    async with arena.load(RATE, total=TOTAL, headers={"x-gateway-commit": "complete"}) as load:
+    await arena.mock.faults({**script, "times": SPOILED, "match": {"stream": True}})
+    async with arena.load(RATE, total=TOTAL, kinds=KINDS, headers={"x-gateway-commit": "complete"}) as load:
         await load.all_sent(60)
     spoiled = [entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]]
     tries = {call.id: len(call.tries) for call in load.calls}
@@ -143,7 +147,7 @@ async def test_a_stream_that_is_held_back_is_retried_whole(start_arena: StartAre
 async def test_what_is_odd_but_whole_is_no_failure(start_arena: StartArena, script: dict[str, Any]) -> None:
     """Streams without `[DONE]`, or that come in small pieces: 0 failures, 1 attempt per request; `[DONE]` is there."""
     arena = await start_arena(gateway=PATIENT)
-    await arena.mock.faults(script)
+    await arena.mock.faults({**script, "rate": PART})
     async with arena.load(RATE, total=TOTAL) as load:
         await load.all_sent(60)
     odd = sum(entry["fault"] is not None for entry in arena.mock.arrivals())
