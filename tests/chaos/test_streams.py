@@ -50,8 +50,8 @@ BEFORE = {
 async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, name: str) -> None:
     """The first 8 calls that one replica gets (and the fault suits) are spoiled, of 45, half of them streams.
 
-    The other replica is well. 0 failures; each spoiled call was sent again once, to that one (a call that was reset on a
-    kept connection goes to the same replica on a new one first, since the old one may just have died: at most 3
+    The other replica is well. 0 failures; each spoiled call was sent again once, to that one (a call that was reset on
+    a kept connection goes to the same replica on a new one first, since the old one may just have died: at most 3
     attempts).
     """
     arena = await start_arena(mocks=2, gateway=PATIENT)
