@@ -17,7 +17,8 @@ from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.tracing import Tracer
 from mock_model.settings import Settings as MockSettings
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)))
 
 
@@ -92,3 +93,18 @@ def test_every_error_code_is_in_the_table_of_errors(code: str) -> None:
     table = README[README.index("## Errors") : README.index("## Headers")]
 
     assert f"`{code}`" in table
+
+
+PROOF = re.compile(r'\[test\]\((tests/[\w/]+\.py) "(test_\w+)"\)')
+
+
+def test_every_promise_is_linked_to_a_test_that_there_is() -> None:
+    section = README[README.index("## What you get when the model fails") : README.index("## Break it")]
+    promises = re.findall(r"^\| (?!-|the backend \|).*\|$|^- \*\*.*(?:\n  .*)*", section, flags=re.MULTILINE)
+
+    assert len(promises) == 14 + 8
+    for promise in promises:
+        proofs = PROOF.findall(promise)
+        assert proofs, f"nothing proves: {promise}"
+        for file, name in proofs:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
