@@ -9,6 +9,9 @@ import msgspec
 # Answers carry a fixed date, so that the same request gives the same bytes.
 CREATED = 1_767_225_600
 
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
 Part = Literal["opening", "token", "closing", "finish", "usage", "done"]
 
 _encode = msgspec.json.Encoder().encode
@@ -47,6 +50,11 @@ class Answer:
     input_tokens: int = 0
     output_tokens: int = 0
     finish_reasons: tuple[str, ...] = field(default=())
+
+    @property
+    def content_type(self) -> str:
+        """The media type it is sent as."""
+        return EVENT_STREAM if self.events else JSON
 
     @property
     def content(self) -> bytes:

@@ -10,8 +10,8 @@ from msgspec import Meta
 
 from mock_model.answer import CREATED, DONE, Answer, Event, data_event, document
 from mock_model.decoding import StreamOptions
-from mock_model.errors import InvalidRequest
 from mock_model.text import Passage, Writer, count_tokens, texts_in
+from mock_model.tool_choice import chosen
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -142,18 +142,10 @@ class ChatRequest(msgspec.Struct):
         return Choice(index, passage, tool, writer.name("call_", fingerprint, index))
 
     def _tool(self) -> Function | None:
-        """The tool to call: the one that is asked for, else the first, but never in answer to a tool's result."""
-        functions = [tool.function for tool in self.tools or () if tool.function is not None]
-        if isinstance(self.tool_choice, dict):
-            wanted = self.tool_choice.get("function")
-            name = wanted.get("name") if isinstance(wanted, dict) else None
-            for function in functions:
-                if function.name == name:
-                    return function
-            raise InvalidRequest(f"tool_choice: there is no tool {name!r}", param="tool_choice")
-        if self.tool_choice == "none" or self.messages[-1].role == "tool":
-            return None
-        return functions[0] if functions else None
+        """The tool to call, if any."""
+        functions = {tool.function.name: tool.function for tool in self.tools or () if tool.function is not None}
+        name = chosen(self.tool_choice, list(functions), answered=self.messages[-1].role == "tool")
+        return None if name is None else functions[name]
 
     def _events(self, choices: list[Choice], head: Mapping[str, Any], usage: Mapping[str, Any]) -> Iterator[Event]:
         counted = self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -1,7 +1,7 @@
 """From the bytes of a body to a typed request, or to an error that says what is wrong with it."""
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +18,25 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class Glance(msgspec.Struct):
+    """The fields that say which call this is, whatever they hold."""
+
+    model: Any = None
+    stream: Any = None
+
+
+_glance = msgspec.json.Decoder(Glance)
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def glance(body: bytes) -> Glance | None:
+    """What a body that is no good request says of itself, or None if it is no JSON object."""
+    try:
+        return _glance.decode(body)
+    except _NOT_JSON:
+        return None
+
+
 def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
     """The request in a body.
 
@@ -30,5 +49,5 @@ def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
         text = str(exc)
         found = _MISSING.search(text) or _PATH.search(text)
         raise InvalidRequest(text, param=found and found[1]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except _NOT_JSON as exc:
         raise InvalidRequest(f"the body is not JSON: {exc}", code="invalid_json") from None

@@ -4,11 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import monotonic
 
 from mock_model.draws import draw
 
 # A batch at full size makes each decoding step take this many times as long as a batch of one.
 FULL_LOAD_FACTOR = 2.0
+
+# Seconds of work after which a call looks anew at how many others there are.
+SLICE = 0.02
 
 
 class Load:
@@ -29,6 +33,15 @@ class Load:
         if self.capacity <= 1 or self.running <= 1:
             return 1.0
         return 1.0 + (FULL_LOAD_FACTOR - 1.0) * (self.running - 1) / (self.capacity - 1)
+
+    async def work(self, seconds: float) -> None:
+        """Take the time of so many seconds of work: longer the more calls there are, from moment to moment."""
+        due = monotonic()
+        while seconds > 0:
+            part = min(seconds, SLICE) if self.capacity > 1 else seconds
+            seconds -= part
+            due += part * self.factor()
+            await asyncio.sleep(due - monotonic())
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from mock_model.load import Load, Pace
 
 
+class Released(Exception):
+    """The call shall wait no longer: it is to be hung up on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """The machine the model runs on.
@@ -24,19 +28,25 @@ class Machine:
     load: Load
     refuse: Callable[[float], Awaitable[None]]
     crash: Callable[[], None]
-    _hanging: set[asyncio.Future[None]] = field(default_factory=set)
+    _waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
-    async def hang(self) -> None:
-        """Wait until `release`, or for ever."""
+    async def wait(self, seconds: float | None = None) -> None:
+        """Wait so many seconds for a fault's sake, or for ever.
+
+        Raises:
+            Released: `release` was called meanwhile.
+        """
         future = asyncio.get_running_loop().create_future()
-        self._hanging.add(future)
+        self._waiting.add(future)
         try:
-            await future
+            released, _ = await asyncio.wait((future,), timeout=seconds)
         finally:
-            self._hanging.discard(future)
+            self._waiting.discard(future)
+        if released:
+            raise Released
 
     def release(self) -> None:
-        """Let every call go that hangs now."""
-        for future in self._hanging:
+        """Let every call go that a fault makes wait now."""
+        for future in self._waiting:
             if not future.done():
                 future.set_result(None)

@@ -1,5 +1,7 @@
 """Prometheus metrics; every name begins with `mock_model_`."""
 
+from time import monotonic
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mock_model.call import Call
@@ -15,7 +17,7 @@ class Metrics:
     def __init__(self, load: Load) -> None:
         self._registry = CollectorRegistry()
         self._calls = Counter("mock_model_calls", "Calls that ended.", ["route", "ended"], registry=self._registry)
-        self._faults = Counter("mock_model_faults", "Faults applied.", ["kind"], registry=self._registry)
+        self._faults = Counter("mock_model_faults", "Faults begun.", ["kind"], registry=self._registry)
         self._events = Counter("mock_model_events_sent", "Server-sent events.", registry=self._registry)
         self._tokens = Counter(
             "mock_model_tokens", "Tokens of complete answers.", ["direction"], registry=self._registry
@@ -43,7 +45,11 @@ class Metrics:
         """Count a call that came."""
         self.in_flight += 1
 
-    def end(self, call: Call, route: str, seconds: float) -> None:
+    def begin_fault(self, kind: str) -> None:
+        """Count a fault that begins: one that hangs may never end."""
+        self._faults.labels(kind).inc()
+
+    def end(self, call: Call, route: str) -> None:
         """Count a call that ended."""
         self.in_flight -= 1
         entry = call.entry
@@ -53,9 +59,7 @@ class Metrics:
         if route not in self._took:
             self._took[route] = self._durations.labels(route)
         self._ended[key].inc()
-        self._took[route].observe(seconds)
-        if entry.fault is not None:
-            self._faults.labels(entry.fault).inc()
+        self._took[route].observe(monotonic() - call.start)
         if entry.events_sent:
             self._events.inc(entry.events_sent)
         if entry.ended == "complete":

@@ -8,8 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from mock_model.answer import CREATED, Answer, Event, Part, document, named_event
-from mock_model.errors import InvalidRequest
 from mock_model.text import Passage, Writer, count_tokens, texts_in
+from mock_model.tool_choice import chosen
 
 
 class TextFormat(msgspec.Struct):
@@ -110,18 +110,12 @@ class ResponseRequest(msgspec.Struct):
         return Item(writer.name("msg_", fingerprint), call_id, passage, None)
 
     def _tool(self) -> dict[str, Any] | None:
-        """The function to call: the one asked for, else the first, but never in answer to a function's result."""
-        functions = [tool for tool in self.tools or () if tool.get("type") == "function"]
-        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "function":
-            for tool in functions:
-                if tool.get("name") == self.tool_choice.get("name"):
-                    return tool
-            raise InvalidRequest(f"tool_choice: there is no tool {self.tool_choice.get('name')!r}", param="tool_choice")
+        """The function to call, if any."""
+        functions = {str(tool.get("name")): tool for tool in self.tools or () if tool.get("type") == "function"}
         last = self.input[-1] if isinstance(self.input, list) and self.input else None
         answered = isinstance(last, dict) and last.get("type") == "function_call_output"
-        if self.tool_choice == "none" or answered:
-            return None
-        return functions[0] if functions else None
+        name = chosen(self.tool_choice, list(functions), answered=answered)
+        return None if name is None else functions[name]
 
     def _response(self, model: str, fingerprint: str) -> dict[str, Any]:
         return {
