@@ -18,7 +18,9 @@ from chaos.load import Call, Plan, Try
 from mock_model.draws import fingerprint
 from mock_model.text import Writer
 
-PATH = "/v1/chat/completions"
+COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
+LAST_RESPONSES = frozenset({"response.completed", "response.incomplete"})
+"""The ends of a whole stream of responses, which has no `[DONE]`."""
 PATIENCE = 10.0
 """Seconds after its deadline at which a call counts as hung."""
 TICK = 0.01
@@ -182,12 +184,12 @@ class Caller:
         try:
             async with (
                 asyncio.timeout(plan.leave_before),
-                self._session.post(url + PATH, data=body, headers=self._headers(call)) as response,
+                self._session.post(url + plan.path, data=body, headers=self._headers(call)) as response,
             ):
                 _read_headers(call, response)
                 expected = self._expected(body)
                 if response.content_type == "text/event-stream":
-                    await Reading(call, expected, plan.leave_after).read(response)
+                    await Reading(call, plan, expected).read(response)
                 else:
                     _judge(call, await response.read(), expected)
         except aiohttp.ClientConnectorError:
@@ -203,12 +205,9 @@ class Caller:
 
     def _body(self, call: Call, number: int) -> bytes:
         plan = self._plan
-        document: dict[str, Any] = {
-            "model": plan.model,
-            "messages": [{"role": "user", "content": f"Prompt {plan.prefix}-{plan.seed}-{number}: say something."}],
-        }
-        if plan.max_tokens is not None:
-            document["max_tokens"] = plan.max_tokens
+        document = {"model": plan.model} | _prompt(
+            plan.path, f"Prompt {plan.prefix}-{plan.seed}-{number}: say something.", plan.max_tokens
+        )
         if call.kind == "stream":
             document["stream"] = True
         return json.dumps(document).encode()
@@ -223,7 +222,37 @@ class Caller:
         """What the mock model says to it."""
         if self._writer is None:
             return None
-        return self._writer.write(fingerprint(PATH, body), 0, self._plan.max_tokens).text
+        return self._writer.write(fingerprint(self._plan.path, body), 0, self._plan.max_tokens).text
+
+
+def _prompt(path: str, text: str, limit: int | None) -> dict[str, Any]:
+    """The fields that carry it, and the limit of the answer, in the API of that path."""
+    asked: dict[str, Any]
+    if path == RESPONSES:
+        asked, name = {"input": text}, "max_output_tokens"
+    elif path == COMPLETIONS:
+        asked, name = {"prompt": text}, "max_tokens"
+    else:
+        asked, name = {"messages": [{"role": "user", "content": text}]}, "max_tokens"
+    return asked if limit is None else asked | {name: limit}
+
+
+def _text(document: Any) -> str | None:  # noqa: ANN401
+    """What a whole answer says; None when it says nothing."""
+    if document.get("object") == "response":
+        return "".join(part["text"] for item in document["output"] for part in item["content"])
+    for choice in document.get("choices") or ():
+        text: str = choice["text"] if "text" in choice else choice["message"]["content"]
+        return text
+    return None
+
+
+def _piece(document: Any) -> str:  # noqa: ANN401
+    """What an event of a stream adds to the text."""
+    if document.get("type") == "response.output_text.delta":
+        return str(document["delta"])
+    choices = document.get("choices") or ()
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
 def _read_headers(call: Call, response: aiohttp.ClientResponse) -> None:
@@ -243,7 +272,7 @@ def _judge(call: Call, body: bytes, expected: str | None) -> None:
     document = json.loads(body)
     if call.status == 200:
         call.outcome = "ok"
-        text = document["choices"][0]["message"]["content"] if document.get("choices") else None
+        text = _text(document)
         if text is None or (expected is not None and text != expected):
             call.flaw = f"a wrong answer: {body[:200]!r}"
         return
@@ -260,21 +289,26 @@ def _judge(call: Call, body: bytes, expected: str | None) -> None:
 class Reading:
     """A stream, event by event: the text so far is the beginning of the right one, the end says how it ended."""
 
-    def __init__(self, call: Call, expected: str | None, leave_after: int | None) -> None:
+    def __init__(self, call: Call, plan: Plan, expected: str | None) -> None:
         self._call = call
         self._expected = expected
-        self._leave_after = leave_after
+        self._leave_after = plan.leave_after
+        self._error_name = "error" if plan.path == RESPONSES else ""
         self._text = ""
         self._last = ""
+        self._whole = False
         self._error: Error | None = None
 
     async def read(self, response: aiohttp.ClientResponse) -> None:
         """To its end, or until the caller leaves."""
-        call = self._call
+        call, name = self._call, ""
         try:
             async for line in response.content:
-                if line.startswith(b"data: "):
-                    self._see(line[6:].decode().strip())
+                if line.startswith(b"event: "):
+                    name = line[7:].decode().strip()
+                elif line.startswith(b"data: "):
+                    self._see(name, line[6:].decode().strip())
+                    name = ""
                 if self._leave_after is not None and call.events >= self._leave_after:
                     call.outcome = "left"
                     response.close()
@@ -287,29 +321,32 @@ class Reading:
         if call.outcome != "left":
             self._judge()
 
-    def _see(self, data: str) -> None:
+    def _see(self, name: str, data: str) -> None:
         call = self._call
         if call.first is None:
             call.first = monotonic()
         if call.error_events:
             call.flaw = "an event after the error"
-        self._last = data
-        if data == "[DONE]":
+        self._last, self._whole = data, data == "[DONE]"
+        if self._whole:
             call.events += 1
             return
         document = json.loads(data)
         if "error" in document:
             self._error = error_in(document)
             call.error_events += 1
+            if not name == document.get("type", "") == self._error_name:
+                call.flaw = f"an error event of another API: {name} {data[:200]}"
             return
         call.events += 1
-        self._text += "".join(choice["delta"].get("content") or "" for choice in document["choices"])
+        self._whole = document.get("type") in LAST_RESPONSES
+        self._text += _piece(document)
 
     def _judge(self) -> None:
         call, error = self._call, self._error
         if error is not None:
             call.outcome, call.param = error.code, error.param
-        elif self._last == "[DONE]":
+        elif self._whole:
             call.outcome = "ok"
             if self._expected is not None and self._text != self._expected:
                 call.flaw = f"a text that is not whole: {self._text!r}"

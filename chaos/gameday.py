@@ -1,39 +1,61 @@
-"""Plays experiments: starts or finds a stack, loads it, does what the definition says, and judges."""
+"""Plays experiments: loads a stage, waits for the steady state, does what the definition says, and judges."""
 
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from chaos.arena import Arena
 from chaos.counts import parse
-from chaos.load import Load, Plan, now
-from chaos.measures import MEASURES, Findings, Sample
+from chaos.load import Call, Load, Plan, now, summary
+from chaos.measures import Findings, Sample, measured
 from chaos.processes import ProcessFailed
 from chaos.promises import Verdict
-from chaos.proxy import Network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from chaos.experiment import Experiment, Promise, Step
-    from chaos.load import Call
+    from chaos.stages import Stage
+
+    Tell = Callable[[str], None]
 
 LOOK = 0.25
 """Seconds between two looks at the gateway."""
-DEADLINE = 3.0
+STEADY = 1.0
+"""Seconds of good calls that make the steady state."""
+PATIENCE = 10.0
+"""Seconds beyond deadline and open breakers in which the steady state must be there, or back."""
+ROUTE = "/v1/chat/completions"
+
+
+class NotSteady(Exception):
+    """The gateway is not as it should be before anything is done to it."""
+
+
+TROUBLE = (ProcessFailed, NotSteady, TimeoutError, aiohttp.ClientError, OSError, RuntimeError, ValueError)
+"""What keeps one experiment from being played to its end, and the others not."""
 
 
 @dataclass
 class Played:
-    """An experiment and how it went; `problem` when it could not be played to its end."""
+    """An experiment and how it went.
+
+    Attributes:
+        command: repeats it.
+        gateway: version and mode of the gateway.
+        settings: environment that was chosen for it.
+        problem: why it could not be played to its end, or None.
+    """
 
     experiment: "Experiment"
     seed: int
-    findings: Findings
+    command: str
+    findings: Findings = field(default_factory=lambda: Findings(began=now()))
     verdicts: list[Verdict] = field(default_factory=list)
+    gateway: str = "unknown"
+    settings: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
 
     @property
@@ -42,143 +64,143 @@ class Played:
         return self.problem is None and bool(self.verdicts) and all(verdict.kept for verdict in self.verdicts)
 
 
-class Stage(Protocol):
-    """Where experiments are played."""
-
-    @property
-    def url(self) -> str:
-        """Of the gateway."""
-
-    @property
-    def key(self) -> str | None:
-        """For the gateway."""
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What the load knows of the mock model."""
-
-    async def do(self, step: "Step") -> None:
-        """Do what the step says."""
-
-
-class LocalStage:
-    """Processes of our own, started for one experiment."""
-
-    key = None
-
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        plan = arena.load(1.0).plan
-        self.plan: dict[str, Any] = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens}
-
-    @property
-    def url(self) -> str:
-        """Of the gateway."""
-        return self._arena.gateway.url
-
-    async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed."""
-        mock = self._arena.mocks[step.mock - 1]
-        if step.do == "faults":
-            await mock.faults(*step.faults)
-        elif step.do == "heal":
-            await mock.faults()
-        elif step.do == "crash":
-            await mock.crash()
-        elif step.do == "kill":
-            await mock.kill()
-        elif step.do == "start":
-            if not mock.running:
-                await mock.start()
-        elif step.do == "freeze":
-            mock.freeze()
-        elif step.do == "thaw":
-            mock.thaw()
-        elif step.do == "network":
-            await self._arena.proxies[step.mock - 1].be(Network(step.be))
-        else:
-            await self._arena.gateway.stop()
-            await self._arena.gateway.start()
-
-
-class RemoteStage:
-    """A stack that runs already: its gateway, and the control port of its mock model."""
-
-    def __init__(self, url: str, control: str, session: aiohttp.ClientSession, key: str | None) -> None:
-        self.url = url.rstrip("/")
-        self.key = key
-        self.plan: dict[str, Any] = {}
-        self._control = control.rstrip("/")
-        self._session = session
-
-    async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed."""
-        script = list(step.faults) if step.do == "faults" else []
-        async with self._session.put(f"{self._control}/faults", json=script) as response:
-            if not response.ok:
-                raise ProcessFailed(f"the mock model refuses the script: {await response.text()}")
-
-
-async def play(
-    experiment: "Experiment", stage: Stage, seed: int, session: aiohttp.ClientSession, tell: "Callable[[str], None]"
-) -> Played:
-    """Load the stage for the experiment's time, take its steps, look at the gateway, then judge."""
-    fields: dict[str, Any] = {"deadline": DEADLINE, "key": stage.key} | stage.plan | experiment.load
-    if "kinds" in fields:
-        fields["kinds"] = tuple(fields["kinds"])
-    plan = Plan(urls=[stage.url], rate=experiment.rate, seed=seed, **fields)
-    findings = Findings(began=now())
-    played = Played(experiment, seed, findings)
-    load = Load(plan, on_call=findings.calls.append)
+async def play(played: Played, stage: "Stage", session: aiohttp.ClientSession, tell: "Tell") -> None:
+    """Play an experiment and write down how it went; the stage is left as it was, on every way out."""
+    played.settings = stage.settings
     try:
-        async with load:
-            await load.until(lambda calls: len(calls) > 0, 30)
-            findings.began = min(call.started for call in findings.calls)
-            watching = asyncio.create_task(_watch(stage.url, findings, session, tell, experiment.seconds))
+        await stage.begin()
+        played.gateway = await _introduce(stage.url, played.experiment.system.mocks, session)
+        await _play(played, stage, session, tell)
+    except asyncio.CancelledError:
+        _add_problem(played, "stopped before its end")
+        raise
+    except TROUBLE as error:
+        _add_problem(played, _say(error))
+    finally:
+        try:
+            await stage.end()
+        except TROUBLE as error:
+            _add_problem(played, f"not left as it was found: {_say(error)}")
+
+
+async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, tell: "Tell") -> None:
+    experiment, findings = played.experiment, played.findings
+    steady = experiment.steady_state
+    plan = Plan(urls=[stage.url], seed=played.seed, key=stage.key, **steady.plan, **stage.plan)
+    async with Load(plan, on_call=findings.calls.append) as load:
+        tell(f"    steady state: {await _steady(load)}")
+        findings.began = now()
+        watching = asyncio.create_task(_watch(stage.url, findings, session, tell, steady.seconds))
+        try:
             try:
                 await _take(experiment.method, stage, findings, tell)
-                await asyncio.sleep(max(0.0, findings.began + experiment.seconds - now()))
+                await asyncio.sleep(max(0.0, findings.began + steady.seconds - now()))
             finally:
-                watching.cancel()
-                for step in experiment.rollback:
-                    await stage.do(step)
-    except (ProcessFailed, TimeoutError, aiohttp.ClientError, OSError) as error:
-        played.problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return played
-    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-        findings.samples.append(await _look(stage.url, findings, session))
-    played.verdicts = [_judge(promise, findings) for promise in experiment.promises]
-    return played
+                await _roll_back(played, stage, tell)
+            if steady.returns:
+                played.verdicts.append(await _returned(load, stage.url, findings, session))
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+    played.verdicts = [*(_judge(promise, findings, steady.seconds) for promise in experiment.promises), *played.verdicts]
 
 
-async def play_at_home(
-    experiment: "Experiment", seed: int, session: aiohttp.ClientSession, tell: "Callable[[str], None]"
-) -> Played:
-    """Start processes for the experiment, play it, end them."""
+async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> str:
+    """Version and mode of the gateway. Raises: NotSteady, aiohttp.ClientError."""
+    timeout = aiohttp.ClientTimeout(total=5)
     try:
-        async with Arena(
-            seed, mocks=experiment.mocks, gateway=experiment.gateway, mock=experiment.mock, proxied=experiment.proxied
-        ) as arena:
-            return await play(experiment, LocalStage(arena), seed, session, tell)
-    except (ProcessFailed, TimeoutError) as error:
-        return Played(experiment, seed, Findings(began=now()), problem=f"the stack did not start: {error}")
+        async with session.get(f"{url}/health", timeout=timeout) as response:
+            document = await response.json(content_type=None)
+        names = [backend["name"] for backend in document["downstream"]["backends"]]
+        who = f"{document['version']} ({document['app_mode']})"
+        await _look(url, now(), session)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, aiohttp.ClientError):
+            raise
+        raise NotSteady(f"{url} is not this gateway: /health or /metrics is another's ({_say(error)})") from None
+    if len(names) < mocks:
+        raise NotSteady(f"{url} has the backends {', '.join(names)}; the experiment needs {mocks} of them")
+    return who
 
 
-async def _take(steps: "tuple[Step, ...]", stage: Stage, findings: Findings, tell: "Callable[[str], None]") -> None:
+async def _steady(load: Load) -> str:
+    """Wait for the first second of calls: all of them are good. Raises: NotSteady."""
+    needed = _calls_of_a_second(load.plan)
+
+    def there(calls: "Sequence[Call]") -> bool:
+        return len(calls) >= needed or not all(map(_good, calls))
+
+    try:
+        await load.until(there, STEADY + load.plan.deadline + PATIENCE)
+    except TimeoutError:
+        raise NotSteady(f"no steady state: {len(load.calls)} of {needed} calls were answered") from None
+    bad = [call for call in load.calls if not _good(call)]
+    if bad:
+        flaw = f": {bad[0].flaw}" if bad[0].flaw else ""
+        raise NotSteady(f"no steady state: before anything was done, a call ended as {bad[0].outcome}{flaw}")
+    return f"{len(load.calls)} calls, all good"
+
+
+async def _returned(load: Load, url: str, findings: Findings, session: aiohttp.ClientSession) -> Verdict:
+    """Whether calls are good again for a second, once the breakers let them through."""
+    began, needed = now(), _calls_of_a_second(load.plan)
+    with contextlib.suppress(*TROUBLE, KeyError, TypeError):
+        findings.samples.append(await _look(url, findings.began, session))
+    open_for = findings.samples[-1].retry_in if findings.samples else 0.0
+    limit = open_for + STEADY + load.plan.deadline + PATIENCE
+
+    def back(calls: "Sequence[Call]") -> bool:
+        last = [call for call in calls if call.started >= began][-needed:]
+        return len(last) == needed and all(map(_good, last))
+
+    promise = "the steady state is back after the rollback"
+    try:
+        await load.until(back, limit)
+    except TimeoutError:
+        seen = summary([call for call in load.calls if call.started >= began])
+        return Verdict(promise, f"not within {limit:.0f} s: {seen}", kept=False)
+    return Verdict(promise, f"yes, {needed} good calls in a row by {now() - began:.1f} s after it", kept=True)
+
+
+def _calls_of_a_second(plan: Plan) -> int:
+    return max(1, round(plan.rate * STEADY))
+
+
+def _good(call: Call) -> bool:
+    """Callers leave only where the definition says so."""
+    return call.outcome in {"ok", "left"} and call.flaw is None
+
+
+async def _take(steps: "Sequence[Step]", stage: "Stage", findings: Findings, tell: "Tell") -> None:
     for step in sorted(steps, key=lambda step: step.at):
         await asyncio.sleep(max(0.0, findings.began + step.at - now()))
-        findings.marks.append((now() - findings.began, str(step)))
-        tell(f"    {now() - findings.began:5.1f} s  >>> {step}")
+        _mark(str(step), findings, tell)
         await stage.do(step)
 
 
+async def _roll_back(played: Played, stage: "Stage", tell: "Tell") -> None:
+    """Every step is tried, whatever became of those before it."""
+    for step in played.experiment.rollback:
+        _mark(f"rollback: {step}", played.findings, tell)
+        try:
+            await stage.do(step)
+        except TROUBLE as error:
+            _add_problem(played, f"rollback, {step}: {_say(error)}")
+
+
+def _mark(text: str, findings: Findings, tell: "Tell") -> None:
+    at = now() - findings.began
+    findings.marks.append((at, text))
+    tell(f"    {at:5.1f} s  >>> {text}")
+
+
 async def _watch(
-    url: str, findings: Findings, session: aiohttp.ClientSession, tell: "Callable[[str], None]", seconds: float
+    url: str, findings: Findings, session: aiohttp.ClientSession, tell: "Tell", seconds: float
 ) -> None:
     told = 0
     while True:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            findings.samples.append(await _look(url, findings, session))
+        with contextlib.suppress(*TROUBLE, KeyError, TypeError):  # it may be stopped or just starting
+            findings.samples.append(await _look(url, findings.began, session))
         second = int(now() - findings.began)
         if second > told:
             told = second
@@ -187,27 +209,38 @@ async def _watch(
 
 
 def _progress(findings: Findings, second: int, seconds: float) -> str:
-    calls: list[Call] = [call for call in findings.calls if second - 1 <= call.ended - findings.began < second]
-    good = sum(call.outcome == "ok" for call in calls)
-    breakers = ", ".join(f"{name} {state}" for name, state in findings.samples[-1].breakers.items()) or "unknown"
-    return f"    {second:3d}/{seconds:.0f} s  {good:3d} good, {len(calls) - good:3d} failed; breakers: {breakers}"
+    calls = [call for call in findings.calls if second - 1 <= call.ended - findings.began < second]
+    good = sum(map(_good, calls))
+    breakers = findings.samples[-1].breakers if findings.samples else {}
+    states = ", ".join(f"{name} {state}" for name, state in breakers.items()) or "unknown"
+    return f"    {second:3d}/{seconds:.0f} s  {good:3d} good, {len(calls) - good:3d} failed; breakers: {states}"
 
 
-async def _look(url: str, findings: Findings, session: aiohttp.ClientSession) -> Sample:
+async def _look(url: str, began: float, session: aiohttp.ClientSession) -> Sample:
     timeout = aiohttp.ClientTimeout(total=2)
     async with session.get(f"{url}/health", timeout=timeout) as response:
-        document = await response.json()
+        document: dict[str, Any] = await response.json()
     async with session.get(f"{url}/metrics", timeout=timeout) as response:
         metrics = parse(await response.text())
+    backends = document["downstream"]["backends"]
     return Sample(
-        at=now() - findings.began,
-        breakers={backend["name"]: backend["breaker"] for backend in document["downstream"]["backends"]},
+        at=now() - began,
+        breakers={backend["name"]: backend["breaker"] for backend in backends},
         attempts=int(metrics.value("gateway_attempts_total")),
-        requests=int(metrics.value("gateway_requests_total", route="/v1/chat/completions")),
+        requests=int(metrics.value("gateway_requests_total", route=ROUTE)),
+        retry_in=max([0.0, *(backend["retry_in_seconds"] or 0.0 for backend in backends)]),
     )
 
 
-def _judge(promise: "Promise", findings: Findings) -> Verdict:
-    value = MEASURES[promise.measure](findings, promise.since, promise.until)
-    measured = "not measured" if value is None else f"{value:.4g}"
-    return Verdict(f"{promise.text} ({promise.measure} {promise.bound})", measured, promise.kept(value))
+def _judge(promise: "Promise", findings: Findings, seconds: float) -> Verdict:
+    until = seconds if promise.until is None else promise.until
+    value, text = measured(promise.measure, findings, promise.since, until)
+    return Verdict(f"{promise.text} ({promise.measure} {promise.bound})", text, promise.kept(value))
+
+
+def _add_problem(played: Played, text: str) -> None:
+    played.problem = f"{played.problem}; {text}" if played.problem else text
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from chaos.processes import REPOSITORY
+from chaos import REPOSITORY
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -28,6 +28,7 @@ class Plan(msgspec.Struct, kw_only=True):
         rate: calls per second, whatever becomes of them.
         seed: of prompts and ids; prefix: of ids and prompts, where several loads follow one another.
         deadline: seconds; sent as `x-request-timeout`.
+        path: the API that is called: chat completions, completions or responses.
         kinds: `answer` or `stream`, in turn.
         total: calls in all; None: until it is stopped.
         burst: so many calls at a time.
@@ -47,6 +48,7 @@ class Plan(msgspec.Struct, kw_only=True):
     seed: int
     prefix: str = "chaos"
     deadline: float = 3.0
+    path: str = "/v1/chat/completions"
     kinds: tuple[str, ...] = ("answer", "stream")
     total: int | None = None
     burst: int = 1

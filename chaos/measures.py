@@ -10,20 +10,31 @@ if TYPE_CHECKING:
 
     from chaos.load import Call
 
+SETTLE = 0.5
+"""Seconds in which an attempt that was under way when a fault ended may still open a breaker."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at the gateway: seconds since the load began, state of each breaker, attempts and requests so far."""
+    """One look at the gateway.
+
+    Attributes:
+        at: seconds since time zero.
+        breakers: the state of each.
+        attempts, requests: so far.
+        retry_in: seconds until the last open breaker lets an attempt through; 0 when none is open.
+    """
 
     at: float
     breakers: dict[str, str]
     attempts: int
     requests: int
+    retry_in: float = 0.0
 
 
 @dataclass
 class Findings:
-    """What an experiment left behind; `began` is the instant of the load's first call."""
+    """What an experiment left behind. `began` is time zero: the instant at which the steady state was there."""
 
     began: float
     calls: "list[Call]" = field(default_factory=list)
@@ -31,12 +42,24 @@ class Findings:
     marks: list[tuple[float, str]] = field(default_factory=list)
 
     def sent(self, since: float, until: float) -> "list[Call]":
-        """The calls sent in that span (seconds since the load began)."""
+        """The calls sent in that span (seconds since time zero)."""
         return [call for call in self.calls if since <= call.started - self.began < until]
 
 
-def _good(calls: "list[Call]") -> float | None:
+def _number(calls: "list[Call]", wanted: "Callable[[Call], bool]") -> float | None:
+    return sum(map(wanted, calls)) if calls else None
+
+
+def _share_good(calls: "list[Call]") -> float | None:
     return sum(call.outcome == "ok" for call in calls) / len(calls) if calls else None
+
+
+def _over(calls: "list[Call]") -> float | None:
+    return max(0.0, *(call.over for call in calls)) if calls else None
+
+
+def _p99(calls: "list[Call]") -> float | None:
+    return quantile([call.seconds for call in calls], 0.99) if calls else None
 
 
 def _recovery(findings: Findings, since: float, until: float) -> float | None:
@@ -45,31 +68,46 @@ def _recovery(findings: Findings, since: float, until: float) -> float | None:
     return min(ends) - since if ends else None
 
 
+def _recovery_past_open(findings: Findings, since: float, until: float) -> float | None:
+    """The same from when the open time is over that ran at `since`: what remains when the breaker's share is taken off."""
+    recovery = _recovery(findings, since, until)
+    ends = [one.at + one.retry_in - since for one in findings.samples if since <= one.at <= since + SETTLE]
+    return max(0.0, recovery - max(ends)) if recovery is not None and ends else None
+
+
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
-    """From the gateway's own counters, between the looks that are nearest to the span's ends."""
-    span = [sample for sample in findings.samples if since <= sample.at < until]
-    if len(span) < 2 or span[-1].requests == span[0].requests:
+    """From the gateway's own counters, between the last look before `since` (the fault's burst counts) and `until`."""
+    before = [sample for sample in findings.samples if sample.at <= since]
+    span = [*before[-1:], *(sample for sample in findings.samples if since < sample.at < until)]
+    if len(span) < 2 or span[-1].requests <= span[0].requests or span[-1].attempts < span[0].attempts:
         return None
     return (span[-1].attempts - span[0].attempts) / (span[-1].requests - span[0].requests)
 
 
-def _over(calls: "list[Call]") -> float | None:
-    return max((call.over for call in calls), default=None)
-
-
-def _p99(calls: "list[Call]") -> float | None:
-    return quantile([call.seconds for call in calls], 0.99) if calls else None
-
-
 MEASURES: "dict[str, Callable[[Findings, float, float], float | None]]" = {
-    "share_good": lambda f, since, until: _good(f.sent(since, until)),
-    "failures": lambda f, since, until: sum(call.outcome != "ok" for call in f.sent(since, until)),
-    "ill_formed": lambda f, since, until: sum(call.flaw is not None for call in f.sent(since, until)),
-    "hung": lambda f, since, until: sum(call.outcome == "hung" for call in f.sent(since, until)),
-    "error_events": lambda f, since, until: max((call.error_events for call in f.sent(since, until)), default=0),
+    "share_good": lambda f, since, until: _share_good(f.sent(since, until)),
+    "failures": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome != "ok"),
+    "ill_formed": lambda f, since, until: _number(f.sent(since, until), lambda call: call.flaw is not None),
+    "hung": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome == "hung"),
+    "error_events": lambda f, since, until: max((call.error_events for call in f.sent(since, until)), default=None),
     "seconds_over_deadline": lambda f, since, until: _over(f.sent(since, until)),
     "p99_seconds": lambda f, since, until: _p99(f.sent(since, until)),
     "recovery_seconds": _recovery,
+    "recovery_seconds_past_open": _recovery_past_open,
     "attempts_per_request": _attempts_per_request,
 }
-"""Each takes the findings and a span (seconds since the load began); None: it could not be measured."""
+"""Each takes the findings and a span (seconds since time zero); None: there was nothing to measure."""
+
+
+def measured(name: str, findings: Findings, since: float, until: float) -> tuple[float | None, str]:
+    """The value, and the same for people."""
+    value = MEASURES[name](findings, since, until)
+    if value is None:
+        return None, "not measured"
+    text = f"{value:.4g} s" if "seconds" in name else f"{value:.4g}"
+    calls = findings.sent(since, until)
+    if name == "seconds_over_deadline":
+        text += f" (the longest took {max(call.seconds for call in calls):.2f} s)"
+    elif name in {"failures", "ill_formed", "hung"}:
+        text += f" of {len(calls)}"
+    return value, text

@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from chaos import REPOSITORY
 from chaos.counts import Exposition, from_log, parse
 
 LOOPBACK = "127.0.0.1"
@@ -22,7 +23,6 @@ START_SECONDS = 30.0
 POLL = 0.01
 LOG_FLUSH = 0.6
 """Seconds after which what a gateway has logged is in its file."""
-REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_PORT, LAST_PORT = 10_000, 32_000
 """Below the ports that kernels give to outgoing connections: one of those could take a killed process's place."""
 OWN_VARIABLES = ("GATEWAY_", "OTEL_", "MOCK_", "CHAOS_")
@@ -293,9 +293,15 @@ class Gateway(Process):
 
     def requests(self) -> list[dict[str, Any]]:
         """The lines of its log that are about prompts, over all lives of the process."""
-        lines = self.output.read_bytes().split(b"\n")[:-1]
-        documents = [json.loads(line) for line in lines if line.startswith(b"{")]
+        documents = [json.loads(line) for line in self._lines() if line.startswith(b"{")]
         return [line for line in documents if line.get("message") == "request" and line.get("method") == "POST"]
+
+    def complaints(self) -> int:
+        """How many lines it has written so far that are about no request."""
+        return sum(b'"message":"request"' not in line for line in self._lines())
+
+    def _lines(self) -> list[bytes]:
+        return self.output.read_bytes().split(b"\n")[:-1]
 
 
 class Collector(Process):

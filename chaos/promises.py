@@ -1,6 +1,6 @@
 """Promises: each looks at what was measured and gives a verdict with its numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,10 +86,31 @@ def at_least(promise: str, value: float, limit: float, unit: str = "") -> Verdic
     return Verdict(f"{promise} >= {limit:g}{unit}", f"{value:.4g}{unit}", value >= limit)
 
 
+def quantile_at_most(promise: str, values: Sequence[float], share: float, limit: float, unit: str = "") -> Verdict:
+    """A quantile that must not be larger; broken when there was nothing to measure."""
+    value = quantile(values, share)
+    return Verdict(
+        f"{promise} <= {limit:g}{unit}", f"{value:.4g}{unit} of {len(values)}", bool(values) and value <= limit
+    )
+
+
 def all_good(calls: Sequence[Call], what: str = "callers") -> Verdict:
     """Nobody saw a failure."""
     bad = sum(call.outcome != "ok" for call in calls)
     return Verdict(f"no failure for {what}", f"{len(calls)} calls: {summary(calls)}", bool(calls) and not bad)
+
+
+def fails_as(calls: Sequence[Call], allowed: Collection[tuple[int, str]]) -> Verdict:
+    """Some calls fail, so that the fault was felt, and each of them with one of these (status, outcome)."""
+    seen = {(call.status, call.outcome) for call in calls if call.outcome != "ok"}
+    kinds = ", ".join(f"{status} {outcome}" for status, outcome in sorted(allowed))
+    return Verdict(f"calls fail, and only with {kinds}", f"{summary(calls)}", bool(seen) and seen <= set(allowed))
+
+
+def attempts_at_most(promise: str, calls: Sequence[Call], limit: float) -> Verdict:
+    """Attempts per request; broken when nothing was sent."""
+    value = attempts_per_request(calls)
+    return Verdict(f"{promise} <= {limit:g}", f"{value:.4g} of {len(calls)} calls", bool(calls) and value <= limit)
 
 
 def attempts_per_request(calls: Sequence[Call]) -> float:

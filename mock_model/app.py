@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from time import monotonic, time
 from typing import Protocol
 
 import msgspec
@@ -11,17 +10,20 @@ from aiohttp import web
 from opentelemetry.trace import Tracer
 
 from mock_model.answer import Answer
-from mock_model.call import JSON, Call
+from mock_model.call import Call
 from mock_model.chat import ChatRequest
 from mock_model.completions import CompletionRequest
-from mock_model.decoding import decode
+from mock_model.decoding import decode, glance
 from mock_model.draws import fingerprint
 from mock_model.embeddings import EmbeddingRequest
 from mock_model.errors import InvalidRequest, envelope
-from mock_model.journal import Entry, Journal, clip
-from mock_model.machine import Machine
+from mock_model.faults import Fault
+from mock_model.journal import Journal
+from mock_model.machine import Machine, Released
 from mock_model.metrics import Metrics
+from mock_model.middleware import Handler, openai_errors
 from mock_model.models import list_models, retrieve_model
+from mock_model.order import Order
 from mock_model.responses import ResponseRequest
 from mock_model.script import HEALTH, Script
 from mock_model.text import Writer
@@ -29,6 +31,8 @@ from mock_model.tracing import describe, start_span
 
 MAX_BODY = 256 * 2**20
 OK = Answer(body=b'{"status":"ok"}')
+# The route that spans and metrics give for a call below `/v1` that has none.
+STRAY = "/v1/*"
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +50,7 @@ class Request(Protocol):
         """What the model says to it."""
 
 
-class Order:
-    """What a caller wants, as far as it could be understood."""
-
-    __slots__ = ("answer", "model", "stream")
-
-    def __init__(self, answer: Answer, model: str | None = None, *, stream: bool = False) -> None:
-        self.answer = answer
-        self.model = model
-        self.stream = stream
+Understand = Callable[[bytes, str], Order]
 
 
 class Api:
@@ -82,10 +78,11 @@ class Api:
 
     def create_app(self) -> web.Application:
         """The application that serves it."""
-        app = web.Application(middlewares=[openai_errors], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[openai_errors, self._strays], client_max_size=MAX_BODY)
         app.router.add_get(HEALTH, self._health)
-        app.router.add_get("/v1/models", self._list_models)
-        app.router.add_get("/v1/models/{model:.+}", self._retrieve_model)
+        # No HEAD: most faults write a body, which must not follow its headers.
+        app.router.add_get("/v1/models", self._list_models, allow_head=False)
+        app.router.add_get("/v1/models/{model:.+}", self._retrieve_model, allow_head=False)
         for path, operation, request_type in (
             ("/v1/chat/completions", "chat", ChatRequest),
             ("/v1/completions", "text_completion", CompletionRequest),
@@ -102,17 +99,26 @@ class Api:
             try:
                 request = decode(decoder, body)
             except InvalidRequest as exc:
-                return Order(_refusal(exc))
+                return self._misfit(body, exc)
+            model = request.model or self._model_name
             try:
-                answer = request.answer(request.model or self._model_name, mark, self._writer)
+                answer = request.answer(model, mark, self._writer)
             except InvalidRequest as exc:
                 answer = _refusal(exc)
-            return Order(answer, request.model, stream=bool(request.stream))
+            return Order(answer, request.model, model, bool(request.stream))
 
         async def handle(request: web.Request) -> web.StreamResponse:
             return await self._handle(request, path, operation, understand)
 
         return handle
+
+    def _misfit(self, body: bytes, error: InvalidRequest) -> Order:
+        """A request that is refused; who asks for which model is told all the same."""
+        seen = glance(body)
+        if seen is None:
+            return Order(_refusal(error))
+        asked = seen.model if isinstance(seen.model, str) else None
+        return Order(_refusal(error), asked, asked or self._model_name, seen.stream is True)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
         return await self._handle(request, "/v1/models", None, lambda *_: Order(list_models(self._model_name)))
@@ -120,83 +126,77 @@ class Api:
     async def _retrieve_model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
         return await self._handle(
-            request, "/v1/models/{model}", None, lambda *_: Order(retrieve_model(name), model=name)
+            request, "/v1/models/{model}", None, lambda *_: Order(retrieve_model(name), name, name)
         )
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        """Answer a probe; it is neither journaled nor traced, and needs no place."""
-        call = self._call(request, Order(OK), fingerprint(HEALTH, b""), placed=True)
-        fault = self._script.choose(call)
-        return await (call.serve() if fault is None else fault.apply(call))
+        """Answer a probe; it is neither journaled nor traced."""
+        call = Call(request, machine=self._machine, journal=self._journal)
+        mark = fingerprint(HEALTH, b"")
+        call.take(Order(OK), mark, self._script.count(mark))
+        return await self._answer(call, self._script.choose(call))
+
+    @web.middleware
+    async def _strays(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let calls below `/v1` that have no route be journaled as the others are; faults are not for them."""
+        error = request.match_info.http_exception
+        if error is None or not f"{request.path}/".startswith("/v1/"):
+            return await handler(request)
+
+        def refuse(_body: bytes, _mark: str) -> Order:
+            raise error
+
+        return await self._handle(request, STRAY, None, refuse)
 
     async def _handle(
-        self, request: web.Request, route: str, operation: str | None, understand: Callable[[bytes, str], Order]
+        self, request: web.Request, route: str, operation: str | None, understand: Understand
     ) -> web.StreamResponse:
-        span = start_span(self._tracer, request, route, operation)
-        try:
-            body = await request.read()
-            mark = fingerprint(request.path, body)
-            call = self._call(request, understand(body, mark), mark)
-            try:
-                return await self._answer(call, route)
-            finally:
-                describe(span, call)
-        finally:
-            span.end()
-
-    async def _answer(self, call: Call, route: str) -> web.StreamResponse:
         """Let the fault or the model answer, and keep the books."""
-        fault = self._script.choose(call)
-        if fault is not None:
-            call.entry.fault = fault.kind
-        self._journal.arrive(call.entry)
+        call = Call(request, machine=self._machine, journal=self._journal)
+        span = start_span(self._tracer, request, route, operation)
         self._metrics.arrive()
-        start = monotonic()
         try:
-            async with call.places:
-                return await (call.serve() if fault is None else fault.apply(call))
+            fault = await self._read(call, request, understand)
+            return await self._answer(call, fault)
         except (asyncio.CancelledError, ConnectionError):
             call.end("fault" if self.stopping else "caller_left")
             raise
+        except web.HTTPException as exc:
+            call.status = exc.status
+            call.end("complete")
+            raise
         finally:
             call.end("fault")
-            self._metrics.end(call, route, monotonic() - start)
+            self._metrics.end(call, route)
+            describe(span, call)
+            span.end()
 
-    def _call(self, request: web.Request, order: Order, mark: str, *, placed: bool = False) -> Call:
-        entry = Entry(
-            time=time(),
-            path=request.path,
-            model=clip(order.model),
-            request_id=clip(request.headers.get("x-request-id")),
-            traceparent=clip(request.headers.get("traceparent")),
-            fingerprint=mark,
-            fault=None,
-        )
-        return Call(
-            request,
-            entry=entry,
-            answer=order.answer,
-            stream=order.stream,
-            occurrence=self._script.count(mark),
-            machine=self._machine,
-            journal=self._journal,
-            placed=placed,
-        )
+    async def _read(self, call: Call, request: web.Request, understand: Understand) -> Fault | None:
+        """Read the body, and see what the call asks for and which fault it gets."""
+        fault = None
+        try:
+            body = await request.read()
+            mark = call.entry.fingerprint = fingerprint(request.path, body)
+            call.take(understand(body, mark), mark, self._script.count(mark))
+            fault = self._script.choose(call)
+            if fault is not None:
+                call.entry.fault = fault.kind
+                self._metrics.begin_fault(fault.kind)
+        except web.RequestPayloadError as exc:
+            raise web.HTTPBadRequest from exc
+        finally:
+            # Only now: the line in the journal's file tells the fault, and is written once.
+            self._journal.arrive(call.entry)
+        return fault
+
+    @staticmethod
+    async def _answer(call: Call, fault: Fault | None) -> web.StreamResponse:
+        try:
+            async with call.places:
+                return await (call.serve() if fault is None else fault.apply(call))
+        except Released:
+            return call.hang_up()
 
 
 def _refusal(error: InvalidRequest) -> Answer:
     return Answer(status=error.status, body=envelope(error.status, str(error), param=error.param, code=error.code))
-
-
-@web.middleware
-async def openai_errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Give aiohttp's own errors (no such path, wrong method, too large a body) OpenAI's form."""
-    try:
-        return await handler(request)
-    except web.HTTPException as exc:
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-        body = envelope(exc.status, f"{exc.reason}: {request.method} {request.path}", code=codes.get(exc.status))
-        headers = {name: value for name, value in exc.headers.items() if name.lower() == "allow"}
-        return web.Response(status=exc.status, body=body, content_type=JSON, headers=headers)

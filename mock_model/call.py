@@ -4,68 +4,69 @@ import asyncio
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import AsyncExitStack
-from time import monotonic
+from contextlib import AsyncExitStack, suppress
+from time import monotonic, time
 
 from aiohttp import web
 from multidict import CIMultiDict
 
-from mock_model.answer import Answer, Event
+from mock_model.answer import JSON, Answer, Event
 from mock_model.errors import envelope
-from mock_model.journal import Ended, Entry, Journal
-from mock_model.machine import Machine
-
-JSON = "application/json"
-EVENT_STREAM = "text/event-stream"
+from mock_model.journal import Ended, Entry, Journal, clip
+from mock_model.machine import Machine, Released
+from mock_model.order import Order
 
 # Time for a caller to read what was sent before a reset makes its kernel or client library throw it away.
 SETTLE = 0.02
 
 
 class Call:
-    """A call under way.
+    """A call under way; until its body was read, it asks for nothing.
 
     Attributes:
         path: Of the URL.
-        model: The name asked for, or None.
+        model: The one that answers, or None.
         stream: Whether the answer is streamed.
         fingerprint: Equal for calls with the same path and body.
         occurrence: How many calls with this fingerprint came before it.
         answer: What it is answered with if no fault comes between.
         entry: Its place in the journal.
         machine: What it stands on.
+        start: When its body was read (until then: when it came), in seconds of the monotonic clock.
         status: Of the answer, as soon as there is one.
-
-    With `placed`, the call needs no place among those that are being answered.
     """
 
-    def __init__(
-        self,
-        request: web.BaseRequest,
-        *,
-        entry: Entry,
-        answer: Answer,
-        stream: bool,
-        occurrence: int,
-        machine: Machine,
-        journal: Journal,
-        placed: bool = False,
-    ) -> None:
-        self.path = entry.path
-        self.model = entry.model
-        self.fingerprint = entry.fingerprint
-        self.stream = stream
-        self.occurrence = occurrence
-        self.answer = answer
-        self.entry = entry
+    def __init__(self, request: web.BaseRequest, *, machine: Machine, journal: Journal) -> None:
+        self.path = request.path
+        self.model: str | None = None
+        self.stream = False
+        self.fingerprint = ""
+        self.occurrence = 0
+        self.answer = Answer()
+        self.entry = Entry(
+            time=time(),
+            path=clip(request.path),
+            request_id=_header(request, "x-request-id"),
+            traceparent=_header(request, "traceparent"),
+        )
         self.machine = machine
+        self.start = monotonic()
         self.status: int | None = None
         self.places = AsyncExitStack()
         self._request = request
         self._journal = journal
-        self._start = monotonic()
-        self._placed = placed
+        self._placed = False
         self._written = 0
+
+    def take(self, order: Order, fingerprint: str, occurrence: int) -> None:
+        """Set what the call asks for."""
+        self.model = order.model
+        self.stream = order.stream
+        self.answer = order.answer
+        self.fingerprint = self.entry.fingerprint = fingerprint
+        self.occurrence = occurrence
+        self.entry.model = None if order.asked is None else clip(order.asked)
+        self.start = monotonic()
 
     # The good answer
 
@@ -81,17 +82,18 @@ class Call:
         return self.reply(answer.status, answer.body, content_type=content_type)
 
     async def take_place(self) -> None:
-        """Wait for a place among the calls being answered; it is kept until the call ends."""
-        if not self._placed:
+        """Wait for a place among the calls being answered; it is kept until the call ends.
+
+        Where there is nothing to decode (a list of models, an error), no place is needed.
+        """
+        if self.answer.steps and not self._placed:
             self._placed = True
             await self.places.enter_async_context(self.machine.load.place())
 
     async def think(self) -> None:
         """Take the time of an unstreamed answer."""
         await self.take_place()
-        wait = self.machine.pace.total(self.fingerprint, self.occurrence, self.answer.steps)
-        if wait:
-            await asyncio.sleep(wait * self.machine.load.factor())
+        await self.machine.load.work(self.machine.pace.total(self.fingerprint, self.occurrence, self.answer.steps))
 
     async def begin(
         self, content_type: str | None = None, *, length: int | None = None, keep_alive: bool = True
@@ -99,7 +101,7 @@ class Call:
         """Send the headers of the good answer, chunked unless a length is given."""
         await self.take_place()
         response = web.StreamResponse(status=self.answer.status, headers=self._headers())
-        response.content_type = content_type or (EVENT_STREAM if self.answer.events else JSON)
+        response.content_type = content_type or self.answer.content_type
         if self.answer.events:
             response.headers["Cache-Control"] = "no-cache"
         if length is not None:
@@ -115,10 +117,8 @@ class Call:
         pace, load = self.machine.pace, self.machine.load
         for event in events:
             if event.step:
-                wait = pace.wait(self.fingerprint, self.occurrence, self._written)
+                await load.work(pace.wait(self.fingerprint, self.occurrence, self._written))
                 self._written += 1
-                if wait:
-                    await asyncio.sleep(wait * load.factor())
             await response.write(event.data)
             self.entry.events_sent += 1
 
@@ -159,7 +159,8 @@ class Call:
 
     async def hang(self) -> web.StreamResponse:
         """Send nothing more until the caller leaves; if the mock stops or is reset before that, hang up."""
-        await self.machine.hang()
+        with suppress(Released):
+            await self.machine.wait()
         return self.hang_up()
 
     def hang_up(self) -> web.StreamResponse:
@@ -190,6 +191,11 @@ class Call:
         head = {
             "x-request-id": self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}",
             "openai-version": "2020-10-01",
-            "openai-processing-ms": str(int((monotonic() - self._start) * 1000)),
+            "openai-processing-ms": str(int((monotonic() - self.start) * 1000)),
         }
         return CIMultiDict(head)
+
+
+def _header(request: web.BaseRequest, name: str) -> str | None:
+    value = request.headers.get(name)
+    return None if value is None else clip(value)

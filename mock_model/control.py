@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
+from mock_model.answer import JSON
 from mock_model.errors import envelope
 from mock_model.journal import Journal
 from mock_model.metrics import CONTENT_TYPE, Metrics
+from mock_model.middleware import openai_errors
 from mock_model.script import Script, ScriptError
 
-JSON = "application/json"
 MAX_BODY = 4 * 2**20
 
 # Lets the answer to `POST /crash` reach the caller.
@@ -38,7 +39,7 @@ class Control:
 
     def create_app(self) -> web.Application:
         """The application that serves it."""
-        app = web.Application(client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[openai_errors], client_max_size=MAX_BODY)
         app.router.add_get("/faults", self._get_faults)
         app.router.add_put("/faults", self._put_faults)
         app.router.add_delete("/faults", self._delete_faults)

@@ -4,6 +4,7 @@ A fault decides which calls it suits, and sends (or does not send) the answer. D
 """
 
 import asyncio
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
@@ -13,15 +14,19 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from mock_model.answer import Answer, Event
-from mock_model.call import JSON, Call
+from mock_model.answer import JSON, Answer, Event
+from mock_model.call import Call
 from mock_model.draws import draw
 from mock_model.errors import envelope
 
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-HeaderValue = Annotated[str, Meta(pattern=r"^[^\r\n\x00]*$")]
-HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# No control characters, but tabs inside.
+HEADER_VALUE = re.compile(r"(?!\t)[^\x00-\x08\x0a-\x1f\x7f-\x9f]*(?<!\t)")
+# They say where an answer ends.
+FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})
 
 PAGE = (
     b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\n"
@@ -39,6 +44,10 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def suits(self, call: Call) -> bool:  # noqa: ARG002
         """Whether the fault can show in such a call; one that cannot is not used up by it."""
         return True
+
+    def wrong(self) -> tuple[str, str] | None:
+        """The parameter that cannot be used, and why not, if any."""
+        return None
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Answer the call in the fault's way."""
@@ -59,13 +68,24 @@ class Status(Fault):
     Attributes:
         status: 200 to 599.
         body: JSON; a text is sent as it stands, as text/plain. Without it: an error in OpenAI's form.
-        headers: Further headers, such as `retry-after`.
+        headers: Further headers, such as `retry-after`; not those that say where the answer ends.
     """
 
     kind = "status"
     status: Annotated[int, Meta(ge=200, le=599)]
     body: Any | UnsetType = UNSET
-    headers: dict[HeaderName, HeaderValue] = {}
+    headers: dict[str, str | int | float] = {}
+
+    def wrong(self) -> tuple[str, str] | None:
+        """A header that cannot be sent, or would break the framing of the answer."""
+        for name, value in self.headers.items():
+            if not HEADER_NAME.fullmatch(name):
+                return "headers", f"{name!r} is no name of a header"
+            if name.lower() in FRAMING:
+                return "headers", f"{name} would break the framing of the answer, which is what short_body is for"
+            if not HEADER_VALUE.fullmatch(str(value)):
+                return "headers", f"the value of {name} has control characters in it"
+        return None
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Answer with it."""
@@ -78,7 +98,8 @@ class Status(Fault):
         else:
             body = msgspec.json.encode(self.body)
         call.end("fault")
-        return call.reply(self.status, body, content_type=content_type, headers=self.headers)
+        headers = {name: str(value) for name, value in self.headers.items()}
+        return call.reply(self.status, body, content_type=content_type, headers=headers)
 
 
 class Latency(Fault):
@@ -96,7 +117,7 @@ class Latency(Fault):
     async def apply(self, call: Call) -> web.StreamResponse:
         """Wait, then serve."""
         part = draw(call.machine.seed, self.kind, call.fingerprint, call.occurrence)
-        await asyncio.sleep(max(0.0, self.delay + self.jitter * (2 * part - 1)))
+        await call.machine.wait(max(0.0, self.delay + self.jitter * (2 * part - 1)))
         return await call.serve()
 
 
@@ -135,7 +156,7 @@ class SlowFirstToken(Fault):
         """Send the headers, wait, then go on as usual."""
         if not _streamed(call):
             response = await call.begin(length=len(call.answer.body))
-            await asyncio.sleep(self.delay)
+            await call.machine.wait(self.delay)
             await call.think()
             await response.write(call.answer.body)
             return await call.finish(response, "complete")
@@ -143,7 +164,7 @@ class SlowFirstToken(Fault):
         opening = next((number for number, event in enumerate(events) if event.step), len(events))
         response = await call.begin()
         await call.play(response, events[:opening])
-        await asyncio.sleep(self.delay)
+        await call.machine.wait(self.delay)
         await call.play(response, events[opening:])
         return await call.finish(response, "complete")
 
@@ -152,11 +173,15 @@ class Stall(Fault):
     """A stream that stops and stays open; of an unstreamed answer, half of the body comes.
 
     Attributes:
-        after_events: How many events come.
+        after_events: How many events come; a stream that has fewer is spared.
     """
 
     kind = "stall"
     after_events: Count = 1
+
+    def suits(self, call: Call) -> bool:
+        """Whether the answer is long enough."""
+        return not _streamed(call) or self.after_events <= len(call.answer.events)
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Send the beginning and hang."""
@@ -174,7 +199,7 @@ class Cut(Fault):
     """A stream that ends too early; of an unstreamed answer, half of the body comes.
 
     Attributes:
-        after_events: How many whole events come.
+        after_events: How many whole events come; a stream in which nothing is missing then is spared.
         how: `end`: the answer ends as HTTP has it, so that only its meaning is cut; `reset`: by TCP RST.
         where: `between` two events, `inside_event` (half of the next one comes too) or `inside_character` (the next one
             comes up to the middle of a UTF-8 sequence in its text).
@@ -184,6 +209,12 @@ class Cut(Fault):
     after_events: Count = 1
     how: Literal["end", "reset"] = "end"
     where: Literal["between", "inside_event", "inside_character"] = "between"
+
+    def suits(self, call: Call) -> bool:
+        """Whether there is something to cut: a reset shows after the last event too."""
+        whole = len(call.answer.events)
+        shows_at_the_end = self.how == "reset" and self.where == "between"
+        return not _streamed(call) or self.after_events < whole or (shows_at_the_end and self.after_events == whole)
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Send the beginning and end."""
@@ -251,7 +282,7 @@ class MalformedEvent(_Edited):
     """A stream with one event more, whose data is no JSON; the rest comes as usual.
 
     Attributes:
-        after_events: How many good events come before it.
+        after_events: How many good events come before it; it comes before the last one at the latest.
     """
 
     kind = "malformed_event"
@@ -259,18 +290,23 @@ class MalformedEvent(_Edited):
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
         """The events with the bad one between."""
-        return (*events[: self.after_events], Event(MALFORMED, "closing"), *events[self.after_events :])
+        place = min(self.after_events, len(events) - 1)
+        return (*events[:place], Event(MALFORMED, "closing"), *events[place:])
 
 
 class ContentType(Fault):
-    """A good answer under a wrong name.
+    """A good answer under a wrong name; one whose name it is already is spared.
 
     Attributes:
         value: The `Content-Type` that is sent.
     """
 
     kind = "content_type"
-    value: Annotated[str, Meta(pattern=r"^[\x20-\x7e]+$")]
+    value: Annotated[str, Meta(pattern=r"\A[\x20-\x7e]+\Z")]
+
+    def suits(self, call: Call) -> bool:
+        """Whether the name is wrong."""
+        return self.value != call.answer.content_type
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Serve it under that name."""
@@ -341,7 +377,7 @@ class Drip(Fault):
         content = answer.content
         for start in range(0, len(content), self.bytes):
             if start:
-                await asyncio.sleep(self.interval)
+                await call.machine.wait(self.interval)
             await response.write(content[start : start + self.bytes])
             while ends and ends[-1] <= start + self.bytes:
                 ends.pop()

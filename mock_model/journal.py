@@ -22,11 +22,11 @@ class Entry(msgspec.Struct):
 
     Attributes:
         time: When it came, in seconds since 1970.
-        path: Of its URL.
+        path: Of its URL, clipped as the other texts of callers are.
         model: The name it asked for, or None.
         request_id: Its `x-request-id`, or None.
         traceparent: As it came, or None.
-        fingerprint: Equal for calls with the same path and body.
+        fingerprint: Equal for calls with the same path and body; empty if the body did not come whole.
         fault: The kind of the fault that was applied, or None.
         ended: `complete` (the caller got a whole answer, also a late or an error answer that no fault made), `fault`
             (a fault, or the end of this process, spoiled it), `caller_left`; None while it is under way.
@@ -35,11 +35,11 @@ class Entry(msgspec.Struct):
 
     time: float
     path: str
-    model: str | None
-    request_id: str | None
-    traceparent: str | None
-    fingerprint: str
-    fault: str | None
+    model: str | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
+    fingerprint: str = ""
+    fault: str | None = None
     ended: Ended | None = None
     events_sent: int = 0
 
@@ -73,9 +73,9 @@ class _Ended(msgspec.Struct, tag_field="event", tag="ended"):
     events_sent: int
 
 
-def clip(text: str | None) -> str | None:
+def clip(text: str) -> str:
     """A text of a caller, not longer than the journal keeps it."""
-    return text if text is None else text[:MAX_TEXT].encode(errors="replace").decode()
+    return text[:MAX_TEXT].encode(errors="replace").decode()
 
 
 class Journal:
@@ -99,7 +99,7 @@ class Journal:
         return self.total - len(self.calls)
 
     def arrive(self, entry: Entry) -> None:
-        """Note a call that came."""
+        """Note a call that came: when its body was read, or could not be."""
         self.total += 1
         self.calls.append(entry)
         if self._file is not None:
@@ -128,7 +128,7 @@ class Journal:
             self._write(_Ended(call=number, time=time(), ended=ended, events_sent=entry.events_sent))
 
     def clear(self) -> None:
-        """Forget all calls; the file stays."""
+        """Forget all calls, those under way included; the file stays."""
         self.total = 0
         self.calls.clear()
 

@@ -32,7 +32,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Which calls an entry is for; what is not given matches all."""
 
     model: str | None = None
-    path: Annotated[str, Meta(pattern=r"^(/v1/.+|/health)$")] | None = None
+    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/health)\Z")] | None = None
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
@@ -150,6 +150,8 @@ def _line(number: int, value: Any) -> Line:  # noqa: ANN401
         fault = msgspec.convert(entry.with_, KINDS[entry.kind])
     except msgspec.ValidationError as exc:
         raise _error(name, f"{where}.with", exc) from None
+    if (wrong := fault.wrong()) is not None:
+        raise ScriptError(f"{name}: with.{wrong[0]}: {wrong[1]}", f"{where}.with.{wrong[0]}")
     for key in fault.__struct_fields__:
         given = getattr(fault, key)
         if isinstance(given, float) and not math.isfinite(given):

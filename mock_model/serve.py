@@ -152,7 +152,10 @@ class MockModel:
         self.faults.replace(list(faults))
 
     async def reset(self) -> None:
-        """Back to a mock model that was just started: no faults, an empty journal, an open port, nobody hanging."""
+        """Back to a mock model that was just started: no faults, an empty journal, an open port.
+
+        Whom a fault makes wait is hung up on; calls that are answered as usual go on.
+        """
         self.faults.clear()
         self.journal.clear()
         self._machine.release()

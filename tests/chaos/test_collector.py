@@ -1,21 +1,23 @@
 """The collector of spans is gone or hangs: requests do not notice, and no span vanishes uncounted."""
 
 import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from chaos.arena import Arena
-from chaos.load import now
+from chaos.load import Call, now, sent_between
 from chaos.promises import Verdict, all_good, at_least, at_most, quantile
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
 RATE = 30.0
 
 
-def median_shift(arena: Arena, ids: set[str]) -> Verdict:
-    """Measured in the gateway: requests while the collector was away, against the others."""
-    lines = [line for line in arena.gateway.requests() if line["outcome"] == "ok"]
-    away = quantile([line["seconds"] for line in lines if line["request_id"] in ids], 0.5)
-    there = quantile([line["seconds"] for line in lines if line["request_id"] not in ids], 0.5)
-    return at_most("the median request takes longer by", away - there, 0.02, " s")
+class Before(NamedTuple):
+    """What was when the collector went away."""
+
+    at: float
+    memory: int
+    complaints: int
 
 
 async def until_telemetry(arena: Arena, status: str) -> float:
@@ -27,47 +29,127 @@ async def until_telemetry(arena: Arena, status: str) -> float:
     return now() - start
 
 
-async def test_a_dead_collector_costs_nothing_but_spans(start_arena: StartArena) -> None:
-    """SIGKILL for 3 s under 30 calls/s, then started again.
+async def until_spans(arena: Arena, more_than: int) -> float:
+    """Wait until more spans have come; seconds."""
+    start = now()
+    async with asyncio.timeout(30):
+        while arena.collector.spans() <= more_than:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return now() - start
 
-    0 failures; the median request takes <= 20 ms longer; /health says `degraded`, and `ok` within 5 s after; spans that
-    came + spans that were counted as lost >= spans that were made.
+
+def before(arena: Arena) -> Before:
+    """Now."""
+    return Before(now(), arena.gateway.memory(), arena.gateway.complaints())
+
+
+async def unnoticed(arena: Arena, calls: Sequence[Call], was: Before, back: float) -> list[Verdict]:
+    """What holds while a collector is away and after; waits until each span has come or was counted as lost."""
+    took = back - was.at
+    complaints = arena.gateway.complaints() - was.complaints
+    growth = (arena.gateway.memory() - was.memory) / 1e6
+    made = len(calls) + sum(len(call.tries) for call in calls)
+    async with asyncio.timeout(20):
+        while True:
+            lost = (await arena.gateway.metrics()).value("gateway_telemetry_dropped_spans_total")
+            came = arena.collector.spans()
+            if came + lost >= made:
+                break
+            await asyncio.sleep(0.1)
+    told = (await arena.gateway.health())["telemetry"]["spans_dropped"]
+    return [
+        all_good(calls),
+        median_shift(arena, {call.id for call in sent_between(calls, was.at, back)}),
+        at_most("memory grows", growth, 20, " MB"),
+        at_most(f"log lines about anything but requests in {took:.1f} s and after", complaints, took + 2),
+        at_least(f"spans that came ({came}) or were counted as lost ({lost:g})", came + lost, made),
+        Verdict("/health counts the same", f"{told} spans dropped", told == lost),
+    ]
+
+
+def median_shift(arena: Arena, ids: set[str]) -> Verdict:
+    """Measured in the gateway: requests while the collector was away, against the others."""
+    lines = [line for line in arena.gateway.requests() if line["outcome"] == "ok"]
+    away = [line["seconds"] for line in lines if line["request_id"] in ids]
+    there = [line["seconds"] for line in lines if line["request_id"] not in ids]
+    shift, tail = (quantile(away, share) - quantile(there, share) for share in (0.5, 0.99))
+    return Verdict(
+        "the median request takes longer by <= 0.02 s",
+        f"{shift:.4f} s ({len(away)} against {len(there)}; p99 by {tail:.4f} s)",
+        bool(away) and bool(there) and shift <= 0.02,
+    )
+
+
+async def test_a_dead_collector_costs_nothing_but_spans(start_arena: StartArena) -> None:
+    """SIGKILL for some 3 s under 30 calls/s, then started again.
+
+    0 failures; the median request takes <= 20 ms longer (its p99 is told, not judged: on two cores it is the
+    machine's); memory grows <= 20 MB; <= 1 log line a second (+ 2) beside those of requests; /health says `degraded`;
+    spans are lost, and counted: spans that came + spans counted as lost >= spans that were made, /health and /metrics
+    count the same; spans come again <= 5 s after, and telemetry is `ok`.
     """
     arena = await start_arena(collected=True)
     async with arena.load(RATE) as load:
         await asyncio.sleep(2)
-        killed = now()
+        was = before(arena)
         await arena.collector.kill()
         await until_telemetry(arena, "degraded")
         await asyncio.sleep(2)
+        came = arena.collector.spans()
         await arena.collector.start()
         back = now()
-        took = await until_telemetry(arena, "ok")
+        flow = await until_spans(arena, came)
+        await until_telemetry(arena, "ok")
+        well = now() - back
         await asyncio.sleep(1)
-    await _no_span_vanishes(arena, load.calls, killed, back, at_most("telemetry is ok again after", took, 5, " s"))
+    verdicts = await unnoticed(arena, load.calls, was, back)
+    dropped = (await arena.gateway.metrics()).value("gateway_telemetry_dropped_spans_total")
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        *verdicts,
+        at_least("spans counted as lost", dropped, 1),
+        at_most("spans come again after", flow, 5, " s"),
+        at_most("telemetry is ok again after", well, 5, " s"),
+    )
 
 
 async def test_a_hanging_collector_costs_nothing_but_spans(start_arena: StartArena) -> None:
     """SIGSTOP for 4 s under 30 calls/s, then SIGCONT.
 
-    0 failures; the median request takes <= 20 ms longer; spans that came + spans that were counted as lost >= spans
-    that were made; telemetry is `ok` within 15 s after (an export may hang for 10 s).
+    0 failures; the median request takes <= 20 ms longer; memory grows <= 20 MB; <= 1 log line a second (+ 2) beside
+    those of requests; no span comes meanwhile; spans that came + spans counted as lost >= spans that were made, /health
+    and /metrics count the same; spans come again <= 15 s after (an export may hang for 10 s), and telemetry is `ok`.
     """
     arena = await start_arena(collected=True)
     async with arena.load(RATE) as load:
         await asyncio.sleep(2)
-        frozen = now()
+        was = before(arena)
         arena.collector.freeze()
+        came = arena.collector.spans()
         await asyncio.sleep(4)
+        meanwhile = arena.collector.spans() - came
         arena.collector.thaw()
         back = now()
-        took = await until_telemetry(arena, "ok")
+        flow = await until_spans(arena, came)
+        await until_telemetry(arena, "ok")
+        well = now() - back
         await asyncio.sleep(1)
-    await _no_span_vanishes(arena, load.calls, frozen, back, at_most("telemetry is ok again after", took, 15, " s"))
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        *await unnoticed(arena, load.calls, was, back),
+        at_most("spans that came meanwhile", meanwhile, 0),
+        at_most("spans come again after", flow, 15, " s"),
+        at_most("telemetry is ok again after", well, 15, " s"),
+    )
 
 
 async def test_a_hanging_collector_does_not_hold_up_the_stop(start_arena: StartArena) -> None:
-    """SIGSTOP of the collector, 60 calls, SIGTERM of the gateway: it stops within 4 s, with exit code 0."""
+    """SIGSTOP of the collector, 60 calls, SIGTERM of the gateway: it stops within 4 s, with exit code 0.
+
+    0 failures; not one span came, so that there were some to wait for.
+    """
     arena = await start_arena(collected=True)
     arena.collector.freeze()
     async with arena.load(RATE, total=60) as load:
@@ -79,26 +161,6 @@ async def test_a_hanging_collector_does_not_hold_up_the_stop(start_arena: StartA
         load.calls,
         all_good(load.calls),
         Verdict("exit code", f"{code}", code == 0),
+        at_most("spans that came", arena.collector.spans(), 0),
         at_most("time to stop", now() - told, 4.0, " s"),
-    )
-
-
-async def _no_span_vanishes(arena: Arena, calls: list, start: float, end: float, verdict: Verdict) -> None:  # type: ignore[type-arg]
-    made = len(calls) + sum(len(call.tries) for call in calls)
-    came_before, lost = arena.collector.spans(), 0.0
-    async with asyncio.timeout(20):
-        while True:
-            lost = (await arena.gateway.metrics()).value("gateway_telemetry_dropped_spans_total")
-            came_before = arena.collector.spans()
-            if came_before + lost >= made:
-                break
-            await asyncio.sleep(0.1)
-    shift = median_shift(arena, {call.id for call in calls if start <= call.started < end})
-    await nothing_is_lost(
-        arena,
-        calls,
-        all_good(calls),
-        at_least(f"spans that came ({came_before}) or were counted as lost ({lost:g})", came_before + lost, made),
-        shift,
-        verdict,
     )

@@ -3,7 +3,7 @@
 import asyncio
 
 from chaos.load import now, sent_between
-from chaos.promises import Verdict, all_good, at_most
+from chaos.promises import Verdict, all_good, at_least, at_most
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
 LONG = {"MOCK_TOKENS": "40", "MOCK_TOKEN_INTERVAL": "0.05"}
@@ -14,8 +14,8 @@ PATIENT = {"GATEWAY_ANSWER_TIMEOUT": "5", "GATEWAY_FIRST_TOKEN_TIMEOUT": "5"}
 async def test_a_gateway_that_is_told_to_stop_loses_nothing(start_arena: StartArena) -> None:
     """SIGTERM under 20 calls/s of 2 s each, with a grace of 8 s.
 
-    0 of the requests under way are lost; new ones get 503 `gateway_draining` with Retry-After; /readyz is 503 within
-    0.5 s; the exit code is 0, at most 2 s after the last request under way could end (2 s).
+    0 of the requests under way (at least 20) are lost; new ones get 503 `gateway_draining` with Retry-After; /readyz is
+    503 within 0.5 s; the exit code is 0, at most 2 s after the last request under way could end (2 s).
     """
     arena = await start_arena(mock=LONG, gateway={**PATIENT, "GATEWAY_SHUTDOWN_GRACE": "8"})
     async with arena.load(20, deadline=6) as load:
@@ -28,12 +28,14 @@ async def test_a_gateway_that_is_told_to_stop_loses_nothing(start_arena: StartAr
     code = await stopping
     took = now() - told
     before = sent_between(load.calls, 0, told - 0.1)
+    under_way = sum(call.ended > told for call in before)
     after = sent_between(load.calls, told + 0.1, now())
     kinds = {(call.status, call.outcome, call.retry_after) for call in after}
     await nothing_is_lost(
         arena,
         load.calls,
-        all_good(before, "requests under way"),
+        all_good(before, "callers before"),
+        at_least("requests under way", under_way, 20),
         Verdict("new ones are told to come again", f"{kinds}", kinds == {(503, "gateway_draining", "1")}),
         Verdict("/readyz says so", f"{ready}", not ready),
         Verdict("exit code", f"{code}", code == 0),
@@ -70,7 +72,7 @@ async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(star
 async def test_a_rolling_restart_of_two_gateways_loses_nothing(start_arena: StartArena) -> None:
     """Two gateways are restarted one after the other (SIGTERM, start) under 30 calls/s.
 
-    The callers go to the other gateway when one refuses or drains: 0 failures; both exit codes are 0.
+    The callers go to the other gateway when one refuses or drains, and some have to: 0 failures; both exit codes are 0.
     """
     arena = await start_arena(gateways=2, mock={"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"})
     codes = []
@@ -81,10 +83,11 @@ async def test_a_rolling_restart_of_two_gateways_loses_nothing(start_arena: Star
             await asyncio.sleep(0.5)
             await gateway.start()
         await asyncio.sleep(1)
-    moved = sum(call.drained for call in load.calls)
+    moved = sum(call.gateway != int(call.id.rpartition("-")[2]) % 2 for call in load.calls)
     await nothing_is_lost(
         arena,
         load.calls,
         all_good(load.calls),
-        Verdict("exit codes", f"{codes}; {moved} calls were told to go elsewhere", codes == [0, 0]),
+        at_least("calls that went to the other gateway", moved, 1),
+        Verdict("exit codes", f"{codes}", codes == [0, 0]),
     )

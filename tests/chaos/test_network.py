@@ -4,12 +4,13 @@ import asyncio
 
 from chaos.load import now, sent_between
 from chaos.processes import LOOPBACK
-from chaos.promises import Verdict, all_good, at_most, attempts_per_request
+from chaos.promises import Verdict, all_good, at_most, attempts_at_most, fails_as
 from chaos.proxy import Network
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 RATE = 30.0
 LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
+UNREACHABLE = {(502, "backend_connection_error"), (503, "backend_unavailable")}
 
 
 async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(start_arena: StartArena) -> None:
@@ -77,8 +78,8 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
 async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(start_arena: StartArena) -> None:
     """The backend dies and its name vanishes for 3 s; then it is back under another address, as a container is.
 
-    Failures are 502 `backend_connection_error` or 503; attempts per request <= 1.2; first success <= 1 s after the new
-    address answers and resolves.
+    Failures are 502 `backend_connection_error` or, with the breaker open, 503 (or of the calls under way at its death);
+    attempts per request <= 1.2; first success <= 1 s after the new address answers and resolves; 0 failures afterwards.
     """
     arena = await start_arena(named=True)
     async with arena.load(RATE) as load:
@@ -97,27 +98,54 @@ async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(
         arena,
         load.calls,
         recovery,
-        at_most("attempts per request while gone", attempts_per_request(down), 1.2),
+        fails_as(load.calls, UNREACHABLE | {(502, "backend_invalid_response"), (200, "backend_invalid_response")}),
+        attempts_at_most("attempts per request while gone", down, 1.2),
         Verdict("the new address took the calls", f"{len(back.arrivals())} arrivals", bool(back.arrivals())),
         all_good(sent_between(load.calls, recovered, now()), "callers after"),
     )
 
 
-async def test_a_name_that_vanishes_while_its_backend_lives(start_arena: StartArena) -> None:
-    """DNS fails for 4 s; connections that are kept need none, later ones do: the addresses are asked for again.
+async def test_a_name_that_vanishes_for_a_short_while_is_not_missed(start_arena: StartArena) -> None:
+    """DNS fails for 4 s under 30 calls/s, the backend lives.
 
-    Every answer in time and well-formed; first success <= 1 s after the name resolves again.
+    0 failures, 1 attempt per request: kept connections need no name, new ones take the address of the last 10 s.
+    """
+    arena = await start_arena(named=True)
+    async with arena.load(RATE) as load:
+        await asyncio.sleep(1)
+        arena.resolve(None)
+        await asyncio.sleep(4)
+        arena.resolve(LOOPBACK)
+        await asyncio.sleep(1)
+    await nothing_is_lost(
+        arena, load.calls, all_good(load.calls), attempts_at_most("attempts per request", load.calls, 1.0)
+    )
+
+
+async def test_a_name_that_cannot_be_resolved_is_told_and_asked_for_again(start_arena: StartArena) -> None:
+    """DNS fails for 3 s from the first prompt on: no connection is kept, no address remembered.
+
+    Failures are 502 `backend_connection_error` and then, with the breaker open, 503; not one prompt arrives; attempts
+    per request <= 1.2; first success <= 1 s after the name resolves again; 0 failures afterwards.
     """
     arena = await start_arena(named=True)
     arena.resolve(None)
     async with arena.load(RATE) as load:
-        await asyncio.sleep(2)
+        await asyncio.sleep(3)
+        arrived = len(arena.mock.arrivals())
         arena.resolve(LOOPBACK)
-        recovery = await recovers(load, now())
+        back = now()
+        recovery = await recovers(load, back)
         recovered = now()
         await asyncio.sleep(1)
     await nothing_is_lost(
-        arena, load.calls, recovery, all_good(sent_between(load.calls, recovered, now()), "callers after")
+        arena,
+        load.calls,
+        recovery,
+        fails_as(load.calls, UNREACHABLE),
+        at_most("prompts that arrived meanwhile", arrived, 0),
+        attempts_at_most("attempts per request meanwhile", sent_between(load.calls, 0, back), 1.2),
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
     )
 
 

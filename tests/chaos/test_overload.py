@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from chaos.load import Call, good, now, sent_between
 from chaos.processes import Gateway
-from chaos.promises import Verdict, all_good, at_least, at_most, attempts_per_request, quantile
+from chaos.promises import Verdict, all_good, at_least, at_most, attempts_at_most, fails_as, quantile_at_most
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}
@@ -30,7 +30,10 @@ async def highest(gateway: Gateway, name: str, seconds: float) -> float:
 
 
 async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> None:
-    """A model with 8 places, a gateway with 8 slots and 8 places in its queue; 15 calls/s for 5 s, then 32 for 12 s.
+    """A model with 8 places, a gateway with 8 slots and 8 places in its queue; 15 calls/s for 6 s, then 32 for 20 s.
+
+    20 s are enough for a collapse to show: the queue is full after half a second, nobody stays for longer than 1 s, so
+    that it would have fed on itself twenty times over. Measured from 2 s on.
 
     Goodput at twice the load >= 90 % of the peak; the rest is refused with 503 `gateway_overloaded` and Retry-After,
     in <= 50 ms (p99 in the gateway); the queue never holds more than 8; every answer within deadline + 100 ms.
@@ -51,7 +54,7 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
     calls = list(load.calls)
     async with arena.load(DOUBLE, prefix="double") as load:
         start = now()
-        queued = await highest(arena.gateway, "gateway_queued_requests", 12)
+        queued = await highest(arena.gateway, "gateway_queued_requests", 20)
         double = goodput(load.calls, start + 2, now())
     calls += load.calls
     refused = [call for call in calls if call.outcome != "ok"]
@@ -64,7 +67,7 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
         Verdict(
             "the rest is refused, with Retry-After", f"{len(told)} of {len(refused)}", 0 < len(told) == len(refused)
         ),
-        at_most("p99 of a refusal", quantile(lines, 0.99), 0.05, " s"),
+        quantile_at_most("p99 of the refusals", lines, 0.99, 0.05, " s"),
         at_most("requests in the queue", queued, 8),
     )
 
@@ -72,8 +75,8 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
 async def test_a_backend_that_sheds_is_used_to_its_capacity(start_arena: StartArena) -> None:
     """The backend itself has 4 places and turns the rest away with 429 and Retry-After 0.2 s; 15 calls/s, then 32.
 
-    Goodput at twice the load >= 90 % of the peak; attempts per request <= 1.2, the retry budget; the breaker stays
-    closed (429 is no failure of the backend).
+    Goodput at twice the load >= 90 % of the peak; the rest gets that 429; attempts per request <= 1.2, the retry
+    budget; the breaker stays closed (429 is no failure of the backend).
     """
     arena = await start_arena(mock=SLOW)
     overload = {"capacity": 4, "retry_after": 0.2, "status": 429}
@@ -93,7 +96,8 @@ async def test_a_backend_that_sheds_is_used_to_its_capacity(start_arena: StartAr
         arena,
         calls,
         at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.9),
-        at_most("attempts per request", attempts_per_request(calls), 1.2),
+        fails_as(calls, {(429, "backend_error")}),
+        attempts_at_most("attempts per request", calls, 1.2),
         at_most("times the breaker opened", opened, 0),
     )
 
@@ -120,7 +124,7 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
         arena,
         load.calls,
         recovery,
-        at_most("attempts per request", attempts_per_request(load.calls), 1.0),
+        attempts_at_most("attempts per request", load.calls, 1.0),
         Verdict("429 as it came", f"{len(as_it_came)} of {len(limited)}", 0 < len(as_it_came) == len(limited)),
         all_good(sent_between(load.calls, recovered, now()), "callers after"),
     )
@@ -183,7 +187,7 @@ async def test_a_slow_drip_ends_at_the_deadline(start_arena: StartArena) -> None
 async def test_callers_who_retry_as_the_sdks_do_do_not_multiply_the_attempts(start_arena: StartArena) -> None:
     """503 to everything for 6 s under 20 calls/s; each caller sends its call again up to twice, as the SDKs do.
 
-    Attempts per call that somebody meant to make <= 1.2; no call is repeated that had an attempt.
+    Attempts per call that somebody meant to make <= 1.2; calls are repeated, but none that had an attempt.
     """
     arena = await start_arena()
     await arena.mock.faults({"kind": "status", "with": {"status": 503}})
@@ -197,5 +201,9 @@ async def test_callers_who_retry_as_the_sdks_do_do_not_multiply_the_attempts(sta
         arena,
         load.calls,
         at_most(f"attempts per call of {len(meant)}", attempts / len(meant), 1.2),
-        at_most("calls repeated although an attempt was made", len(tried), 0),
+        Verdict(
+            "no call is repeated although an attempt was made",
+            f"{len(repeated)} calls repeated, {len(tried)} of them with an attempt",
+            bool(repeated) and not tried,
+        ),
     )

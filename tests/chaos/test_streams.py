@@ -114,6 +114,37 @@ async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, 
     )
 
 
+OTHER_APIS = {"completions": ("/v1/completions", 3), "responses": ("/v1/responses", 7)}
+"""Path, and the events up to the third token: completions open with none, responses with four."""
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("api", OTHER_APIS)
+async def test_a_cut_after_commit_is_one_error_event_in_the_other_apis(
+    start_arena: StartArena, api: str, how: str
+) -> None:
+    """30 % of the streams are cut after three tokens, 45 calls, half of them streams.
+
+    Exactly the cut streams fail: with the beginning of their own text and one error event in the form of their API (in
+    responses `event: error` of the type `error`), never with a silent end; each took one attempt; 0 failures else.
+    """
+    path, events = OTHER_APIS[api]
+    arena = await start_arena(gateway=PATIENT)
+    await arena.mock.faults({**fault("cut", after_events=events, how=how), "rate": PART, "match": {"stream": True}})
+    async with arena.load(RATE, total=TOTAL, path=path) as load:
+        await load.all_sent(60)
+    cut = {entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]}
+    failed = [call for call in load.calls if call.outcome != "ok"]
+    kinds = {_seen(call) for call in failed}
+    await nothing_is_lost(
+        arena,
+        load.calls,
+        Verdict("exactly the cut streams fail", f"{len(cut)} cut", bool(cut) and cut == {call.id for call in failed}),
+        Verdict(f"each as {CUT}, with one error event", f"{kinds}", kinds == {(*CUT, 1, True)}),
+        at_most("attempts", sum(len(call.tries) for call in load.calls), TOTAL),
+    )
+
+
 def _seen(call: Call) -> tuple[int | None, str, str | None, int, bool]:
     return call.status, call.outcome, call.param, call.error_events, call.events > 0
 

@@ -130,6 +130,34 @@ def test_the_named_tool_is_called_and_none_is_none() -> None:
         chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "nope"}})
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_a_tool_is_picked_from_those_that_are_allowed(mode: str) -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [other]}}
+    after = [{"role": "user", "content": "x"}, {"role": "tool", "content": "sunny"}]
+    message = document(chat(tools=[TOOL, other], tool_choice=choice))["choices"][0]["message"]
+
+    assert message["tool_calls"][0]["function"]["name"] == "other"
+    answered = chat(tools=[TOOL, other], tool_choice=choice, messages=after)
+    assert document(answered)["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "words"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "nope"}}]}, "no tool 'nope'"),
+        ({"tools": [{"type": "function"}]}, "no tool None"),
+        ({"tools": ["weather"]}, "list of tools"),
+        ({}, "list of tools"),
+        (None, "list of tools"),
+    ],
+)
+def test_allowed_tools_must_be_there(allowed: object, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        chat(tools=[TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert caught.value.param == "tool_choice"
+
+
 def test_structured_output_is_json() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -270,3 +298,15 @@ def test_a_response_calls_a_function() -> None:
     assert document(answer(ResponseRequest, input=done, tools=[tool]))["output"][0]["type"] == "message"
     with pytest.raises(InvalidRequest, match="no tool"):
         answer(ResponseRequest, input="x", tools=[tool], tool_choice={"type": "function", "name": "other"})
+
+
+def test_a_response_calls_a_function_that_is_allowed() -> None:
+    tools = [{"type": "function", "name": "weather"}, {"type": "function", "name": "other"}]
+    allowed = [{"type": "web_search"}, {"type": "function", "name": "other"}]
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": allowed}
+    only_hosted = {"type": "allowed_tools", "mode": "auto", "tools": allowed[:1]}
+
+    called = document(answer(ResponseRequest, input="x", tools=tools, tool_choice=choice))
+    assert called["output"][0]["name"] == "other"
+    spoken = document(answer(ResponseRequest, input="x", tools=tools, tool_choice=only_hosted))
+    assert spoken["output"][0]["type"] == "message"

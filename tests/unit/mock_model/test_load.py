@@ -23,6 +23,36 @@ async def test_latency_grows_with_the_calls_in_flight_up_to_twice() -> None:
     assert load.running == 0
 
 
+async def test_work_takes_longer_as_soon_as_there_is_company() -> None:
+    load, loop = Load(2), asyncio.get_running_loop()
+
+    async def work() -> float:
+        async with load.place():
+            start = loop.time()
+            await load.work(0.3)
+            return loop.time() - start
+
+    alone = await work()
+    first = asyncio.create_task(work())
+    await asyncio.sleep(0.1)
+    second = asyncio.create_task(work())
+    both = await asyncio.gather(first, second)
+
+    assert 0.3 <= alone < 0.4
+    assert both[0] >= 0.45, "0.1 s alone, the other 0.2 s at half the speed"
+    assert both[1] >= 0.45
+
+
+async def test_work_without_a_capacity_takes_its_own_time() -> None:
+    load, loop = Load(0), asyncio.get_running_loop()
+    start = loop.time()
+    async with load.place(), load.place():
+        await load.work(0.1)
+        await load.work(0.0)
+
+    assert 0.1 <= loop.time() - start < 0.2
+
+
 async def test_without_a_capacity_there_is_neither_queue_nor_growth() -> None:
     load = Load(0)
     async with load.place(), load.place(), load.place():

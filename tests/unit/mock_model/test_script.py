@@ -90,6 +90,46 @@ def test_a_fault_of_streams_is_not_used_up_by_other_calls(kind: str) -> None:
     assert choose(script, stream=True) is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "parameters", "shows"),
+    [
+        ("cut", {"after_events": 2}, True),
+        ("cut", {"after_events": 3}, False),
+        ("cut", {"after_events": 3, "how": "reset"}, True),
+        ("cut", {"after_events": 4, "how": "reset"}, False),
+        ("cut", {"after_events": 2, "where": "inside_event"}, True),
+        ("cut", {"after_events": 3, "how": "reset", "where": "inside_event"}, False),
+        ("cut", {"after_events": 3, "how": "reset", "where": "inside_character"}, False),
+        ("stall", {"after_events": 3}, True),
+        ("stall", {"after_events": 4}, False),
+        ("malformed_event", {"after_events": 100}, True),
+        ("content_type", {"value": "application/json"}, True),
+        ("content_type", {"value": "text/event-stream"}, False),
+    ],
+)
+def test_a_fault_that_cannot_show_in_a_stream_is_not_used_up_by_it(
+    kind: str,
+    parameters: dict[str, Any],
+    shows: bool,  # noqa: FBT001
+) -> None:
+    script = script_of({"kind": kind, "with": parameters, "times": 1}, {"kind": "reset"})
+
+    assert choose(script, stream=True) == (kind if shows else "reset")
+    assert script.document()[0]["used"] == shows
+
+
+@pytest.mark.parametrize("kind", ["cut", "stall"])
+def test_whole_answers_are_cut_in_their_middle_however_many_events(kind: str) -> None:
+    assert choose(script_of({"kind": kind, "with": {"after_events": 100}})) == kind
+
+
+def test_headers_may_be_numbers_and_hold_tabs_and_letters_of_any_script() -> None:
+    headers = {"retry-after": 1, "x-share": 0.5, "x-empty": "", "x-tab": "a\tb", "x-other": "é… 東京"}
+    entry = {"kind": "status", "with": {"status": 429, "headers": headers}}
+
+    assert script_of(entry).document() == [{**entry, "used": 0}]
+
+
 def bodies() -> list[bytes]:
     return [bytes([number % 50]) for number in range(400)]
 
@@ -158,7 +198,45 @@ def test_the_document_can_be_put_again_and_goes_on() -> None:
         ({"kind": "status"}, "[1].with.status", ["status"]),
         ({"kind": "status", "with": {"status": "503"}}, "[1].with.status", ["with.status"]),
         ({"kind": "status", "with": {"status": 99}}, "[1].with.status", ["with.status", ">= 200"]),
-        ({"kind": "status", "with": {"status": 503, "headers": {"a": "b\r\nc: d"}}}, None, ["with.headers"]),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"a": "b\r\nc: d"}}},
+            "[1].with.headers",
+            ["with.headers: "],
+        ),
+        ({"kind": "status", "with": {"status": 503, "headers": {"a": "1\n"}}}, "[1].with.headers", ["with.headers: "]),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"a": "a\u0001b"}}},
+            "[1].with.headers",
+            ["with.headers: "],
+        ),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"a": "a\u007fb"}}},
+            "[1].with.headers",
+            ["with.headers: "],
+        ),
+        ({"kind": "status", "with": {"status": 503, "headers": {"a": "\ta"}}}, "[1].with.headers", ["with.headers: "]),
+        ({"kind": "status", "with": {"status": 503, "headers": {"a": "a\t"}}}, "[1].with.headers", ["with.headers: "]),
+        ({"kind": "status", "with": {"status": 503, "headers": {"a\n": "1"}}}, "[1].with.headers", ["with.headers: "]),
+        ({"kind": "status", "with": {"status": 503, "headers": {"a": True}}}, None, ["with.headers"]),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"Content-Length": "5"}}},
+            "[1].with.headers",
+            ["with.headers", "Content-Length", "short_body"],
+        ),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"x": "y", "transfer-encoding": "chunked"}}},
+            "[1].with.headers",
+            ["transfer-encoding", "short_body"],
+        ),
+        (
+            {"kind": "status", "with": {"status": 503, "headers": {"connection": "close"}}},
+            "[1].with.headers",
+            ["connection", "short_body"],
+        ),
+        ({"kind": "content_type", "with": {"value": "text/plain\n"}}, "[1].with.value", ["with.value"]),
+        ({"kind": "content_type", "with": {"value": "text/\u0001"}}, "[1].with.value", ["with.value"]),
+        ({"kind": "reset", "match": {"path": "/v1/x\n"}}, "[1].match.path", ["match.path"]),
+        ({"kind": "reset", "match": {"path": "/health\n"}}, "[1].match.path", ["match.path"]),
         ({"kind": "latency"}, "[1].with.delay", ["delay"]),
         ({"kind": "latency", "with": {"delay": -1}}, "[1].with.delay", ["with.delay", ">= 0"]),
         ({"kind": "latency", "with": {"delay": float("nan")}}, "[1].with.delay", ["with.delay"]),
