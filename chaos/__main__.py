@@ -17,7 +17,7 @@ from chaos.experiment import Experiment, ExperimentError, load_experiments
 from chaos.gameday import Played, play
 from chaos.processes import ProcessFailed
 from chaos.report import report
-from chaos.stages import SERVICES, ComposeStage, LocalStage, RemoteStage, Stage, published
+from chaos.stages import SERVICES, ComposeStage, LocalStage, RemoteStage, Stage, published, running
 
 CONTROL = "http://127.0.0.1:8002"
 
@@ -54,7 +54,7 @@ def _url(text: str) -> str:
 class GameDay:
     """All experiments, one after the other; the report is written anew after each."""
 
-    def __init__(self, options: argparse.Namespace, experiments: list[Experiment]) -> None:
+    def __init__(self, options: argparse.Namespace, experiments: dict[str, Experiment]) -> None:
         self._options = options
         self._experiments = experiments
         self._seed = options.seed if options.seed is not None else random.randrange(1_000_000)
@@ -62,18 +62,15 @@ class GameDay:
         self.results: list[Played] = []
 
     async def run(self) -> None:
-        """Play them. Raises: ProcessFailed, when there are no containers."""
+        """Play them. Raises: ProcessFailed: there are no containers; ExperimentError: nothing can be played."""
         _end_in_order()
-        if self._options.compose:
-            await self._find_containers()
-        if self._options.target:
-            self._where = self._options.target
-        seconds = sum(experiment.steady_state.seconds for experiment in self._experiments)
+        await self._choose()
+        seconds = sum(experiment.steady_state.seconds for experiment in self._experiments.values())
         tell(f"seed {self._seed}; {seconds:.0f} s of load in all, on {self._where}")
         async with aiohttp.ClientSession() as session:
-            for number, experiment in enumerate(self._experiments, 1):
-                tell(f"\n[{number}/{len(self._experiments)}] {experiment.name}: {experiment.title}")
-                played = Played(experiment, self._seed, self._command([self._options.experiments[number - 1]]))
+            for number, (name, experiment) in enumerate(self._experiments.items(), 1):
+                tell(f"\n[{number}/{len(self._experiments)}] {name}: {experiment.title}")
+                played = Played(experiment, self._seed, self._command([name]))
                 self.results.append(played)
                 try:
                     await play(played, self._stage(experiment, session), session, tell)
@@ -84,10 +81,26 @@ class GameDay:
                         tell(f"  PROBLEM {played.problem}")
                     self._write()
 
-    async def _find_containers(self) -> None:
-        options = self._options
-        options.target = options.target or await published("gateway", 8000)
-        options.mock_control = options.mock_control or [await published(SERVICES[0], 8002)]
+    async def _choose(self) -> None:
+        """Find out what is there; leave out what cannot be played on it."""
+        options, kind = self._options, RemoteStage
+        if options.compose:
+            kind = ComposeStage
+            options.target = options.target or await published("gateway", 8000)
+            options.mock_control = options.mock_control or [await published(SERVICES[0], 8002)]
+            mocks = len(await running(SERVICES))
+        elif options.target:
+            options.mock_control = options.mock_control or [CONTROL]
+            mocks = len(options.mock_control)
+        else:
+            return
+        self._where = f"{options.target}{' (containers)' if options.compose else ''}"
+        for name, experiment in list(self._experiments.items()):
+            if obstacle := experiment.obstacle(kind.actions, mocks, len(options.mock_control)):
+                tell(f"left out: {name}: {obstacle}")
+                del self._experiments[name]
+        if not self._experiments:
+            raise ExperimentError("nothing is left to play")
 
     def _stage(self, experiment: Experiment, session: aiohttp.ClientSession) -> Stage:
         options = self._options
@@ -102,7 +115,7 @@ class GameDay:
             chosen=len(self._experiments),
             where=self._where,
             when=strftime("%Y-%m-%d %H:%M"),
-            command=self._command(self._options.experiments),
+            command=self._command(list(self._experiments)),
         )
         self._options.out.write_text(page, encoding="utf-8")
 
@@ -138,61 +151,41 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
-def fail(line: str) -> int:
-    """Say why there is nothing to play; the exit code."""
-    print(f"chaos: {line}", file=sys.stderr)
-    return 2
-
-
-def choose(options: argparse.Namespace, experiments: list[Experiment]) -> list[Experiment]:
-    """Those that can be played there; tells which cannot."""
-    if not options.target and not options.compose:
-        return experiments
-    controls = len(options.mock_control)
-    kind, mocks = (ComposeStage, len(SERVICES)) if options.compose else (RemoteStage, controls)
-    chosen = []
-    for experiment in experiments:
-        obstacle = experiment.obstacle(kind.actions, mocks, controls)
-        if obstacle is None:
-            chosen.append(experiment)
-        else:
-            tell(f"left out: {experiment.name}: {obstacle}")
-    return chosen
-
-
-def show(experiments: list[Experiment]) -> None:
+def show(experiments: dict[str, Experiment]) -> None:
     """`--list`."""
-    for experiment in experiments:
+    for name, experiment in experiments.items():
         where = "anywhere"
         if reason := experiment.obstacle(RemoteStage.actions, experiment.system.mocks, experiment.system.mocks):
             where = "at home or --compose"
             if reason := experiment.obstacle(ComposeStage.actions, len(SERVICES), 1):
                 where = f"at home only: {reason}"
-        tell(f"{experiment.name:20} {experiment.title} ({experiment.steady_state.seconds:.0f} s, {where})")
+        if experiment.system.mocks > 1:
+            where += f", {experiment.system.mocks} mock models"
+        tell(f"{name:20} {experiment.title} ({experiment.steady_state.seconds:.0f} s, {where})")
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Experiment]:
+    """What is to be played. Raises: ExperimentError."""
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise ExperimentError(f"--out {options.out}: no file can be written there")
+    return load_experiments(options.experiments)
 
 
 def run() -> int:
-    """The exit code: 0 when every promise was kept, 1 when one was not, 2 when nothing could be played, 130: stopped."""
+    """The exit code: 0: every promise was kept, 1: one was not, 2: nothing could be played, 130: stopped."""
     options = arguments()
     try:
-        experiments = load_experiments(options.experiments)
-    except ExperimentError as error:
-        return fail(str(error))
-    if options.list:
-        show(experiments)
-        return 0
-    if options.target and options.mock_control is None:
-        options.mock_control = [CONTROL]
-    experiments = choose(options, experiments)
-    if not experiments:
-        return fail("there is nothing to play")
-    game_day = GameDay(options, experiments)
-    try:
+        experiments = prepare(options)
+        if options.list:
+            show(experiments)
+            return 0
+        game_day = GameDay(options, experiments)
         asyncio.run(game_day.run())
-    except ProcessFailed as error:
-        return fail(str(error))
+    except (ExperimentError, ProcessFailed) as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        return 2
     except (asyncio.CancelledError, KeyboardInterrupt):
-        tell(f"\nstopped; the report of what was played is in {options.out}")
+        print(f"chaos: stopped; what was played is in {options.out}", file=sys.stderr)
         return 130
     passed = sum(played.passed for played in game_day.results)
     tell(f"\n{passed} of {len(game_day.results)} experiments passed; the report is in {options.out}")

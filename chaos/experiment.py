@@ -109,7 +109,7 @@ class SteadyState(Struct, frozen=True, kw_only=True):
 
     Attributes:
         seconds: of the experiment, from time zero.
-        returns: whether every call must be good again after the rollback; false where the method leaves a mark on purpose.
+        returns: whether every call must be good again after the rollback; false for a method that leaves a mark.
         rate, deadline, kinds, ...: see `load.Plan`.
     """
 
@@ -188,13 +188,14 @@ class Experiment(Struct, frozen=True, kw_only=True):
 
         Args:
             actions: what can be done there.
-            mocks: how many mock models can be reached; controls: how many of their control ports.
+            mocks: how many mock models there may be.
+            controls: how many of their control ports can be reached.
         """
         if self.system.gateway or self.system.mock:
             return "it needs settings of its own (system)"
         missing = sorted({step.do for step in self.steps} - actions)
         if missing:
-            return f"this cannot be done there: {', '.join(missing)}"
+            return f"it needs {', '.join(missing)}"
         if self.system.mocks > mocks:
             return f"it needs {self.system.mocks} mock models"
         if any(step.do in SCRIPTED and step.mock > controls for step in self.steps):
@@ -202,15 +203,14 @@ class Experiment(Struct, frozen=True, kw_only=True):
         return None
 
 
-def load_experiments(names: list[str]) -> list[Experiment]:
-    """Those of `names` (of ours, or paths of files of one's own); all of ours when there are none.
+def load_experiments(names: list[str]) -> dict[str, Experiment]:
+    """Those of `names` (of ours, or paths of files of one's own), by name; all of ours when there are none.
 
     Raises:
         ExperimentError: there is no such experiment, or its definition is wrong.
     """
-    if not names:
-        return [read(path) for path in sorted(FOLDER.glob("*.yaml"))]
-    return [read(Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml") for name in names]
+    names = names or sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return {name: read(Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml") for name in names}
 
 
 def read(path: Path) -> Experiment:

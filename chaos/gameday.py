@@ -88,7 +88,10 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
     steady = experiment.steady_state
     plan = Plan(urls=[stage.url], seed=played.seed, key=stage.key, **steady.plan, **stage.plan)
     async with Load(plan, on_call=findings.calls.append) as load:
-        tell(f"    steady state: {await _steady(load)}")
+        steadily = await _steady(load, stage.url, session)
+        if steadily is None:
+            raise NotSteady(f"no steady state before anything was done: {_seen(load.calls)}")
+        tell(f"    steady state: {steadily}")
         findings.began = now()
         watching = asyncio.create_task(_watch(stage.url, findings, session, tell, steady.seconds))
         try:
@@ -98,11 +101,19 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
             finally:
                 await _roll_back(played, stage, tell)
             if steady.returns:
-                played.verdicts.append(await _returned(load, stage.url, findings, session))
+                before = len(load.calls)
+                steadily = await _steady(load, stage.url, session)
+                seen = steadily or f"no: {_seen(load.calls[before:])}"
+                played.verdicts.append(
+                    Verdict("the steady state is back after the rollback", seen, steadily is not None)
+                )
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    played.verdicts = [*(_judge(promise, findings, steady.seconds) for promise in experiment.promises), *played.verdicts]
+    played.verdicts = [
+        *(_judge(promise, findings, steady.seconds) for promise in experiment.promises),
+        *played.verdicts,
+    ]
 
 
 async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> str:
@@ -123,47 +134,31 @@ async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> st
     return who
 
 
-async def _steady(load: Load) -> str:
-    """Wait for the first second of calls: all of them are good. Raises: NotSteady."""
-    needed = _calls_of_a_second(load.plan)
+async def _steady(load: Load, url: str, session: aiohttp.ClientSession) -> str | None:
+    """Wait for a second of nothing but good calls, as long as open breakers and one deadline take; None: it came not.
+
+    An idle gateway whose breaker is half open lets one call through and refuses those beside it: so the first calls
+    need not be good, but a second of them must be.
+    """
+    began, needed, open_for = now(), max(1, round(load.plan.rate * STEADY)), 0.0
+    with contextlib.suppress(*TROUBLE, KeyError, TypeError):
+        open_for = (await _look(url, began, session)).retry_in
 
     def there(calls: "Sequence[Call]") -> bool:
-        return len(calls) >= needed or not all(map(_good, calls))
-
-    try:
-        await load.until(there, STEADY + load.plan.deadline + PATIENCE)
-    except TimeoutError:
-        raise NotSteady(f"no steady state: {len(load.calls)} of {needed} calls were answered") from None
-    bad = [call for call in load.calls if not _good(call)]
-    if bad:
-        flaw = f": {bad[0].flaw}" if bad[0].flaw else ""
-        raise NotSteady(f"no steady state: before anything was done, a call ended as {bad[0].outcome}{flaw}")
-    return f"{len(load.calls)} calls, all good"
-
-
-async def _returned(load: Load, url: str, findings: Findings, session: aiohttp.ClientSession) -> Verdict:
-    """Whether calls are good again for a second, once the breakers let them through."""
-    began, needed = now(), _calls_of_a_second(load.plan)
-    with contextlib.suppress(*TROUBLE, KeyError, TypeError):
-        findings.samples.append(await _look(url, findings.began, session))
-    open_for = findings.samples[-1].retry_in if findings.samples else 0.0
-    limit = open_for + STEADY + load.plan.deadline + PATIENCE
-
-    def back(calls: "Sequence[Call]") -> bool:
         last = [call for call in calls if call.started >= began][-needed:]
         return len(last) == needed and all(map(_good, last))
 
-    promise = "the steady state is back after the rollback"
     try:
-        await load.until(back, limit)
+        await load.until(there, open_for + STEADY + load.plan.deadline + PATIENCE)
     except TimeoutError:
-        seen = summary([call for call in load.calls if call.started >= began])
-        return Verdict(promise, f"not within {limit:.0f} s: {seen}", kept=False)
-    return Verdict(promise, f"yes, {needed} good calls in a row by {now() - began:.1f} s after it", kept=True)
+        return None
+    return f"{needed} good calls in a row by {now() - began:.1f} s"
 
 
-def _calls_of_a_second(plan: Plan) -> int:
-    return max(1, round(plan.rate * STEADY))
+def _seen(calls: "Sequence[Call]") -> str:
+    """What became of calls, for people."""
+    flaw = next((f"; {call.flaw}" for call in calls if call.flaw), "")
+    return f"{summary(calls) or 'no call has ended'}{flaw}"
 
 
 def _good(call: Call) -> bool:
@@ -194,9 +189,7 @@ def _mark(text: str, findings: Findings, tell: "Tell") -> None:
     tell(f"    {at:5.1f} s  >>> {text}")
 
 
-async def _watch(
-    url: str, findings: Findings, session: aiohttp.ClientSession, tell: "Tell", seconds: float
-) -> None:
+async def _watch(url: str, findings: Findings, session: aiohttp.ClientSession, tell: "Tell", seconds: float) -> None:
     told = 0
     while True:
         with contextlib.suppress(*TROUBLE, KeyError, TypeError):  # it may be stopped or just starting

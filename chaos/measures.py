@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
     from chaos.load import Call
 
-SETTLE = 0.5
-"""Seconds in which an attempt that was under way when a fault ended may still open a breaker."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -50,6 +47,11 @@ def _number(calls: "list[Call]", wanted: "Callable[[Call], bool]") -> float | No
     return sum(map(wanted, calls)) if calls else None
 
 
+def _cut_short(call: "Call") -> bool:
+    """An answer began and did not end as it should; a connection that was reset without one byte is none."""
+    return call.status is not None and call.flaw is not None
+
+
 def _share_good(calls: "list[Call]") -> float | None:
     return sum(call.outcome == "ok" for call in calls) / len(calls) if calls else None
 
@@ -69,10 +71,16 @@ def _recovery(findings: Findings, since: float, until: float) -> float | None:
 
 
 def _recovery_past_open(findings: Findings, since: float, until: float) -> float | None:
-    """The same from when the open time is over that ran at `since`: what remains when the breaker's share is taken off."""
+    """The same, but from the end of the breaker's open time, if one runs.
+
+    It may also have been opened after `since`, by an attempt that was under way then: at most a deadline later.
+    """
     recovery = _recovery(findings, since, until)
-    ends = [one.at + one.retry_in - since for one in findings.samples if since <= one.at <= since + SETTLE]
-    return max(0.0, recovery - max(ends)) if recovery is not None and ends else None
+    if recovery is None:
+        return None
+    settled = since + max(call.deadline for call in findings.calls)
+    ends = [one.at + one.retry_in for one in findings.samples if since <= one.at <= settled and one.retry_in]
+    return max(0.0, recovery - max([0.0, *(end - since for end in ends)]))
 
 
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
@@ -88,6 +96,7 @@ MEASURES: "dict[str, Callable[[Findings, float, float], float | None]]" = {
     "share_good": lambda f, since, until: _share_good(f.sent(since, until)),
     "failures": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome != "ok"),
     "ill_formed": lambda f, since, until: _number(f.sent(since, until), lambda call: call.flaw is not None),
+    "cut_short": lambda f, since, until: _number(f.sent(since, until), _cut_short),
     "hung": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome == "hung"),
     "error_events": lambda f, since, until: max((call.error_events for call in f.sent(since, until)), default=None),
     "seconds_over_deadline": lambda f, since, until: _over(f.sent(since, until)),
@@ -98,16 +107,18 @@ MEASURES: "dict[str, Callable[[Findings, float, float], float | None]]" = {
 }
 """Each takes the findings and a span (seconds since time zero); None: there was nothing to measure."""
 
+COUNTS = frozenset({"failures", "ill_formed", "cut_short", "hung"})
+
 
 def measured(name: str, findings: Findings, since: float, until: float) -> tuple[float | None, str]:
     """The value, and the same for people."""
     value = MEASURES[name](findings, since, until)
     if value is None:
         return None, "not measured"
-    text = f"{value:.4g} s" if "seconds" in name else f"{value:.4g}"
+    text = f"{value:.3g} s" if "seconds" in name else f"{value:.4g}"
     calls = findings.sent(since, until)
     if name == "seconds_over_deadline":
         text += f" (the longest took {max(call.seconds for call in calls):.2f} s)"
-    elif name in {"failures", "ill_formed", "hung"}:
+    elif name in COUNTS:
         text += f" of {len(calls)}"
     return value, text

@@ -166,7 +166,7 @@ class HttpClient:
         except aiohttp.ClientConnectorError:
             self._forget_address(replica)
             return False
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):  # ValueError: a name that is none
             return False
 
     def _failure(self, error: Exception, replica: "Replica", connecting: _Connecting) -> BackendError:

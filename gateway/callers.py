@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.admission import Share
+    from gateway.record import Record
     from gateway.settings import Settings
 
-FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotency-key", "tracestate"})
+FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotency-key"})
 FORWARDED_PREFIXES = ("openai-", "x-stainless-")
 
 
@@ -83,7 +84,7 @@ def check_media_type(request: web.Request) -> None:
         raise UnsupportedMediaType("Send the body without a content-encoding.", param="content-encoding")
 
 
-def forwarded_headers(request: web.Request, request_id: str) -> list[tuple[str, str]]:
+def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str, str]]:
     """The headers that go to the backend whatever the attempt; all names in lower case."""
     headers = [
         (low, value)
@@ -91,7 +92,9 @@ def forwarded_headers(request: web.Request, request_id: str) -> list[tuple[str, 
         if (low := name.lower()) in FORWARDED_NAMES or low.startswith(FORWARDED_PREFIXES)
     ]
     headers.append(("accept-encoding", "identity"))
-    headers.append(("x-request-id", request_id))
+    headers.append(("x-request-id", record.request_id))
+    if record.trace_state is not None:
+        headers.append(("tracestate", record.trace_state))
     return headers
 
 

@@ -13,6 +13,7 @@ from gateway.errors import (
     CallerLeft,
     DeadlineExceeded,
     GatewayError,
+    GatewayOverloaded,
     InternalError,
     Silent,
     StaleConnection,
@@ -118,8 +119,8 @@ class Forwarder:
             await self._admission.enter(0)
         try:
             await self._try_targets(call, route)
-        except (DeadlineExceeded, CallerLeft, CancelledError) as error:
-            _note_end(call.record, "deadline" if isinstance(error, DeadlineExceeded) else "cancelled")
+        except (DeadlineExceeded, GatewayOverloaded, CallerLeft, CancelledError) as error:
+            _note_end(call.record, _END_WORDS.get(type(error), "cancelled"))
             raise
         finally:
             self._admission.leave()
@@ -127,6 +128,7 @@ class Forwarder:
     async def _try_targets(self, call: Call, route: "Route") -> None:
         """Each target in order, until one answers or a failure is final."""
         failure: BackendError | None = None
+        skipped: Target | None = None
         for target in route.targets:
             if failure is not None:
                 if call.deadline.left_to_commit() < self._policy.connect_timeout:
@@ -135,6 +137,8 @@ class Forwarder:
                 call.record.attempt.decision = "fallback"
             lease = self._first_lease(target)
             if lease is None:
+                skipped = target
+                call.record.skipped(target.backend, self._clock())
                 continue
             call.record.fell_back = target is not route.targets[0]
             call.body = self._body_for(call.prompt, target)
@@ -152,6 +156,8 @@ class Forwarder:
             raise BackendUnavailable(
                 "No backend can take the request now: their breakers are open.", retry_after=min(waits, default=1.0)
             )
+        if skipped is route.targets[-1]:
+            call.record.stop_reason = "breaker"  # there was one more to ask, if it could have been asked
         call.record.attempt.decision = f"gave up: {call.record.stop_reason or 'no further target'}"
         raise failure
 
@@ -291,8 +297,7 @@ class Forwarder:
             events = await relay.until_first_token(
                 attempt.started + self._first_token_timeout, self._first_token_timeout
             )
-            if call.record.first_token is None:
-                call.record.first_token = self._clock()
+            call.record.first_token = self._clock()
             before = lease.replica.breaker.state
             lease.answered()
             self._note_breaker(call, lease.replica, before)
@@ -322,11 +327,16 @@ class Forwarder:
         """After a report to a breaker: a change of its state is an event of the request."""
         after = replica.breaker.state
         if before is not after:
-            change = {"backend": replica.name, "from": before.value, "to": after.value}
+            change = {
+                "gateway.backend": replica.name,
+                "gateway.breaker.from": before.value,
+                "gateway.breaker.to": after.value,
+            }
             call.record.events.append((self._clock(), "gateway.breaker", change))
 
     def _begin(self, call: Call, target: "Target", replica: "Replica", slept: float) -> Attempt:
         attempts = call.record.attempts
+        call.record.first_token = None  # an attempt that failed before commit has given the caller none
         attempt = Attempt(len(attempts) + 1, replica.name, getrandbits(64) or 1, self._clock())
         attempt.host, attempt.port = replica.host, replica.port
         attempt.url = f"{replica.base}{call.prompt.path}"
@@ -379,6 +389,9 @@ def _note(retry: Retry, replica: "Replica", failure: BackendError) -> None:
     retry.tried.append(replica)
     if not failure.same_replica:
         retry.silent.add(replica)
+
+
+_END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayOverloaded: "memory"}
 
 
 def _note_end(record: "Record", why: str) -> None:

@@ -6,6 +6,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from gateway import __version__
 from gateway.answers import error_answer, explaining, json_answer
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 RECORD = web.RequestKey("record", Record)
 UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 KNOWN_PATHS = frozenset({"/", "/v1/models", *PATHS})
+NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 SMALL_ANSWER = 65_536
 """Bytes; a larger answer counts as held until the caller has taken it off our hands."""
 
@@ -92,7 +94,7 @@ class Handlers:
                 heartbeat=settings.gateway_heartbeat if prompt.stream else 0,
                 sequence_number=0 if prompt.path == "/v1/responses" else None,
             )
-            headers = forwarded_headers(request, record.request_id)
+            headers = forwarded_headers(request, record)
             call = Call(prompt, deadline, record, outlet, share=share, headers=headers, hold=hold)
             try:
                 async with outlet:
@@ -225,7 +227,7 @@ class Handlers:
 
     def unserved(self, error: GatewayError, cause: BaseException | None) -> web.Response:
         """The answer to what failed outside of the middleware; called by the server's protocol."""
-        record = self._telemetry.begin("_OTHER", None, {})
+        record = self._telemetry.begin("_OTHER", None, NO_HEADERS)
         if isinstance(error, InternalError):
             _log.error("internal error, trace %032x", record.trace_id, exc_info=cause)
         record.failed(error, error.status)

@@ -20,6 +20,8 @@ MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
 MAX_CHOICES = 16
 """Finish reasons kept of one answer."""
+SKIPPED = "gateway.target_skipped"
+"""The event of a target that was passed over."""
 MAX_COUNT = 2**63
 """A count of tokens is below it; what is not is no count."""
 
@@ -193,6 +195,10 @@ class Record:
         self.input_text: str | None = None
         self.output_text: str | None = None
 
+    def skipped(self, backend: str, now: float) -> None:
+        """A target was passed over: the breakers of its replicas are open."""
+        self.events.append((now, SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": "breaker"}))
+
     def asked(self, prompt: "Prompt", *, model: str, route: str, keep_text: bool) -> None:
         """What the caller asks for is known; of its text nothing is kept, unless `keep_text`."""
         self.model = model
@@ -227,6 +233,15 @@ class Record:
         self.input_tokens = _count(input_tokens)
         self.output_tokens = _count(output_tokens)
         self.output_text = text and text[:MAX_TEXT]
+
+    @property
+    def texts(self) -> int:
+        """Characters captured of prompt and answer."""
+        return len(self.input_text or "") + len(self.output_text or "")
+
+    def forget_texts(self) -> None:
+        """What was captured of prompt and answer is not kept any longer."""
+        self.input_text = self.output_text = None
 
     def failed(self, error: "GatewayError", status: int) -> None:
         """The request ends with `error`."""

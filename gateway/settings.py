@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 """Variables that can be given as `NAME_FILE`, the path of a file that holds the value."""
+SAMPLERS = (
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+)
+"""Those that the SDK has by itself."""
 _USER_INFO = re.compile(r"//[^/,\s]*@")
 
 
@@ -40,6 +49,7 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # a UnicodeError is a ValueError: an empty label, or one above 63 letters
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
@@ -184,8 +194,32 @@ def load_otel() -> OtelSettings:
     protocol = env.get(name) or "http/protobuf"
     if protocol not in {"http/protobuf", "grpc"}:
         raise SettingsError(f"{name}={protocol!r} is not valid: 'http/protobuf' or 'grpc'")
+    _check_endpoints(protocol)
+    _check_sampler(env.get("OTEL_TRACES_SAMPLER", "").lower().strip(), env.get("OTEL_TRACES_SAMPLER_ARG"))
     return OtelSettings(
         disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
         has_endpoint=bool(env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")),
         protocol=protocol,
     )
+
+
+def _check_endpoints(protocol: str) -> None:
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        url = os.environ.get(name)
+        if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
+            shown = _USER_INFO.sub("//", repr(url))
+            raise SettingsError(f"{name}={shown} is not valid: a url that begins with http:// or https://")
+
+
+def _check_sampler(sampler: str, ratio: str | None) -> None:
+    """The SDK would warn of a wrong one and trace everything."""
+    if sampler and sampler not in SAMPLERS:
+        raise SettingsError(f"OTEL_TRACES_SAMPLER={sampler!r} is not valid: one of {', '.join(SAMPLERS)}")
+    if not sampler.endswith("ratio") or not ratio:
+        return
+    try:
+        valid = 0 <= float(ratio) <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise SettingsError(f"OTEL_TRACES_SAMPLER_ARG={ratio!r} is not valid: a number from 0 to 1")

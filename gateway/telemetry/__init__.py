@@ -12,7 +12,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from multidict import MultiMapping
 
     from gateway.breaker import State
     from gateway.settings import Settings
@@ -54,7 +54,7 @@ class Telemetry:
         """Spans lost since the start."""
         return self._tracer.dropped
 
-    def begin(self, method: str, path: str | None, headers: "Mapping[str, str]") -> Record:
+    def begin(self, method: str, path: str | None, headers: "MultiMapping[str]") -> Record:
         """The record of a request whose headers have arrived; its trace is decided here."""
         method = method if method in METHODS else "_OTHER"
         asked = headers.get("x-request-id")
@@ -63,6 +63,8 @@ class Telemetry:
         record = Record(method, path, trace_id=trace_id, span_id=span_id, request_id=request_id, started=monotonic())
         record.parent_id = parent_id
         record.sampled = sampled
+        if parent_id is not None or "traceparent" not in headers:  # that of a trace not joined is not ours to pass on
+            record.trace_state = ",".join(headers.getall("tracestate", ())) or None
         return record
 
     def finish(self, record: Record) -> None:
@@ -71,6 +73,8 @@ class Telemetry:
             kept = record.sampled or self._worth_keeping(record)
             if kept:
                 self._tracer.take(record)
+            else:
+                record.forget_texts()
             self.metrics.count(record, kept=kept and self._tracer.exports)
             self._requests.write(record)
         except Exception:  # a defect here must not cost an answer  # noqa: BLE001

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from gateway.errors import CallerLeft
+from gateway.record import SKIPPED
+
 if TYPE_CHECKING:
     from gateway.record import Record
 
@@ -91,7 +94,7 @@ class RequestLog:
     """One line per request: formed and written by a thread, so that a request waits for neither."""
 
     def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
-        self._on = logging.getLevelName(level) <= logging.INFO
+        self._lowest: int = logging.getLevelName(level)
         self._form = _json_line if as_json else _readable_line
         self._stream = stream or sys.stdout
         self._waiting: deque[Record] = deque(maxlen=MAX_WAITING)
@@ -100,7 +103,7 @@ class RequestLog:
 
     def start(self) -> None:
         """Begin to write."""
-        if self._on:
+        if self._lowest <= logging.WARNING:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
             self._thread.start()
@@ -113,7 +116,7 @@ class RequestLog:
 
     def write(self, record: "Record") -> None:
         """A request has ended."""
-        if self._on:
+        if self._lowest <= level_of(record):
             self._waiting.append(record)
 
     def _run(self) -> None:
@@ -132,10 +135,16 @@ class RequestLog:
             time.sleep(BREATH)
 
 
+def level_of(record: "Record") -> int:
+    """WARNING for what failed on our side of the call, INFO for answers, wrong requests and callers who left."""
+    failed = record.status >= 500 or (record.status < 400 and record.outcome not in {"ok", CallerLeft.code})  # noqa: PLR2004
+    return logging.WARNING if failed else logging.INFO
+
+
 def _json_line(record: "Record") -> str:
     document = {
         "time": _rfc3339(record.started_ns / 1e9),
-        "level": "info" if record.status < 500 else "warning",  # noqa: PLR2004
+        "level": "warning" if level_of(record) == logging.WARNING else "info",
         "message": "request",
         "method": record.method,
         "path": record.path,
@@ -157,6 +166,7 @@ def _json_line(record: "Record") -> str:
             }
             for attempt in record.attempts
         ],
+        "skipped": [change["gateway.backend"] for _, name, change in record.events if name == SKIPPED] or None,
         "stop_reason": record.stop_reason,
         "error": record.error_message,
         "input_tokens": record.input_tokens,
@@ -171,11 +181,13 @@ def _json_line(record: "Record") -> str:
 def _readable_line(record: "Record") -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(record.started_ns / 1e9))
     attempts = ", ".join(f"{attempt.backend} {attempt.outcome}" for attempt in record.attempts)
+    error = " ".join((record.error_message or "").split())
     return (
         f"{clock} {record.status} {record.method} {record.path or '(unknown path)'}"
         f" {record.seconds(0.0) * 1000:.1f} ms {record.outcome}"
         f"{f' [{attempts}]' if attempts else ''}"
-        f" request={record.request_id} trace={record.trace_id:032x}\n"
+        f" request={record.request_id} trace={record.trace_id:032x}"
+        f"{f' ({error})' if error else ''}\n"
     )
 
 

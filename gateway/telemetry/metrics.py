@@ -73,7 +73,9 @@ class Metrics:
         self._input_tokens = tokens.labels("input")
         self._output_tokens = tokens.labels("output")
         self.loop_lag = Gauge(
-            "gateway_event_loop_lag_seconds", "How late the event loop was at the last look.", registry=registry
+            "gateway_event_loop_lag_seconds",
+            "How late the event loop was, at worst, in the last 15 s.",
+            registry=registry,
         )
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
         self._request_children: dict[tuple[str, int, str], Counter] = {}

@@ -54,6 +54,8 @@ def _span(span: "SpanData") -> bytes:
         b"\x12\x08",
         span.span_id.to_bytes(8, "big"),
     ]
+    if span.trace_state:
+        parts.append(_field(3, span.trace_state.encode("utf-8", "replace")))
     if span.parent_id:
         parts += (b"\x22\x08", span.parent_id.to_bytes(8, "big"))
     parts += (_name(span.name), _KINDS[span.kind], _instants(0x39, span.start, 0x41, span.end))

@@ -41,6 +41,7 @@ class SpanData:
         own: the others.
         events: (instant, name, attributes) in order.
         error: the description of an ERROR status, or None.
+        trace_state: the caller's `tracestate`, or None.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class SpanData:
         "start",
         "status",
         "trace_id",
+        "trace_state",
     )
 
     def __init__(self, name: str, kind: int, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
@@ -71,6 +73,7 @@ class SpanData:
         self.events: list[tuple[int, str, list[tuple[str, Value]]]] = []
         self.status = UNSET
         self.error: str | None = None
+        self.trace_state: str | None = None
 
     @property
     def parent_is_remote(self) -> bool:
@@ -121,6 +124,7 @@ def _server(record: "Record") -> SpanData:
     span = SpanData(
         name, SERVER, shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0
     )
+    span.trace_state = record.trace_state
     span.start = record.started_ns
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
     span.own.append(("gateway.request_id", record.request_id))
@@ -165,6 +169,7 @@ def _http_attributes(method: str, path: str | None, status: int, outcome: str) -
         ("gateway.outcome", outcome),
     ]
     if path is not None:
+        # What a caller made up is told nowhere: no route, no `url.path`; a template stands for itself.
         attributes += (("http.route", path), ("url.path", path))
     error_type = _error_type(status, outcome)
     if error_type is not None:
@@ -241,6 +246,7 @@ def _client(record: "Record", attempt: "Attempt") -> SpanData:
         attempt.breaker,
         attempt.timer,
         attempt.error_type,
+        attempt.model and attempt.model[:256],
     )
     span = SpanData(
         f"POST {record.path}",
@@ -250,6 +256,7 @@ def _client(record: "Record", attempt: "Attempt") -> SpanData:
         span_id=attempt.span_id,
         parent_id=record.span_id,
     )
+    span.trace_state = record.trace_state
     span.start = _instant(record, attempt.started)
     span.end = _instant(record, attempt.ended if attempt.ended is not None else attempt.started)
     own = span.own
@@ -278,6 +285,7 @@ def _attempt_attributes(  # noqa: PLR0917 - they are the key of the cache
     breaker: str,
     timer: str | None,
     error_type: str | None,
+    model: str | None,
 ) -> Shared:
     attributes: list[tuple[str, Value]] = [
         ("http.request.method", "POST"),
@@ -293,6 +301,7 @@ def _attempt_attributes(  # noqa: PLR0917 - they are the key of the cache
     for attribute, value in (
         ("http.request.resend_count", number - 1 or None),
         ("http.response.status_code", status),
+        ("gen_ai.request.model", model),
         ("gateway.timer", timer),
         ("error.type", error_type),
     ):

@@ -25,6 +25,7 @@ from opentelemetry.trace import (
     Status,
     StatusCode,
     TraceFlags,
+    TraceState,
     set_span_in_context,
 )
 
@@ -41,6 +42,10 @@ MAX_WAITING = 4096
 """Requests whose spans wait for the exporter; beyond it the oldest are lost, and counted."""
 BATCH = 512
 """Requests per export."""
+BATCH_BYTES = 2_000_000
+"""Encoded bytes after which an export is closed: collectors take 4 MiB by gRPC, 20 MiB by HTTP."""
+MAX_TEXT_WAITING = 16_000_000
+"""Characters of captured prompts and answers that wait; beyond it spans go without their texts."""
 CHUNK = 32
 """Requests whose spans are made at a stretch: a thread that holds the interpreter for longer is felt by requests."""
 BREATH = 0.001
@@ -49,6 +54,8 @@ INTERVAL = 0.5
 """Seconds between exports while less than a batch waits."""
 LAST_EXPORT = 2.0
 """Seconds the last export may take when the gateway stops."""
+ASK_AGAIN = 2.0
+"""Seconds between two empty exports that find out whether a failing collector is back, while no spans wait."""
 RECENT = 10.0
 """Seconds for which spans that were pushed out show as `degraded`."""
 
@@ -67,6 +74,8 @@ class Tracer:
         self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
         self._always = isinstance(self._sampler, ParentBased) and self._sampler._root is ALWAYS_ON  # noqa: SLF001
         self._waiting: deque[Record] = deque()
+        self._texts = 0
+        self._asked_at = 0.0
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -105,11 +114,17 @@ class Tracer:
     def take(self, record: "Record") -> None:
         """A request to export has ended."""
         if self._exporter is None:
+            record.forget_texts()
             return
+        if record.texts and self._texts + record.texts > MAX_TEXT_WAITING:
+            record.forget_texts()
+        self._texts += record.texts
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
             with suppress(IndexError):  # the thread was faster
-                self._pushed_out += 1 + len(waiting.popleft().attempts)
+                oldest = waiting.popleft()
+                self._let_go(oldest)
+                self._pushed_out += 1 + len(oldest.attempts)
                 self._pushed_out_at = time.monotonic()
         waiting.append(record)
         if len(waiting) >= BATCH:
@@ -148,20 +163,25 @@ class Tracer:
             self._wake.wait(self._interval)
             self._wake.clear()
             self._export_waiting()
+            self._ask_again()
         self._export_waiting()
 
     def _export_waiting(self) -> None:
         while self._waiting:
             spans: list[SpanData] = []
             encoded: list[bytes] = []
+            size = 0
             try:
                 for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
-                    chunk = self._next_chunk()
+                    chunk, texts = self._next_chunk()
                     spans += chunk
+                    size += 4 * texts  # bytes in UTF-8, at most
                     if isinstance(self._exporter, OtlpHttpExporter):
                         encoded += map(self._encoder.span, chunk)
                     if not self._stopping:
                         time.sleep(BREATH)
+                    if size >= BATCH_BYTES:
+                        break
                 good = self._export(spans, encoded)
             except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
                 _log.exception("the span exporter failed")
@@ -170,14 +190,40 @@ class Tracer:
             if not good:
                 self._unsent += len(spans)
 
-    def _next_chunk(self) -> list[SpanData]:
+    def _next_chunk(self) -> tuple[list[SpanData], int]:
+        """The spans of the next requests, and how many characters of captured texts are in them."""
         spans: list[SpanData] = []
+        texts = 0
         for _ in range(min(CHUNK, len(self._waiting))):
             try:
-                spans += spans_of(self._waiting.popleft())
+                record = self._waiting.popleft()
             except IndexError:  # the oldest was dropped meanwhile
                 break
-        return spans
+            spans += spans_of(record)
+            texts += record.texts
+            self._let_go(record)
+            if 4 * texts >= BATCH_BYTES:
+                break
+        return spans, texts
+
+    def _let_go(self, record: "Record") -> None:
+        """A request waits no longer; the log may hold it for a while, its texts nobody has to."""
+        self._texts -= record.texts
+        record.forget_texts()
+
+    def _ask_again(self) -> None:
+        """While the collector fails and there is nothing to send: whether it is back."""
+        now = time.monotonic()
+        if not self._failing or self._exporter is None or self._waiting or now - self._asked_at < ASK_AGAIN:
+            return
+        try:
+            if isinstance(self._exporter, OtlpHttpExporter):
+                self._failing = not self._exporter.send(b"")
+            else:
+                self._failing = self._exporter.export([]) is not SpanExportResult.SUCCESS
+        except Exception:  # as in an export  # noqa: BLE001
+            _log.exception("the span exporter failed")
+        self._asked_at = time.monotonic()
 
     def _export(self, spans: list[SpanData], encoded: list[bytes]) -> bool:
         exporter = self._exporter
@@ -213,7 +259,9 @@ _KINDS = {CLIENT: SpanKind.CLIENT}
 
 def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
     """The SDK's form of a span, which any `SpanExporter` takes."""
-    context = SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    flags = TraceFlags(TraceFlags.SAMPLED)
+    state = TraceState.from_header([span.trace_state]) if span.trace_state else None
+    context = SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=flags, trace_state=state)
     parent = None
     if span.parent_id:
         parent = SpanContext(span.trace_id, span.parent_id, is_remote=span.parent_is_remote)

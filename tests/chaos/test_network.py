@@ -6,7 +6,7 @@ from chaos.load import now, sent_between
 from chaos.processes import LOOPBACK
 from chaos.promises import Verdict, all_good, at_most, attempts_at_most, fails_as
 from chaos.proxy import Network
-from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+from tests.chaos.verdict import StartArena, nothing_is_lost, probed_well, recovers
 
 RATE = 30.0
 LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
@@ -17,7 +17,8 @@ async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(
     """Connects are dropped for 3 s (0.3 s connect timeout), on an idle gateway, so that no connection is kept.
 
     Failures are 504 `backend_timeout` of the timer `connect`, or 503 with the breaker open; not one prompt arrives;
-    first success <= 1 s after the network is good.
+    a probe is good <= 3 s after the network is (one that it swallowed takes 1 s to fail), and first success <= 1 s
+    after that; 0 failures afterwards.
     """
     arena = await start_arena(proxied=True)
     await arena.proxy.be(Network.NO_CONNECT)
@@ -26,13 +27,16 @@ async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(
         failures = {(call.status, call.outcome, call.param) for call in load.calls}
         arrived = len(arena.mock.arrivals())
         await arena.proxy.be(Network.GOOD)
-        recovery = await recovers(load, now())
+        back = now()
+        probed = await probed_well(arena.gateway, back)
+        recovery = await recovers(load, probed)
         recovered = now()
         await asyncio.sleep(1)
     allowed = {(504, "backend_timeout", "connect"), (503, "backend_unavailable", None)}
     await nothing_is_lost(
         arena,
         load.calls,
+        at_most("a probe is good again after", probed - back, 3, " s"),
         recovery,
         Verdict("the connect timer and then the breaker", f"{sorted(failures, key=str)}", failures == allowed),
         at_most("prompts that arrived", arrived, 0),
@@ -44,7 +48,8 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
     """Every byte is lost for 4 s under 30 calls/s: on new connections and in the middle of streams.
 
     Before the headers the timer is `answer` or, for streams, `first_token`; in a stream that has begun it is `idle`,
-    told by one error event; every answer within deadline + 100 ms; first success <= 1 s after the network is good.
+    told by one error event; every answer within deadline + 100 ms; a probe is good <= 3 s after the network is (one
+    that it swallowed takes 1 s to fail), and first success <= 1 s after that; 0 failures afterwards.
     """
     arena = await start_arena(proxied=True, mock=LONG)
     async with arena.load(RATE) as load:
@@ -53,7 +58,9 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
         await arena.proxy.be(Network.SWALLOWS)
         await asyncio.sleep(4)
         await arena.proxy.be(Network.GOOD)
-        recovery = await recovers(load, now())
+        back = now()
+        probed = await probed_well(arena.gateway, back)
+        recovery = await recovers(load, probed)
         recovered = now()
         await asyncio.sleep(1)
     timers = {(call.kind, call.status, call.param) for call in load.calls if call.outcome == "backend_timeout"}
@@ -63,6 +70,7 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
     await nothing_is_lost(
         arena,
         load.calls,
+        at_most("a probe is good again after", probed - back, 3, " s"),
         recovery,
         # An unstreamed answer that was being written when the bytes began to be lost stands still: the idle timer.
         Verdict(

@@ -1,10 +1,12 @@
 """What every chaos test ends with."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from chaos.arena import Arena
 from chaos.counts import Books
-from chaos.load import Call, Load, good, summary
+from chaos.load import Call, Load, good, now, summary
+from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
 
 StartArena = Callable[..., Awaitable[Arena]]
@@ -25,6 +27,17 @@ async def nothing_is_lost(arena: Arena, calls: Sequence[Call], *verdicts: Verdic
     own = [in_time(calls), well_formed(calls), agree(books), nothing_held(await arena.leaks())]
     keep(calls, *own, *verdicts)
     return books
+
+
+async def probed_well(gateway: Gateway, since: float) -> float:
+    """Wait for a good probe of the backend after `since`; the instant. For faults that may swallow a probe."""
+    async with asyncio.timeout(20):
+        while True:
+            probe = (await gateway.health())["downstream"]["backends"][0]["probe"]
+            at: float = now() - probe["seconds_ago"]
+            if probe["ok"] and at >= since:
+                return at
+            await asyncio.sleep(0.02)
 
 
 async def recovers(load: Load, since: float, within: float = RECOVERY) -> Verdict:

@@ -30,6 +30,7 @@ class Span:
         self.parent_id = span.parent_span_id.hex()
         self.start = span.start_time_unix_nano
         self.end = span.end_time_unix_nano
+        self.trace_state = span.trace_state
         self.status = STATUS[span.status.code]
         self.message = span.status.message
         self.attributes = values(span.attributes)

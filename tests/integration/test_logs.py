@@ -107,7 +107,7 @@ async def test_every_end_of_a_request_is_one_line(mock: MockModel, start_gateway
     assert [(line["status"], line["outcome"], line["level"], len(line["attempts"])) for line in found] == [
         (200, "ok", "info", 1),
         (200, "ok", "info", 1),
-        (200, "backend_invalid_response", "info", 1),
+        (200, "backend_invalid_response", "warning", 1),
         (503, "backend_error", "warning", 1),
         (400, "invalid_request", "info", 0),
         (404, "not_found", "info", 0),

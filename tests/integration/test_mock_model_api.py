@@ -1,7 +1,9 @@
 """The mock model as the official SDK sees it."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -148,12 +150,75 @@ async def test_wrong_paths_and_methods_have_openai_errors(http: aiohttp.ClientSe
         ("POST", "/v1/nothing", 404, "not_found"),
         ("GET", "/elsewhere", 404, "not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/models", 405, "method_not_allowed"),
     ):
         async with http.request(method, path) as answer:
             error = (await answer.json())["error"]
             assert answer.status == status
             assert set(error) == {"message", "type", "param", "code"}
             assert error["code"] == code
+
+
+async def test_calls_below_v1_without_a_route_are_journaled_and_meet_no_fault(
+    mock: MockModel, http: aiohttp.ClientSession
+) -> None:
+    mock.set_faults([{"kind": "reset"}])
+    statuses = []
+    for method, path in (
+        ("POST", "/v1/nothing"),
+        ("GET", "/v1/chat/completions"),
+        ("OPTIONS", "/v1/models"),
+        ("HEAD", "/v1/models"),
+        ("GET", "/v1/" + "x" * 1000),
+        ("GET", "/elsewhere"),
+        ("POST", "/health"),
+    ):
+        async with http.request(method, path, headers={"x-request-id": "mine"}) as answer:
+            statuses.append(answer.status)
+
+    assert statuses == [404, 405, 405, 405, 404, 404, 405]
+    assert [call.path for call in mock.journal.calls] == [
+        "/v1/nothing",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models",
+        ("/v1/" + "x" * 1000)[:256],
+    ]
+    assert {(call.fault, call.ended, call.request_id) for call in mock.journal.calls} == {(None, "complete", "mine")}
+    assert mock.faults.document()[0]["used"] == 0
+    async with http.get(f"{mock.control_url}/metrics") as metrics:
+        assert 'mock_model_calls_total{ended="complete",route="/v1/*"} 5.0' in await metrics.text()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/nothing"])
+@pytest.mark.parametrize("sent", [b"", b'{"model": '])
+async def test_a_caller_that_leaves_before_its_body_came_is_journaled(tmp_path: Path, path: str, sent: bytes) -> None:
+    async with MockModel(settings(mock_journal_file=tmp_path / "journal")) as mock:
+        _, writer = await asyncio.open_connection("127.0.0.1", mock.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nx-request-id: mine\r\n\r\n"
+        writer.write(head.encode() + sent)
+        async with asyncio.timeout(5):
+            while not mock.in_flight:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        writer.close()
+        await writer.wait_closed()
+        await mock.settled()
+        calls = list(mock.journal.calls)
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+
+    assert [(call.path, call.request_id, call.fingerprint) for call in calls] == [(path, "mine", "")]
+    assert [(call.fault, call.ended) for call in calls] == [(None, "caller_left")]
+    assert [line["event"] for line in lines] == ["started", "arrived", "ended"]
+    assert lines[2]["ended"] == "caller_left"
+
+
+async def test_a_body_that_cannot_be_unpacked_is_a_bad_request(mock: MockModel, http: aiohttp.ClientSession) -> None:
+    headers = {"content-encoding": "gzip"}
+    async with http.post("/v1/chat/completions", data=b"no gzip", headers=headers) as answer:
+        assert answer.status == 400
+        assert set((await answer.json())["error"]) == {"message", "type", "param", "code"}
+
+    assert [(call.fault, call.ended) for call in mock.journal.calls] == [(None, "complete")]
 
 
 @pytest.mark.parametrize("body", [b"", b"no json", b"[]", b'{"messages": "\xff"}', b'{"a":' * 50_000])
@@ -262,6 +327,52 @@ async def test_no_more_than_the_capacity_is_answered_at_a_time(http: aiohttp.Cli
         assert "mock_model_waiting_calls 1.0" in metrics
         assert sum(not task.cancelled() for task in tasks) == 1
         await mock.settled()
+
+
+async def test_what_needs_no_decoding_needs_no_place(http: aiohttp.ClientSession) -> None:
+    async with MockModel(settings(mock_max_concurrency=1)) as mock:
+        mock.set_faults([{"kind": "stall", "times": 1}])
+        holder = asyncio.create_task(http.post(f"{mock.url}/v1/chat/completions", json={"messages": HELLO}))
+        await mock.called(1)
+        statuses = []
+        async with asyncio.timeout(5):
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("GET", "/v1/models/any"),
+                ("POST", "/v1/chat/completions"),
+                ("GET", "/health"),
+            ):
+                async with http.request(method, mock.url + path) as answer:
+                    statuses.append(answer.status)
+        holder.cancel()
+        await asyncio.gather(holder, return_exceptions=True)
+
+    assert statuses == [200, 200, 400, 200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_gets_slower_when_it_gets_company(
+    http: aiohttp.ClientSession,
+    stream: bool,  # noqa: FBT001
+) -> None:
+    async with MockModel(settings(mock_ttft=0.3, mock_max_concurrency=2)) as mock:
+        loop = asyncio.get_running_loop()
+
+        async def took(user: str) -> float:
+            start = loop.time()
+            body = {"messages": HELLO, "stream": stream, "user": user}
+            async with http.post(f"{mock.url}/v1/chat/completions", json=body) as answer:
+                await answer.read()
+            return loop.time() - start
+
+        alone = await took("a")
+        first = asyncio.create_task(took("b"))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(took("c"))
+        both = await asyncio.gather(first, second)
+
+    assert 0.3 <= alone < 0.45
+    assert both[0] >= 0.45, "0.05 s alone, then at half the speed"
 
 
 async def test_pace_is_kept_in_streams_and_whole_answers(http: aiohttp.ClientSession) -> None:

@@ -1,12 +1,14 @@
 """The control API, on its own port."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
+from mock_model.control import MAX_BODY
 from mock_model.serve import MockModel
 from mock_model.settings import Settings
 
@@ -112,6 +114,57 @@ async def test_reset_brings_back_a_fresh_model(mock: MockModel, control: aiohttp
     assert await chat(mock) == 200
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "latency", "with": {"delay": 600}},
+        {"kind": "slow_first_token", "with": {"delay": 600}},
+        {"kind": "drip", "with": {"interval": 600}},
+        {"kind": "hang_after_headers"},
+        {"kind": "stall"},
+    ],
+    ids=lambda fault: str(fault["kind"]),
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_reset_hangs_up_on_whom_a_fault_makes_wait(
+    mock: MockModel,
+    control: aiohttp.ClientSession,
+    fault: dict[str, Any],
+    stream: bool,  # noqa: FBT001
+) -> None:
+    mock.set_faults([fault])
+    waiting = asyncio.create_task(chat(mock, stream=stream))
+    await mock.called(1)
+    call = mock.journal.calls[0]
+    await asyncio.sleep(0.05)
+    async with control.post("/reset") as answer:
+        assert answer.status == 204
+    with pytest.raises(aiohttp.ClientError):
+        await asyncio.wait_for(waiting, 5)
+    await mock.settled()
+
+    assert (call.fault, call.ended) == (fault["kind"], "fault")
+    assert mock.journal.total == 0
+    assert await chat(mock) == 200
+
+
+async def test_a_call_under_way_is_forgotten_with_the_others(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    mock.set_faults([{"kind": "hang_before_headers", "times": 1}])
+    hanging = asyncio.create_task(chat(mock))
+    await mock.called(1)
+    async with control.delete("/journal") as answer:
+        assert answer.status == 204
+    await chat(mock)
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+    await mock.settled()
+    async with control.get("/journal") as answer:
+        journal = await answer.json()
+
+    assert (journal["total"], journal["dropped"], len(journal["calls"])) == (1, 0, 1)
+    assert journal["calls"][0]["ended"] == "complete"
+
+
 async def test_crash_is_answered_before_it_happens() -> None:
     crashed = asyncio.Event()
     settings = Settings(port=0, control_port=0)
@@ -142,6 +195,40 @@ async def test_metrics_begin_with_the_name_of_the_mock_model(mock: MockModel, co
     assert samples["mock_model_events_sent_total"] == "19.0"
     assert samples['mock_model_tokens_total{direction="output"}'] == "16.0"
     assert samples["mock_model_in_flight_calls"] == "0.0"
+
+
+async def test_a_fault_is_counted_when_it_begins(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    hanging = asyncio.create_task(chat(mock))
+    await mock.called(1)
+    async with control.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+
+    assert 'mock_model_faults_total{kind="hang_before_headers"} 1.0' in lines
+    assert "mock_model_in_flight_calls 1.0" in lines
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/faults", 405, "method_not_allowed"),
+        ("PUT", "/faults", 413, "request_too_large"),
+    ],
+)
+async def test_errors_have_openai_s_form(
+    control: aiohttp.ClientSession, method: str, path: str, status: int, code: str
+) -> None:
+    body = io.BytesIO(b" " * (MAX_BODY + 1)) if status == 413 else None
+    async with control.request(method, path, data=body) as answer:
+        error = (await answer.json())["error"]
+
+    assert answer.status == status
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert answer.headers.get("allow") == ("DELETE,GET,HEAD,PUT" if status == 405 else None)
 
 
 async def test_the_control_api_is_not_on_the_port_of_the_model(mock: MockModel, control: aiohttp.ClientSession) -> None:

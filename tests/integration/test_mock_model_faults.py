@@ -117,11 +117,12 @@ async def test_a_status_has_an_openai_error_of_its_own(mock: MockModel) -> None:
 
 
 async def test_a_status_can_say_what_and_with_which_headers(mock: MockModel) -> None:
-    script(mock, "status", status=429, body={"x": 1}, headers={"Retry-After": "7", "retry-after-ms": "200"})
+    script(mock, "status", status=429, body={"x": 1}, headers={"Retry-After": "7", "retry-after-ms": 200, "x": "a\tb"})
     answer = await post(mock, STREAM)
 
     assert answer.status == 429
     assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("7", "200")
+    assert answer.headers["x"] == "a\tb"
     assert json.loads(answer.body) == {"x": 1}
 
 
@@ -297,6 +298,32 @@ async def test_malformed_event(mock: MockModel) -> None:
         json.loads(MALFORMED.removeprefix(b"data: "))
 
 
+async def test_a_malformed_event_beyond_the_end_comes_before_done(mock: MockModel) -> None:
+    usual = await good(mock, STREAM)
+    script(mock, "malformed_event", after_events=100)
+    answer = await post(mock, STREAM)
+
+    assert answer.events == [*usual.events[:-1], MALFORMED.strip(b"\n"), usual.events[-1]]
+
+
+async def test_a_cut_beyond_the_end_is_no_fault(mock: MockModel) -> None:
+    usual = await good(mock, STREAM)
+    script(mock, "cut", after_events=EVENTS)
+    answer = await post(mock, STREAM)
+
+    assert answer.body == usual.body
+    assert await ended(mock) == (None, "complete", EVENTS)
+
+
+async def test_a_reset_after_the_last_event_is_one(mock: MockModel) -> None:
+    usual = await good(mock, STREAM)
+    script(mock, "cut", after_events=EVENTS, how="reset")
+    answer = await post(mock, STREAM)
+
+    assert (answer.events, answer.end) == (usual.events, "reset")
+    assert await ended(mock) == ("cut", "fault", EVENTS)
+
+
 @pytest.mark.parametrize("body", [BODY, STREAM])
 async def test_content_type(mock: MockModel, body: Any) -> None:
     usual = await good(mock, body)
@@ -455,6 +482,38 @@ async def test_faults_are_met_by_wrong_requests_too(mock: MockModel) -> None:
     script(mock, "reset")
 
     assert (await post(mock, [])).end == "reset"
+
+
+async def test_a_match_knows_the_model_and_stream_of_wrong_requests(mock: MockModel) -> None:
+    mock.set_faults([{"kind": "reset", "match": {"model": "m", "stream": True}}])
+    answers = [await post(mock, {"model": model, "stream": True, "messages": 3}) for model in ("m", "n")]
+
+    assert [answer.status for answer in answers] == [None, 400]
+    assert [call.model for call in mock.journal.calls] == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"messages": BODY["messages"]}, 418),
+        ({"model": "", "messages": BODY["messages"]}, 418),
+        ({"messages": 3}, 418),
+        ({"model": "demo-model", "messages": 3}, 418),
+        (BODY, 200),
+        ([], 400),
+    ],
+)
+async def test_a_match_knows_the_model_of_requests_that_name_none(mock: MockModel, body: Any, status: int) -> None:
+    mock.set_faults([{"kind": "status", "with": {"status": 418}, "match": {"model": "demo-model"}}])
+
+    assert (await post(mock, body)).status == status
+    assert mock.journal.calls[0].model == (body.get("model") if isinstance(body, dict) else None)
+
+
+async def test_the_default_model_is_not_what_a_list_of_models_is_for(mock: MockModel) -> None:
+    mock.set_faults([{"kind": "reset", "match": {"model": "demo-model"}}])
+
+    assert (await post(mock, path="/v1/models", method="GET")).status == 200
 
 
 async def test_the_same_seed_and_calls_meet_the_same_faults() -> None:

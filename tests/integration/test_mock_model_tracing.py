@@ -100,6 +100,17 @@ async def test_no_text_of_a_prompt_or_answer_is_on_a_span(traced: Traced) -> Non
     assert "content" not in span.to_json()
 
 
+async def test_a_call_without_a_route_is_a_span_without_its_path_in_the_name(traced: Traced) -> None:
+    span = await traced.call(path="/v1/nothing")
+    attributes = dict(span.attributes or {})
+
+    assert span.name == "POST /v1/*"
+    assert attributes["url.path"] == "/v1/nothing"
+    assert attributes["http.response.status_code"] == 404
+    assert attributes["mock_model.ended"] == "complete"
+    assert span.status.status_code == StatusCode.UNSET
+
+
 async def test_health_and_control_are_not_traced(traced: Traced) -> None:
     async with aiohttp.ClientSession() as session:
         for url in (f"{traced.mock.url}/health", f"{traced.mock.control_url}/journal"):

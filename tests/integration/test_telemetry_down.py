@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import aiohttp
 import pytest
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-from opentelemetry.sdk.trace.export import SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.record import Record
 from gateway.telemetry import tracing
@@ -164,6 +166,33 @@ async def test_spans_flow_again_when_the_collector_is_back(
     await until(lambda: gateway.parts.telemetry.status == "ok")
     assert await told(gateway) == ("ok", {"status": "ok", "spans_dropped": 40}, 40)
     assert len(collector.spans) == 80
+
+
+@pytest.mark.parametrize("grpc", [False, True])
+async def test_a_collector_that_is_back_is_noticed_without_a_request(
+    mock: MockModel, start_gateway: StartGateway, *, grpc: bool
+) -> None:
+    class Exporter(InMemorySpanExporter):
+        good = False
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            super().export(spans)
+            return SpanExportResult.SUCCESS if self.good else SpanExportResult.FAILURE
+
+    class HttpExporter(OtlpHttpExporter):
+        good = False
+
+        def send(self, body: bytes) -> bool:  # noqa: ARG002
+            return self.good
+
+    exporter = Exporter() if grpc else HttpExporter(endpoint="http://127.0.0.1:9/v1/traces")
+    gateway = await start_gateway(mock, exporter=exporter)
+    await gateway.chat()
+    await until(lambda: gateway.parts.telemetry.status == "degraded")
+    exporter.good = True
+    await until(lambda: gateway.parts.telemetry.status == "ok")
+
+    assert gateway.parts.telemetry.spans_dropped == 2
 
 
 async def test_a_collector_that_restarts_within_the_time_of_an_export_loses_nothing(

@@ -162,6 +162,7 @@ async def test_an_answered_prompt_is_one_tree_below_its_caller(start_stack: Star
     assert attempt.attributes == {
         "http.request.method": "POST",
         "url.full": f"{stack.mock.url}/v1/chat/completions",
+        "gen_ai.request.model": "demo-model",
         "server.address": "127.0.0.1",
         "server.port": stack.mock.port,
         "http.response.status_code": 200,
@@ -350,6 +351,53 @@ async def test_a_fallback_leads_to_the_next_target(start_stack: StartStack, tmp_
     assert trace.attempts[0].attributes["error.type"] == "auth_error"
     assert trace.attempts[1].attributes["http.request.resend_count"] == 1
     assert "gateway.retry.stop_reason" not in trace.server.attributes
+
+
+async def test_a_target_that_is_passed_over_is_told(start_stack: StartStack, tmp_path: Path) -> None:
+    stack = await start_stack(
+        fallback=tmp_path, gateway_breaker_failures=1, gateway_breaker_open_seconds=LONG, gateway_breaker_open_max=LONG
+    )
+    first, second = stack.mocks
+    first.set_faults([{"kind": "status", "with": {"status": 500}, "times": 1}])
+    await stack.chat()
+    answer, passed = await stack.chat()
+
+    assert answer.status == 200
+    skipped = {"gateway.skip_reason": "breaker"}
+    assert passed.server.events_named("gateway.target_skipped") == [{"gateway.backend": "primary", **skipped}]
+
+    second.set_faults([{"kind": "status", "with": {"status": 500}, "times": 1}])
+    await stack.chat()
+    for replica in stack.gateway.parts.pool.replicas[:1]:
+        replica.breaker._until = 0.0  # the primary's open time is over, the secondary's is not
+    first.set_faults([{"kind": "status", "with": {"status": 429}}])
+    _, failed = await stack.chat()
+
+    assert failed.server.events_named("gateway.target_skipped") == [{"gateway.backend": "secondary", **skipped}]
+    assert failed.server.attributes["gateway.retry.stop_reason"] == "breaker"
+    assert failed.attempts[-1].attributes["gateway.decision"] == "gave up: breaker"
+
+
+async def test_each_attempt_names_the_model_it_asked_for(start_stack: StartStack, tmp_path: Path) -> None:
+    stack = await start_stack(fallback=tmp_path, gateway_max_attempts=1)
+    stack.mocks[0].set_faults([{"kind": "status", "with": {"status": 500}}])
+    stack.gateway.parts.pool.routes[0].targets[1].model = "small-model"
+    _, trace = await stack.chat(model="large-model")
+
+    assert trace.server.attributes["gen_ai.request.model"] == "large-model"
+    assert [a.attributes["gen_ai.request.model"] for a in trace.attempts] == ["large-model", "small-model"]
+
+
+async def test_the_first_token_is_that_of_the_attempt_that_answered(start_stack: StartStack) -> None:
+    stack = await start_stack(gateway_backoff_initial=0.0)
+    stack.mock.set_faults([{"kind": "cut", "with": {"after_events": 4}, "times": 1}])
+    answer, trace = await stack.chat(stream=True, headers={"x-gateway-commit": "complete"})
+
+    assert answer.attempts == 2
+    first, second = trace.attempts
+    (moment,) = [at for name, _, at in trace.server.events if name == "gateway.first_token"]
+    assert second.start <= moment <= second.end
+    assert first.end < moment
 
 
 async def test_a_dead_kept_alive_connection_is_an_attempt_that_is_sent_again(start_stack: StartStack) -> None:
@@ -603,6 +651,10 @@ async def test_a_request_cut_off_at_the_end_of_a_stop_has_its_whole_trace(start_
 # Requests without an attempt.
 
 
+def breaker_event(old: str, new: str) -> dict[str, str]:
+    return {"gateway.backend": "backend-1", "gateway.breaker.from": old, "gateway.breaker.to": new}
+
+
 async def test_an_open_breaker_makes_no_attempt_and_its_changes_are_events(start_stack: StartStack) -> None:
     stack = await start_stack(
         gateway_breaker_failures=2, gateway_breaker_open_seconds=LONG, gateway_breaker_open_max=LONG
@@ -612,7 +664,7 @@ async def test_an_open_breaker_makes_no_attempt_and_its_changes_are_events(start
     answer, refused = await stack.chat(headers=CALLER)
 
     assert opening.attempts[-1].attributes["gateway.decision"] == "gave up: breaker"
-    assert opening.server.events_named("gateway.breaker") == [{"backend": "backend-1", "from": "closed", "to": "open"}]
+    assert opening.server.events_named("gateway.breaker") == [breaker_event("closed", "open")]
     assert answer.error["code"] == "backend_unavailable"
     assert refused.tree == ["SERVER 503 backend_unavailable, error"]
     assert refused.server.attributes["gateway.attempts"] == 0
@@ -631,9 +683,7 @@ async def test_the_attempt_that_closes_a_breaker_says_so(start_stack: StartStack
 
     assert answer.status == 200
     assert trace.attempts[0].attributes["gateway.breaker.state"] == "half_open"
-    assert trace.server.events_named("gateway.breaker") == [
-        {"backend": "backend-1", "from": "half_open", "to": "closed"}
-    ]
+    assert trace.server.events_named("gateway.breaker") == [breaker_event("half_open", "closed")]
 
 
 async def test_an_overloaded_gateway_says_how_long_the_request_queued(start_stack: StartStack) -> None:
@@ -772,6 +822,15 @@ async def test_a_malformed_traceparent_begins_a_new_trace(start_stack: StartStac
     assert answer.status == 200
     assert trace.server.parent_id == ""
     assert trace.server.trace_id not in traceparent.lower()
+
+
+async def test_the_state_of_a_trace_goes_on_with_it_and_not_with_another(start_stack: StartStack) -> None:
+    stack = await start_stack()
+    _, joined = await stack.chat(headers={**CALLER, "tracestate": "vendor=abc"})
+    _, begun = await stack.chat(headers={"traceparent": "nonsense", "tracestate": "vendor=abc"})
+
+    assert {span.trace_state for span in joined.spans} == {"vendor=abc"}
+    assert {span.trace_state for span in begun.spans} == {""}
 
 
 async def test_a_later_version_of_traceparent_is_joined(start_stack: StartStack) -> None:

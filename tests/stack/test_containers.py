@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from chaos.promises import all_good, in_time, well_formed
+from tests.chaos.verdict import keep
 from tests.stack.engine import PROJECT, SERVICES, Stack, docker
-from tests.stack.load import flaws, load, summary
+from tests.stack.load import load
 
 WITH_A_SHELL = ("jaeger", "otel-collector-health")
 WITH_PYTHON = ("gateway", "mock-model")
@@ -101,7 +103,7 @@ def memory(project: str) -> dict[str, tuple[float, float]]:
 @pytest.mark.timeout(150, func_only=True)
 async def test_memory_stays_under_its_limit_in_a_load_of_a_minute(stack: Stack) -> None:
     highest: dict[str, float] = {}
-    async with load(stack, rate=40, tokens=32) as outcomes:
+    async with load(stack, 40) as calling:
         loop = asyncio.get_running_loop()
         end = loop.time() + 60
         while loop.time() < end:
@@ -110,8 +112,7 @@ async def test_memory_stays_under_its_limit_in_a_load_of_a_minute(stack: Stack) 
             await asyncio.sleep(2)
     assert len(highest) >= 5
     assert max(highest.values()) < 0.8, highest
-    assert flaws(outcomes) == []
-    assert {outcome.status for outcome in outcomes} == {200}, summary(outcomes)
+    keep(calling.calls, in_time(calling.calls), well_formed(calling.calls), all_good(calling.calls))
     for service in SERVICES:
         state = stack.inspect(service)["State"]
         assert (state["Status"], state["OOMKilled"]) == ("running", False), service

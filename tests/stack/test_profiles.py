@@ -1,11 +1,16 @@
 """The profiles `fallback` and `metrics`."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from chaos.load import now
+from chaos.promises import Verdict, in_time, well_formed
+from tests.chaos.verdict import keep
 from tests.stack.engine import Stack, call, wait_for
+from tests.stack.load import load
 
 
 @pytest.fixture
@@ -32,6 +37,51 @@ def test_what_one_model_cannot_answer_the_other_does(fallback_stack: Stack) -> N
     wait_for(
         lambda: fallback_stack.ask().headers["x-gateway-backend"] == "primary", "the first model is used again", 10
     )
+
+
+@pytest.fixture
+def replicated_stack(stack: Stack) -> Iterator[Stack]:
+    """The stack with two replicas of one backend."""
+    urls = "http://mock-model:8001,http://mock-model-b:8001"
+    with_two = stack.with_profile("fallback", GATEWAY_BACKEND_URLS=urls)
+    with_two.compose("up", "--wait")
+    with_two.steady()
+    yield with_two
+    with_two.compose("rm", "--stop", "--force", "mock-model-b")
+    stack.compose("up", "--wait")
+
+
+async def test_of_two_replicas_one_is_killed_and_nobody_sees_it(replicated_stack: Stack) -> None:
+    """Killed for 3 s under 20 calls/s and started again.
+
+    0 failures, but for streams already committed, of which there are some: one error event each.
+    """
+    slow = {"kind": "drip", "with": {"bytes": 100, "interval": 0.05}, "match": {"stream": True}}
+    replicated_stack.script(slow)
+    async with load(replicated_stack, 20, kinds=("answer", "stream", "stream", "answer")) as calling:
+        await asyncio.sleep(2)
+        await asyncio.to_thread(replicated_stack.compose, "kill", "mock-model")
+        killed = now()
+        await asyncio.sleep(3)
+        await asyncio.to_thread(replicated_stack.compose, "start", "mock-model")
+        await asyncio.sleep(2)
+    failed = [call for call in calling.calls if call.outcome != "ok"]
+    events = [call.error_events for call in failed if call.first is not None and call.first < killed]
+    keep(
+        calling.calls,
+        in_time(calling.calls),
+        well_formed(calling.calls),
+        Verdict(
+            "only committed streams fail, with one error event each",
+            f"{len(failed)} failed, error events of committed streams {events}",
+            0 < len(failed) == len(events) and set(events) == {1},
+        ),
+    )
+
+    def both_are_used() -> bool:
+        return {replicated_stack.ask().headers["x-gateway-backend"] for _ in range(4)} == {"backend-1", "backend-2"}
+
+    wait_for(both_are_used, "both replicas are used again", 10)
 
 
 @pytest.fixture(scope="module")

@@ -1,142 +1,195 @@
-"""The definitions of a game day, its measures, and its report."""
+"""What becomes of an experiment whose gateway is not there, or not ours, or not well; and what the program says."""
 
-from html.parser import HTMLParser
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from xml.etree import ElementTree as ET
+from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from chaos.experiment import FOLDER, Experiment, ExperimentError, Promise, load_experiments, read
-from chaos.gameday import Played
-from chaos.load import Call
-from chaos.measures import MEASURES, Findings, Sample
-from chaos.promises import Verdict
-from chaos.report import report
+from chaos.__main__ import run
+from chaos.experiment import Experiment, Step, read
+from chaos.gameday import Played, play
+from chaos.processes import ProcessFailed, free_port
 
-GOOD = """
+DEFINITION = """
 title: A title
-steady_state: {seconds: 4, rate: 2}
-method: [{at: 1, do: kill}]
+steady_state: {seconds: 1, rate: 10, deadline: 1}
+method: [{at: 0.5, do: heal}]
+rollback: [{do: heal}]
 promises: [{text: nobody hangs, measure: hung, at_most: 0}]
 """
+HEALTH = {
+    "version": "1.2.3",
+    "app_mode": "prod",
+    "downstream": {"backends": [{"name": "backend-1", "breaker": "closed", "retry_in_seconds": None}]},
+}
 
 
-def call(number: int, *, sent: float, took: float, outcome: str = "ok") -> Call:
-    return Call(id=f"c-{number}", kind="answer", started=sent, ended=sent + took, deadline=3, outcome=outcome)
+class FakeStage:
+    """Writes down what is asked of it."""
+
+    def __init__(self, url: str, *, trouble: str | None = None) -> None:
+        self.url = url
+        self.key: str | None = None
+        self.plan: dict[str, Any] = {}
+        self.settings = {"GATEWAY_MAX_ATTEMPTS": "1"}
+        self.done: list[str] = []
+        self._trouble = trouble
+
+    async def begin(self) -> None:
+        self.done.append("begin")
+
+    async def do(self, step: Step) -> None:
+        self.done.append(step.do)
+
+    async def end(self) -> None:
+        self.done.append("end")
+        if self._trouble:
+            raise ProcessFailed(self._trouble)
 
 
-def findings() -> Findings:
-    calls = [call(0, sent=100, took=0.1), call(1, sent=101, took=0.2, outcome="backend_timeout")]
-    calls.append(call(2, sent=102.5, took=0.25))
-    samples = [Sample(0.5, {"backend-1": "closed"}, 0, 0), Sample(1.5, {"backend-1": "open"}, 3, 2)]
-    return Findings(100.0, calls, samples, [(1.0, "kill <mock-1>")])
+@pytest.fixture
+def definition(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text(DEFINITION, encoding="utf-8")
+    return file
 
 
-def played(*, kept: bool) -> Played:
-    experiment = read_text(GOOD)
-    return Played(experiment, 7, findings(), [Verdict("nobody <hangs> & waits", "0", kept)])
+@pytest.fixture
+def experiment(definition: Path) -> Experiment:
+    return read(definition)
 
 
-def read_text(text: str) -> Experiment:
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "mine.yaml"
-        file.write_text(text, encoding="utf-8")
-        return read(file)
+async def answer(request: web.Request) -> web.Response:
+    """A gateway that has no backend to ask."""
+    headers = {"x-request-id": request.headers["x-request-id"], "x-gateway-attempts": "0"}
+    error = {"message": "no", "type": "server_error", "param": None, "code": "backend_unavailable"}
+    return web.json_response({"error": error}, status=503, headers=headers)
 
 
-class Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in {"href", "src", "srcset", "data", "action"}]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+async def health(_request: web.Request) -> web.Response:
+    return web.json_response(HEALTH)
 
 
-def test_all_our_experiments_can_be_read() -> None:
-    experiments = load_experiments([])
+async def metrics(_request: web.Request) -> web.Response:
+    return web.Response(text="# TYPE x counter\nx_total 1\n")
 
-    assert len(experiments) == len(list(FOLDER.glob("*.yaml"))) >= 6
-    assert all(experiment.promises and experiment.method for experiment in experiments)
-    assert any(experiment.remote for experiment in experiments)
+
+async def html(_request: web.Request) -> web.Response:
+    return web.Response(text="<!doctype html>", content_type="text/html")
+
+
+async def played(experiment: Experiment, stage: FakeStage) -> Played:
+    result = Played(experiment, 7, "make chaos")
+    async with aiohttp.ClientSession() as session:
+        await play(result, stage, session, lambda _line: None)
+    return result
+
+
+async def test_a_gateway_that_is_not_there_is_a_problem(experiment: Experiment) -> None:
+    stage = FakeStage(f"http://127.0.0.1:{free_port()}")
+    result = await played(experiment, stage)
+
+    assert not result.passed
+    assert "Cannot connect" in str(result.problem)
+    assert stage.done == ["begin", "end"]
+
+
+@pytest.mark.parametrize(("path", "handler"), [("/health", html), ("/health", metrics), ("/metrics", html)])
+async def test_something_else_than_our_gateway_is_a_problem(
+    experiment: Experiment,
+    path: str,
+    handler: Callable[[web.Request], Awaitable[web.Response]],
+    aiohttp_server: Callable[..., Awaitable[TestServer]],
+) -> None:
+    app = web.Application()
+    for where, ours in {"/health": health, "/metrics": metrics, path: handler}.items():
+        app.router.add_get(where, ours)
+    server = await aiohttp_server(app)
+    result = await played(experiment, FakeStage(str(server.make_url("/")).rstrip("/")))
+
+    assert not result.passed
+    assert "is not this gateway: /health or /metrics is another's" in str(result.problem)
+
+
+async def test_nothing_is_done_to_a_gateway_that_is_not_well(
+    experiment: Experiment,
+    aiohttp_server: Callable[..., Awaitable[TestServer]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chaos.gameday.PATIENCE", 0.0)
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_post("/v1/chat/completions", answer)
+    server = await aiohttp_server(app)
+    stage = FakeStage(str(server.make_url("/")).rstrip("/"))
+    result = await played(experiment, stage)
+
+    assert "no steady state before anything was done: {'503 backend_unavailable': " in str(result.problem)
+    assert stage.done == ["begin", "end"]
+    assert (result.gateway, result.settings) == ("1.2.3 (prod)", {"GATEWAY_MAX_ATTEMPTS": "1"})
+    assert result.findings.calls
+
+
+async def test_what_could_not_be_put_back_is_a_problem(experiment: Experiment) -> None:
+    result = await played(experiment, FakeStage(f"http://127.0.0.1:{free_port()}", trouble="the script is lost"))
+
+    assert "not left as it was found: ProcessFailed: the script is lost" in str(result.problem)
+
+
+async def test_a_stack_that_does_not_start_is_a_problem(experiment: Experiment) -> None:
+    class Broken(FakeStage):
+        async def begin(self) -> None:
+            raise ProcessFailed("gateway-1 does not serve")
+
+    assert "gateway-1 does not serve" in str((await played(experiment, Broken("http://127.0.0.1:9"))).problem)
+
+
+async def test_the_stage_ends_when_the_experiment_is_stopped(experiment: Experiment) -> None:
+    class Slow(FakeStage):
+        async def begin(self) -> None:
+            await asyncio.sleep(60)
+
+    stage, result = Slow("http://127.0.0.1:9"), Played(experiment, 7, "make chaos")
+    async with aiohttp.ClientSession() as session:
+        task = asyncio.create_task(play(result, stage, session, lambda _line: None))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert stage.done == ["end"]
+    assert result.problem == "stopped before its end"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("words", "says"),
     [
-        ("do: kill", "do: explode", "'explode'; allowed: faults, heal"),
-        ("measure: hung", "measure: luck", "'luck'; allowed: share_good"),
-        ("at_most: 0", "at_most: 0, at_least: 1", "exactly one of at_most and at_least"),
-        ("title: A title", "name: A title", "'title' is missing"),
-        ("{at: 1, do: kill}", "{at: 1, do: kill, mock: 2}", "there is no mock 2"),
+        (["no-such-thing"], "no-such-thing.yaml: No such file or directory; ours are: backend-frozen"),
+        (["--out", "/no/such/folder/report.html"], "--out /no/such/folder/report.html: no file can be written there"),
+        (["black-hole", "--target", "http://127.0.0.1:9"], "nothing is left to play"),
+        (["--compose"], "docker: No such file or directory"),
     ],
 )
-def test_a_wrong_definition_is_told_by_file_and_key(old: str, new: str, says: str) -> None:
-    with pytest.raises(ExperimentError, match=r"mine\.yaml") as caught:
-        read_text(GOOD.replace(old, new))
+def test_what_cannot_be_played_at_all_is_told_in_one_line(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["chaos", *words])
 
-    assert says in str(caught.value)
-
-
-def test_an_unknown_name_tells_those_there_are() -> None:
-    with pytest.raises(ExperimentError, match=r"ours are: .*backend-killed"):
-        load_experiments(["no-such-thing"])
+    assert run() == 2
+    assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("measure", "since", "until", "value"),
-    [
-        ("share_good", 0, 9, 2 / 3),
-        ("failures", 0, 9, 1),
-        ("failures", 2, 9, 0),
-        ("recovery_seconds", 1, 9, 1.75),
-        ("attempts_per_request", 0, 9, 1.5),
-        ("attempts_per_request", 1, 9, None),
-        ("share_good", 5, 9, None),
-        ("hung", 0, 9, 0),
-    ],
-)
-def test_measures_look_at_their_span(measure: str, since: float, until: float, value: float | None) -> None:
-    assert MEASURES[measure](findings(), since, until) == (None if value is None else pytest.approx(value))
+def test_an_address_must_be_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["chaos", "--target", "localhost:8000"])
 
-
-def test_what_could_not_be_measured_is_not_kept() -> None:
-    assert not Promise("x", "hung", at_most=0).kept(None)
-    assert Promise("x", "hung", at_most=0).kept(0)
-    assert not Promise("x", "share_good", at_least=1).kept(0.99)
-
-
-def test_the_report_is_one_page_that_loads_nothing() -> None:
-    page = Page()
-    page.feed(report([played(kept=True), played(kept=False)], where="here", when="now"))
-
-    assert all(link.startswith("#") for link in page.links)
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    assert "Game day: 1 of 2 experiments passed" in page.text
-    assert "nobody <hangs> & waits" in page.text
-    assert "seed 7" in page.text
-
-
-def test_the_pictures_are_well_formed() -> None:
-    text = report([played(kept=True)], where="here", when="now")
-    picture = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])  # noqa: S314 - our own text
-
-    texts = ["".join(node.itertext()) for node in picture.iter() if node.tag.endswith("text")]
-    assert "kill <mock-1>" in texts
-    assert "backend-1" in texts
-    heights = [float(node.attrib["height"]) for node in picture.iter() if node.tag.endswith("rect")]
-    assert all(height > 0 for height in heights)
-
-
-def test_an_experiment_that_could_not_be_played_did_not_pass() -> None:
-    broken = Played(read_text(GOOD), 7, Findings(100.0), problem="the stack did not start")
-
-    assert not broken.passed
-    assert "the stack did not start" in report([broken], where="here", when="now")
+    with pytest.raises(SystemExit):
+        run()
+    assert "'localhost:8000' is no http:// address" in capsys.readouterr().err

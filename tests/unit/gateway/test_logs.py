@@ -189,8 +189,21 @@ def test_a_readable_line_names_what_one_looks_for() -> None:
         assert word in text
 
 
-def test_above_info_no_request_is_written() -> None:
+def test_above_info_only_failed_requests_are_written() -> None:
+    broken = request(status=200, outcome="backend_invalid_response")
+
     assert written(request(), as_json=True, level="WARNING") == ""
+    assert written(request(status=404, outcome="not_found"), as_json=True, level="WARNING") == ""
+    assert written(request(status=499, outcome="client_closed_request"), as_json=True, level="WARNING") == ""
+    assert '"level":"warning"' in written(request(status=503), as_json=True, level="WARNING")
+    assert '"level":"warning"' in written(broken, as_json=True, level="WARNING")
+    assert written(broken, as_json=True, level="ERROR") == ""
+
+
+def test_a_readable_line_says_what_went_wrong() -> None:
+    text = written(request(status=504, outcome="backend_timeout", error_message="It was late."), as_json=False)
+
+    assert "(It was late.)" in text
 
 
 def test_a_text_that_is_kept_for_traces_is_in_no_line() -> None:

@@ -74,6 +74,7 @@ def span_data(draw: st.DrawFn) -> SpanData:
     span.start, span.end = draw(INSTANT), draw(INSTANT)
     span.events = draw(st.lists(st.tuples(INSTANT, NAME, ATTRIBUTES), max_size=3))
     span.status = draw(st.sampled_from([UNSET, ERROR]))
+    span.trace_state = draw(st.sampled_from([None, "vendor=abc", "a=1,b=2"]))
     if span.status == ERROR:
         span.error = draw(st.none() | TEXT)
     return span

@@ -17,6 +17,8 @@ WRONG = [
     ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
     ("GATEWAY_BACKEND_URLS", "http://", "host"),
     ("GATEWAY_BACKEND_URLS", "http://:8001", "host"),
+    ("GATEWAY_BACKEND_URLS", "http://a..b:8001", "host"),
+    ("GATEWAY_BACKEND_URLS", f"http://{'a' * 64}.example", "host"),
     ("GATEWAY_BACKEND_URLS", "http://host:0", "host"),
     ("GATEWAY_BACKEND_URLS", "http://host:99999", "host"),
     ("GATEWAY_BACKEND_URLS", "http://host:port", "host"),
@@ -243,6 +245,54 @@ def test_what_is_read_of_opentelemetrys_own_variables(
         monkeypatch.setenv(name, value)
 
     assert load_otel() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "127.0.0.1:4318"},
+            "OTEL_EXPORTER_OTLP_ENDPOINT='127.0.0.1:4318' is not valid",
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "x://u:key@c"},
+            "ENDPOINT='x://c' is not valid: a url that begins with",
+        ),
+        ({"OTEL_TRACES_SAMPLER": "sometimes"}, "OTEL_TRACES_SAMPLER='sometimes' is not valid: one of always_on, "),
+        (
+            {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10%"},
+            "OTEL_TRACES_SAMPLER_ARG='10%' is not valid: a number from 0 to 1",
+        ),
+        (
+            {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10"},
+            "OTEL_TRACES_SAMPLER_ARG='10' is not valid",
+        ),
+    ],
+)
+def test_a_wrong_variable_of_opentelemetry_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError) as caught:
+        load_otel()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+        {"OTEL_TRACES_SAMPLER": "Always_On", "OTEL_TRACES_SAMPLER_ARG": "whatever"},
+        {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.1"},
+    ],
+)
+def test_what_opentelemetry_takes_is_taken(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    load_otel()
 
 
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])

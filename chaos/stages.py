@@ -1,0 +1,260 @@
+"""Where experiments are played: processes of our own, a gateway that runs already, or the stack in containers."""
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+import aiohttp
+
+from chaos import REPOSITORY
+from chaos.arena import GATEWAY, MOCK, Arena
+from chaos.experiment import ACTIONS
+from chaos.processes import ProcessFailed
+from chaos.proxy import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chaos.experiment import Experiment, Step
+
+SERVICES = ("mock-model", "mock-model-b")
+"""The mock models of compose.yaml, from number 1."""
+DOCKER_SECONDS = 60.0
+RESTORE_SECONDS = 20.0
+"""Until a mock model that was started again must have taken its script back."""
+
+
+class Stage(Protocol):
+    """A gateway, and what can be done to it and to its backends. `begin`, any number of `do`, `end`.
+
+    Attributes:
+        key: for the gateway, or None.
+        plan: what the load knows of the mock model.
+        settings: environment that was chosen for the experiment.
+    """
+
+    key: str | None
+    plan: dict[str, Any]
+    settings: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        """Of the gateway."""
+
+    async def begin(self) -> None:
+        """Make it ready, and remember how it was. Raises: ProcessFailed, aiohttp.ClientError."""
+
+    async def do(self, step: "Step") -> None:
+        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+
+    async def end(self) -> None:
+        """Leave it as `begin` found it. Raises: ProcessFailed, aiohttp.ClientError."""
+
+
+class LocalStage:
+    """Processes of our own, started for one experiment."""
+
+    key: str | None = None
+
+    def __init__(self, experiment: "Experiment", seed: int) -> None:
+        system = experiment.system
+        gateway = {key: str(value) for key, value in system.gateway.items()}
+        mock = {key: str(value) for key, value in system.mock.items()}
+        self.settings = GATEWAY | MOCK | gateway | mock
+        self.plan: dict[str, Any] = {}
+        self._arena = Arena(seed, mocks=system.mocks, gateway=gateway, mock=mock, proxied=experiment.proxied)
+        self._stack = contextlib.AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        """Of the gateway."""
+        return self._arena.gateway.url
+
+    async def begin(self) -> None:
+        """Start everything. Raises: ProcessFailed."""
+        await self._stack.enter_async_context(self._arena)
+        plan = self._arena.load(1.0).plan
+        self.plan = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens}
+
+    async def end(self) -> None:
+        """End everything."""
+        await self._stack.aclose()
+
+    async def do(self, step: "Step") -> None:
+        """Do what the step says. Raises: ProcessFailed."""
+        mock = self._arena.mocks[step.mock - 1]
+        if step.do == "faults":
+            await mock.faults(*step.faults)
+        elif step.do == "heal":
+            await mock.faults()
+        elif step.do == "crash":
+            await mock.crash()
+        elif step.do == "kill":
+            await mock.kill()
+        elif step.do == "start":
+            if not mock.running:
+                await mock.start()
+        elif step.do == "freeze":
+            mock.freeze()
+        elif step.do == "thaw":
+            mock.thaw()
+        elif step.do == "network":
+            await self._arena.proxies[step.mock - 1].be(Network(step.be))
+        else:
+            await self._arena.gateway.stop()
+            await self._arena.gateway.start()
+
+
+class RemoteStage:
+    """A gateway that runs already, and the control ports of its mock models, whose scripts are put back at the end."""
+
+    actions = frozenset({"faults", "heal"})
+
+    def __init__(self, url: str, controls: "Sequence[str]", session: aiohttp.ClientSession, key: str | None) -> None:
+        self.url = url.rstrip("/")
+        self.key = key
+        self.plan: dict[str, Any] = {}
+        self.settings: dict[str, str] = {}
+        self._controls = [control.rstrip("/") for control in controls]
+        self._session = session
+        self._found: list[Any] = []
+        self._changed: set[int] = set()
+
+    async def begin(self) -> None:
+        """Remember the scripts. Raises: ProcessFailed, aiohttp.ClientError."""
+        self._found = [await self._control("GET", control) for control in self._controls]
+        self._changed.clear()
+
+    async def end(self) -> None:
+        """Put back the scripts of those that were touched. Raises: ProcessFailed."""
+        for number in sorted(self._changed):
+            if number <= len(self._controls):
+                await self._put_back(self._controls[number - 1], self._found[number - 1])
+
+    async def do(self, step: "Step") -> None:
+        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+        self._changed.add(step.mock)
+        await self._control("PUT", self._controls[step.mock - 1], list(step.faults))
+
+    async def _put_back(self, control: str, script: Any) -> None:  # noqa: ANN401
+        trouble: Exception | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RESTORE_SECONDS):
+                while True:
+                    try:
+                        await self._control("PUT", control, script)
+                    except (aiohttp.ClientError, TimeoutError) as error:
+                        trouble = error
+                        await asyncio.sleep(0.2)
+                    else:
+                        return
+        raise ProcessFailed(f"the script at {control} could not be put back: {trouble}")
+
+    async def _control(self, method: str, control: str, body: Any = None) -> Any:  # noqa: ANN401
+        url, timeout = f"{control}/faults", aiohttp.ClientTimeout(total=5)
+        async with self._session.request(method, url, json=body, timeout=timeout) as response:
+            if not response.ok:
+                raise ProcessFailed(f"{method} {url}: {response.status} {await response.text()}")
+            return await response.json()
+
+
+class ComposeStage(RemoteStage):
+    """The containers of compose.yaml. The project is the one `docker compose` finds: see `COMPOSE_PROJECT_NAME`."""
+
+    actions = frozenset(ACTIONS) - {"network"}
+
+    def __init__(self, url: str, controls: "Sequence[str]", session: aiohttp.ClientSession, key: str | None) -> None:
+        super().__init__(url, controls, session, key)
+        self._stopped: set[str] = set()
+        self._paused: set[str] = set()
+
+    async def end(self) -> None:
+        """Containers first: a script can be put back to one that runs. Raises: ProcessFailed."""
+        for service in sorted(self._paused):
+            await self._thaw(service)
+        for service in sorted(self._stopped):
+            await self._start(service)
+        await super().end()
+
+    async def do(self, step: "Step") -> None:
+        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+        service = SERVICES[step.mock - 1]
+        if step.do in RemoteStage.actions:
+            await super().do(step)
+        elif step.do == "stop-gateway":
+            self._stopped.add("gateway")
+            await compose("stop", "gateway")
+            await self._start("gateway")
+        else:
+            self._changed.add(step.mock)
+            await self._process(step, service)
+
+    async def _process(self, step: "Step", service: str) -> None:
+        if step.do == "kill":
+            self._stopped.add(service)
+            await compose("kill", service)
+            self._paused.discard(service)
+        elif step.do == "crash":
+            self._stopped.add(service)
+            async with self._session.post(f"{self._controls[step.mock - 1]}/crash"):
+                pass
+        elif step.do == "start":
+            await self._start(service)
+        elif step.do == "freeze":
+            self._paused.add(service)
+            await compose("pause", service)
+        else:
+            await self._thaw(service)
+
+    async def _start(self, service: str) -> None:
+        await compose("start", service)
+        self._stopped.discard(service)
+
+    async def _thaw(self, service: str) -> None:
+        if service in self._paused:
+            await compose("unpause", service)
+            self._paused.discard(service)
+
+
+async def compose(*args: str) -> str:
+    """Run `docker compose ARGS` and give what it printed. Raises: ProcessFailed with its last line."""
+    command = ("docker", "compose", "--profile", "*", *args)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=REPOSITORY,
+            process_group=0,
+        )
+    except OSError as error:
+        raise ProcessFailed(f"docker: {error.strerror}") from None
+    ending = asyncio.ensure_future(process.communicate())
+    try:
+        async with asyncio.timeout(DOCKER_SECONDS):
+            output, errors = await asyncio.shield(ending)
+    except TimeoutError:
+        process.kill()
+        raise ProcessFailed(f"docker compose {' '.join(args)}: nothing for {DOCKER_SECONDS:g} s") from None
+    except asyncio.CancelledError:
+        await ending  # what was begun is known to be done, so that it can be undone
+        raise
+    if process.returncode:
+        last = errors.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ProcessFailed(f"docker compose {' '.join(args)}: {last or process.returncode}")
+    return output.decode(errors="replace").strip()
+
+
+async def running(services: "Sequence[str]") -> list[str]:
+    """Those of them that have a container which runs. Raises: ProcessFailed."""
+    names = (await compose("ps", "--services", "--status", "running")).split()
+    return [service for service in services if service in names]
+
+
+async def published(service: str, port: int) -> str:
+    """The address under which a container's port is published. Raises: ProcessFailed."""
+    address = await compose("port", service, str(port))
+    if not address.rpartition(":")[2].isdecimal():
+        raise ProcessFailed(f"docker compose port {service} {port}: {address or 'it is not published'}")
+    return f"http://{address}"

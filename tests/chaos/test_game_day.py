@@ -1,0 +1,322 @@
+"""`python -m chaos` as a person runs it, and its report in a real browser: on a phone, on a desk, on paper.
+
+Promises: exit code 0 when every promise was kept, 1 when one was not, 130 after Ctrl-C, and then the report holds what
+was played; the page asks for nothing but itself; on a phone 390 px wide it does not scroll sideways and no text of a
+picture is lower than 9 px; on paper the first experiment begins on page 1.
+
+The browser tests need Chromium or Chrome; BROWSER_TESTS=require makes its absence a failure.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from chaos import REPOSITORY
+from tests.chaos.verdict import StartArena
+
+KEPT = """
+title: The backend answers errors for a moment
+story: >-
+  Every call gets a 503 for a second. The breaker opens, the backend is spared, and all is well again soon after. The
+  story is as long as those of a real experiment, so that the page is as full as a real one.
+steady_state: {seconds: 3, rate: 10, deadline: 2}
+method:
+  - {at: 1, do: faults, faults: [{kind: status, with: {status: 503}}]}
+  - {at: 2, do: heal}
+rollback:
+  - {do: heal}
+promises:
+  - {text: nobody hangs, measure: hung, at_most: 0}
+  - {text: every answer is well-formed, measure: ill_formed, at_most: 0}
+  - {text: every answer is inside its deadline, measure: seconds_over_deadline, at_most: 0.1}
+  - {text: the backend is spared, measure: attempts_per_request, at_most: 5}
+"""
+BROKEN = KEPT.replace("hung, at_most: 0", "failures, at_least: 1000")
+NO_ROLLBACK = """
+title: Nobody cleans up
+steady_state: {seconds: 2, rate: 10, deadline: 2, returns: false}
+method:
+  - {at: 1, do: faults, faults: [{kind: status, with: {status: 503}}]}
+promises:
+  - {text: nobody hangs, measure: hung, at_most: 0}
+"""
+LONG = KEPT.replace("seconds: 3", "seconds: 60").replace("at: 2", "at: 50")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
+PHONE, DESK = (390, 844), (1280, 900)
+LOWEST = 9.0
+"""Pixels that text in a picture is high at least."""
+# How high the letters of the pictures really are, in pixels of the screen.
+HEIGHTS = """
+[...document.querySelectorAll('svg text')].map(text =>
+  parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)
+"""
+OVERLAPS = """
+(() => {
+  const texts = [...document.querySelectorAll('svg text')];
+  const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
+  const found = [];
+  boxes.forEach(([one, a], number) => boxes.slice(number + 1).forEach(([other, b]) => {
+    if (a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom)
+      found.push(one + ' / ' + other);
+  }));
+  return found;
+})()
+"""
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "chaos", *map(str, words)]
+
+
+def game_day(folder: Path, definition: str) -> tuple["subprocess.CompletedProcess[str]", Path]:
+    """Play it to its end."""
+    experiment, page = folder / "mine.yaml", folder / "report.html"
+    experiment.write_text(definition, encoding="utf-8")
+    words = command(experiment, "--seed", "7", "--out", page)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=90, check=False)  # noqa: S603
+    return done, page
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.CompletedProcess[str]", Path]:
+    return game_day(tmp_path_factory.mktemp("game-day"), KEPT)
+
+
+def test_a_game_day_tells_its_progress_and_writes_a_report(
+    played: tuple["subprocess.CompletedProcess[str]", Path],
+) -> None:
+    done, page = played
+    text = page.read_text(encoding="utf-8")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 7" in done.stdout
+    assert "steady state: 10 good calls in a row" in done.stdout
+    assert re.search(r"^ +1/3 s +\d+ good, +0 failed; breakers: backend-1 closed$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ +1\.\d s  >>> mock-1: status$", done.stdout, re.MULTILINE)
+    assert "1 of 1 experiments passed" in done.stdout
+    assert "Game day: 1 of 1 experiments passed" in text
+    assert "--seed 7" in text
+    assert "the steady state is back after the rollback" in text
+
+
+def test_a_broken_promise_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    done, page = game_day(tmp_path, BROKEN)
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BROKEN  nobody hangs (failures >= 1000)" in done.stdout
+    assert "Game day: 0 of 1 experiments passed" in page.read_text(encoding="utf-8")
+
+
+def test_a_gateway_that_is_not_there_is_a_problem_and_not_a_pass(tmp_path: Path) -> None:
+    experiment, page = tmp_path / "mine.yaml", tmp_path / "report.html"
+    experiment.write_text(KEPT, encoding="utf-8")
+    words = command(experiment, "--target", "http://127.0.0.1:9", "--mock-control", "http://127.0.0.1:9", "--out", page)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "PROBLEM ClientConnectorError: Cannot connect to host 127.0.0.1:9" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Cannot connect to host" in page.read_text(encoding="utf-8")
+
+
+async def test_a_stack_that_runs_already_gets_its_script_back(start_arena: StartArena, tmp_path: Path) -> None:
+    """The definition has no rollback; the mock model's own script is back, and a fault that was used up stays so."""
+    arena = await start_arena()
+    await arena.mock.faults({"kind": "html", "times": 1}, {"kind": "reset", "match": {"model": "other"}})
+    control = f"http://127.0.0.1:{arena.mock.control_port}"
+    prompt = {"messages": [{"role": "user", "content": "Hello"}]}
+    async with arena.session.post(f"{arena.mock.url}/v1/chat/completions", json=prompt) as response:
+        assert response.content_type == "text/html"
+    async with arena.session.get(f"{control}/faults") as response:
+        before = await response.json()
+    experiment, page = tmp_path / "mine.yaml", tmp_path / "report.html"
+    experiment.write_text(NO_ROLLBACK, encoding="utf-8")
+    words = command(experiment, "--target", arena.gateway.url, "--mock-control", control, "--out", page)
+    process = await asyncio.create_subprocess_exec(*words, cwd=REPOSITORY, stdout=-1, stderr=-2, process_group=0)
+    async with asyncio.timeout(90):
+        said = (await process.communicate())[0].decode()
+    async with arena.session.get(f"{control}/faults") as response:
+        after = await response.json()
+
+    assert process.returncode == 0, said
+    assert "mock-1: status" in said
+    assert after == before
+    assert [fault["used"] for fault in after] == [1, 0]
+
+
+async def test_ctrl_c_ends_in_order_and_leaves_a_report(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text(KEPT, encoding="utf-8")
+    (tmp_path / "second.yaml").write_text(LONG, encoding="utf-8")
+    (tmp_path / "third.yaml").write_text(KEPT, encoding="utf-8")
+    page = tmp_path / "report.html"
+    words = command(*(tmp_path / f"{name}.yaml" for name in ("first", "second", "third")), "--out", page)
+    process = await asyncio.create_subprocess_exec(*words, cwd=REPOSITORY, stdout=-1, stderr=-2, process_group=0)
+    assert process.stdout is not None
+    said = ""
+    async with asyncio.timeout(90):
+        async for line in process.stdout:
+            said += line.decode()
+            if "[2/3]" in said and ">>>" in said.rpartition("[2/3]")[2]:
+                process.send_signal(signal.SIGINT)
+                break
+        said += (await process.stdout.read()).decode()
+        code = await process.wait()
+    text = page.read_text(encoding="utf-8")
+
+    assert code == 130, said
+    assert "rollback: heal mock-1" in said.rpartition("[2/3]")[2]
+    assert "Traceback" not in said
+    assert "Game day: 1 of 2 experiments passed" in text
+    assert "1 more were chosen and not played" in text
+    assert "stopped before its end" in text
+    assert text.count("<svg") == 2
+
+
+@dataclass
+class Tab:
+    """A page of a browser, driven by the DevTools protocol.
+
+    Attributes:
+        requested: the addresses it asked for.
+    """
+
+    socket: aiohttp.ClientWebSocketResponse
+    number: int = 0
+    requested: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    async def call(self, method: str, **params: Any) -> Any:  # noqa: ANN401
+        """The result of a method."""
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": params})
+        while True:
+            message = await self._next()
+            if message.get("id") == self.number:
+                assert "error" not in message, message
+                return message["result"]
+
+    async def open(self, page: Path, size: tuple[int, int]) -> None:
+        """Open a page in a window of that size and wait until it is there."""
+        width, height = size
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 800,
+        )
+        await self.call("Network.enable")
+        await self.call("Page.enable")
+        self.requested.clear()
+        self.events.clear()
+        await self.call("Page.navigate", url=page.as_uri())
+        while "Page.loadEventFired" not in self.events:
+            await self._next()
+
+    async def value(self, expression: str) -> Any:  # noqa: ANN401
+        """What an expression gives in the page."""
+        result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"]["value"]
+
+    async def _next(self) -> dict[str, Any]:
+        async with asyncio.timeout(30):
+            message: dict[str, Any] = await self.socket.receive_json()
+        self.events.append(message.get("method", ""))
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requested.append(message["params"]["request"]["url"])
+        return message
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        reason = f"none of {', '.join(BROWSERS)} is installed"
+        if os.environ.get("BROWSER_TESTS") == "require":
+            pytest.fail(f"BROWSER_TESTS=require, but {reason}")
+        pytest.skip(f"{reason}: the report was not opened in a browser")
+    return found
+
+
+@pytest.fixture
+async def tab(browser: str, tmp_path: Path) -> AsyncIterator[Tab]:
+    profile = tmp_path / "profile"
+    process = await asyncio.create_subprocess_exec(
+        *(browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"), stdout=-3, stderr=-3, process_group=0
+    )
+    try:
+        async with asyncio.timeout(60), aiohttp.ClientSession() as session:
+            port = await _port(profile / "DevToolsActivePort")
+            async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
+                pages = [page for page in await response.json() if page["type"] == "page"]
+            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                yield Tab(socket)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+async def _port(file: Path) -> str:
+    """Of the browser, once it listens."""
+    while "\n" not in (text := _text(file)):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    return text.split("\n")[0]
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="ascii") if file.exists() else ""
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+async def test_the_report_fits_the_screen_and_can_be_read(
+    played: tuple["subprocess.CompletedProcess[str]", Path], tab: Tab, size: tuple[int, int]
+) -> None:
+    page = played[1]
+    await tab.open(page, size)
+
+    assert await tab.value("innerWidth") == size[0]
+    assert await tab.value("document.documentElement.scrollWidth <= innerWidth")
+    assert min(await tab.value(HEIGHTS)) >= LOWEST
+    assert await tab.value(OVERLAPS) == []
+    assert tab.requested == [page.as_uri()]
+
+
+async def test_the_printed_report_begins_on_its_first_page(
+    played: tuple["subprocess.CompletedProcess[str]", Path], tab: Tab
+) -> None:
+    await tab.open(played[1], DESK)
+    sheet = {"paperWidth": 8.3, "paperHeight": 7}  # inches; lower than the first experiment
+    printed = await tab.call("Page.printToPDF", printBackground=True, generateDocumentOutline=True, **sheet)
+    pdf = base64.b64decode(printed["data"])
+    first_page = re.search(rb"(\d+) 0 obj\s*<<[^>]*/Type\s*/Page\b", pdf)
+    heading = re.search(rb"/Title \(The backend answers errors[^)]*\)\s*/Dest \[(\d+) 0 R", pdf)
+
+    assert first_page is not None
+    assert heading is not None
+    assert heading[1] == first_page[1]

@@ -1,0 +1,79 @@
+"""What a game day measures over a span."""
+
+import pytest
+
+from chaos.load import Call
+from chaos.measures import MEASURES, Findings, Sample, measured
+
+
+def call(*, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None) -> Call:
+    return Call(
+        id="c",
+        kind="answer",
+        started=sent,
+        ended=sent + took,
+        deadline=3,
+        outcome=outcome,
+        status=status,
+        flaw=flaw,
+    )
+
+
+def findings() -> Findings:
+    calls = [
+        call(sent=99.5, took=0.1),
+        call(sent=100, took=0.1),
+        call(sent=101, took=0.2, outcome="backend_timeout"),
+        call(sent=102.5, took=0.25),
+        call(sent=104, took=0.01, outcome="reset", status=None, flaw="reset"),
+        call(sent=105, took=0.01, outcome="broken", flaw="half an answer"),
+    ]
+    samples = [
+        Sample(0.5, {"backend-1": "closed"}, 0, 0),
+        Sample(1.5, {"backend-1": "open"}, 3, 2, retry_in=0.25),
+        Sample(2.5, {"backend-1": "closed"}, 4, 4),
+    ]
+    return Findings(100.0, calls, samples)
+
+
+@pytest.mark.parametrize(
+    ("measure", "since", "until", "value"),
+    [
+        ("share_good", 0, 4, 2 / 3),
+        ("failures", 0, 4, 1),
+        ("failures", 2, 4, 0),
+        ("ill_formed", 0, 9, 2),
+        ("cut_short", 0, 9, 1),
+        ("hung", 0, 9, 0),
+        ("error_events", 0, 9, 0),
+        ("seconds_over_deadline", 0, 9, 0),
+        ("p99_seconds", 0, 9, 0.25),
+        ("recovery_seconds", 1, 9, 1.75),
+        ("recovery_seconds_past_open", 1, 9, 1.0),
+        ("recovery_seconds_past_open", 2, 9, 0.75),
+        ("attempts_per_request", 0, 2, 1.5),
+        ("attempts_per_request", 1, 2, 1.5),
+        ("attempts_per_request", 1.6, 9, 0.5),
+        ("attempts_per_request", 2.6, 9, None),
+    ],
+)
+def test_measures_look_at_their_span(measure: str, since: float, until: float, value: float | None) -> None:
+    assert MEASURES[measure](findings(), since, until) == (None if value is None else pytest.approx(value))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_nothing_is_measured_where_nothing_was_sent(measure: str) -> None:
+    assert measured(measure, findings(), 6, 9) == (None, "not measured")
+    assert measured(measure, Findings(0.0), 0, 9) == (None, "not measured")
+
+
+def test_counters_that_began_anew_are_not_measured() -> None:
+    restarted = Findings(0.0, samples=[Sample(0, {}, 9, 9), Sample(1, {}, 1, 1)])
+
+    assert MEASURES["attempts_per_request"](restarted, 0, 9) is None
+
+
+def test_what_was_measured_reads_well() -> None:
+    assert measured("seconds_over_deadline", findings(), 0, 9) == (0.0, "0 s (the longest took 0.25 s)")
+    assert measured("failures", findings(), 0, 4) == (1, "1 of 3")
+    assert measured("p99_seconds", findings(), 0, 9)[1] == "0.25 s"
