@@ -38,7 +38,7 @@ lock: $(INSTALLED) ## Remake requirements/*.txt from pyproject.toml (UPGRADE=--u
 		| $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/mock_model.txt
 
 up: ## Start the stack in containers and wait until it is healthy
-	docker compose up --build --wait
+	REVISION=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown) docker compose up --build --wait
 
 down: ## Stop the stack and remove its containers and volumes
 	docker compose --profile '*' down --volumes --remove-orphans

@@ -9,7 +9,7 @@ import msgspec
 
 from bench.load import Sample
 from bench.report import Figures
-from bench.systems import GATEWAY, SAMPLED
+from bench.systems import OURS
 
 CHART = Path(__file__).with_name("chart.svg")
 WIDTH, LABEL, BAR, LINE = 760, 150, 470, 24
@@ -87,7 +87,7 @@ def draw(result: Result) -> str:
         for system, value in sorted(found.items(), key=lambda item: item[1], reverse=panel.name == "rps"):
             y += LINE
             width = max(1.0, BAR * value / longest)
-            kind = ' class="ours"' if system in {GATEWAY, SAMPLED} else ""
+            kind = ' class="ours"' if system in OURS else ""
             parts.append(f'<text x="{LABEL}" y="{y}" text-anchor="end">{escape(system)}</text>')
             parts.append(f'<rect{kind} x="{LABEL + 8}" y="{y - 12}" width="{width:.1f}" height="15" rx="2"/>')
             parts.append(f'<text x="{LABEL + 14 + width:.1f}" y="{y}">{panel.form.format(value)}</text>')

@@ -9,7 +9,7 @@ import msgspec
 
 from bench.caller import Spec, Tally, percentiles
 from bench.load import Load, Sample, aimed
-from bench.systems import BARE, ENVOY, GATEWAY, LITELLM, NGINX, OURS, PORTKEY, SAMPLED, Bench, System
+from bench.systems import BARE, ENVOY, GATEWAY, LITELLM, NGINX, OURS, PORTKEY, SAMPLED, UNTRACED, Bench, System
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,8 @@ class Session:
 def throughput(session: Session) -> None:
     """Unstreamed calls with 1, 32 and 256 connections: requests/s, times, CPU per request, memory, spans."""
     plan = session.plan
-    with session.bench.static_backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
+    names = [*EVERYONE, UNTRACED]
+    with session.bench.static_backend() as ports, session.bench.systems(names, ports) as systems:
         good = session.warm(systems)
         for number in range(plan.rounds):
             for connections in (1, 32, 256):

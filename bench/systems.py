@@ -103,6 +103,11 @@ def gateway_sampled(site: Site) -> Start:
     return gateway(site, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="0.1")
 
 
+def gateway_untraced(site: Site) -> Start:
+    """The same without a span: what tracing costs is the difference."""
+    return gateway(site, OTEL_SDK_DISABLED="true")
+
+
 def bare(site: Site) -> Start:
     """The reference."""
     return Start(argv=python("bench.bare", str(site.port), site.backend))
@@ -209,20 +214,22 @@ def slug(name: str) -> str:
     return name.replace(" ", "-").replace("%", "")
 
 
-GATEWAY, SAMPLED, BARE, NGINX, LITELLM, ENVOY, PORTKEY = (
+GATEWAY, SAMPLED, UNTRACED, BARE, NGINX, LITELLM, ENVOY, PORTKEY = (
     "gateway",
     "gateway 10%",
+    "gateway untraced",
     "bare aiohttp",
     "nginx",
     "LiteLLM",
     "Envoy",
     "Portkey",
 )
-OURS = (GATEWAY, SAMPLED)
+OURS = (GATEWAY, SAMPLED, UNTRACED)
 SYSTEMS: dict[str, Callable[[Site], Start]] = {
     BARE: bare,
     GATEWAY: gateway,
     SAMPLED: gateway_sampled,
+    UNTRACED: gateway_untraced,
     NGINX: nginx,
     ENVOY: envoy,
     LITELLM: litellm,

@@ -1,5 +1,5 @@
 # The image of the gateway. Build it from the repository's root:
-#   docker build -f docker/gateway.Dockerfile -t llm-gateway/gateway .
+#   DOCKER_BUILDKIT=1 docker build -f docker/gateway.Dockerfile -t llm-gateway/gateway .
 # Another package index: --build-arg PIP_INDEX_URL (compose.yaml passes on the variable of that name).
 ARG PYTHON_IMAGE=python:3.14-slim
 
@@ -18,13 +18,6 @@ COPY gateway /app/gateway
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
-ARG VERSION=0.1.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="llm-gateway" \
-      org.opencontainers.image.description="The LLM gateway that stays up when the model does not, and shows why." \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin app
 WORKDIR /app
 COPY --from=dependencies /opt/venv /opt/venv
@@ -35,6 +28,14 @@ ENV PATH=/opt/venv/bin:$PATH \
     APP_MODE=prod \
     HOST=0.0.0.0 \
     PORT=8000
+# Last of the layers' inputs, so that another revision rebuilds nothing.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="llm-gateway" \
+      org.opencontainers.image.description="The LLM gateway that stays up when the model does not, and shows why." \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

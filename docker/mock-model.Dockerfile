@@ -1,5 +1,5 @@
 # The image of the mock model. Build it from the repository's root:
-#   docker build -f docker/mock-model.Dockerfile -t llm-gateway/mock-model .
+#   DOCKER_BUILDKIT=1 docker build -f docker/mock-model.Dockerfile -t llm-gateway/mock-model .
 # Another package index: --build-arg PIP_INDEX_URL (compose.yaml passes on the variable of that name).
 ARG PYTHON_IMAGE=python:3.14-slim
 
@@ -18,13 +18,6 @@ COPY mock_model /app/mock_model
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
-ARG VERSION=0.1.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="mock-model" \
-      org.opencontainers.image.description="An OpenAI-compatible mock model that fails on command." \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin app
 WORKDIR /app
 COPY --from=dependencies /opt/venv /opt/venv
@@ -37,6 +30,14 @@ ENV PATH=/opt/venv/bin:$PATH \
     PORT=8001 \
     CONTROL_HOST=0.0.0.0 \
     CONTROL_PORT=8002
+# Last of the layers' inputs, so that another revision rebuilds nothing.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="mock-model" \
+      org.opencontainers.image.description="An OpenAI-compatible mock model that fails on command." \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
 EXPOSE 8001 8002
 STOPSIGNAL SIGTERM
