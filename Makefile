@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
 
-# ARGS go to the command; PYTHON3, PORT, MOCK_PORT, STACK_TESTS and REPEATS reach it through the environment.
+# ARGS go to the command; PYTHON3, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -52,10 +52,10 @@ trace: ## Post a prompt to the stack and print the address of its trace in Jaege
 test-stack: $(INSTALLED) ## Test the stack on a Docker engine (STACK_TESTS=require: a missing engine is a failure)
 	$(PYTHON) -m pytest tests/stack -m stack $(ARGS)
 
-test-chaos: $(INSTALLED) ## Break everything under load and compare the counts (REPEATS=5)
+test-chaos: $(INSTALLED) ## Break everything under load and compare the counts (REPEATS=5; BROWSER_TESTS=require)
 	$(PYTHON) -m pytest tests/chaos -m chaos $(ARGS)
 
-chaos: $(INSTALLED) ## Play a game day against a running gateway and write chaos-report.html
+chaos: $(INSTALLED) ## Play a game day and write chaos-report.html (ARGS="--compose": on the running containers)
 	$(PYTHON) -m chaos $(ARGS)
 
 bench: $(INSTALLED) ## Measure what the gateway costs

@@ -28,7 +28,7 @@ svg {{ display: block; width: 100%; min-width: {WIDTH * READABLE / FONT:.0f}px; 
   font-family: system-ui, sans-serif; }}
 .small {{ font-size: .85rem; color: #556; margin: .4rem 0; }} code {{ font-size: .95em; }}
 @media print {{ :root {{ font-size: 12px; }} body {{ max-width: none; padding: 0; }} .picture {{ overflow: visible; }}
-  svg {{ min-width: 0; }}
+  svg {{ min-width: 0; width: 80%; }}
   svg, tr, h2 {{ break-inside: avoid; }} h1, h2 {{ break-after: avoid; }}
   * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
 """

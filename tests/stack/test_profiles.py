@@ -52,13 +52,13 @@ def replicated_stack(stack: Stack) -> Iterator[Stack]:
 
 
 async def test_of_two_replicas_one_is_killed_and_nobody_sees_it(replicated_stack: Stack) -> None:
-    """Killed for 3 s under 20 calls/s and started again.
+    """Killed for 3 s under 40 calls/s and started again.
 
     0 failures, but for streams already committed, of which there are some: one error event each.
     """
     slow = {"kind": "drip", "with": {"bytes": 100, "interval": 0.05}, "match": {"stream": True}}
     replicated_stack.script(slow)
-    async with load(replicated_stack, 20, kinds=("answer", "stream", "stream", "answer")) as calling:
+    async with load(replicated_stack, 40, kinds=("answer", "stream", "stream", "answer")) as calling:
         await asyncio.sleep(2)
         await asyncio.to_thread(replicated_stack.compose, "kill", "mock-model")
         killed = now()
