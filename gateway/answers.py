@@ -56,6 +56,7 @@ def error_answer(error: GatewayError, record: "Record", now: float) -> web.Respo
         if body is None:
             headers["content-type"] = "application/json"
             body = _encode(error.envelope())
+        headers.setdefault("content-type", "application/json")
     else:
         status = error.status
         headers["content-type"] = "application/json"

@@ -34,6 +34,7 @@ from gateway.errors import (
     StaleConnection,
     Unreachable,
 )
+from gateway.jsontext import decode_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -217,7 +218,8 @@ class _Addressee:
 async def _post(connection: "Connection", head: bytes, body: bytes) -> "Exchange":
     """Send a request over a connection and read the head of its answer."""
     protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None:
+    # A kept connection on which something came since its last answer is spoiled: that is an answer to nobody's request.
+    if protocol is None or transport is None or protocol.should_close:
         raise aiohttp.ServerDisconnectedError
     protocol.set_response_params(auto_decompress=False, read_until_eof=True)
     if len(body) > LARGE_BODY:
@@ -368,6 +370,17 @@ class _Bare(msgspec.Struct):
     error: Any = None
 
 
+class _ErrorDetail(msgspec.Struct):
+    code: str | int | float | bool | None = None
+    type: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorDetail | None = None
+
+
+_decode_error = msgspec.json.Decoder(_ErrorBody).decode
+_check = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_whole = msgspec.json.Decoder(Whole).decode
 _decode_bare = msgspec.json.Decoder(_Bare).decode
 
@@ -384,9 +397,9 @@ def check_whole(content_type: str, body: bytes) -> Whole:
         if not body.isascii():
             body.decode()
         try:
-            whole = _decode_whole(body)
+            whole = decode_with(_decode_whole, body)
         except msgspec.ValidationError:
-            whole = Whole(error=_decode_bare(body).error)
+            whole = Whole(error=decode_with(_decode_bare, body).error)
     except msgspec.ValidationError:
         raise InvalidResponse("The backend's answer is no JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -408,13 +421,10 @@ def classify(status: int, body: bytes, headers: "Mapping[str, str]") -> BackendE
         return InvalidResponse(f"The backend answered {status}, which is no answer to a prompt.")
     if status in {401, 403}:
         return AuthRefused(f"The backend refuses the gateway's key ({status}).")
-    try:
-        content = msgspec.json.decode(body)
-        passed: bytes | None = body
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        content, passed = None, None
+    words = _error_words(body)
+    passed = body if words is not None else None
     kind: type[ErrorAnswer] = Rejected
-    if _exhausted(status, content):
+    if status == 402 or (status < 500 and words and not EXHAUSTED_CODES.isdisjoint(words)):  # noqa: PLR2004
         kind = Exhausted
     elif status in {429, 503}:
         kind = Overloaded
@@ -423,14 +433,25 @@ def classify(status: int, body: bytes, headers: "Mapping[str, str]") -> BackendE
     return kind(status, passed, headers, retry_after=retry_after(headers))
 
 
-def _exhausted(status: int, content: object) -> bool:
-    if status >= 500:  # noqa: PLR2004
+def _error_words(body: bytes) -> "list[str] | None":
+    """Code and type of an error in OpenAI's form; empty for other JSON, None for what is no JSON."""
+    try:
+        if not body.isascii():
+            body.decode()
+        error = decode_with(_decode_error, body).error
+    except msgspec.ValidationError:
+        return [] if _is_json(body) else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return [word for word in (error.code, error.type) if isinstance(word, str)] if error is not None else []
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        decode_with(_check, body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    error = content.get("error") if isinstance(content, dict) else None
-    if not isinstance(error, dict):
-        return status == 402  # noqa: PLR2004
-    words = [word for key in ("code", "type") if isinstance(word := error.get(key), str)]
-    return status == 402 or not EXHAUSTED_CODES.isdisjoint(words)  # noqa: PLR2004
+    return True
 
 
 def retry_after(headers: "Mapping[str, str]") -> float | None:

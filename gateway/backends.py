@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gateway.breaker import Breaker, State, Ticket
-from gateway.errors import BackendError, Rejected, Verdict
+from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
 from gateway.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LastError:
-    """The latest failure of a replica: code, message, when, and the trace it is part of."""
+    """The latest failure of a replica: code (`status_429` for an error answer), message, when, and its trace."""
 
     __slots__ = ("at", "code", "message", "trace_id")
 
@@ -128,7 +128,8 @@ class Lease:
             self._note_success()
             return
         replica.last_failed = True
-        replica.last_error = LastError(error.code, error.message, replica.clock(), trace_id)
+        code = error.outcome if isinstance(error, ErrorAnswer) and error.body is not None else error.code
+        replica.last_error = LastError(code, error.message, replica.clock(), trace_id)
 
     def release(self) -> None:
         """Neither success nor failure."""

@@ -23,10 +23,12 @@ class EventSplitter:
     An event that has not ended stays inside, so that half an event never goes on.
     """
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_pieces", "waiting")
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pieces: list[bytes] = []
+        self.waiting = 0
+        """Bytes of the event that has not ended."""
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes.
@@ -34,22 +36,29 @@ class EventSplitter:
         Raises:
             InvalidResponse: an event is longer than `MAX_EVENT`.
         """
-        if self._rest:
-            data = self._rest + data
+        if self._pieces:
+            whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
+            if not whole_line and self.waiting + len(data) <= MAX_EVENT:
+                self._pieces.append(data)  # joined when a line ends, so that small pieces of a large event cost little
+                self.waiting += len(data)
+                return []
+            data = b"".join([*self._pieces, data])
         if b"\r" in data:
             events, rest = _split_any(data)
         else:
             parts = data.split(b"\n\n")
             rest = parts.pop()
             events = [part + b"\n\n" for part in parts]
-        self._rest = rest
+        self._pieces = [rest] if rest else []
+        self.waiting = len(rest)
         if len(rest) > MAX_EVENT or any(len(event) > MAX_EVENT for event in events):
             raise InvalidResponse(f"The backend sent an event longer than {MAX_EVENT} bytes.")
         return events
 
     def end(self) -> list[bytes]:
         """No more bytes follow: the event that waited for the LF of its last CR, if there is one."""
-        rest, self._rest = self._rest, b""
+        rest = b"".join(self._pieces)
+        self._pieces, self.waiting = [], 0
         return [rest] if _END_OF_EVENT.search(rest) else []
 
 

@@ -1,6 +1,6 @@
 """The policy, top to bottom: deadline > admission > target > retry > breaker > attempt."""
 
-from asyncio import CancelledError
+from asyncio import CancelledError, to_thread
 from random import getrandbits
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from gateway.record import Record
     from gateway.requests import Prompt
     from gateway.settings import Settings
+
+
+LARGE_BODY = 65_536
+"""Bytes; to look through a larger body takes milliseconds, in which nobody else would be served."""
 
 
 class Call:
@@ -141,7 +145,6 @@ class Forwarder:
                 call.record.skipped(target.backend, self._clock())
                 continue
             call.record.fell_back = target is not route.targets[0]
-            call.body = self._body_for(call.prompt, target)
             try:
                 await self._try_target(call, target, lease)
             except BackendError as error:
@@ -163,14 +166,19 @@ class Forwarder:
 
     async def _try_target(self, call: Call, target: "Target", lease: "Lease") -> None:
         """The first attempt; only when it failed, the machinery for more."""
-        lease.replica.budget.first()
         try:
+            await self._set_model(call, target)
+            lease.replica.budget.first()
             await self._attempt(call, target, lease, slept=0.0)
         except BackendError as failure:
             if call.outlet.committed:
                 call.record.stop_reason = "committed"
                 raise
             await self._retry(call, target, lease.replica, failure)
+        finally:
+            lease.release()
+            if call.body is not call.prompt.body:
+                call.share.give_back(len(call.prompt.body))
 
     async def _retry(self, call: Call, target: "Target", replica: "Replica", failure: BackendError) -> None:
         """Further attempts within the target. Raises: the last one's failure."""
@@ -198,7 +206,7 @@ class Forwarder:
         except BackendError:
             call.record.stop_reason = retry.stopped
             if retry.stopped == "budget":
-                self._retries_refused(retry.tried[-1].name)
+                self._retries_refused((retry.refused or retry.tried[-1]).name)
             raise
 
     async def _attempt(self, call: Call, target: "Target", lease: "Lease", *, slept: float) -> None:
@@ -295,7 +303,7 @@ class Forwarder:
         held = call.share.held
         try:
             events = await relay.until_first_token(
-                attempt.started + self._first_token_timeout, self._first_token_timeout
+                attempt.started + self._first_token_timeout, self._first_token_timeout, self._max_answer
             )
             call.record.first_token = self._clock()
             before = lease.replica.breaker.state
@@ -318,10 +326,22 @@ class Forwarder:
         replica = target.pick()
         return replica.lease() if replica is not None else None
 
-    def _body_for(self, prompt: "Prompt", target: "Target") -> bytes:
-        """The caller's bytes; only the model is set, where the target names another or the caller named none."""
+    async def _set_model(self, call: Call, target: "Target") -> None:
+        """The caller's bytes; only the model is set, where the target names another or the caller named none.
+
+        Raises:
+            GatewayOverloaded: the share cannot hold a second body.
+        """
+        prompt = call.prompt
+        call.body = prompt.body
         model = target.model or prompt.model or self._default_model
-        return prompt.body if model == prompt.model else with_model(prompt.body, model)
+        if model == prompt.model:
+            return
+        call.share.take(len(prompt.body))
+        if len(prompt.body) < LARGE_BODY:
+            call.body = with_model(prompt.body, model)
+        else:
+            call.body = await to_thread(with_model, prompt.body, model)
 
     def _note_breaker(self, call: Call, replica: "Replica", before: "State") -> None:
         """After a report to a breaker: a change of its state is an event of the request."""

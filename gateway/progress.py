@@ -6,9 +6,8 @@ import msgspec
 
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
+from gateway.jsontext import decode
 from gateway.record import MAX_TEXT
-
-_decode = msgspec.json.Decoder().decode
 
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -212,10 +211,9 @@ class ResponsesProgress:
 
 def _json(data: bytes) -> object:
     try:
-        value: object = _decode(data)
+        return decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
-    return value
 
 
 def _text(value: object) -> str | None:

@@ -206,7 +206,7 @@ class Record:
         self.stream = prompt.stream
         self.choices = prompt.choices
         fields = prompt.fields
-        self.max_tokens = (
+        self.max_tokens = _whole(
             getattr(fields, "max_tokens", None)
             or getattr(fields, "max_completion_tokens", None)
             or getattr(fields, "max_output_tokens", None)
@@ -277,6 +277,13 @@ class Record:
             took = ((attempt.ended if attempt.ended is not None else now) - attempt.started) * 1000
             parts.append(f'attempt-{attempt.number};desc="{attempt.backend} {outcome}";dur={took:.1f}')
         return ", ".join(parts)
+
+
+def _whole(number: float | None) -> int | None:
+    """Some clients write 10.0 for 10."""
+    if isinstance(number, float):
+        return int(number) if number.is_integer() else None
+    return number
 
 
 def _count(tokens: int | None) -> int | None:

@@ -42,20 +42,23 @@ class Relay:
         self._share = share
         self._splitter = EventSplitter()
         self._failure: BackendError | None = None
+        self._half = 0  # bytes of an event that has not ended
 
-    async def until_first_token(self, first_token_due: float, seconds: float) -> bytes:
+    async def until_first_token(self, first_token_due: float, seconds: float, limit: int) -> bytes:
         """Hold what comes up to the first content event and all that arrived with it.
 
         Args:
             first_token_due: instant of the monotonic clock.
             seconds: the timeout that instant stems from, for the message.
+            limit: bytes that are held at most.
 
         Raises:
             Silent: no content event by then.
             Stalled: nothing at all came for the idle timeout.
-            InvalidResponse: cut, or unreadable.
+            InvalidResponse: cut, or unreadable; AnswerTooLarge.
         """
         held: list[bytes] = []
+        size = 0
         while not self._progress.content:
             left = first_token_due - monotonic()
             if left < self._idle:
@@ -63,7 +66,11 @@ class Relay:
             else:
                 self._watch.limit(self._idle, self._stalled)
             events = await self._next()
-            self._share.take(sum(map(len, events)))
+            came = sum(map(len, events))
+            size += came
+            if size > limit:
+                raise AnswerTooLarge(f"The backend sent {limit} bytes without a word of an answer.")
+            self._share.take(came)
             held += events
             self._check_failure()
             if self._progress.ended and not self._progress.content:
@@ -109,7 +116,7 @@ class Relay:
 
     async def _see_out(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
         """The answer is whole: pass on what still comes within `LINGER`, then make sure it has its `[DONE]`."""
-        end = monotonic() + LINGER
+        end = monotonic() + (AFTER_DONE if self._progress.ended else LINGER)
         while self._failure is None and not self._exchange.at_end:
             try:
                 async with asyncio.timeout(end - monotonic()):
@@ -134,9 +141,19 @@ class Relay:
         except InvalidResponse as failure:
             self._failure = failure
             return []
+        if self._splitter.waiting != self._half:
+            self._hold_half(self._splitter.waiting)
         if not data and not events and not may_end:
             raise InvalidResponse("The backend's stream was cut.")
         return self._checked(events)
+
+    def _hold_half(self, size: int) -> None:
+        """Half an event is held, too. Raises: GatewayOverloaded."""
+        more, self._half = size - self._half, size
+        if more > 0:
+            self._share.take(more)
+        else:
+            self._share.give_back(-more)
 
     def _checked(self, events: list[bytes]) -> list[bytes]:
         """Those of `events` that may go on, up to the first bad one or the end."""
@@ -149,7 +166,7 @@ class Relay:
 
     def _good(self, event: bytes) -> bool:
         data = data_of(event)
-        if data is None:
+        if not data:  # a comment, or nothing that a reader would be told of
             return True
         try:
             self._progress.see(data)

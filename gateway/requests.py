@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.errors import InvalidJson, InvalidRequest
+from gateway.jsontext import decode, decode_with
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -31,8 +32,8 @@ class ChatRequest(Struct):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | float | None = None
+    max_completion_tokens: int | float | None = None
     temperature: float | None = None
     top_p: float | None = None
 
@@ -45,7 +46,7 @@ class CompletionsRequest(Struct):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
-    max_tokens: int | None = None
+    max_tokens: int | float | None = None
     temperature: float | None = None
     top_p: float | None = None
 
@@ -63,7 +64,7 @@ class ResponsesRequest(Struct):
     input: str | list[Any] | None = None
     model: ModelName | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | float | None = None
     temperature: float | None = None
     top_p: float | None = None
 
@@ -78,6 +79,7 @@ _DECODERS: dict[str, msgspec.json.Decoder[AnyRequest]] = {
 }
 PATHS = tuple(_DECODERS)
 
+_check = msgspec.json.Decoder(msgspec.Raw).decode
 _PATH_IN_MESSAGE = re.compile(r" - at `\$\.?(.+)`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
@@ -117,7 +119,7 @@ def parse(path: str, body: bytes) -> Prompt:
     try:
         if not body.isascii():
             body.decode()
-        fields = _DECODERS[path].decode(body)
+        fields = decode_with(_DECODERS[path].decode, body)
     except msgspec.ValidationError as error:
         raise _invalid(body, str(error)) from None
     except msgspec.DecodeError as error:
@@ -132,7 +134,7 @@ def parse(path: str, body: bytes) -> Prompt:
 def _invalid(body: bytes, message: str) -> InvalidJson | InvalidRequest:
     """Msgspec's message, which quotes types and names but no values, with the field it is about."""
     try:
-        msgspec.json.decode(body, type=msgspec.Raw)
+        decode_with(_check, body)
     except msgspec.DecodeError as error:
         return InvalidJson(f"The body is not JSON: {error}.")
     except RecursionError:
@@ -156,9 +158,10 @@ def _choices(fields: AnyRequest) -> int:
     return n
 
 
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+# Atomic groups: a long text is passed in one go, and nothing is kept for going back into it.
+_TOKEN = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[{}\[\]]', re.DOTALL)
 _AFTER_KEY = re.compile(rb"\s*:\s*")
-_VALUE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s,}\]]+', re.DOTALL)
+_VALUE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[^\s,}\]]++', re.DOTALL)
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -177,7 +180,7 @@ def with_model(body: bytes, model: str) -> bytes:
             depth -= 1
         elif depth == 1 and (colon := _AFTER_KEY.match(body, position)) is not None:
             position = colon.end()
-            if msgspec.json.decode(token.group()) == "model":
+            if decode(token.group()) == "model":
                 old = _VALUE.match(body, position)
                 if old is None:  # pragma: no cover - parse has checked the body
                     raise InvalidJson("The body is not JSON.")

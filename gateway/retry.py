@@ -36,6 +36,7 @@ class Retry:
         stopped: why no further attempt follows, or None.
         slept: the sleep before the next attempt, seconds.
         tried: the replicas that have failed; silent: those that must not be asked again.
+        refused: the replica whose budget refused the next attempt, or None.
     """
 
     def __init__(self, policy: RetryPolicy, target: "Target", deadline: "Deadline") -> None:
@@ -49,6 +50,7 @@ class Retry:
         self.stopped: str | None = None
         self.slept = 0.0
         self.tried: list[Replica] = []
+        self.refused: Replica | None = None
         self.silent: set[Replica] = set()
 
     def wait(self, state: "RetryCallState") -> float:
@@ -79,6 +81,7 @@ class Retry:
             raise failure
         if not self._free and not lease.replica.budget.take():
             lease.release()
+            self.refused = lease.replica
             self.stopped = "budget"
             raise failure
         return lease
@@ -100,7 +103,8 @@ class Retry:
                 return 0.0
             self._free = False
         if not failure.same_replica:
-            return self._stop("budget" if self._candidates() else "no other replica")
+            self.refused = next(iter(self._candidates()), None)
+            return self._stop("budget" if self.refused is not None else "no other replica")
         if hint is not None and hint > self._policy.retry_after_max:
             return self._stop("retry-after")
         sleep = hint if hint is not None else self._policy.backoff(state)
@@ -135,7 +139,10 @@ class Retry:
         candidates = self._candidates()
         if not candidates:
             return "breaker"
-        return None if any(replica.budget.left() for replica in candidates) else "budget"
+        if any(replica.budget.left() for replica in candidates):
+            return None
+        self.refused = candidates[0]
+        return "budget"
 
     def _stop(self, why: str) -> float:
         self.stopped = why

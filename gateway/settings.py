@@ -27,7 +27,8 @@ SAMPLERS = (
     "parentbased_traceidratio",
 )
 """Those that the SDK has by itself."""
-_USER_INFO = re.compile(r"//[^/,\s]*@")
+_USER_INFO = re.compile(r"[^,\n'\"]*@")
+"""Up to the last @ of an entry, whatever stands there: a url that is wrong may have its password anywhere before it."""
 
 
 class SettingsError(Exception):
@@ -159,7 +160,7 @@ def _one_line(error: ValidationError) -> str:
         wrong.setdefault(str(each["loc"][0]), []).append(each)
     field, details = next(iter(wrong.items()))
     name = field.upper()
-    shown = _USER_INFO.sub("//", repr(os.environ.get(name, details[0]["input"])))
+    shown = _USER_INFO.sub("(hidden)@", repr(os.environ.get(name, details[0]["input"])))
     messages = [each["msg"].replace("Value error, ", "").replace("Input should", "should") for each in details]
     others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     line = f"{name}={'(hidden)' if name in SECRETS else shown} is not valid: {' or '.join(dict.fromkeys(messages))}"
@@ -207,7 +208,7 @@ def _check_endpoints(protocol: str) -> None:
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
         url = os.environ.get(name)
         if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
-            shown = _USER_INFO.sub("//", repr(url))
+            shown = _USER_INFO.sub("(hidden)@", repr(url))
             raise SettingsError(f"{name}={shown} is not valid: a url that begins with http:// or https://")
 
 

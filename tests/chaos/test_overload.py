@@ -133,7 +133,8 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
 async def test_a_short_retry_after_is_waited_for(start_arena: StartArena) -> None:
     """20 % of the calls get 429 with `retry-after-ms: 300`, 90 calls, one replica.
 
-    0 failures; no retry arrives earlier than 0.3 s after the attempt before it.
+    0 failures; no retry arrives earlier than 0.3 s after the attempt before it (less 5 ms: an event loop's timers are
+    whole milliseconds, and the journal's clock is another one).
     """
     arena = await start_arena(gateway={"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_MAX_ATTEMPTS": "6"})
     limit = {"status": 429, "headers": {"retry-after-ms": "300"}}
@@ -148,7 +149,7 @@ async def test_a_short_retry_after_is_waited_for(start_arena: StartArena) -> Non
         arena,
         load.calls,
         all_good(load.calls),
-        at_least(f"the shortest of {len(gaps)} waits", min(gaps), 0.3, " s"),
+        at_least(f"the shortest of {len(gaps)} waits", min(gaps), 0.295, " s"),
     )
 
 

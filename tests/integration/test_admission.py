@@ -180,6 +180,18 @@ async def test_bodies_of_all_requests_together_are_bounded(mock: MockModel, star
     assert (await gateway.chat(**padded(60_000))).status == 200
 
 
+async def test_a_body_with_another_model_counts_twice(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=150_000)
+    gateway.parts.pool.routes[0].targets[0].model = "another"
+    assert overloaded(await gateway.chat(**padded(100_000)))
+    assert mock.journal.total == 0
+    first = await occupy(gateway, mock, 1, **padded(70_000))
+    assert 140_000 < gateway.parts.memory.held < 141_000
+    await mock.reset()
+    await asyncio.gather(*first)
+    await until(lambda: idle(gateway))
+
+
 async def test_bodies_count_while_they_arrive(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, gateway_max_buffered_bytes=100_000)
     async with dial(gateway.url) as wire:

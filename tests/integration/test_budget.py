@@ -117,6 +117,17 @@ async def test_retry_elsewhere_after_any_other_failure_costs_the_replica_that_ge
     assert bad.journal.total == 12 + 3
 
 
+async def test_the_replica_whose_budget_refused_is_told(start_mock: StartMock, start_gateway: StartGateway) -> None:
+    bad, good = await start_mock(), await start_mock()
+    gateway = await start_gateway(bad, good, **QUICK, gateway_retry_budget=0.001, gateway_retry_floor=0)
+    prefer(gateway, "backend-1")
+    bad.set_faults([{"kind": "status", "with": {"status": 503, "headers": {"retry-after": "1"}}}])
+    assert (await gateway.chat()).status == 503
+    metrics = await gateway.metrics()
+    assert good.journal.total == 0
+    assert sum(metrics.count(f'refused_total{{backend="{name}"}} 1.0') for name in ("backend-1", "backend-2")) == 1
+
+
 async def test_retry_elsewhere_of_a_silent_replica_costs(start_mock: StartMock, start_gateway: StartGateway) -> None:
     silent, good = await start_mock(), await start_mock()
     gateway = await start_gateway(

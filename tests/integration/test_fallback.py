@@ -344,7 +344,7 @@ async def test_no_fallback_after_commit(
     first.set_faults([{"kind": "stall", "with": {"after_events": 4}}])
     answer = await gateway.chat(stream=True, headers={"x-request-timeout": "0.5"})
     assert Events(answer.body).only_error()["code"] == "deadline_exceeded"
-    first.set_faults([{"kind": "cut", "with": {"after_events": 4, "how": "reset"}}])
+    first.set_faults([{"kind": "cut", "with": {"after_events": 4, "how": "end"}}])
     answer = await gateway.chat(stream=True)
     assert Events(answer.body).only_error()["code"] == "backend_invalid_response"
     assert (first.journal.total, second.journal.total) == (2, 0)

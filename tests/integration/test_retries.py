@@ -1,6 +1,7 @@
 """Retries by failure class: each row of the table, counted at the backend."""
 
 import asyncio
+import json
 import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -515,6 +516,60 @@ async def test_error_answer_that_is_no_json_keeps_its_status(
     assert answer.headers["content-type"] == "application/json"
     assert set(answer.error) == {"message", "type", "param", "code"}
     assert mock.journal.total == 1
+
+
+async def test_error_answer_without_a_content_type_gets_that_of_its_json(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    body = b'{"error": {"code": "odd"}}'
+    answer_bytes = b"HTTP/1.1 418 Short\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    backend = await start_raw(lambda call: call.send(answer_bytes))
+    gateway = await start_gateway(backend.url)
+    answer = await gateway.chat()
+    assert (answer.status, answer.body) == (418, body)
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "unasked",
+    [
+        b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n{"id": "other"}',
+        b"HTTP/1.1 408 Request Time-out\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        b"garbage",
+    ],
+    ids=["an answer", "a timeout", "garbage"],
+)
+async def test_what_nobody_asked_for_on_a_kept_connection_reaches_nobody(
+    start_raw: StartRaw, start_gateway: StartGateway, unasked: bytes
+) -> None:
+    spoiled = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        await call.answer(b'{"id": "%d"}' % call.number)
+        if call.number == 1:
+            await asyncio.sleep(0.05)
+            await call.send(unasked)
+            await asyncio.sleep(0.05)
+            spoiled.set()
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url)
+    assert json.loads((await gateway.chat()).body) == {"id": "1"}
+    await spoiled.wait()
+    for number in (2, 3):
+        answer = await gateway.chat()
+        assert (answer.status, json.loads(answer.body)) == (200, {"id": f"{number}"})
+        assert "status_408" not in answer.headers["server-timing"]
+    assert [call.turn for call in backend.calls] == [1, 1, 1] or [call.turn for call in backend.calls] == [1, 1, 2]
+
+
+async def test_answers_with_half_a_surrogate_pair_are_good(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    body = b'{"id": "\\ud83d", "choices": [{"message": {"content": "\\ud83d and more"}, "finish_reason": "\\udc00"}]}'
+    backend = await start_raw(lambda call: call.answer(body))
+    gateway = await start_gateway(backend.url)
+    answer = await gateway.chat(messages=[{"role": "user", "content": "cut \ud83d here"}])
+    assert (answer.status, answer.body) == (200, body)
+    assert b"\\ud83d" in backend.calls[0].body
 
 
 async def test_every_attempt_carries_the_same_body_and_idempotency_key(

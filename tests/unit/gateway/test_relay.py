@@ -112,7 +112,7 @@ def relay(
 
         try:
             with watch:
-                events = await subject.until_first_token(clock() + FIRST_TOKEN, FIRST_TOKEN)
+                events = await subject.until_first_token(clock() + FIRST_TOKEN, FIRST_TOKEN, limit)
                 if hold:
                     events += await subject.until_complete(limit)
                 watch.end_at(began + DEADLINE)
@@ -249,6 +249,45 @@ def test_a_complete_stream_that_stays_open_gets_its_done_a_second_after_its_fini
 def test_a_usage_chunk_in_that_second_is_passed_on_and_one_after_it_is_not_waited_for() -> None:
     assert relay(HELLO, STOP, 0.9, USAGE, end="hang").bytes == HELLO + STOP + USAGE + DONE
     assert relay(HELLO, STOP, 1.1, USAGE, end="hang").bytes == HELLO + STOP + DONE
+
+
+@pytest.mark.parametrize("steps", [[HELLO + STOP + DONE], [HELLO, STOP + DONE], [HELLO, STOP, DONE]])
+def test_after_done_a_connection_that_stays_open_is_not_waited_for(steps: list[bytes]) -> None:
+    told = relay(*steps, end="hang")
+
+    assert told.bytes == HELLO + STOP + DONE
+    assert told.seconds < LINGER / 2
+
+
+def test_what_comes_before_the_first_words_is_limited_as_an_answer_is() -> None:
+    told = relay(ROLE, *(PING for _ in range(1000)), HELLO, STOP, DONE, limit=2000)
+
+    assert isinstance(told.failure, AnswerTooLarge)
+    assert told.out == []
+
+
+def test_half_an_event_is_held_by_the_share() -> None:
+    large = chunk(content="x" * 50_000)
+    pieces: list[Step] = [large[start : start + 1000] for start in range(0, len(large), 1000)]
+
+    assert relay(HELLO, *pieces, STOP, DONE).bytes == HELLO + large + STOP + DONE
+    assert isinstance(relay(HELLO, *pieces, STOP, DONE, memory=40_000).failure, GatewayOverloaded)
+
+
+def test_an_event_without_a_word_of_data_is_passed_on() -> None:
+    assert relay(ROLE, b"data:\n\n", HELLO, b"data: \n\n", STOP, DONE).bytes.count(b"data:") == 6
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'data: {"choices": [{"index": 0, "delta": {"content": "\\ud83d"}, "finish_reason": null}]}\n\n',
+        b'data: {"choices": [], "n": 1e999, "i": 1%s}\n\n' % (b"0" * 30),
+    ],
+    ids=["half a surrogate pair", "a number beyond a float"],
+)
+def test_json_that_msgspec_does_not_take_is_json(odd: bytes) -> None:
+    assert relay(odd, HELLO, odd, STOP, DONE).bytes == odd + HELLO + odd + STOP + DONE
 
 
 def test_bytes_that_drip_after_the_finish_do_not_prolong_the_second() -> None:

@@ -1,4 +1,5 @@
 import json
+import resource
 from typing import Any
 
 import msgspec
@@ -7,6 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gateway.errors import InvalidJson, InvalidRequest
+from gateway.record import Record
 from gateway.requests import PATHS, Prompt, parse, with_model
 
 CHAT = "/v1/chat/completions"
@@ -259,6 +261,38 @@ def test_no_bytes_make_the_parser_fail(body: bytes) -> None:
         except (InvalidJson, InvalidRequest):
             continue
         assert prompt.body == body
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_half_a_surrogate_pair_in_an_escape_is_json(path: str) -> None:
+    body = b'{"messages": [{"role": "user", "content": "\\ud83d"}], "prompt": "\\uDE00", "input": "", "\\udead": 1}'
+
+    assert parse(path, body).body == body
+    assert parse(path, with_model(body, "m")).model == "m"
+    with pytest.raises(InvalidRequest):
+        parse(path, body[:-1] + b', "model": 1}')
+    with pytest.raises(InvalidJson):
+        parse(path, body[:-1])
+
+
+@pytest.mark.parametrize(("written", "told"), [("10", 10), ("10.0", 10), ("10.5", None), ("1e2", 100)])
+def test_a_number_of_tokens_may_be_written_as_a_float(written: str, told: int | None) -> None:
+    prompt = parse("/v1/completions", b'{"prompt": "p", "max_tokens": %s}' % written.encode())
+    record = Record("POST", "/v1/completions", trace_id=1, span_id=1, request_id="r", started=0.0)
+    record.asked(prompt, model="m", route="*", keep_text=False)
+
+    assert record.max_tokens == told
+
+
+def test_looking_for_the_model_keeps_nothing_of_a_long_text() -> None:
+    """The backtracking of a careless expression takes 50 bytes for each escape: 250 MB here."""
+    noise = b'"' + b"\\n" * 5_000_000 + b'"'
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = with_model(b'{"x":' + noise + b"}", "new")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+    assert out == b'{"model":"new","x":' + noise + b"}"
+    assert grown < 100_000, "KiB"
 
 
 def test_a_body_of_ten_megabytes_is_changed_in_one_pass() -> None:

@@ -98,6 +98,8 @@ def test_neither_user_info_nor_a_key_is_shown(monkeypatch: pytest.MonkeyPatch) -
     line = complaint(monkeypatch, "GATEWAY_BACKEND_URLS", "http://user:s3cret@host?x, https://me:s3cret@other#y")
     assert "s3cret" not in line
     assert "host?x" in line
+    for odd in ("http://user:s3cret/@host:80", "http://user:s3 cret@host", "user:s3cret@host:80"):
+        assert "cret" not in complaint(monkeypatch, "GATEWAY_BACKEND_URLS", odd)
     monkeypatch.delenv("GATEWAY_BACKEND_URLS")
     assert "s3cret" not in repr(load(gateway_api_keys=["s3cret"], gateway_backend_api_key="s3cret"))
 
@@ -256,7 +258,7 @@ def test_what_is_read_of_opentelemetrys_own_variables(
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "x://u:key@c"},
-            "ENDPOINT='x://c' is not valid: a url that begins with",
+            "ENDPOINT='(hidden)@c' is not valid: a url that begins with",
         ),
         ({"OTEL_TRACES_SAMPLER": "sometimes"}, "OTEL_TRACES_SAMPLER='sometimes' is not valid: one of always_on, "),
         (

@@ -1,0 +1,46 @@
+r"""JSON as RFC 8259 has it, where it allows what msgspec takes for an error.
+
+Some servers and clients cut texts between the two halves of a surrogate pair; RFC 8259, section 8.2, allows what comes
+of that (`\ud83d`). What is decoded here is only looked at: the bytes go on as they came.
+"""
+
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_decode = msgspec.json.Decoder().decode
+_decode_any_number = msgspec.json.Decoder(float_hook=float).decode
+
+
+def decode(data: bytes) -> object:
+    """The value of a JSON text; a number too large for a float is infinite, halves of surrogates are U+FFFD.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+    """
+    try:
+        return _decode(data)
+    except msgspec.DecodeError:
+        return _decode_any_number(_SURROGATE.sub(rb"\\ufffd", data))
+
+
+def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
+    """The same, by a typed decoder.
+
+    Raises:
+        msgspec.ValidationError: it is another type.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is no JSON.
+    """
+    try:
+        return decode_typed(data)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if _SURROGATE.search(data) is None:
+            raise
+        return decode_typed(_SURROGATE.sub(rb"\\ufffd", data))
