@@ -85,7 +85,7 @@ DEEP_UNKNOWN = b'{"messages": [{"role": "user"}], "x": ' + b'{"a":' * 3_000 + b"
             changed(x="@").replace(b"@", b"\xff"), "invalid_json", None, id="invalid UTF-8 in an unknown field"
         ),
         pytest.param(changed(model="@").replace(b"@", b"\xc3\x28"), "invalid_json", None, id="invalid UTF-8"),
-        pytest.param(b'{"model": "\\ud800", "messages": []}', "invalid_request", "messages", id="half a surrogate pair"),
+        pytest.param(b'{"model": "\\ud800", "messages": []}', "invalid_request", "messages", id="half a surrogate"),
         pytest.param(DEEP, "invalid_json", None, id="nested too deep"),
         pytest.param(DEEP_UNKNOWN, "invalid_json", None, id="nested too deep in an unknown field"),
         pytest.param(b"[" * LIMIT, "invalid_json", None, id="only brackets"),
