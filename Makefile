@@ -44,7 +44,7 @@ down: ## Stop the stack and remove its containers and volumes
 	docker compose --profile '*' down --volumes --remove-orphans
 
 logs: ## Follow the stack's logs
-	docker compose logs --follow
+	@docker compose logs --follow || [ $$? -eq 130 ]
 
 trace: ## Post a prompt to the stack and print the address of its trace in Jaeger
 	@$(or $(PYTHON3),python3) tools/trace.py $(ARGS)

@@ -1,5 +1,6 @@
 """`python -m gateway`: settings -> telemetry -> app -> serve."""
 
+import logging
 import sys
 
 import uvloop
@@ -7,7 +8,7 @@ import uvloop
 from gateway.app import create_app
 from gateway.routes import load_routing
 from gateway.serve import serve
-from gateway.settings import Settings, SettingsError, load, load_otel
+from gateway.settings import Settings, SettingsError, load, load_otel, unknown
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.logs import RequestLog, setup_logs
@@ -28,6 +29,8 @@ def main() -> int:
     try:
         settings = load()
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
+        for name in unknown():
+            logging.getLogger("gateway").warning("%s is no setting of the gateway, and is ignored", name)
         uvloop.run(run(settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - one line, before any log is set up

@@ -177,7 +177,7 @@ class HttpClient:
             return ConnectTimeout(f"{replica.name} did not accept a connection within {self._connect_timeout:g} s.")
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             self._forget_address(replica)
-            return Unreachable(f"The name of {replica.name} could not be resolved.")
+            return Unreachable(f"The host name of {replica.name} could not be resolved.")
         if isinstance(error, aiohttp.ClientConnectorError):
             self._forget_address(replica)
             return Unreachable(f"{replica.name} refused the connection.")

@@ -1,6 +1,7 @@
 """Background probes of every replica, and the document of `/health`."""
 
 import asyncio
+import logging
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,8 @@ LAG_INTERVAL = 0.5
 """Seconds between measurements of the event loop's lag."""
 LAG_SAMPLES = 30
 """Measurements whose worst is shown, so that one scrape in 15 s sees every stop."""
+
+_log = logging.getLogger("gateway")
 
 
 class Health:
@@ -86,6 +89,10 @@ class Health:
         began = monotonic()
         ok = await self._client.probe(replica)
         now = monotonic()
+        if ok is not (replica.probe is None or replica.probe.ok):
+            _log.log(
+                logging.INFO if ok else logging.WARNING, "probe of %s: %s", replica.name, "good" if ok else "failed"
+            )
         replica.probe = Probe(ok=ok, latency=now - began, at=now)
         replica.breaker.probed(good=ok)
 

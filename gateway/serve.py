@@ -152,10 +152,11 @@ async def serve(app: web.Application, settings: "Settings") -> None:
     try:
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024)
         await site.start()
+        asks = "gateway keys asked for" if settings.gateway_api_keys else "open to everybody: no gateway keys"
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 20, 20)
-        _log.info("gateway %s listens on %s, %d backend(s)", __version__, site.name, len(parts.pool.replicas))
+        _log.info("gateway %s listens on %s, %d backend(s), %s", __version__, site.name, len(parts.pool.replicas), asks)
         await stop.wait()
         await drain(parts, settings.gateway_shutdown_grace, second)
     finally:

@@ -161,10 +161,23 @@ def _one_line(error: ValidationError) -> str:
     field, details = next(iter(wrong.items()))
     name = field.upper()
     shown = _USER_INFO.sub("(hidden)@", repr(os.environ.get(name, details[0]["input"])))
-    messages = [each["msg"].replace("Value error, ", "").replace("Input should", "should") for each in details]
+    messages = [_allowed(each["msg"]) for each in details]
     others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    line = f"{name}={'(hidden)' if name in SECRETS else shown} is not valid: {' or '.join(dict.fromkeys(messages))}"
+    allowed = " or ".join(dict.fromkeys(messages))
+    line = f"{name}={'(hidden)' if name in SECRETS else shown} is not valid: it should be {allowed}"
     return (line + others).replace("\n", " ")
+
+
+def _allowed(message: str) -> str:
+    """Pydantic's message, without what it says of itself."""
+    text = message.removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
+    return "a boolean: true or false" if text == "a valid boolean" else text
+
+
+def unknown() -> list[str]:
+    """Variables that look like settings and are none, sorted: a misspelt one is not ignored in silence."""
+    known = {name.upper() for name in Settings.model_fields} | {f"{name}_FILE" for name in SECRETS}
+    return sorted(name for name in os.environ if name.startswith("GATEWAY_") and name not in known)
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,7 @@ def load_otel() -> OtelSettings:
         name = "OTEL_EXPORTER_OTLP_PROTOCOL"
     protocol = env.get(name) or "http/protobuf"
     if protocol not in {"http/protobuf", "grpc"}:
-        raise SettingsError(f"{name}={protocol!r} is not valid: 'http/protobuf' or 'grpc'")
+        raise SettingsError(f"{name}={protocol!r} is not valid: it should be 'http/protobuf' or 'grpc'")
     _check_endpoints(protocol)
     _check_sampler(env.get("OTEL_TRACES_SAMPLER", "").lower().strip(), env.get("OTEL_TRACES_SAMPLER_ARG"))
     return OtelSettings(
@@ -209,13 +222,13 @@ def _check_endpoints(protocol: str) -> None:
         url = os.environ.get(name)
         if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
             shown = _USER_INFO.sub("(hidden)@", repr(url))
-            raise SettingsError(f"{name}={shown} is not valid: a url that begins with http:// or https://")
+            raise SettingsError(f"{name}={shown} is not valid: it should be a url that begins with http:// or https://")
 
 
 def _check_sampler(sampler: str, ratio: str | None) -> None:
     """The SDK would warn of a wrong one and trace everything."""
     if sampler and sampler not in SAMPLERS:
-        raise SettingsError(f"OTEL_TRACES_SAMPLER={sampler!r} is not valid: one of {', '.join(SAMPLERS)}")
+        raise SettingsError(f"OTEL_TRACES_SAMPLER={sampler!r} is not valid: it should be one of {', '.join(SAMPLERS)}")
     if not sampler.endswith("ratio") or not ratio:
         return
     try:
@@ -223,4 +236,4 @@ def _check_sampler(sampler: str, ratio: str | None) -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise SettingsError(f"OTEL_TRACES_SAMPLER_ARG={ratio!r} is not valid: a number from 0 to 1")
+        raise SettingsError(f"OTEL_TRACES_SAMPLER_ARG={ratio!r} is not valid: it should be a number from 0 to 1")

@@ -192,7 +192,7 @@ async def test_a_total_outage_logs_requests_and_nothing_else_of_each(
     assert {answer.status for answer in answers} <= {502, 503}
     assert [line["request_id"] for line in found] == [answer.headers["x-request-id"] for answer in answers]
     others = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert others == ["breaker of backend-1: closed -> open"]
+    assert others == ["probe of backend-1: failed", "breaker of backend-1: closed -> open"]
 
 
 # The forms, and the limits.

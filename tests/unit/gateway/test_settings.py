@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, OtelSettings, Settings, SettingsError, load, load_otel
+from gateway.settings import SECRETS, OtelSettings, Settings, SettingsError, load, load_otel, unknown
 
 WRONG = [
     ("PORT", "x", "integer"),
@@ -258,12 +258,15 @@ def test_what_is_read_of_opentelemetrys_own_variables(
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "x://u:key@c"},
-            "ENDPOINT='(hidden)@c' is not valid: a url that begins with",
+            "ENDPOINT='(hidden)@c' is not valid: it should be a url that begins with",
         ),
-        ({"OTEL_TRACES_SAMPLER": "sometimes"}, "OTEL_TRACES_SAMPLER='sometimes' is not valid: one of always_on, "),
+        (
+            {"OTEL_TRACES_SAMPLER": "sometimes"},
+            "OTEL_TRACES_SAMPLER='sometimes' is not valid: it should be one of always_on, ",
+        ),
         (
             {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10%"},
-            "OTEL_TRACES_SAMPLER_ARG='10%' is not valid: a number from 0 to 1",
+            "OTEL_TRACES_SAMPLER_ARG='10%' is not valid: it should be a number from 0 to 1",
         ),
         (
             {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10"},
@@ -303,7 +306,7 @@ def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch, name: str
     with pytest.raises(SettingsError) as wrong:
         load_otel()
 
-    assert str(wrong.value) == f"{name}='http/json' is not valid: 'http/protobuf' or 'grpc'"
+    assert str(wrong.value) == f"{name}='http/json' is not valid: it should be 'http/protobuf' or 'grpc'"
 
 
 def test_only_settings_reads_the_environment() -> None:
@@ -316,3 +319,11 @@ def test_only_settings_reads_the_environment() -> None:
 
     assert readers == {"settings.py"}
     assert "PATH" in os.environ  # the search is for the real name
+
+
+def test_what_looks_like_a_setting_and_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_MAX_RETRIES", "2")
+    monkeypatch.setenv("GATEWAY_API_KEYS_FILE", "")
+    monkeypatch.setenv("GATEWAY_MAX_QUEUE", "2")
+
+    assert unknown() == ["GATEWAY_MAX_RETRIES"]
