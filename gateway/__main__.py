@@ -30,7 +30,7 @@ def main() -> int:
         settings = load()
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
         for name in unknown():
-            logging.getLogger("gateway").warning("%s is no setting of the gateway, and is ignored", name)
+            logging.getLogger("gateway").warning("%s is no setting of the gateway", name)
         uvloop.run(run(settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - one line, before any log is set up

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tenacity import AsyncRetrying, retry_if_exception_type
 
 from gateway.attempt import Usage, authorization, check_stream, check_whole, classify
+from gateway.capture import answer_texts
 from gateway.errors import (
     BackendError,
     BackendUnavailable,
@@ -281,7 +282,7 @@ class Forwarder:
             finish_reasons=whole.finish_reasons,
             input_tokens=usage.input,
             output_tokens=usage.output,
-            text=body.decode() if self._keep_text else None,
+            texts=answer_texts(body) if self._keep_text else None,
         )
         call.answer = (exchange.status, exchange.passed_headers(), body)
 
@@ -428,5 +429,5 @@ def _describe(record: "Record", progress: Progress) -> None:
         finish_reasons=progress.finish_reasons,
         input_tokens=progress.input_tokens,
         output_tokens=progress.output_tokens,
-        text=progress.text,
+        texts=None if progress.text is None else [progress.text],
     )

@@ -4,10 +4,10 @@ from typing import Any, Protocol
 
 import msgspec
 
+from gateway.capture import MAX_TEXT
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
 from gateway.jsontext import decode
-from gateway.record import MAX_TEXT
 
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
 

@@ -8,14 +8,15 @@ rendered from it. Plain numbers and words only: no HTTP, no telemetry. All insta
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
+from gateway.capture import answer_messages, prompt_messages
 from gateway.errors import ErrorAnswer, GatewayOverloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gateway.errors import GatewayError
     from gateway.requests import Prompt
 
-MAX_TEXT = 16_384
-"""Characters kept of a prompt or an answer, where capturing is on."""
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
 MAX_CHOICES = 16
@@ -214,7 +215,7 @@ class Record:
         self.temperature = getattr(fields, "temperature", None)
         self.top_p = getattr(fields, "top_p", None)
         if keep_text:
-            self.input_text = prompt.body.decode()[:MAX_TEXT]
+            self.input_text = prompt_messages(prompt.body)
 
     def answered(
         self,
@@ -224,7 +225,7 @@ class Record:
         finish_reasons: list[str] | None,
         input_tokens: int | None,
         output_tokens: int | None,
-        text: str | None,
+        texts: "Sequence[str] | None",
     ) -> None:
         """What an answer says about itself; a backend may say anything, so that all of it is bounded here."""
         self.response_id = response_id and response_id[:MAX_NAME]
@@ -232,7 +233,7 @@ class Record:
         self.finish_reasons = finish_reasons and [reason[:MAX_NAME] for reason in finish_reasons[:MAX_CHOICES]]
         self.input_tokens = _count(input_tokens)
         self.output_tokens = _count(output_tokens)
-        self.output_text = text and text[:MAX_TEXT]
+        self.output_text = None if texts is None else answer_messages(texts, self.finish_reasons)
 
     @property
     def texts(self) -> int:

@@ -116,9 +116,11 @@ class Tracer:
         if self._exporter is None:
             record.forget_texts()
             return
-        if record.texts and self._texts + record.texts > MAX_TEXT_WAITING:
-            record.forget_texts()
-        self._texts += record.texts
+        if texts := record.texts:
+            if self._texts + texts > MAX_TEXT_WAITING:
+                record.forget_texts()
+            else:
+                self._texts += texts
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
             with suppress(IndexError):  # the thread was faster
@@ -200,10 +202,11 @@ class Tracer:
             except IndexError:  # the oldest was dropped meanwhile
                 break
             spans += spans_of(record)
-            texts += record.texts
-            self._let_go(record)
-            if 4 * texts >= BATCH_BYTES:
-                break
+            if record.texts:
+                texts += record.texts
+                self._let_go(record)
+                if 4 * texts >= BATCH_BYTES:
+                    break
         return spans, texts
 
     def _let_go(self, record: "Record") -> None:

@@ -30,7 +30,7 @@ from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
 from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
-from gateway.telemetry.tracing import SCOPE, Tracer, to_readable
+from gateway.telemetry.tracing import MAX_TEXT_WAITING, SCOPE, Tracer, to_readable
 from gateway.telemetry.tree import TreePrinter
 
 RESOURCE = Resource(
@@ -106,7 +106,7 @@ def a_record(number: int) -> Record:
     record.queued = 0.5
     record.status, record.outcome, record.error_message = 503, "backend_error", "schlecht: ß"
     record.answered(
-        response_id="x", model="m", finish_reasons=["stop"], input_tokens=0, output_tokens=7, text="Antwort"
+        response_id="x", model="m", finish_reasons=["stop"], input_tokens=0, output_tokens=7, texts=["Antwort"]
     )
     return record
 
@@ -116,6 +116,32 @@ def test_the_spans_of_requests_are_encoded_as_the_sdk_encodes_them() -> None:
 
     assert len(spans) == 12
     assert encoded(spans) == by_the_sdk(spans)
+
+
+def test_captured_texts_close_a_batch_early_and_beyond_a_limit_are_left_out() -> None:
+    sizes: list[int] = []
+    texts: list[bool] = []
+
+    class Exporter(OtlpHttpExporter):
+        def send(self, body: bytes) -> bool:
+            sizes.append(len(body))
+            (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+            spans = [span for span in resource.scope_spans[0].spans if span.kind == SERVER]
+            texts.extend(any(a.key == "gen_ai.input.messages" for a in span.attributes) for span in spans)
+            return True
+
+    tracer = Tracer(Exporter(endpoint="http://127.0.0.1:9/v1/traces"))
+    records = [a_record(number) for number in range(1000)]
+    for record in records:
+        record.input_text, record.output_text = "\U0001f600" * 16_384, None
+        tracer.take(record)
+    tracer.start()
+    tracer.stop()
+
+    assert len(texts) == 1000
+    assert texts.count(True) == MAX_TEXT_WAITING // 16_384
+    assert max(sizes) < 4_194_304
+    assert not [record for record in records if record.texts]
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400])

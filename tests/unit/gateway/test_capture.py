@@ -1,0 +1,64 @@
+import json
+from typing import Any
+
+import pytest
+
+from gateway.capture import MAX_MESSAGES, MAX_TEXT, answer_messages, answer_texts, prompt_messages
+
+
+def text(content: str, role: str = "user") -> dict[str, Any]:
+    return {"role": role, "parts": [{"type": "text", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "messages"),
+    [
+        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
+         [text("Be kind.", "system"), text("Hi")]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image_url"}]}]},
+         [{"role": "user", "parts": [{"type": "text", "content": "See"}, {"type": "image_url"}]}]),
+        ({"messages": [{"role": "assistant", "content": None}]}, [{"role": "assistant", "parts": []}]),
+        ({"prompt": "Once"}, [text("Once")]),
+        ({"prompt": ["a", "b"]}, [text("a"), text("b")]),
+        ({"prompt": [1, 2, 3]}, [{"role": "user", "parts": []}]),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]}, [text("Hi")]),
+        ({"input": None}, [{"role": "user", "parts": []}]),
+    ],
+)  # fmt: skip
+def test_a_prompt_is_told_in_the_conventions_form(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    assert json.loads(prompt_messages(json.dumps(body).encode())) == messages
+
+
+@pytest.mark.parametrize(
+    ("body", "texts"),
+    [
+        ({"choices": [{"message": {"content": "a"}}, {"message": {"content": None}}]}, ["a", ""]),
+        ({"choices": [{"text": "b"}]}, ["b"]),
+        ({"output": [{"type": "reasoning"}, {"content": [{"text": "c"}, {"text": "d"}]}]}, ["cd"]),
+        ({"data": [{"embedding": [0.1]}]}, []),
+    ],
+)
+def test_the_texts_of_an_answer(body: dict[str, Any], texts: list[str]) -> None:
+    assert answer_texts(json.dumps(body).encode()) == texts
+
+
+def test_an_answer_is_told_with_its_finish_reasons() -> None:
+    told = json.loads(answer_messages(["a", "b"], ["stop"]))
+
+    assert told == [text("a", "assistant") | {"finish_reason": "stop"}, text("b", "assistant")]
+
+
+def test_all_of_it_is_bounded() -> None:
+    long = {"messages": [{"role": "r" * 9999, "content": "x" * 9999}] * 1000}
+    many = {"messages": [{"role": "user", "content": ""}] * 1000}
+
+    assert len(prompt_messages(json.dumps(long).encode())) < MAX_TEXT + 1000
+    assert len(json.loads(prompt_messages(json.dumps(many).encode()))) == MAX_MESSAGES
+    assert len(answer_messages(["y" * 99_999] * 5, None)) < MAX_TEXT + 1000
+
+
+def test_what_cannot_be_decoded_in_full_costs_the_capture_alone() -> None:
+    body = b'{"prompt": "p", "odd": 1%s}' % (b"0" * 5000)
+
+    assert json.loads(prompt_messages(body)) in ([text("p")], [{"role": "user", "parts": []}])
+    assert answer_texts(body) == []
