@@ -236,4 +236,6 @@ def _add_problem(played: Played, text: str) -> None:
 
 
 def _say(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"nothing answers at {error.host}:{error.port}; are --target and --mock-control right, and does it run?"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
