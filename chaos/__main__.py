@@ -172,7 +172,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Experiment]:
 
 
 def run() -> int:
-    """The exit code: 0: every promise was kept, 1: one was not or could not be seen, 2: nothing to play, 130: stopped."""
+    """The exit code: 0: every promise was kept, 1: one was not, or not seen; 2: nothing to play; 130: stopped."""
     options = arguments()
     try:
         experiments = prepare(options)

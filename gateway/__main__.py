@@ -8,7 +8,7 @@ import uvloop
 from gateway.app import create_app
 from gateway.routes import load_routing
 from gateway.serve import serve
-from gateway.settings import Settings, SettingsError, load, load_otel, unknown
+from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.logs import RequestLog, setup_logs
@@ -31,6 +31,7 @@ def main() -> int:
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
         for name in unknown():
             logging.getLogger("gateway").warning("%s is no setting of the gateway", name)
+        set_threads_of_libuv()
         uvloop.run(run(settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - one line, before any log is set up

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
+from gateway.jsontext import decode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
+MAX_OWN_WORDS = 65_536
+"""Bytes of a backend's error answer that is taken apart for an error event."""
 RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """These and 5xx are what the OpenAI SDKs send again unless told otherwise."""
 
 _encode = msgspec.json.encode
-_decode = msgspec.json.decode
 
 
 def explaining(record: "Record", now: float) -> dict[str, str]:
@@ -94,6 +96,7 @@ def error_event(error: GatewayError, sequence_number: int | None) -> bytes:
 
 def _own_words(error: GatewayError) -> dict[str, Any]:
     """What a backend's own error answer says of itself, if it is in OpenAI's form."""
-    document = _decode(error.body) if isinstance(error, ErrorAnswer) and error.body is not None else None
+    body = error.body if isinstance(error, ErrorAnswer) else None
+    document = decode(body) if body is not None and len(body) <= MAX_OWN_WORDS else None
     own = document.get("error") if isinstance(document, dict) else None
     return own if isinstance(own, dict) else {}

@@ -53,6 +53,7 @@ LARGE_BODY = 1 << 20
 """Bytes; a larger body is not copied to stand beside its head."""
 UNREPEATABLE = frozenset({501, 505})
 """5xx that no repetition changes: not implemented, HTTP version not supported."""
+NULL = msgspec.Raw(b"null")
 EXHAUSTED_CODES = frozenset(
     {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "context_length_exceeded"}
 )
@@ -147,6 +148,9 @@ class HttpClient:
         connector = self._fresh if fresh else self._kept
         try:
             connection = await connector.connect(addressee.request, [], self._timeout)
+            while not connecting.fresh and _spoiled(connection):
+                connection.close()
+                connection = await connector.connect(addressee.request, [], self._timeout)
             try:
                 return await _post(connection, addressee.head(headers, len(body), close=fresh), body)
             except BaseException:
@@ -215,11 +219,15 @@ class _Addressee:
         return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
 
 
+def _spoiled(connection: "Connection") -> bool:
+    """Whether something came on a kept connection since its last answer: it would pass for the next one's."""
+    return connection.protocol is None or connection.protocol.should_close
+
+
 async def _post(connection: "Connection", head: bytes, body: bytes) -> "Exchange":
     """Send a request over a connection and read the head of its answer."""
     protocol, transport = connection.protocol, connection.transport
-    # A kept connection on which something came since its last answer is spoiled: that is an answer to nobody's request.
-    if protocol is None or transport is None or protocol.should_close:
+    if protocol is None or transport is None:
         raise aiohttp.ServerDisconnectedError
     protocol.set_response_params(auto_decompress=False, read_until_eof=True)
     if len(body) > LARGE_BODY:
@@ -229,8 +237,10 @@ async def _post(connection: "Connection", head: bytes, body: bytes) -> "Exchange
         transport.write(head + body)
     while True:
         message, content = await protocol.read()
-        if message.code >= 200:  # 1xx are no answers yet  # noqa: PLR2004
+        if message.code >= 200:  # noqa: PLR2004
             return Exchange(connection, message, content)
+        if message.code < 100 or message.code == 101:  # noqa: PLR2004 - of the 1xx alone another answer follows
+            raise InvalidResponse(f"The backend answered {message.code}, which is no answer to a prompt.")
 
 
 def authorization(replica: "Replica") -> list[tuple[str, str]]:
@@ -266,7 +276,7 @@ class Exchange:
         Raises:
             InvalidResponse: it is.
         """
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if self.headers.get("Content-Encoding", "").lower() not in {"", "identity"}:
             raise InvalidResponse("The backend's answer is compressed, although it was asked for plain bytes.")
 
     @property
@@ -275,12 +285,13 @@ class Exchange:
         return self._content.at_eof()
 
     def passed_headers(self) -> dict[str, str]:
-        """Those headers of the answer that pass to callers."""
-        return {
-            low: value
-            for name, value in self.headers.items()
-            if (low := name.lower()) in PASSED_NAMES or low.startswith(PASSED_PREFIXES)
-        }
+        """Those headers of the answer that pass to callers: of several with one name the first, of odd bytes none."""
+        passed: dict[str, str] = {}
+        for name, value in self.headers.items():
+            low = name.lower()
+            if (low in PASSED_NAMES or low.startswith(PASSED_PREFIXES)) and low not in passed and _fits(value):
+                passed[low] = value
+        return passed
 
     async def read(self) -> bytes:
         """The next bytes of the body, `b""` at its end.
@@ -324,6 +335,11 @@ class Exchange:
             self._connection.close()
 
 
+def _fits(value: str) -> bool:
+    """Whether a header value has nothing in it that a server may not send on."""
+    return value.isascii() and (value.isprintable() or value.replace("\t", " ").isprintable())
+
+
 class _Choice(msgspec.Struct):
     index: int = 0
     finish_reason: str | None = None
@@ -349,9 +365,9 @@ class Usage(msgspec.Struct):
 
 
 class Whole(msgspec.Struct):
-    """What an unstreamed answer says about itself."""
+    """What an unstreamed answer says about itself; an error is not taken apart, however large it is."""
 
-    error: Any = None
+    error: msgspec.Raw = NULL
     id: str | None = None
     model: str | None = None
     status: str | None = None
@@ -367,7 +383,7 @@ class Whole(msgspec.Struct):
 
 
 class _Bare(msgspec.Struct):
-    error: Any = None
+    error: msgspec.Raw = NULL
 
 
 class _ErrorDetail(msgspec.Struct):
@@ -404,7 +420,7 @@ def check_whole(content_type: str, body: bytes) -> Whole:
         raise InvalidResponse("The backend's answer is no JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidResponse("The backend's answer is not JSON.") from None
-    if whole.error is not None:
+    if whole.error is not NULL and bytes(whole.error) != b"null":
         raise InvalidResponse("The backend's answer is an error with a good status.")
     return whole
 

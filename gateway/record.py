@@ -206,14 +206,9 @@ class Record:
         self.route = route
         self.stream = prompt.stream
         self.choices = prompt.choices
-        fields = prompt.fields
-        self.max_tokens = _whole(
-            getattr(fields, "max_tokens", None)
-            or getattr(fields, "max_completion_tokens", None)
-            or getattr(fields, "max_output_tokens", None)
-        )
-        self.temperature = getattr(fields, "temperature", None)
-        self.top_p = getattr(fields, "top_p", None)
+        self.max_tokens = _whole(prompt.max_tokens)
+        self.temperature = prompt.temperature
+        self.top_p = prompt.top_p
         if keep_text:
             self.input_text = prompt_messages(prompt.body)
 

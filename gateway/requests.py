@@ -1,7 +1,7 @@
 """What a caller may send: the fields we read are typed and checked, all others stay as they came."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -41,7 +41,7 @@ class ChatRequest(Struct):
 class CompletionsRequest(Struct):
     """`POST /v1/completions`."""
 
-    prompt: str | list[Any] | None
+    prompt: msgspec.Raw
     model: ModelName | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -54,14 +54,14 @@ class CompletionsRequest(Struct):
 class EmbeddingsRequest(Struct):
     """`POST /v1/embeddings`."""
 
-    input: str | list[Any]
+    input: msgspec.Raw
     model: ModelName | None = None
 
 
 class ResponsesRequest(Struct):
     """`POST /v1/responses`: an input, a stored prompt or a conversation; which, the backend checks."""
 
-    input: str | list[Any] | None = None
+    input: msgspec.Raw = msgspec.Raw(b"null")
     model: ModelName | None = None
     stream: bool | None = None
     max_output_tokens: int | float | None = None
@@ -80,12 +80,15 @@ _DECODERS: dict[str, msgspec.json.Decoder[AnyRequest]] = {
 PATHS = tuple(_DECODERS)
 
 _check = msgspec.json.Decoder(msgspec.Raw).decode
+_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_SEVERAL = re.compile(rb'\s*\[\s*["\[{]')
+"""The beginning of a list of prompts; numbers would be the tokens of one."""
 _PATH_IN_MESSAGE = re.compile(r" - at `\$\.?(.+)`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 
 class Prompt:
-    """A checked request.
+    """A checked request. Only those fields are kept that somebody reads: all of them take many times the body's bytes.
 
     Attributes:
         path: the path it was posted to, one of `PATHS`.
@@ -93,18 +96,24 @@ class Prompt:
         model: the model it names, or None.
         stream: whether the answer is a stream.
         choices: how many choices the answer has (`n` for each prompt).
-        fields: the typed request.
+        max_tokens, temperature, top_p: as asked, or None.
     """
 
-    __slots__ = ("body", "choices", "fields", "model", "path", "stream")
+    __slots__ = ("body", "choices", "max_tokens", "model", "path", "stream", "temperature", "top_p")
 
     def __init__(self, path: str, body: bytes, fields: AnyRequest) -> None:
         self.path = path
         self.body = body
-        self.fields = fields
         self.model = fields.model
         self.stream = bool(getattr(fields, "stream", None))
         self.choices = _choices(fields)
+        self.max_tokens: float | None = (
+            getattr(fields, "max_tokens", None)
+            or getattr(fields, "max_completion_tokens", None)
+            or getattr(fields, "max_output_tokens", None)
+        )
+        self.temperature: float | None = getattr(fields, "temperature", None)
+        self.top_p: float | None = getattr(fields, "top_p", None)
 
 
 def parse(path: str, body: bytes) -> Prompt:
@@ -128,7 +137,16 @@ def parse(path: str, body: bytes) -> Prompt:
         raise InvalidJson(f"The body is not UTF-8 (byte {error.start}).") from None
     except RecursionError:
         raise InvalidJson("The body is nested too deep.") from None
+    _check_texts(fields)
     return Prompt(path, body, fields)
+
+
+def _check_texts(fields: AnyRequest) -> None:
+    """A prompt or an input is a text or a list, which the backend looks into. Raises: InvalidRequest."""
+    name = "prompt" if isinstance(fields, CompletionsRequest) else "input"
+    raw = bytes(getattr(fields, name, None) or b'""')
+    if raw[:1] not in b'"[' and not (raw == b"null" and not isinstance(fields, EmbeddingsRequest)):
+        raise InvalidRequest(f"Expected a text or a list (`{name}`).", param=name)
 
 
 def _invalid(body: bytes, message: str) -> InvalidJson | InvalidRequest:
@@ -152,9 +170,8 @@ def _invalid(body: bytes, message: str) -> InvalidJson | InvalidRequest:
 
 def _choices(fields: AnyRequest) -> int:
     n = getattr(fields, "n", None) or 1
-    prompt = getattr(fields, "prompt", None)
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        return n * len(prompt)
+    if isinstance(fields, CompletionsRequest) and _SEVERAL.match(fields.prompt):
+        return n * len(decode_with(_items, bytes(fields.prompt)))
     return n
 
 
@@ -170,6 +187,8 @@ def with_model(body: bytes, model: str) -> bytes:
     `body` must have passed `parse`. Every other byte stays: spaces, number forms, order, unknown fields.
     """
     value = msgspec.json.encode(model)
+    if b'"model"' not in body and b"\\u" not in body:  # no key can be it, not even in disguise
+        return _added(body, value)
     pieces, kept, depth, position = [], 0, 0, 0
     while (token := _TOKEN.search(body, position)) is not None:
         position = token.end()
@@ -188,6 +207,11 @@ def with_model(body: bytes, model: str) -> bytes:
                 kept = position = old.end()
     if pieces:
         return b"".join([*pieces, body[kept:]])
+    return _added(body, value)
+
+
+def _added(body: bytes, value: bytes) -> bytes:
+    """The object with the model in front."""
     start = body.index(b"{") + 1
     comma = b"" if body[start:].lstrip().startswith(b"}") else b","
     return b"".join([body[:start], b'"model":', value, comma, body[start:]])

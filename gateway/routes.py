@@ -88,6 +88,8 @@ def _from_file(path: "Path") -> Routing:
         raise SettingsError(
             f"GATEWAY_CONFIG={str(path)!r}: {error.strerror}; allowed is a readable YAML file"
         ) from None
+    except RecursionError:
+        raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}: it is nested too deep") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -180,6 +180,15 @@ def unknown() -> list[str]:
     return sorted(name for name in os.environ if name.startswith("GATEWAY_") and name not in known)
 
 
+def set_threads_of_libuv() -> None:
+    """More threads for look-ups of names, unless the environment says how many; before the event loop starts.
+
+    Half of them may wait for name servers. Of the default 4, two look-ups of a dead name would hold up those of every
+    other backend.
+    """
+    os.environ.setdefault("UV_THREADPOOL_SIZE", "32")
+
+
 @dataclass(frozen=True)
 class OtelSettings:
     """The few `OTEL_*` variables that decide what is built; all others the SDK reads itself.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import RawCall, StartRaw, chunk, full_backlog
+from tests.integration.backends_raw import ANSWER, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import Answer, Gateway, StartGateway, StartMock, prefer
 from tests.integration.sse import Events
 
@@ -560,7 +560,38 @@ async def test_what_nobody_asked_for_on_a_kept_connection_reaches_nobody(
         answer = await gateway.chat()
         assert (answer.status, json.loads(answer.body)) == (200, {"id": f"{number}"})
         assert "status_408" not in answer.headers["server-timing"]
-    assert [call.turn for call in backend.calls] == [1, 1, 1] or [call.turn for call in backend.calls] == [1, 1, 2]
+        assert answer.attempts == 1, "nothing was sent on the spoiled one"
+    assert [call.turn for call in backend.calls] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_header_that_cannot_be_sent_on_is_left_out(
+    start_raw: StartRaw, start_gateway: StartGateway, *, stream: bool
+) -> None:
+    odd = b"openai-processing-ms: 5\x01\r\nopenai-version: caf\xe9\r\nopenai-organization: a\tb\r\n"
+    kind = b"text/event-stream" if stream else b"application/json"
+    body = b"".join([chunk(), chunk("word"), chunk(finish="stop"), b"data: [DONE]\n\n"]) if stream else ANSWER
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ncontent-type: text/html\r\ncontent-length: %d\r\n" % (
+        kind,
+        len(body),
+    )
+    backend = await start_raw(lambda call: call.send(head + odd + b"\r\n" + body))
+    gateway = await start_gateway(backend.url)
+    answer = await gateway.chat(stream=stream)
+    assert (answer.status, answer.body) == (200, body)
+    assert answer.headers["content-type"] == kind.decode()
+    assert answer.headers["openai-organization"] == "a\tb"
+    assert not {"openai-processing-ms", "openai-version"} & set(answer.headers)
+
+
+@pytest.mark.parametrize("status", [b"101 Switching Protocols", b"099 Odd"])
+async def test_a_status_that_is_no_answer_is_unreadable_at_once(
+    start_raw: StartRaw, start_gateway: StartGateway, status: bytes
+) -> None:
+    backend = await start_raw(lambda call: call.send(b"HTTP/1.1 " + status + b"\r\nconnection: upgrade\r\n\r\n"))
+    gateway = await start_gateway(backend.url, gateway_max_attempts=1)
+    answer = await gateway.chat()
+    assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
 
 
 async def test_answers_with_half_a_surrogate_pair_are_good(start_raw: StartRaw, start_gateway: StartGateway) -> None:

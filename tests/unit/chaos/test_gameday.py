@@ -96,7 +96,7 @@ async def test_a_gateway_that_is_not_there_is_a_problem(experiment: Experiment) 
     result = await played(experiment, stage)
 
     assert not result.passed
-    assert "Cannot connect" in str(result.problem)
+    assert "nothing answers at 127.0.0.1" in str(result.problem)
     assert stage.done == ["begin", "end"]
 
 

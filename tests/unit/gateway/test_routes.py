@@ -177,6 +177,7 @@ WRONG = [
     ("a: 1\n---\nb: 2\n", ", line 2: ", ""),
     ("a: \x01", "", "UTF-8"),
     ("a: *nowhere", ", line 1: ", ""),
+    ("[" * 5000, ": it is nested too deep", ""),
 ]
 
 
