@@ -50,6 +50,7 @@ class Health:
         self._started = monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._first_probes = 0
+        self._told: set[Replica] = set()
 
     @property
     def ready(self) -> bool:
@@ -89,12 +90,18 @@ class Health:
         began = monotonic()
         ok = await self._client.probe(replica)
         now = monotonic()
-        if ok is not (replica.probe is None or replica.probe.ok):
-            _log.log(
-                logging.INFO if ok else logging.WARNING, "probe of %s: %s", replica.name, "good" if ok else "failed"
-            )
+        self._tell(replica, ok=ok)
         replica.probe = Probe(ok=ok, latency=now - began, at=now)
         replica.breaker.probed(good=ok)
+
+    def _tell(self, replica: "Replica", *, ok: bool) -> None:
+        """Two failed probes in a row are told once, and then the first good one."""
+        if ok and replica in self._told:
+            self._told.discard(replica)
+            _log.info("probe of %s: good", replica.name)
+        elif not ok and replica.probe is not None and not replica.probe.ok and replica not in self._told:
+            self._told.add(replica)
+            _log.warning("probe of %s: failed", replica.name)
 
     async def _watch_loop(self) -> None:
         lags = deque([0.0], maxlen=LAG_SAMPLES)
