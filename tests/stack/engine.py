@@ -22,8 +22,8 @@ BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "
 T = TypeVar("T")
 
 
-def docker(*args: str, env: Mapping[str, str] | None = None, seconds: float = 120) -> str:
-    """Run `docker ARGS` and return what it printed. Raises: AssertionError with its stderr."""
+def docker(*args: str, env: Mapping[str, str] | None = None, seconds: float = 120, complaints: bool = False) -> str:
+    """Run `docker ARGS` and return what it printed, its `complaints` too. Raises: AssertionError with its stderr."""
     done = subprocess.run(  # noqa: S603
         ["docker", *args],  # noqa: S607
         cwd=ROOT,
@@ -34,7 +34,7 @@ def docker(*args: str, env: Mapping[str, str] | None = None, seconds: float = 12
         check=False,
     )
     assert done.returncode == 0, f"docker {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    return done.stdout + done.stderr if complaints else done.stdout
 
 
 def why_no_engine() -> str | None:
@@ -151,10 +151,11 @@ class Stack:
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
         return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env"})
 
-    def compose(self, *args: str, seconds: float = 120) -> str:
+    def compose(self, *args: str, seconds: float = 120, complaints: bool = False) -> str:
         """Run `docker compose ARGS` on this project; a user's own .env and project are left out of it."""
         chosen = [f"--profile={profile}" for profile in self.profiles]
-        return docker("compose", "-p", PROJECT, "--env-file", os.devnull, *chosen, *args, env=self.env, seconds=seconds)
+        command = ("compose", "-p", PROJECT, "--env-file", os.devnull, *chosen, *args)
+        return docker(*command, env=self.env, seconds=seconds, complaints=complaints)
 
     def with_profile(self, profile: str, **env: str) -> "Stack":
         """The same project with one more profile."""

@@ -72,7 +72,7 @@ def test_a_change_of_the_code_reuses_the_dependencies(built_stack: Stack, servic
 def test_compose_accepts_the_file_without_a_warning(profiles: tuple[str, ...]) -> None:
     stack = Stack.with_free_ports()
     stack.profiles = profiles
-    assert stack.compose("config", "--quiet") == ""
+    assert stack.compose("config", "--quiet", complaints=True) == ""
 
 
 @pytest.mark.parametrize(
