@@ -34,7 +34,7 @@ from gateway.errors import (
     StaleConnection,
     Unreachable,
 )
-from gateway.jsontext import decode_with
+from gateway.jsontext import check, decode_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -396,7 +396,6 @@ class _ErrorBody(msgspec.Struct):
 
 
 _decode_error = msgspec.json.Decoder(_ErrorBody).decode
-_check = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_whole = msgspec.json.Decoder(Whole).decode
 _decode_bare = msgspec.json.Decoder(_Bare).decode
 
@@ -464,7 +463,7 @@ def _error_words(body: bytes) -> "list[str] | None":
 
 def _is_json(body: bytes) -> bool:
     try:
-        decode_with(_check, body)
+        check(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return True

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _decode = msgspec.json.Decoder().decode
+_pass_over = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
 
 
@@ -44,3 +45,12 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
         if _SURROGATE.search(data) is None:
             raise
         return decode_typed(_SURROGATE.sub(rb"\\ufffd", data))
+
+
+def check(data: bytes) -> None:
+    """Whether it is JSON at all; nothing is built of it.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+    """
+    decode_with(_pass_over, data)

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.errors import InvalidJson, InvalidRequest
-from gateway.jsontext import decode, decode_with
+from gateway.jsontext import check, decode, decode_with
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -79,7 +79,6 @@ _DECODERS: dict[str, msgspec.json.Decoder[AnyRequest]] = {
 }
 PATHS = tuple(_DECODERS)
 
-_check = msgspec.json.Decoder(msgspec.Raw).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _SEVERAL = re.compile(rb'\s*\[\s*["\[{]')
 """The beginning of a list of prompts; numbers would be the tokens of one."""
@@ -152,7 +151,7 @@ def _check_texts(fields: AnyRequest) -> None:
 def _invalid(body: bytes, message: str) -> InvalidJson | InvalidRequest:
     """Msgspec's message, which quotes types and names but no values, with the field it is about."""
     try:
-        decode_with(_check, body)
+        check(body)
     except msgspec.DecodeError as error:
         return InvalidJson(f"The body is not JSON: {error}.")
     except RecursionError:
