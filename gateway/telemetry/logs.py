@@ -1,4 +1,4 @@
-"""Logs: one line each, readable in dev, JSON in prod. Request lines are buffered: one write for many."""
+"""Logs: one line each, readable in dev, JSON in prod. Request lines are written by a thread, many at a time."""
 
 import logging
 import sys
@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
@@ -20,10 +21,8 @@ FLUSH_INTERVAL = 0.2
 """Seconds a request line may wait to be written."""
 MAX_WAITING = 10_000
 """Lines; while the terminal or the log driver blocks, older ones are lost."""
-CHUNK = 32
-"""Lines formed at a stretch: a thread that holds the interpreter for longer is felt by the requests."""
-BREATH = 0.001
-"""Seconds between two chunks."""
+MAX_MODEL = 128
+"""Characters kept of a model's name."""
 OWN_PER_SECOND = 20
 """Lines a second of our own, at most: changes of breakers, defects."""
 OTHERS_PER_SECOND = 1
@@ -36,7 +35,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
         document = {
-            "time": _rfc3339(record.created),
+            "time": _rfc3339(int(record.created * 1e9)),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -91,13 +90,13 @@ def setup_logs(level: str, *, as_json: bool) -> None:
 
 
 class RequestLog:
-    """One line per request: formed and written by a thread, so that a request waits for neither."""
+    """One line per request, formed when it has ended and written by a thread, so that no request waits for a stream."""
 
     def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
         self._lowest: int = logging.getLevelName(level)
         self._form = _json_line if as_json else _readable_line
         self._stream = stream or sys.stdout
-        self._waiting: deque[Record] = deque(maxlen=MAX_WAITING)
+        self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -117,7 +116,7 @@ class RequestLog:
     def write(self, record: "Record") -> None:
         """A request has ended."""
         if self._lowest <= level_of(record):
-            self._waiting.append(record)
+            self._waiting.append(self._form(record))
 
     def _run(self) -> None:
         while not self._stopping.wait(FLUSH_INTERVAL):
@@ -126,13 +125,12 @@ class RequestLog:
 
     def _flush(self) -> None:
         while self._waiting:
-            chunk = [self._waiting.popleft() for _ in range(min(CHUNK, len(self._waiting)))]
+            lines = [self._waiting.popleft() for _ in range(len(self._waiting))]
             try:
-                self._stream.write("".join(map(self._form, chunk)))
+                self._stream.write("".join(lines))
                 self._stream.flush()
-            except Exception:  # a full disk, a closed terminal, a defect: the thread goes on  # noqa: BLE001, S112
+            except Exception:  # a full disk, a closed terminal: the thread goes on  # noqa: BLE001, S112
                 continue
-            time.sleep(BREATH)
 
 
 def level_of(record: "Record") -> int:
@@ -141,41 +139,80 @@ def level_of(record: "Record") -> int:
     return logging.WARNING if failed else logging.INFO
 
 
+class _AttemptFields(msgspec.Struct):
+    backend: str
+    outcome: str | None
+    seconds: float
+    backoff_seconds: float
+    decision: str | None
+
+
+class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A request's line, in this order; what is None is left out."""
+
+    time: str
+    level: str
+    message: str
+    method: str
+    path: str | None = None
+    status: int
+    outcome: str
+    seconds: float
+    queued_seconds: float
+    stream: bool
+    route: str | None = None
+    model: str | None = None
+    backend: str | None = None
+    attempts: list[_AttemptFields]
+    skipped: list[str] | None = None
+    stop_reason: str | None = None
+    error: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    request_id: str
+    trace_id: str
+    span_id: str
+
+
+_encode = msgspec.json.Encoder().encode
+
+
 def _json_line(record: "Record") -> str:
-    document = {
-        "time": _rfc3339(record.started_ns / 1e9),
-        "level": "warning" if level_of(record) == logging.WARNING else "info",
-        "message": "request",
-        "method": record.method,
-        "path": record.path,
-        "status": record.status,
-        "outcome": record.outcome,
-        "seconds": round(record.seconds(0.0), 6),
-        "queued_seconds": round(record.queued, 6),
-        "stream": record.stream,
-        "route": record.route,
-        "model": _short(record.model),
-        "backend": record.backend,
-        "attempts": [
-            {
-                "backend": attempt.backend,
-                "outcome": attempt.outcome,
-                "seconds": round((attempt.ended or attempt.started) - attempt.started, 6),
-                "backoff_seconds": round(attempt.backoff, 6),
-                "decision": attempt.decision,
-            }
+    fields = _Fields(
+        time=_rfc3339(record.started_ns),
+        level="warning" if level_of(record) == logging.WARNING else "info",
+        message="request",
+        method=record.method,
+        path=record.path,
+        status=record.status,
+        outcome=record.outcome,
+        seconds=_rounded(record.seconds(0.0)),
+        queued_seconds=_rounded(record.queued),
+        stream=record.stream,
+        route=record.route,
+        model=record.model and record.model[:MAX_MODEL],
+        backend=record.backend,
+        attempts=[
+            _AttemptFields(
+                attempt.backend,
+                attempt.outcome,
+                _rounded((attempt.ended or attempt.started) - attempt.started),
+                _rounded(attempt.backoff),
+                attempt.decision,
+            )
             for attempt in record.attempts
         ],
-        "skipped": [change["gateway.backend"] for _, name, change in record.events if name == SKIPPED] or None,
-        "stop_reason": record.stop_reason,
-        "error": record.error_message,
-        "input_tokens": record.input_tokens,
-        "output_tokens": record.output_tokens,
-        "request_id": record.request_id,
-        "trace_id": f"{record.trace_id:032x}",
-        "span_id": f"{record.span_id:016x}",
-    }
-    return msgspec.json.encode({key: value for key, value in document.items() if value is not None}).decode() + "\n"
+        stop_reason=record.stop_reason,
+        error=record.error_message,
+        input_tokens=record.input_tokens,
+        output_tokens=record.output_tokens,
+        request_id=record.request_id,
+        trace_id=f"{record.trace_id:032x}",
+        span_id=f"{record.span_id:016x}",
+    )
+    if record.events:
+        fields.skipped = [change["gateway.backend"] for _, name, change in record.events if name == SKIPPED] or None
+    return _encode(fields).decode() + "\n"
 
 
 def _readable_line(record: "Record") -> str:
@@ -191,9 +228,16 @@ def _readable_line(record: "Record") -> str:
     )
 
 
-def _short(text: str | None) -> str | None:
-    return text[:128] if text is not None else None
+def _rounded(seconds: float) -> float:
+    """To microseconds; many times as fast as `round` with digits."""
+    return round(seconds * 1e6) / 1e6
 
 
-def _rfc3339(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _rfc3339(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{_second(seconds)}.{rest // 10**6:03}Z"
+
+
+@lru_cache(maxsize=8)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -1,9 +1,12 @@
 """The numbers at `/metrics`. Gauges are read from the parts when somebody asks; counters have cached children."""
 
+from bisect import bisect_left
+from itertools import accumulate
+from time import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
@@ -35,20 +38,14 @@ class Metrics:
         self._requests = Counter(
             "gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry
         )
-        self._duration = Histogram(
-            "gateway_request_duration_seconds",
-            "From a request's headers to the end of its answer.",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
+        self._duration = Durations(
+            "gateway_request_duration_seconds", "From a request's headers to the end of its answer."
         )
-        self._first_token = Histogram(
-            "gateway_time_to_first_token_seconds",
-            "From a streamed request's headers to its first content event.",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
+        self._first_token = Durations(
+            "gateway_time_to_first_token_seconds", "From a streamed request's headers to its first content event."
         )
+        registry.register(self._duration)
+        registry.register(self._first_token)
         self._queue_wait = Histogram(
             "gateway_queue_wait_seconds",
             "Time in the queue of requests that had to wait.",
@@ -80,8 +77,6 @@ class Metrics:
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
         self._request_children: dict[tuple[str, int, str], Counter] = {}
         self._attempt_children: dict[tuple[str, str], Counter] = {}
-        self._duration_children: dict[str, Histogram] = {}
-        self._first_token_children: dict[str, Histogram] = {}
 
     def watch(self, pool: "Pool", admission: "Admission", memory: "Memory") -> None:
         """Read these parts whenever somebody asks for the metrics."""
@@ -104,11 +99,10 @@ class Metrics:
         if child is None:
             child = self._request_children[key] = self._requests.labels(route, str(record.status), record.outcome)
         child.inc()
-        exemplar = {"trace_id": f"{record.trace_id:032x}"} if kept else None
-        _child(self._duration_children, self._duration, route).observe(record.seconds(0.0), exemplar)
+        trace_id = record.trace_id if kept else None
+        self._duration.observe(route, record.seconds(0.0), trace_id)
         if record.first_token is not None:
-            waited = record.first_token - record.started
-            _child(self._first_token_children, self._first_token, route).observe(waited, exemplar)
+            self._first_token.observe(route, record.first_token - record.started, trace_id)
         for attempt in record.attempts:
             self._count_attempt(attempt.backend, attempt.outcome or "ok")
         if record.input_tokens:
@@ -147,11 +141,58 @@ class Metrics:
         child.inc()
 
 
-def _child(children: dict[str, Histogram], parent: Histogram, route: str) -> Histogram:
-    child = children.get(route)
-    if child is None:
-        child = children[route] = parent.labels(route)
-    return child
+class Durations:
+    """A histogram by route, each bucket with the trace of its latest duration.
+
+    prometheus-client's own builds and checks each exemplar when it comes, which takes longer than all else that is
+    counted of a request (bench/README.md); here that is left to whoever asks.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._text = text
+        self._routes: dict[str, _Buckets] = {}
+
+    def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
+        """One more; `trace_id` None: its trace cannot be looked up."""
+        buckets = self._routes.get(route)
+        if buckets is None:
+            buckets = self._routes[route] = _Buckets()
+        index = bisect_left(SECONDS, seconds)
+        buckets.counts[index] += 1
+        buckets.sum += seconds
+        if trace_id is not None:
+            buckets.latest[index] = trace_id, seconds, time()
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        family = HistogramMetricFamily(self._name, self._text, labels=["route"])
+        for route, buckets in self._routes.items():
+            family.add_metric([route], buckets.told(), buckets.sum)
+        yield family
+
+
+BOUNDS = (*map(str, SECONDS), "+Inf")
+
+
+class _Buckets:
+    __slots__ = ("counts", "latest", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.sum = 0.0
+        self.latest: list[tuple[int, float, float] | None] = [None] * (len(SECONDS) + 1)
+
+    def told(self) -> "list[tuple[str, float] | tuple[str, float, Exemplar]]":
+        """Each bound with how many stayed below it, and the exemplar if there is one."""
+        told: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+        for bound, count, latest in zip(BOUNDS, accumulate(self.counts), self.latest, strict=True):
+            if latest is None:
+                told.append((bound, count))
+            else:
+                trace_id, seconds, at = latest
+                told.append((bound, count, Exemplar({"trace_id": f"{trace_id:032x}"}, seconds, at)))
+        return told
 
 
 class _Parts:

@@ -322,9 +322,7 @@ async def test_a_terminal_that_blocks_costs_no_request_and_bounded_memory(
         first = await gateway.chat()
         await until(stream.asked.is_set)
         answers = [await gateway.chat() for _ in range(5)]
-        record = log._waiting[-1]
-        for _ in range(MAX_WAITING + 100):
-            log.write(record)
+        log._waiting.extend([log._waiting[-1]] * (MAX_WAITING + 100))
         assert len(log._waiting) == MAX_WAITING
     finally:
         stream.open.set()
@@ -345,17 +343,26 @@ def test_a_full_disk_costs_lines_and_not_the_log(a_finished_record: Record) -> N
     assert stream.getvalue().count("\n") == 1
 
 
-def test_a_record_that_cannot_be_written_costs_its_lines_and_not_the_log(a_finished_record: Record) -> None:
-    stream = io.StringIO()
-    log = RequestLog(level="INFO", as_json=True, stream=stream)
-    good, a_finished_record.request_id = a_finished_record.request_id, "\ud800"
-    log.write(a_finished_record)
-    log._flush()
-    a_finished_record.request_id = good
-    log.write(a_finished_record)
-    log._flush()
+async def test_a_record_that_cannot_be_written_costs_its_line_and_not_the_answer(
+    mock: MockModel, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start_gateway(mock)
+    log = gateway.parts.telemetry._requests
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_form", refuse)
+        spoiled = await gateway.chat()
+    good = await gateway.chat()
+    (line,) = await lines(gateway, 1)
 
-    assert stream.getvalue().count("\n") == 1
+    assert (spoiled.status, good.status) == (200, 200)
+    assert line["request_id"] == good.headers["x-request-id"]
+    assert [entry.getMessage() for entry in caplog.records if "telemetry failed" in entry.getMessage()] == [
+        f"telemetry failed for trace {spoiled.headers['x-trace-id']}"
+    ]
+
+
+def refuse(_record: Record) -> str:
+    raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
 
 
 @pytest.mark.parametrize(("level", "count"), [("INFO", 1), ("DEBUG", 1), ("WARNING", 0)])
