@@ -42,10 +42,12 @@ class Admission:
         if self.in_flight >= self._max_in_flight and len(self._waiting) >= self._max_queue:
             raise GatewayOverloaded("The gateway is full: its queue has no place left.", reason="queue_full")
 
-    @property
-    def full(self) -> bool:
-        """Whether the next request has to wait."""
-        return self.in_flight >= self._max_in_flight
+    def enter_at_once(self) -> bool:
+        """Take a slot, if there is one and nobody has to be refused; else `enter` waits for one or refuses."""
+        if self.draining or self.in_flight >= self._max_in_flight:
+            return False
+        self.in_flight += 1
+        return True
 
     async def enter(self, left: float) -> None:
         """Take a slot, waiting in the queue at most `left` seconds; `leave` gives it back.
@@ -56,8 +58,7 @@ class Admission:
             DeadlineExceeded: `left` ended first.
         """
         self.check()
-        if not self.full:
-            self.in_flight += 1
+        if self.enter_at_once():
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)

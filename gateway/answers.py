@@ -4,7 +4,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
+from aiohttp.helpers import rfc822_formatted_time
 
 from gateway import __version__
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
@@ -12,6 +13,8 @@ from gateway.jsontext import decode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from aiohttp.abc import AbstractStreamWriter
 
     from gateway.record import Record
 
@@ -22,6 +25,38 @@ RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """These and 5xx are what the OpenAI SDKs send again unless told otherwise."""
 
 _encode = msgspec.json.encode
+
+
+class WholeAnswer(web.Response):
+    """A backend's unstreamed answer, its head and body put together and sent in one go.
+
+    aiohttp's way to the same bytes takes 4 us longer (bench/README.md); what needs it still goes it: HTTP/1.0, and
+    connections that end with the answer.
+    """
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        super().__init__(body=body, status=status, headers=headers)
+        self._bytes = body
+
+    async def prepare(self, request: web.BaseRequest) -> "AbstractStreamWriter | None":
+        """Send all of it.
+
+        Raises:
+            ConnectionError: nobody is there any more.
+            ValueError: a header holds a line end.
+        """
+        if self.prepared or self.keep_alive is False or request.version != HttpVersion11 or not request.keep_alive:
+            return await super().prepare(request)
+        headers = self.headers
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+            raise ValueError("a header holds a line end")
+        start = f"HTTP/1.1 {self.status} {self.reason}\r\ndate: {rfc822_formatted_time()}\r\n"
+        head = f"{start}{lines}content-length: {len(self._bytes)}\r\n\r\n"
+        self._keep_alive = self._eof_sent = True
+        await request.writer.write(head.encode() + self._bytes)
+        await request.writer.drain()
+        return request.writer
 
 
 def explaining(record: "Record", now: float) -> dict[str, str]:

@@ -6,7 +6,7 @@ from base64 import b64encode
 from contextvars import ContextVar
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import lru_cache, partial
 from time import time
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote_to_bytes
@@ -288,8 +288,8 @@ class Exchange:
         """Those headers of the answer that pass to callers: of several with one name the first, of odd bytes none."""
         passed: dict[str, str] = {}
         for name, value in self.headers.items():
-            low = name.lower()
-            if (low in PASSED_NAMES or low.startswith(PASSED_PREFIXES)) and low not in passed and _fits(value):
+            low = passed_as(name)
+            if low is not None and low not in passed and _fits(value):
                 passed[low] = value
         return passed
 
@@ -315,6 +315,12 @@ class Exchange:
             AnswerTooLarge: it is larger than `limit` bytes.
             GatewayOverloaded: the share cannot hold it.
         """
+        if self._content.is_eof() and self._content.exception() is None:  # it came with its headers
+            whole = self._content.read_nowait()
+            if len(whole) > limit:
+                raise _too_large(limit)
+            share.take(len(whole))
+            return whole
         pieces, size = [], 0
         while not self._content.at_eof():
             if not self._content.is_eof():
@@ -322,7 +328,7 @@ class Exchange:
             piece = await self.read()
             size += len(piece)
             if size > limit:
-                raise AnswerTooLarge(f"The backend's answer is larger than {limit} bytes.")
+                raise _too_large(limit)
             share.take(len(piece))
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -335,9 +341,20 @@ class Exchange:
             self._connection.close()
 
 
+@lru_cache(maxsize=512)
+def passed_as(name: str) -> str | None:
+    """The name in lower case of an answer's header that passes to callers, None for any other."""
+    low = name.lower()
+    return low if low in PASSED_NAMES or low.startswith(PASSED_PREFIXES) else None
+
+
 def _fits(value: str) -> bool:
     """Whether a header value has nothing in it that a server may not send on."""
     return value.isascii() and (value.isprintable() or value.replace("\t", " ").isprintable())
+
+
+def _too_large(limit: int) -> AnswerTooLarge:
+    return AnswerTooLarge(f"The backend's answer is larger than {limit} bytes.")
 
 
 class _Choice(msgspec.Struct):

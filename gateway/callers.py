@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -86,16 +87,19 @@ def check_media_type(request: web.Request) -> None:
 
 def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str, str]]:
     """The headers that go to the backend whatever the attempt; all names in lower case."""
-    headers = [
-        (low, value)
-        for name, value in request.headers.items()
-        if (low := name.lower()) in FORWARDED_NAMES or low.startswith(FORWARDED_PREFIXES)
-    ]
+    headers = [(low, value) for name, value in request.headers.items() if (low := forwarded_as(name)) is not None]
     headers.append(("accept-encoding", "identity"))
     headers.append(("x-request-id", record.request_id))
     if record.trace_state is not None:
         headers.append(("tracestate", record.trace_state))
     return headers
+
+
+@lru_cache(maxsize=512)
+def forwarded_as(name: str) -> str | None:
+    """The name in lower case of a header that goes to the backend, None for any other."""
+    low = name.lower()
+    return low if low in FORWARDED_NAMES or low.startswith(FORWARDED_PREFIXES) else None
 
 
 async def read_body(request: web.Request, deadline: Deadline, share: "Share", settings: "Settings") -> bytes:

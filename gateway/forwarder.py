@@ -114,14 +114,12 @@ class Forwarder:
             BackendError: the last attempt's failure, before or after commit.
             CallerLeft: while a stream was written.
         """
-        if self._admission.full:
+        if not self._admission.enter_at_once():
             queued_at = self._clock()
             try:
                 await self._admission.enter(call.deadline.left_to_commit())
             finally:
                 call.record.queued = self._clock() - queued_at
-        else:
-            await self._admission.enter(0)
         try:
             await self._try_targets(call, route)
         except (DeadlineExceeded, GatewayOverloaded, CallerLeft, CancelledError) as error:

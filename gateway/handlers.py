@@ -9,7 +9,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from gateway import __version__
-from gateway.answers import error_answer, explaining, json_answer
+from gateway.answers import WholeAnswer, error_answer, explaining, json_answer
 from gateway.callers import Keys, check_media_type, deadline_of, forwarded_headers, holds_back, read_body
 from gateway.errors import (
     CallerLeft,
@@ -111,21 +111,21 @@ class Handlers:
         self, request: web.Request, call: Call, status: int, headers: dict[str, str], body: bytes
     ) -> web.Response:
         """An unstreamed answer, as the backend gave it."""
-        response = web.Response(body=body, status=status, headers=headers)
-        if len(body) > SMALL_ANSWER:
-            response.headers.update(explaining(call.record, monotonic()))
-            try:
-                async with asyncio.timeout(call.deadline.left()):
-                    await response.prepare(request)
-                    call.record.status = status
-                    await response.write_eof()
-                    await request.writer.drain()
-            except (TimeoutError, asyncio.CancelledError) as error:
-                if request.transport is not None:  # no error answer may follow the begun one
-                    request.transport.abort()
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-                raise DeadlineExceeded("The caller did not take the answer before the deadline.") from None
+        if len(body) <= SMALL_ANSWER:
+            return WholeAnswer(status, headers, body)
+        response = web.Response(body=body, status=status, headers={**headers, **explaining(call.record, monotonic())})
+        try:
+            async with asyncio.timeout(call.deadline.left()):
+                await response.prepare(request)
+                call.record.status = status
+                await response.write_eof()
+                await request.writer.drain()
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if request.transport is not None:  # no error answer may follow the begun one
+                request.transport.abort()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise DeadlineExceeded("The caller did not take the answer before the deadline.") from None
         return response
 
     async def models(self, _request: web.Request) -> web.Response:

@@ -265,7 +265,7 @@ class Record:
 
     def server_timing(self, now: float) -> str:
         """The `server-timing` header (W3C Server Timing), ms: queue, each attempt with its outcome, each backoff."""
-        parts = [f"queue;dur={self.queued * 1000:.1f}"]
+        parts = [f"queue;dur={self.queued * 1000:.1f}" if self.queued else "queue;dur=0.0"]
         for attempt in self.attempts:
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")

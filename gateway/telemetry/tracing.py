@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import (
     NonRecordingSpan,
@@ -72,7 +72,7 @@ class Tracer:
         self.resource = _resource()
         self._encoder = Encoder(self.resource.attributes, SCOPE.name, __version__)
         self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
-        self._always = isinstance(self._sampler, ParentBased) and self._sampler._root is ALWAYS_ON  # noqa: SLF001
+        self._bound = _bound(self._sampler)
         self._waiting: deque[Record] = deque()
         self._texts = 0
         self._asked_at = 0.0
@@ -107,7 +107,9 @@ class Tracer:
         span_id = getrandbits(64) or 1
         if parent is None:
             trace_id = getrandbits(128) or 1
-            return trace_id, span_id, None, self._always or self._sampled(trace_id, method, path, None)
+            if self._bound is not None:
+                return trace_id, span_id, None, trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
+            return trace_id, span_id, None, self._sampled(trace_id, method, path, None)
         trace_id, parent_id = parent[:2]
         return trace_id, span_id, parent_id, self._sampled(trace_id, method, path, parent)
 
@@ -281,6 +283,17 @@ def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
         end_time=span.end,
         instrumentation_scope=SCOPE,
     )
+
+
+def _bound(sampler: Sampler) -> int | None:
+    """Below which bound the lower half of a new trace's id is sampled, where `sampler` decides by that alone.
+
+    The SDK's own way to the same answer takes 4 us.
+    """
+    root = sampler._root if isinstance(sampler, ParentBased) else sampler  # noqa: SLF001
+    if root is ALWAYS_ON:
+        return TraceIdRatioBased.TRACE_ID_LIMIT + 1
+    return root.bound if isinstance(root, TraceIdRatioBased) else None
 
 
 def _resource() -> Resource:

@@ -37,7 +37,6 @@ def test_a_free_slot_is_had_without_waiting_even_with_no_time_left() -> None:
         await gate.enter(0)
         assert clock() == began
         assert gate.in_flight == 2
-        assert gate.full
         gate.leave()
         gate.leave()
         assert_empty(gate)
@@ -73,7 +72,7 @@ def test_nobody_overtakes_the_queue_when_a_slot_becomes_free() -> None:
         waiting = enter(gate)
         await settle()
         gate.leave()
-        assert gate.full  # the slot belongs to the one who waited, before it has run
+        assert not gate.enter_at_once()  # the slot belongs to the one who waited, before it has run
         overtaking = enter(gate)
         await settle()
         assert waiting.done()
