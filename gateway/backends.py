@@ -9,7 +9,7 @@ from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
 from gateway.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection
 
     from gateway.routes import ReplicaConfig, RouteConfig, Routing
     from gateway.settings import Settings
@@ -148,6 +148,12 @@ class Lease:
         self.replica.last_failed = False
 
 
+def _less_busy(first: Replica, second: Replica) -> Replica:
+    if first.in_flight == second.in_flight:
+        return first if random() < 0.5 else second  # noqa: PLR2004
+    return first if first.in_flight < second.in_flight else second
+
+
 class Target:
     """A backend's replicas and the model to ask them for; None keeps the caller's."""
 
@@ -158,16 +164,17 @@ class Target:
         self.model = model
         self.replicas = replicas
 
-    def pick(self, *, without: "Iterable[Replica]" = ()) -> Replica | None:
+    def pick(self, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Of two random replicas that would be admitted the one with less in flight; None when there is none."""
+        if len(self.replicas) > 2 and not without:  # noqa: PLR2004
+            pair = sample(self.replicas, 2)  # mostly both are free, and the others need not be looked at
+            if pair[0].breaker.admits and pair[1].breaker.admits:
+                return _less_busy(*pair)
         free = [replica for replica in self.replicas if replica not in without and replica.breaker.admits]
         if len(free) > 2:  # noqa: PLR2004 - the power of two choices
             free = sample(free, 2)
         if len(free) == 2:  # noqa: PLR2004
-            first, second = free
-            if first.in_flight == second.in_flight:
-                return first if random() < 0.5 else second  # noqa: PLR2004
-            return first if first.in_flight < second.in_flight else second
+            return _less_busy(*free)
         return free[0] if free else None
 
     def retry_in(self) -> float | None:

@@ -36,6 +36,8 @@ class EventSplitter:
         Raises:
             InvalidResponse: an event is longer than `MAX_EVENT`.
         """
+        if not self._pieces and len(data) <= MAX_EVENT and _is_line(data):
+            return [data]
         if self._pieces:
             whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
             if not whole_line and self.waiting + len(data) <= MAX_EVENT:
@@ -51,7 +53,7 @@ class EventSplitter:
             events = [part + b"\n\n" for part in parts]
         self._pieces = [rest] if rest else []
         self.waiting = len(rest)
-        if len(rest) > MAX_EVENT or any(len(event) > MAX_EVENT for event in events):
+        if len(data) > MAX_EVENT and max(map(len, [rest, *events])) > MAX_EVENT:
             raise InvalidResponse(f"The backend sent an event longer than {MAX_EVENT} bytes.")
         return events
 
@@ -60,6 +62,11 @@ class EventSplitter:
         rest = b"".join(self._pieces)
         self._pieces, self.waiting = [], 0
         return [rest] if _END_OF_EVENT.search(rest) else []
+
+
+def _is_line(data: bytes) -> bool:
+    """Whether it is one event of one line, whole: what nearly every read of a stream brings."""
+    return data.endswith(b"\n\n") and data.count(b"\n") == 2 and b"\r" not in data  # noqa: PLR2004
 
 
 def _split_any(data: bytes) -> tuple[list[bytes], bytes]:

@@ -85,7 +85,7 @@ class Outlet:
         """Send whole events; waits while the caller does not read. Raises: CallerLeft."""
         self._last_write = monotonic()
         try:
-            await self.response.write(events)
+            await self._request.writer.write(events)
         except ConnectionError:
             raise CallerLeft("The caller left.") from None
 
