@@ -5,6 +5,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -821,6 +822,43 @@ async def test_requests_sent_in_a_row_without_waiting_are_answered_in_order(
     assert answers[2].body.endswith(b"data: [DONE]\n\n")
     assert answers[0].body == answers[3].body
     assert [call.ended for call in mock.journal.calls] == ["complete"] * 3
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "told"),
+    [
+        ("1.1", None, None),
+        ("1.1", "keep-alive", None),
+        ("1.1", "close", "close"),
+        ("1.0", None, None),
+        ("1.0", "keep-alive", "keep-alive"),
+    ],
+)
+async def test_a_whole_answer_has_the_head_that_its_http_version_asks_for(
+    recorder: Recorder, start_gateway: StartGateway, version: str, asked: str | None, told: str | None
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    connection = f"\r\nconnection: {asked}" if asked else ""
+    request = post().replace(b"HTTP/1.1", f"HTTP/{version}{connection}".encode(), 1)
+    async with dial(gateway.url) as wire:
+        await wire.send(request)
+        answer = await wire.answer()
+        stays = told != "close" and (version, asked) != ("1.0", None)
+        if stays:
+            await wire.send(request)
+            assert (await wire.answer()).body == ANSWER
+        else:
+            assert await wire.rest() == b""
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+
+    assert (answer.status, answer.body) == (200, ANSWER)
+    assert headers.get("connection") == told
+    assert headers["content-length"] == str(len(ANSWER))
+    assert headers["content-type"] == "application/json"
+    assert parsedate_to_datetime(headers["date"])
+    assert {"x-request-id", "x-trace-id", "x-gateway-attempts", "x-gateway-backend", "server-timing", "server"} <= set(
+        headers
+    )
 
 
 async def test_a_caller_of_http_1_0_gets_a_stream_that_ends_with_its_connection(

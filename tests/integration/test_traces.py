@@ -14,8 +14,10 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import Decision
 
 from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from tests.integration.collector import Collector, Span, Trace, patient, until
@@ -990,6 +992,33 @@ async def test_absurd_numbers_of_a_caller_are_not_falsified(start_stack: StartSt
 def sample(monkeypatch: pytest.MonkeyPatch, ratio: str) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", ratio)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("always_on", ""),
+        ("always_off", ""),
+        ("traceidratio", "0.3"),
+        ("parentbased_always_on", ""),
+        ("parentbased_always_off", ""),
+        ("parentbased_traceidratio", "0"),
+        ("parentbased_traceidratio", "0.3"),
+        ("parentbased_traceidratio", "1"),
+    ],
+)
+def test_new_traces_are_sampled_as_the_sdk_samples_them(
+    monkeypatch: pytest.MonkeyPatch, name: str, argument: str
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", name)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", argument)
+    tracer = Tracer(None)
+    sampler = TracerProvider(shutdown_on_exit=False).sampler
+    for _ in range(500):
+        trace_id, _, parent, sampled = tracer.decide("POST", "/v1/chat/completions", None)
+        decision = sampler.should_sample(None, trace_id, "POST /v1/chat/completions").decision
+        assert parent is None
+        assert sampled is (decision is Decision.RECORD_AND_SAMPLE), f"{trace_id:032x}"
 
 
 async def marked(stack: Stack) -> None:

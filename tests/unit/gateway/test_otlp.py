@@ -86,6 +86,19 @@ def test_spans_are_encoded_as_the_sdk_encodes_them(spans: list[SpanData]) -> Non
     assert encoded(spans) == by_the_sdk(spans), "the second time, attributes that recur come from memory"
 
 
+@pytest.mark.parametrize("name", ["a", "gen_ai.usage.output_tokens", "n" * 119, "n" * 130])
+def test_attributes_of_every_length_are_encoded_as_the_sdk_encodes_them(name: str) -> None:
+    values: list[Value] = ["x" * size for size in range(300)]
+    values += [*range(-2, 300), 2**31, 2**63 - 1, True, False, 0.0, -1.5e300]
+    spans = []
+    for value in values:
+        span = SpanData("s", SERVER, Shared([]), trace_id=1, span_id=1, parent_id=0)
+        span.own = [(name, value)]
+        spans.append(span)
+
+    assert encoded(spans) == by_the_sdk(spans)
+
+
 def a_record(number: int) -> Record:
     """The record of a request with much to tell."""
     record = Record("POST", "/v1/chat/completions", trace_id=number + 1, span_id=7, request_id="r", started=monotonic())
