@@ -168,31 +168,39 @@ class Tracer:
             self._wake.clear()
             self._export_waiting()
             self._ask_again()
-        self._export_waiting()
+        while self._waiting:
+            self._export_batch()
 
     def _export_waiting(self) -> None:
-        while self._waiting:
-            spans: list[SpanData] = []
-            encoded: list[bytes] = []
-            size = 0
-            try:
-                for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
-                    chunk, texts = self._next_chunk()
-                    spans += chunk
-                    size += 4 * texts  # bytes in UTF-8, at most
-                    if isinstance(self._exporter, OtlpHttpExporter):
-                        encoded += map(self._encoder.span, chunk)
-                    if not self._stopping:
-                        time.sleep(BREATH)
-                    if size >= BATCH_BYTES:
-                        break
-                good = self._export(spans, encoded)
-            except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
-                _log.exception("the span exporter failed")
-                good = False
-            self._failing = not good
-            if not good:
-                self._unsent += len(spans)
+        """Export what waits. What arrives meanwhile can wait: to send a handful costs as much as to send a batch."""
+        self._export_batch()
+        while len(self._waiting) >= BATCH:
+            self._export_batch()
+
+    def _export_batch(self) -> None:
+        if not self._waiting:
+            return
+        spans: list[SpanData] = []
+        encoded: list[bytes] = []
+        size = 0
+        try:
+            for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
+                chunk, texts = self._next_chunk()
+                spans += chunk
+                size += 4 * texts  # bytes in UTF-8, at most
+                if isinstance(self._exporter, OtlpHttpExporter):
+                    encoded += map(self._encoder.span, chunk)
+                if not self._stopping:
+                    time.sleep(BREATH)
+                if size >= BATCH_BYTES:
+                    break
+            good = self._export(spans, encoded)
+        except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
+            _log.exception("the span exporter failed")
+            good = False
+        self._failing = not good
+        if not good:
+            self._unsent += len(spans)
 
     def _next_chunk(self) -> tuple[list[SpanData], int]:
         """The spans of the next requests, and how many characters of captured texts are in them."""

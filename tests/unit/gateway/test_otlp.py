@@ -30,7 +30,7 @@ from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
 from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
-from gateway.telemetry.tracing import MAX_TEXT_WAITING, SCOPE, Tracer, to_readable
+from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, SCOPE, Tracer, to_readable
 from gateway.telemetry.tree import TreePrinter
 
 RESOURCE = Resource(
@@ -155,6 +155,26 @@ def test_captured_texts_close_a_batch_early_and_beyond_a_limit_are_left_out() ->
     assert texts.count(True) == MAX_TEXT_WAITING // 16_384
     assert max(sizes) < 4_194_304
     assert not [record for record in records if record.texts]
+
+
+def test_what_arrives_during_an_export_waits_for_the_next_one() -> None:
+    exports: list[int] = []
+
+    class Exporter(OtlpHttpExporter):
+        def send(self, body: bytes) -> bool:
+            (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+            exports.append(sum(span.kind == SERVER for span in resource.scope_spans[0].spans))
+            tracer.take(a_record(1))
+            return len(exports) < 10
+
+    tracer = Tracer(Exporter(endpoint="http://127.0.0.1:9/v1/traces"))
+    for number in range(BATCH + 2 * CHUNK):
+        tracer.take(a_record(number))
+    tracer._export_waiting()
+
+    assert sum(exports) >= BATCH
+    assert len(exports) == 1
+    assert len(tracer._waiting) == BATCH + 2 * CHUNK - sum(exports) + 1, "less than a batch, so that it is not urgent"
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400])

@@ -1,0 +1,204 @@
+"""What a request costs inside the process: the whole way through Python without sockets, precise to about 2 %.
+
+`python -m bench.inside [--rounds 12] [--traced] FOLDER...`: each FOLDER holds a `gateway/` to be measured, such as `.`
+and a copy with one thing changed. All run side by side, one slice of requests after the other; ratios are to the first.
+"""
+
+import argparse
+import asyncio
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvloop
+
+from bench.backend import DEFAULT_ANSWER
+from bench.caller import Spec, body
+from bench.processes import Cores
+
+SLICE = 4000
+"""Requests between two looks at the clock."""
+CALLERS = 32
+REST = 0.7
+"""Seconds for what was put off: exports and logs; their CPU time counts."""
+NOWHERE = "http://127.0.0.1:9"
+
+Peer = Callable[["Wire", bytes], None]
+
+
+class Wire(asyncio.Transport):
+    """A connection whose other end is a function."""
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__()
+        self._peer = peer
+        self._closed = False
+        self.protocol: Any = None
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - asyncio's signature
+        """An address."""
+        return ("127.0.0.1", 1) if name in {"peername", "sockname"} else default
+
+    def is_closing(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """No more."""
+        self._closed = True
+
+    abort = close
+
+    def write(self, data: Any) -> None:  # noqa: ANN401 - any buffer
+        """To the other end."""
+        self._peer(self, bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        """Nothing waits."""
+        return 0
+
+    def pause_reading(self) -> None:
+        """Nothing is read."""
+
+    def resume_reading(self) -> None:
+        """Nothing is read."""
+
+
+def connected(protocol: Any, peer: Peer) -> Wire:  # noqa: ANN401 - aiohttp's, of either side
+    """A connection of a protocol."""
+    wire = Wire(peer)
+    wire.protocol = protocol
+    protocol.connection_made(wire)
+    return wire
+
+
+def answer(wire: Wire, _request: bytes) -> None:
+    """The backend: one canned answer."""
+    asyncio.get_running_loop().call_soon(wire.protocol.data_received, DEFAULT_ANSWER)
+
+
+async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aiohttp's server
+    """The server of the gateway in a folder: a call makes the protocol of a new connection."""
+    sys.path.insert(0, folder)
+    from gateway import __main__ as process  # noqa: PLC0415 - of the folder, not ours
+    from gateway import serve  # noqa: PLC0415
+    from gateway.app import PARTS  # noqa: PLC0415
+    from gateway.attempt import _connecting  # noqa: PLC0415
+    from gateway.telemetry.otlp import OtlpHttpExporter  # noqa: PLC0415
+
+    class Nobody(OtlpHttpExporter):
+        def send(self, body: bytes) -> bool:
+            return len(body) > 0
+
+    async def connect(connector: Any, *_: object) -> Any:  # noqa: ANN401
+        protocol = connector._factory()  # noqa: SLF001 - aiohttp offers no other way in
+        connected(protocol, answer)
+        _connecting.get().fresh = True
+        return protocol
+
+    aiohttp.TCPConnector._create_connection = connect  # type: ignore[method-assign]  # noqa: SLF001
+    os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
+    settings = process.load()
+    nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
+    log = process.RequestLog(level="INFO", as_json=True, stream=nowhere)
+    tracer = process.Tracer(Nobody(endpoint=NOWHERE) if traced else None)
+    telemetry = process.Telemetry(settings, tracer=tracer, log=log)
+    app = process.create_app(settings, process.load_routing(settings), telemetry)
+    runner = serve.Runner(app)
+    await runner.setup()
+    await app[PARTS].health.__aexit__()  # no probes
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(serve.GC_THRESHOLD, 20, 20)
+    return runner.server
+
+
+async def measured(folder: str, *, traced: bool) -> None:
+    """Run slices for whoever writes a line to our input, and print the CPU time per request, us."""
+    server = await gateway_of(folder, traced=traced)
+    prompt = body(Spec(mode="load"))
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(prompt), prompt)
+    )
+    loop = asyncio.get_running_loop()
+    left = 0
+    done = loop.create_future()
+
+    def call(wire: Wire, data: bytes) -> None:
+        nonlocal left
+        if not data.startswith(b"HTTP/1.1 200 "):
+            raise RuntimeError(f"a call failed: {data[:300]!r}")
+        left -= 1
+        if left > 0:
+            loop.call_soon(wire.protocol.data_received, request)
+        elif left == 1 - CALLERS:
+            done.set_result(None)
+
+    wires = [connected(server(), call) for _ in range(CALLERS)]
+    while await asyncio.to_thread(sys.stdin.readline):
+        left, done = SLICE - CALLERS + 1, loop.create_future()
+        before = time.process_time()
+        for wire in wires:
+            wire.protocol.data_received(request)
+        await done
+        await asyncio.sleep(REST)
+        print((time.process_time() - before) / SLICE * 1e6, flush=True)
+    os._exit(0)
+
+
+def main() -> int:
+    """Measure all folders against the first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--traced", action="store_true", help="make and encode spans, and send them nowhere")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        uvloop.run(measured(options.folders[0], traced=options.traced))
+    os.sched_setaffinity(0, Cores.of_this_machine().measured)
+    more = ["--traced"] if options.traced else []
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bench.inside", "--child", *more, str(Path(folder).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for folder in options.folders
+    ]
+    costs: list[list[float]] = [[] for _ in children]
+    try:
+        for number in range(-1, options.rounds):
+            for child, cost in list(zip(children, costs, strict=True))[:: 1 if number % 2 else -1]:
+                if child.stdin is None or child.stdout is None:
+                    raise RuntimeError("a child has no pipes")
+                child.stdin.write("\n")
+                child.stdin.flush()
+                line = child.stdout.readline()
+                if not line:
+                    return 1
+                if number >= 0:
+                    cost.append(float(line))
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    for folder, cost in zip(options.folders, costs, strict=True):
+        ratios = sorted(mine / first for mine, first in zip(cost, costs[0], strict=True))
+        quarter = len(ratios) // 4
+        spread = f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}"
+        print(f"{folder:30} {statistics.median(cost):7.1f} us  {statistics.median(ratios):.3f} ({spread})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
