@@ -9,7 +9,6 @@ import asyncio
 import gc
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -87,11 +86,16 @@ def answer(wire: Wire, _request: bytes) -> None:
 async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aiohttp's server
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
-    from gateway import __main__ as process  # noqa: PLC0415 - of the folder, not ours
-    from gateway import serve  # noqa: PLC0415
-    from gateway.app import PARTS  # noqa: PLC0415
-    from gateway.attempt import _connecting  # noqa: PLC0415
-    from gateway.telemetry.otlp import OtlpHttpExporter  # noqa: PLC0415
+    # ruff: noqa: PLC0415 - of the folder, not ours
+    from gateway import serve
+    from gateway.app import PARTS, create_app
+    from gateway.attempt import _connecting
+    from gateway.routes import load_routing
+    from gateway.settings import load
+    from gateway.telemetry import Telemetry
+    from gateway.telemetry.logs import RequestLog
+    from gateway.telemetry.otlp import OtlpHttpExporter
+    from gateway.telemetry.tracing import Tracer
 
     class Nobody(OtlpHttpExporter):
         def send(self, body: bytes) -> bool:
@@ -105,12 +109,12 @@ async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aio
 
     aiohttp.TCPConnector._create_connection = connect  # type: ignore[method-assign]  # noqa: SLF001
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
-    settings = process.load()
+    settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
-    log = process.RequestLog(level="INFO", as_json=True, stream=nowhere)
-    tracer = process.Tracer(Nobody(endpoint=NOWHERE) if traced else None)
-    telemetry = process.Telemetry(settings, tracer=tracer, log=log)
-    app = process.create_app(settings, process.load_routing(settings), telemetry)
+    log = RequestLog(level="INFO", as_json=True, stream=nowhere)
+    tracer = Tracer(Nobody(endpoint=NOWHERE) if traced else None)
+    telemetry = Telemetry(settings, tracer=tracer, log=log)
+    app = create_app(settings, load_routing(settings), telemetry)
     runner = serve.Runner(app)
     await runner.setup()
     await app[PARTS].health.__aexit__()  # no probes
@@ -167,10 +171,10 @@ def main() -> int:
     os.sched_setaffinity(0, Cores.of_this_machine().measured)
     more = ["--traced"] if options.traced else []
     children = [
-        subprocess.Popen(
+        subPopen(
             [sys.executable, "-m", "bench.inside", "--child", *more, str(Path(folder).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=subPIPE,
+            stdout=subPIPE,
             text=True,
         )
         for folder in options.folders
