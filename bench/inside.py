@@ -9,6 +9,7 @@ import asyncio
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -171,10 +172,10 @@ def main() -> int:
     os.sched_setaffinity(0, Cores.of_this_machine().measured)
     more = ["--traced"] if options.traced else []
     children = [
-        subPopen(
+        subprocess.Popen(
             [sys.executable, "-m", "bench.inside", "--child", *more, str(Path(folder).resolve())],
-            stdin=subPIPE,
-            stdout=subPIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
         )
         for folder in options.folders
