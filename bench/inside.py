@@ -108,7 +108,7 @@ async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aio
         _connecting.get().fresh = True
         return protocol
 
-    aiohttp.TCPConnector._create_connection = connect  # type: ignore[method-assign]  # noqa: SLF001
+    aiohttp.TCPConnector._create_connection = connect  # type: ignore[assignment, method-assign]  # noqa: SLF001
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
     settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
