@@ -115,6 +115,7 @@ class Forwarder:
             CallerLeft: while a stream was written.
         """
         if not self._admission.enter_at_once():
+            self._admission.check()
             queued_at = self._clock()
             try:
                 await self._admission.enter(call.deadline.left_to_commit())

@@ -111,6 +111,7 @@ class Handlers:
         self, request: web.Request, call: Call, status: int, headers: dict[str, str], body: bytes
     ) -> web.Response:
         """An unstreamed answer, as the backend gave it."""
+        headers.setdefault("content-type", "application/json")  # it was; with a parameter that does not pass
         if len(body) <= SMALL_ANSWER:
             return WholeAnswer(status, headers, body)
         response = web.Response(body=body, status=status, headers={**headers, **explaining(call.record, monotonic())})

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from functools import lru_cache
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
@@ -21,6 +22,8 @@ FLUSH_INTERVAL = 0.2
 """Seconds a request line may wait to be written."""
 MAX_WAITING = 10_000
 """Lines; while the terminal or the log driver blocks, older ones are lost."""
+LINES = 256
+"""Lines a write, at most: what cannot be written is lost as a whole."""
 MAX_MODEL = 128
 """Characters kept of a model's name."""
 OWN_PER_SECOND = 20
@@ -95,6 +98,8 @@ class RequestLog:
     def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
         self._lowest: int = logging.getLevelName(level)
         self._form = _json_line if as_json else _readable_line
+        if stream is None and isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale: no name may cost a line
         self._stream = stream or sys.stdout
         self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
         self._stopping = threading.Event()
@@ -125,7 +130,7 @@ class RequestLog:
 
     def _flush(self) -> None:
         while self._waiting:
-            lines = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            lines = [self._waiting.popleft() for _ in range(min(LINES, len(self._waiting)))]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()

@@ -169,6 +169,7 @@ class Durations:
         family = HistogramMetricFamily(self._name, self._text, labels=["route"])
         for route, buckets in self._routes.items():
             family.add_metric([route], buckets.told(), buckets.sum)
+            family.add_sample(f"{self._name}_created", {"route": route}, buckets.created)
         yield family
 
 
@@ -176,9 +177,10 @@ BOUNDS = (*map(str, SECONDS), "+Inf")
 
 
 class _Buckets:
-    __slots__ = ("counts", "latest", "sum")
+    __slots__ = ("counts", "created", "latest", "sum")
 
     def __init__(self) -> None:
+        self.created = time()
         self.counts = [0] * (len(SECONDS) + 1)
         self.sum = 0.0
         self.latest: list[tuple[int, float, float] | None] = [None] * (len(SECONDS) + 1)

@@ -173,13 +173,14 @@ class Tracer:
 
     def _export_waiting(self) -> None:
         """Export what waits. What arrives meanwhile can wait: to send a handful costs as much as to send a batch."""
-        self._export_batch()
-        while len(self._waiting) >= BATCH:
-            self._export_batch()
+        full = True
+        while full or len(self._waiting) >= BATCH:
+            full = self._export_batch()
 
-    def _export_batch(self) -> None:
+    def _export_batch(self) -> bool:
+        """Whether it was closed early, by its bytes: then much may wait that is few requests."""
         if not self._waiting:
-            return
+            return False
         spans: list[SpanData] = []
         encoded: list[bytes] = []
         size = 0
@@ -201,6 +202,7 @@ class Tracer:
         self._failing = not good
         if not good:
             self._unsent += len(spans)
+        return size >= BATCH_BYTES
 
     def _next_chunk(self) -> tuple[list[SpanData], int]:
         """The spans of the next requests, and how many characters of captured texts are in them."""
@@ -220,7 +222,7 @@ class Tracer:
         return spans, texts
 
     def _let_go(self, record: "Record") -> None:
-        """A request waits no longer; the log may hold it for a while, its texts nobody has to."""
+        """A request waits no longer, and its texts count no longer."""
         self._texts -= record.texts
         record.forget_texts()
 
@@ -298,10 +300,11 @@ def _bound(sampler: Sampler) -> int | None:
 
     The SDK's own way to the same answer takes 4 us.
     """
-    root = sampler._root if isinstance(sampler, ParentBased) else sampler  # noqa: SLF001
+    by_parent = isinstance(sampler, ParentBased) and type(sampler).should_sample is ParentBased.should_sample
+    root = sampler._root if by_parent else sampler  # type: ignore[attr-defined]  # noqa: SLF001
     if root is ALWAYS_ON:
         return TraceIdRatioBased.TRACE_ID_LIMIT + 1
-    return root.bound if isinstance(root, TraceIdRatioBased) else None
+    return root.bound if type(root) is TraceIdRatioBased else None  # one derived from it may ask for more
 
 
 def _resource() -> Resource:

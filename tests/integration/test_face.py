@@ -810,6 +810,26 @@ async def test_an_odd_but_legal_request_is_answered(
     assert [(seen.path, seen.body) for seen in recorder.seen] == [(CHAT_PATH, BODY)]
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat%2Fcompletions", b"/v1/chat%2fcompletions", b"/v1//chat/completions"])
+async def test_a_path_that_only_looks_like_one_of_ours_is_unknown(
+    recorder: Recorder, start_gateway: StartGateway, path: bytes
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    answer = await send(gateway, post().replace(b"/v1/chat/completions", path, 1))
+    assert answer.status == 404
+    assert recorder.seen == []
+
+
+async def test_the_media_type_of_an_answer_survives_an_odd_parameter(
+    recorder: Recorder, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    recorder.headers = [("content-type", 'application/json; note="\xe9"')]
+    answer = await send(gateway, post())
+    assert (answer.status, answer.body) == (200, ANSWER)
+    assert {name.lower(): value for name, value in answer.headers.items()}["content-type"] == "application/json"
+
+
 async def test_requests_sent_in_a_row_without_waiting_are_answered_in_order(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:

@@ -182,6 +182,18 @@ def test_no_request_makes_the_log_fail(fields: dict[str, Any], as_json: bool) ->
     assert len(text) < 2000
 
 
+def test_a_foreign_name_costs_no_line_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(bytes_written, encoding="latin-1"))
+    log = RequestLog(level="INFO", as_json=True)
+    log.start()
+    log.write(request(model="日本"))
+    log.write(request(model="m"))
+    log.stop()
+
+    assert [json.loads(text)["model"] for text in bytes_written.getvalue().decode().splitlines()] == ["日本", "m"]
+
+
 def test_a_readable_line_names_what_one_looks_for() -> None:
     text = written(request(), as_json=False)
 

@@ -22,6 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, SamplingResult, TraceIdRatioBased
 
 from gateway import __version__
 from gateway.record import Attempt, Record
@@ -30,7 +31,7 @@ from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
 from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
-from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, SCOPE, Tracer, to_readable
+from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, SCOPE, Tracer, _bound, to_readable
 from gateway.telemetry.tree import TreePrinter
 
 RESOURCE = Resource(
@@ -155,6 +156,39 @@ def test_captured_texts_close_a_batch_early_and_beyond_a_limit_are_left_out() ->
     assert texts.count(True) == MAX_TEXT_WAITING // 16_384
     assert max(sizes) < 4_194_304
     assert not [record for record in records if record.texts]
+
+
+def test_batches_that_large_texts_close_early_follow_each_other() -> None:
+    exports: list[int] = []
+
+    class Exporter(OtlpHttpExporter):
+        def send(self, body: bytes) -> bool:
+            exports.append(len(body))
+            return True
+
+    tracer = Tracer(Exporter(endpoint="http://127.0.0.1:9/v1/traces"))
+    for number in range(200):
+        record = a_record(number)
+        record.input_text = "x" * 16_384
+        tracer.take(record)
+    tracer._export_waiting()
+
+    assert len(exports) > 1
+    assert not tracer._waiting
+
+
+class Choosy(TraceIdRatioBased):
+    """One that leaves something out by its name."""
+
+    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:  # noqa: ANN401
+        return ALWAYS_OFF.should_sample(*args, **kwargs)
+
+
+def test_only_the_sdks_own_samplers_are_decided_by_their_bound() -> None:
+    assert _bound(ParentBased(TraceIdRatioBased(0.5))) == 2**63
+    assert _bound(TraceIdRatioBased(0.5)) == 2**63
+    assert _bound(ParentBased(Choosy(0.5))) is None
+    assert _bound(Choosy(0.5)) is None
 
 
 def test_what_arrives_during_an_export_waits_for_the_next_one() -> None:
