@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SCOPE = InstrumentationScope("gateway", __version__)
 MAX_WAITING = 4096
 """Requests whose spans wait for the exporter; beyond it the oldest are lost, and counted."""
-BATCH = 512
+BATCH = 128
 """Requests per export."""
 BATCH_BYTES = 2_000_000
 """Encoded bytes after which an export is closed: collectors take 4 MiB by gRPC, 20 MiB by HTTP."""
