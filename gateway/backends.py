@@ -102,6 +102,11 @@ class Lease:
         self._over = False
         replica.in_flight += 1
 
+    @property
+    def trial(self) -> bool:
+        """Whether it is the one attempt of a half-open breaker."""
+        return self._ticket.trial
+
     def answered(self) -> None:
         """The first content of the answer is there."""
         if self._ticket.trial:

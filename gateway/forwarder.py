@@ -215,7 +215,8 @@ class Forwarder:
         attempt = self._begin(call, target, replica, slept)
         try:
             try:
-                await self._exchange(call, lease, attempt, fresh=False)
+                # A connection kept from before the outage may be dead without a word, and spoil the trial.
+                await self._exchange(call, lease, attempt, fresh=lease.trial)
             except StaleConnection as stale:
                 self._end(attempt, stale)
                 attempt.decision = "resend"
