@@ -177,6 +177,24 @@ async def test_half_open_closes_by_a_real_answer(mock: MockModel, start_gateway:
     assert (await backend(gateway))["consecutive_failures"] == 0
 
 
+async def test_half_open_tries_a_new_connection(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    """A kept one may be dead without a word, and spoil the trial of a backend that is well again."""
+
+    async def play(call: RawCall) -> None:
+        await call.answer(b"{}", status="500 Oh") if call.number <= 3 else await call.answer()
+
+    raw = await start_raw(play)
+    gateway = await start_gateway(raw.url, **ALONE, **OPENS_SOON)
+    for _ in range(3):
+        await gateway.chat()
+    await until(lambda: breaker_of(gateway) == "half_open")
+    trial = await gateway.chat()
+    after = await gateway.chat()
+
+    assert (trial.status, after.status) == (200, 200)
+    assert [call.turn for call in raw.calls] == [1, 2, 3, 1, 4]
+
+
 async def test_half_open_closes_by_the_first_content_of_a_stream(
     start_raw: StartRaw, start_gateway: StartGateway
 ) -> None:
