@@ -37,6 +37,7 @@ def test_a_free_slot_is_had_without_waiting_even_with_no_time_left() -> None:
         await gate.enter(0)
         assert clock() == began
         assert gate.in_flight == 2
+        assert not gate.enter_at_once()
         gate.leave()
         gate.leave()
         assert_empty(gate)
