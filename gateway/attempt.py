@@ -6,7 +6,9 @@ from base64 import b64encode
 from contextvars import ContextVar
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from errno import ECONNREFUSED
 from functools import lru_cache, partial
+from os import strerror
 from time import time
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote_to_bytes
@@ -159,32 +161,34 @@ class HttpClient:
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             raise self._failure(error, replica, connecting) from None
 
-    async def probe(self, replica: "Replica") -> bool:
-        """Ask the replica's health path, over a fresh connection; any answer below 500 is good. Never raises."""
+    async def probe(self, replica: "Replica") -> str | None:
+        """Ask the replica's health path, over a fresh connection; any answer below 500 is good. Never raises.
+
+        Returns: what is wrong, None when it is good.
+        """
         _connecting.set(_Connecting())
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT)
         url = URL(f"{replica.origin}{replica.probe_path}", encoded=True)
         headers = authorization(replica)
         try:
             async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
-                return response.status < 500  # noqa: PLR2004
-        except aiohttp.ClientConnectorError:
+                return None if response.status < 500 else f"status {response.status}"  # noqa: PLR2004
+        except aiohttp.ClientConnectorError as error:
             self._forget_address(replica)
-            return False
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):  # ValueError: a name that is none
-            return False
+            return _unreachable(error, replica)
+        except TimeoutError:
+            return f"No answer within {PROBE_TIMEOUT:g} s."
+        except (aiohttp.ClientError, OSError, ValueError):  # ValueError: a name that is none
+            return "No HTTP answer."
 
     def _failure(self, error: Exception, replica: "Replica", connecting: _Connecting) -> BackendError:
         """Why there is no answer. The order matters: aiohttp's timeouts are connection errors too."""
         if isinstance(error, TimeoutError):
             self._forget_address(replica)
             return ConnectTimeout(f"{replica.name} did not accept a connection within {self._connect_timeout:g} s.")
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            self._forget_address(replica)
-            return Unreachable(f"The host name of {replica.name} could not be resolved.")
         if isinstance(error, aiohttp.ClientConnectorError):
             self._forget_address(replica)
-            return Unreachable(f"{replica.name} refused the connection.")
+            return Unreachable(_unreachable(error, replica))
         if isinstance(error, (aiohttp.ServerDisconnectedError, OSError)):
             begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
             if not connecting.fresh and not begun:  # begun: a part of the answer's head came, aiohttp hands it over
@@ -196,6 +200,21 @@ class HttpClient:
         """A container that comes back may have another address."""
         self._kept.clear_dns_cache(replica.host, replica.port)
         self._fresh.clear_dns_cache(replica.host, replica.port)
+
+
+def _unreachable(error: aiohttp.ClientConnectorError, replica: "Replica") -> str:
+    """Why there is no connection."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"The host name of {replica.name} could not be resolved."
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.certificate_error, "verify_message", "it does not fit")
+        return f"The certificate of {replica.name} was not accepted: {reason.rstrip('.')}."
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        reason = getattr(error.os_error, "reason", None) or "no reason given"
+        return f"{replica.name} does not speak TLS as we do: {reason}."
+    if error.errno in {None, ECONNREFUSED}:
+        return f"{replica.name} refused the connection."
+    return f"{replica.name} could not be reached: {strerror(error.errno)}."
 
 
 class _Addressee:

@@ -88,20 +88,20 @@ class Health:
 
     async def _probe(self, replica: "Replica") -> None:
         began = monotonic()
-        ok = await self._client.probe(replica)
+        trouble = await self._client.probe(replica)
         now = monotonic()
-        self._tell(replica, ok=ok)
-        replica.probe = Probe(ok=ok, latency=now - began, at=now)
-        replica.breaker.probed(good=ok)
+        self._tell(replica, trouble)
+        replica.probe = Probe(ok=trouble is None, latency=now - began, at=now)
+        replica.breaker.probed(good=trouble is None)
 
-    def _tell(self, replica: "Replica", *, ok: bool) -> None:
+    def _tell(self, replica: "Replica", trouble: str | None) -> None:
         """Two failed probes in a row are told once, and then the first good one."""
-        if ok and replica in self._told:
+        if trouble is None and replica in self._told:
             self._told.discard(replica)
             _log.info("probe of %s: good", replica.name)
-        elif not ok and replica.probe is not None and not replica.probe.ok and replica not in self._told:
+        elif trouble and replica.probe is not None and not replica.probe.ok and replica not in self._told:
             self._told.add(replica)
-            _log.warning("probe of %s: failed", replica.name)
+            _log.warning("probe of %s: failed: %s", replica.name, trouble)
 
     async def _watch_loop(self) -> None:
         lags = deque([0.0], maxlen=LAG_SAMPLES)

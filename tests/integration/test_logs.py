@@ -192,7 +192,7 @@ async def test_a_total_outage_logs_requests_and_nothing_else_of_each(
     assert {answer.status for answer in answers} <= {502, 503}
     assert [line["request_id"] for line in found] == [answer.headers["x-request-id"] for answer in answers]
     others = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    probed = "probe of backend-1: failed"
+    probed = "probe of backend-1: failed: backend-1 refused the connection."
     assert [line for line in others if line != probed] == ["breaker of backend-1: closed -> open"]
     assert others.count(probed) <= 1
 
@@ -206,7 +206,7 @@ async def test_a_backend_that_fails_its_probes_is_told_once_and_when_it_is_back(
     await until(lambda: "probe of backend-1: good" in caplog.text)
 
     told = [record.getMessage() for record in caplog.records if record.name == "gateway"]
-    assert told == ["probe of backend-1: failed", "probe of backend-1: good"]
+    assert told == ["probe of backend-1: failed: status 500", "probe of backend-1: good"]
 
 
 # The forms, and the limits.
