@@ -24,6 +24,7 @@ from tests.integration.tls import tls_before
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 OTLP = "OTEL_EXPORTER_OTLP_"
+PROMPT: Any = CHAT
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,11 @@ async def test_a_backend_behind_tls_is_called_retried_and_streamed(
         await gateway.up()
         async with sdk(gateway) as client:
             for _ in range(3):
-                raw = await client.chat.completions.with_raw_response.create(**CHAT)
+                raw = await client.chat.completions.with_raw_response.create(**PROMPT)
                 assert raw.parse().choices[0].message.content
-            large: Any = CHAT | {"messages": [{"role": "user", "content": "x" * 3_000_000}]}
+            large = PROMPT | {"messages": [{"role": "user", "content": "x" * 3_000_000}]}
             assert (await client.chat.completions.create(**large)).choices
-            stream = await client.chat.completions.create(**CHAT, stream=True)
+            stream = await client.chat.completions.create(**PROMPT, stream=True)
             assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "stop"
 
     assert [call.ended for call in mock.journal.calls] == ["fault", *["complete"] * 5]
@@ -88,7 +89,7 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_what_it_is(mock: Moc
         await gateway.up()
         async with sdk(gateway) as client:
             with pytest.raises(InternalServerError) as caught:
-                await client.chat.completions.create(**CHAT)
+                await client.chat.completions.create(**PROMPT)
         async with aiohttp.ClientSession() as session, session.get(f"{gateway.url}/health") as response:
             health = await response.json()
 
@@ -118,7 +119,7 @@ async def sent(exporter: OtlpHttpExporter) -> bool:
     try:
         return await asyncio.to_thread(exporter.send, b"")
     finally:
-        exporter.shutdown()
+        exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
