@@ -46,6 +46,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+def let_go(error: BaseException) -> None:
+    """Cut a spent error, and those it came from, off the frames they have passed.
+
+    The frames hold the bytes of the request, and often the error itself: a cycle, which would wait for Python's
+    collector.
+    """
+    spent: BaseException | None = error
+    while spent is not None:
+        spent.__traceback__ = None
+        spent = spent.__context__
+
+
 class Verdict(Enum):
     """What the breaker of a replica makes of an attempt."""
 

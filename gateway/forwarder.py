@@ -19,6 +19,7 @@ from gateway.errors import (
     Silent,
     StaleConnection,
     Stalled,
+    let_go,
 )
 from gateway.progress import ChoicesProgress, Progress, ResponsesProgress
 from gateway.record import Attempt
@@ -149,6 +150,7 @@ class Forwarder:
                 await self._try_target(call, target, lease)
             except BackendError as error:
                 failure = error
+                let_go(error)
                 if call.outlet.committed or not error.falls_back:
                     break
             else:
@@ -208,6 +210,8 @@ class Forwarder:
             if retry.stopped == "budget":
                 self._retries_refused((retry.refused or retry.tried[-1]).name)
             raise
+        finally:
+            let_go(failure)
 
     async def _attempt(self, call: Call, target: "Target", lease: "Lease", *, slept: float) -> None:
         """One place in the breaker: one HTTP call, or two when a kept-alive connection was dead."""
@@ -228,6 +232,7 @@ class Forwarder:
             before = replica.breaker.state
             lease.fail(failure, f"{call.record.trace_id:032x}")
             self._note_breaker(call, replica, before)
+            let_go(failure)
             raise
         except BaseException as error:
             self._end(attempt, error)

@@ -22,6 +22,7 @@ from gateway.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    let_go,
 )
 from gateway.forwarder import Call
 from gateway.outlet import Outlet
@@ -104,7 +105,7 @@ class Handlers:
             except (asyncio.CancelledError, Exception) as error:
                 if not outlet.opened:
                     raise
-                return await outlet.fail(self._told(error, record))
+                return await outlet.fail(self._told(error, request))
             return await self._whole_answer(request, call, *call.answer)
 
     async def _whole_answer(
@@ -196,16 +197,16 @@ class Handlers:
             raise RuntimeError("a handler runs in a task")
         self._running.enter(task)
         try:
+            request[RECORD] = record
             if path.startswith("/v1"):
                 self._keys.check(request)
                 self._admission.check_open()
-            request[RECORD] = record
             response = await handler(request)
             if not response.prepared:
                 response.headers.update(explaining(record, monotonic()))
                 record.status = response.status
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
-            response = error_answer(self._told(error, record), record, monotonic())
+            response = error_answer(self._told(error, request), record, monotonic())
             if isinstance(error, web.HTTPMethodNotAllowed):
                 response.headers["allow"] = error.headers["Allow"]
         finally:
@@ -244,17 +245,25 @@ class Handlers:
             response.force_close()
         return response
 
-    def _told(self, error: BaseException, record: Record) -> GatewayError:
-        """The error a caller is told, noted in the record. Raises: CancelledError again, when nobody is there."""
+    def _told(self, error: BaseException, request: web.Request) -> GatewayError:
+        """The error a caller is told, noted in the record; the error itself is spent.
+
+        Raises:
+            CancelledError: again, when neither a caller who left nor we are its cause.
+        """
+        record = request[RECORD]
         told: GatewayError
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
-            if task is None or not self._running.was_cut_off(task):
+            if task is not None and self._running.was_cut_off(task):
+                told = GatewayDraining("The gateway stopped before the answer was whole.", retry_after=1.0)
+            elif task is not None and request.transport is None:
+                told = CallerLeft("The caller left.")
+            else:
                 record.status = record.status or CallerLeft.status
                 record.outcome = CallerLeft.code
                 raise error
             task.uncancel()
-            told = GatewayDraining("The gateway stopped before the answer was whole.", retry_after=1.0)
         elif isinstance(error, GatewayError):
             told = error
         elif isinstance(error, web.HTTPNotFound):
@@ -269,6 +278,7 @@ class Handlers:
             _log.error("internal error, trace %032x", record.trace_id, exc_info=error)
             told = InternalError("The gateway failed; look for the trace id in its log.")
         record.failed(told, told.answer_status if isinstance(told, ErrorAnswer) else told.status)
+        let_go(error)
         return told
 
 

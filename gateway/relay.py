@@ -4,7 +4,7 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from gateway.errors import AnswerTooLarge, BackendError, ErrorEvent, InvalidResponse, Silent, Stalled
+from gateway.errors import AnswerTooLarge, BackendError, ErrorEvent, InvalidResponse, Silent, Stalled, let_go
 from gateway.events import EventSplitter, data_of
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class Relay:
             events = self._splitter.feed(data) if data else self._splitter.end()
         except InvalidResponse as failure:
             self._failure = failure
+            let_go(failure)
             return []
         if self._splitter.waiting != self._half:
             self._hold_half(self._splitter.waiting)
@@ -172,6 +173,7 @@ class Relay:
             self._progress.see(data)
         except InvalidResponse as failure:
             self._failure = failure
+            let_go(failure)
             return False
         if self._progress.error is not None:
             self._failure = ErrorEvent(event)

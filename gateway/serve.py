@@ -14,7 +14,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway import __version__
 from gateway.app import PARTS
-from gateway.errors import HeadersTooLarge, InternalError, InvalidRequest
+from gateway.errors import HeadersTooLarge, InternalError, InvalidRequest, let_go
 from gateway.requests import PATHS
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ class Protocol(RequestHandler):
         messages, request = self._messages, self._current_request
         if not messages or request is None or request.content.is_eof():
             return
-        if isinstance(messages[-1][0], _ErrInfo):
+        malformed = messages[-1][0]
+        if isinstance(malformed, _ErrInfo):
             messages.pop()
+            let_go(malformed.exc)
             request.content.set_exception(web.RequestPayloadError("malformed"))
             request.content.feed_eof()
             self.close()
@@ -89,7 +91,10 @@ class Protocol(RequestHandler):
             error = InternalError("The gateway failed; look for the trace id in its log.")
         elif isinstance(exc, LineTooLong) or (message or "").startswith("Too many "):
             error = HeadersTooLarge("The request line or the headers are too large.")
-        return self._unserved(error, exc)
+        answer = self._unserved(error, exc)
+        if exc is not None:
+            let_go(exc)
+        return answer
 
     def _close_if_silent(self) -> None:
         if self._request_count == 0 and self.transport is not None:

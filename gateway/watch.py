@@ -45,7 +45,7 @@ class Watch:
         self._end_message = end_message
         self._due = end
         self._late: Callable[[], GatewayError] | None = None
-        self._ran_out: GatewayError | None = None
+        self._ran_out = False
         self._handle: asyncio.TimerHandle | None = None
         self._armed_for = end
         self._task: asyncio.Task[object]
@@ -86,11 +86,12 @@ class Watch:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-        if self._ran_out is None:
+        late, self._late = self._late, None  # which may hold on to what holds this watch
+        if not self._ran_out:
             return
         # As asyncio.timeout does it: a cancellation that is not ours goes on.
         if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise self._ran_out from None
+            raise (late() if late is not None else DeadlineExceeded(self._end_message)) from None
 
     def _arm(self) -> None:
         if self._handle is not None:
@@ -103,5 +104,5 @@ class Watch:
         if monotonic() < self._due:
             self._arm()
             return
-        self._ran_out = self._late() if self._late is not None else DeadlineExceeded(self._end_message)
+        self._ran_out = True
         self._task.cancel()

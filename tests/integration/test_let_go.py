@@ -1,0 +1,179 @@
+"""What has ended holds nothing: neither a request nor a connection waits for Python's garbage collector.
+
+It looks only now and then (`gateway.serve.GC_THRESHOLD`), and what waits for it may hold bodies of megabytes.
+"""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.admission import Share
+from gateway.backends import Lease
+from gateway.forwarder import Call
+from gateway.outlet import Outlet
+from gateway.record import Record
+from gateway.relay import Relay
+from gateway.requests import Prompt
+from gateway.serve import Protocol
+from mock_model.serve import MockModel
+from tests.integration.collector import until
+from tests.integration.gateways import CHAT, Gateway, StartGateway, StartMock
+from tests.integration.wire import chunked, dial, post
+
+PER_REQUEST = (Call, Lease, Outlet, Prompt, Record, Relay, Share)
+TIMES = 3
+LAST = {"connection": "close"}
+"""Of an idle connection aiohttp keeps the last request."""
+SETTINGS: dict[str, Any] = {
+    "gateway_backoff_initial": 0.01,
+    "gateway_backoff_max": 0.01,
+    "gateway_connect_timeout": 30,
+    "gateway_breaker_failures": 1000,
+}
+
+
+def alive(*kinds: type) -> list[object]:
+    return [one for one in gc.get_objects() if isinstance(one, kinds)]
+
+
+@asynccontextmanager
+async def without_collector() -> AsyncIterator[None]:
+    """Nobody collects garbage; at the end nothing of a request may be left."""
+    gc.collect()
+    gc.disable()
+    old = {id(one): one for one in alive(*PER_REQUEST)}  # other tests' parameters may hold some
+
+    def left() -> dict[str, int]:
+        return dict(Counter(type(one).__name__ for one in alive(*PER_REQUEST) if id(one) not in old))
+
+    try:
+        yield
+        await until(lambda: left() == {}, lambda: str(left()))
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("faults", "settings", "body"),
+    [
+        ([], {}, {}),
+        ([], {}, {"model": 5}),
+        ([{"kind": "status", "with": {"status": 500}, "times": 1}], {}, {}),
+        ([{"kind": "status", "with": {"status": 500}}], {}, {}),
+        ([{"kind": "status", "with": {"status": 400}}], {}, {}),
+        ([{"kind": "overload", "with": {"capacity": 1}}], {}, {}),
+        ([{"kind": "reset", "times": 1}], {}, {}),
+        ([{"kind": "reset"}], {}, {}),
+        ([{"kind": "cut"}], {}, {}),
+        ([{"kind": "malformed_event"}], {}, {}),
+        ([{"kind": "not_json"}], {}, {}),
+        ([{"kind": "html"}], {}, {}),
+        ([{"kind": "short_body"}], {}, {}),
+        ([{"kind": "no_done"}], {}, {}),
+        (
+            [{"kind": "hang_before_headers"}],
+            {"gateway_first_token_timeout": 0.1, "gateway_answer_timeout": 0.1},
+            {},
+        ),
+        ([{"kind": "stall"}], {"gateway_idle_timeout": 0.1}, {}),
+        ([{"kind": "hang_before_headers"}], {"gateway_request_deadline": 0.2}, {}),
+        ([{"kind": "stall"}], {"gateway_request_deadline": 0.2}, {}),
+    ],
+)
+async def test_of_a_request_that_has_ended_nothing_is_left(  # noqa: PLR0917
+    mock: MockModel,
+    start_gateway: StartGateway,
+    faults: list[dict[str, Any]],
+    settings: dict[str, Any],
+    body: dict[str, Any],
+    stream: bool,  # noqa: FBT001
+) -> None:
+    gateway = await start_gateway(mock, **SETTINGS, **settings)
+    async with without_collector():
+        for _ in range(TIMES):
+            mock.set_faults(faults)
+            await gateway.chat(**body, stream=stream, headers=LAST)
+
+
+async def test_of_a_request_that_fell_back_nothing_is_left(
+    start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    bad, good = await start_mock(), await start_mock()
+    bad.set_faults([{"kind": "status", "with": {"status": 500}}])
+    config = tmp_path / "gateway.yaml"
+    target = [{"backend": "bad"}, {"backend": "good"}]
+    document = {"backends": {"bad": {"url": bad.url}, "good": {"url": good.url}}}
+    config.write_text(json.dumps(document | {"routes": [{"model": "*", "targets": target}]}))
+    gateway = await start_gateway(gateway_config=config, **SETTINGS)
+    async with without_collector():
+        for _ in range(TIMES):
+            answer = await gateway.chat(headers=LAST)
+            assert answer.headers["x-gateway-backend"] == "good"
+
+
+@pytest.mark.parametrize("kind", ["hang_before_headers", "hang_after_headers", "stall", "drip", "status"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_of_a_caller_who_left_nothing_is_left(
+    mock: MockModel,
+    start_gateway: StartGateway,
+    kind: str,
+    stream: bool,  # noqa: FBT001
+) -> None:
+    gateway = await start_gateway(mock, **SETTINGS | {"gateway_backoff_initial": 20, "gateway_backoff_max": 20})
+    async with without_collector():
+        for number in range(TIMES):
+            mock.set_faults([{"kind": kind} | ({"with": {"status": 500}} if kind == "status" else {})])
+            async with dial(gateway.url) as caller:
+                await caller.send(post(json.dumps(CHAT | {"stream": stream}).encode()))
+                await mock.called(number + 1)
+                if kind == "status":
+                    await mock.settled()
+                caller.leave()
+                await until(lambda: len(gateway.parts.running) == 0)
+        await until(lambda: connections(gateway) == 0)
+
+
+async def test_of_a_caller_who_left_in_the_middle_of_his_body_nothing_is_left(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, **SETTINGS)
+    async with without_collector():
+        for _ in range(TIMES):
+            async with dial(gateway.url) as caller:
+                await caller.send(post(b"x" * 100_000)[:-1000])
+                await until(lambda: len(gateway.parts.running) == 1)
+                caller.leave()
+                await until(lambda: len(gateway.parts.running) == 0)
+
+
+async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, **SETTINGS)
+    async with without_collector():
+        before = len(alive(Protocol))
+        for _ in range(TIMES):
+            async with dial(gateway.url) as caller:
+                await caller.send(post(headers={"connection": "close"}))
+                assert (await caller.answer()).status == 200
+            async with dial(gateway.url) as caller:
+                await caller.send(post())
+                assert (await caller.answer()).status == 200
+            async with dial(gateway.url) as caller:
+                await caller.send(b"no http\r\n\r\n")
+                assert (await caller.answer()).status == 400
+            async with dial(gateway.url) as caller:
+                await caller.send(chunked(b"{", end=b""))
+                await caller.send(b"no chunk\r\n")
+                assert (await caller.answer()).status == 400
+        await until(lambda: len(alive(Protocol)) <= before)
+
+
+def connections(gateway: Gateway) -> int:
+    """The callers' connections that are open."""
+    return len(gateway.parts.running._connections)
