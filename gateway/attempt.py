@@ -92,6 +92,11 @@ class _Protocol(ResponseHandler):
         if body is not None and not body.is_eof() and body.exception() is None:
             body.set_exception(aiohttp.ClientPayloadError("the connection failed in the middle of a body"))
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """An answer that nobody will read holds the connection, which holds the answer."""
+        super().connection_lost(exc)
+        self._loop.call_soon(self._buffer.clear)  # not before who waits for it has read it
+
 
 def _protocol(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
     return _Protocol(loop)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.client_proto import ResponseHandler
 
 from gateway.admission import Share
+from gateway.attempt import _Protocol as BackendProtocol
 from gateway.backends import Lease
 from gateway.forwarder import Call
 from gateway.outlet import Outlet
@@ -22,8 +24,9 @@ from gateway.relay import Relay
 from gateway.requests import Prompt
 from gateway.serve import Protocol
 from mock_model.serve import MockModel
+from tests.integration.backends_raw import RawCall, StartRaw
 from tests.integration.collector import until
-from tests.integration.gateways import CHAT, Gateway, StartGateway, StartMock
+from tests.integration.gateways import CHAT, Gateway, GatewayServer, StartGateway, StartMock
 from tests.integration.wire import chunked, dial, post
 
 PER_REQUEST = (Call, Lease, Outlet, Prompt, Record, Relay, Share)
@@ -172,6 +175,50 @@ async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, 
                 await caller.send(b"no chunk\r\n")
                 assert (await caller.answer()).status == 400
         await until(lambda: len(alive(Protocol)) <= before)
+
+
+async def test_of_an_answer_that_nobody_read_nothing_is_left(
+    start_raw: StartRaw, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(call: RawCall) -> None:
+        await call.answer()
+
+    backend = await start_raw(serve)
+    gateway = await start_gateway(backend.url, **SETTINGS)
+    assert isinstance(gateway.client.server, GatewayServer)
+    handler = gateway.client.server.handler
+
+    def leave_when_it_comes(protocol: BackendProtocol, data: bytes) -> None:
+        ResponseHandler.data_received(protocol, data)
+        for caller in list(handler.connections) if gateway.parts.running else []:
+            transport = caller.transport
+            caller.connection_lost(None)
+            if transport is not None:
+                transport.abort()
+
+    monkeypatch.setattr(BackendProtocol, "data_received", leave_when_it_comes, raising=False)
+    async with without_collector():
+        before = len(alive(BackendProtocol))
+        while len(backend.calls) < TIMES:
+            async with dial(gateway.url) as caller:
+                await caller.send(post())
+                assert await caller.rest() == b""
+        await until(lambda: len(alive(BackendProtocol)) <= before)
+
+
+async def test_of_an_answer_that_nobody_asked_for_nothing_is_left(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    async def serve(call: RawCall) -> None:
+        await call.answer()
+        await call.answer()
+
+    gateway = await start_gateway((await start_raw(serve)).url, **SETTINGS)
+    async with without_collector():
+        before = len(alive(BackendProtocol))
+        for _ in range(TIMES):
+            assert (await gateway.chat(headers=LAST)).status == 200
+        await until(lambda: len(alive(BackendProtocol)) <= before + 1)  # the last one waits in the pool
 
 
 def connections(gateway: Gateway) -> int:
