@@ -9,6 +9,7 @@ from aiohttp.helpers import rfc822_formatted_time
 
 from gateway import __version__
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
+from gateway.headers import lines_of
 from gateway.jsontext import decode
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class WholeAnswer(web.Response):
         """
         if self.prepared or self.keep_alive is False or request.version != HttpVersion11 or not request.keep_alive:
             return await super().prepare(request)
-        headers = self.headers
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
-            raise ValueError("a header holds a line end")
+        lines = lines_of(self.headers.items())
         start = f"HTTP/1.1 {self.status} {self.reason}\r\ndate: {rfc822_formatted_time()}\r\n"
         head = f"{start}{lines}content-length: {len(self._bytes)}\r\n\r\n"
         self._keep_alive = self._eof_sent = True

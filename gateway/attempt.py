@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from errno import ECONNREFUSED
-from functools import lru_cache, partial
+from functools import partial
 from os import strerror
 from time import time
 from typing import TYPE_CHECKING, Any, Self
@@ -36,7 +36,8 @@ from gateway.errors import (
     StaleConnection,
     Unreachable,
 )
-from gateway.jsontext import check, decode_with
+from gateway.headers import lines_of, passed_as
+from gateway.jsontext import NO_JSON, check, decode_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,8 +60,6 @@ NULL = msgspec.Raw(b"null")
 EXHAUSTED_CODES = frozenset(
     {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "context_length_exceeded"}
 )
-PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
-PASSED_PREFIXES = ("openai-", "x-ratelimit-")
 
 
 class _Connecting:
@@ -236,9 +235,10 @@ class _Addressee:
         Raises:
             InvalidRequest: a value holds a line end, and would be more than one header.
         """
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
-            raise InvalidRequest("A header holds a line end.")
+        try:
+            lines = lines_of(headers)
+        except ValueError:
+            raise InvalidRequest("A header holds a line end.") from None
         last = "connection: close\r\n\r\n" if close else "\r\n"
         return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
 
@@ -365,13 +365,6 @@ class Exchange:
             self._connection.close()
 
 
-@lru_cache(maxsize=512)
-def passed_as(name: str) -> str | None:
-    """The name in lower case of an answer's header that passes to callers, None for any other."""
-    low = name.lower()
-    return low if low in PASSED_NAMES or low.startswith(PASSED_PREFIXES) else None
-
-
 def _fits(value: str) -> bool:
     """Whether a header value has nothing in it that a server may not send on."""
     return value.isascii() and (value.isprintable() or value.replace("\t", " ").isprintable())
@@ -458,7 +451,7 @@ def check_whole(content_type: str, body: bytes) -> Whole:
             whole = Whole(error=decode_with(_decode_bare, body).error)
     except msgspec.ValidationError:
         raise InvalidResponse("The backend's answer is no JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NO_JSON:
         raise InvalidResponse("The backend's answer is not JSON.") from None
     if whole.error is not NULL and bytes(whole.error) != b"null":
         raise InvalidResponse("The backend's answer is an error with a good status.")
@@ -497,7 +490,7 @@ def _error_words(body: bytes) -> "list[str] | None":
         error = decode_with(_decode_error, body).error
     except msgspec.ValidationError:
         return [] if _is_json(body) else None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NO_JSON:
         return None
     return [word for word in (error.code, error.type) if isinstance(word, str)] if error is not None else []
 
@@ -505,7 +498,7 @@ def _error_words(body: bytes) -> "list[str] | None":
 def _is_json(body: bytes) -> bool:
     try:
         check(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NO_JSON:
         return False
     return True
 

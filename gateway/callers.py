@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from gateway.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from gateway.headers import forwarded_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from gateway.admission import Share
     from gateway.record import Record
     from gateway.settings import Settings
-
-FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotency-key"})
-FORWARDED_PREFIXES = ("openai-", "x-stainless-")
 
 
 class Keys:
@@ -93,13 +90,6 @@ def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str,
     if record.trace_state is not None:
         headers.append(("tracestate", record.trace_state))
     return headers
-
-
-@lru_cache(maxsize=512)
-def forwarded_as(name: str) -> str | None:
-    """The name in lower case of a header that goes to the backend, None for any other."""
-    low = name.lower()
-    return low if low in FORWARDED_NAMES or low.startswith(FORWARDED_PREFIXES) else None
 
 
 async def read_body(request: web.Request, deadline: Deadline, share: "Share", settings: "Settings") -> bytes:

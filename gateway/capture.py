@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.jsontext import decode
+from gateway.jsontext import NO_JSON, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -79,7 +79,7 @@ def _fields(body: bytes) -> dict[str, Any]:
     """Empty for what a full decoding does not take, such as an integer of a thousand digits that nobody reads."""
     try:
         document = decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NO_JSON:
         return {}
     return document if isinstance(document, dict) else {}
 

@@ -11,6 +11,8 @@ from typing import TypeVar
 import msgspec
 
 T = TypeVar("T")
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What the functions here raise for a text that is no JSON."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _decode = msgspec.json.Decoder().decode
@@ -22,7 +24,7 @@ def decode(data: bytes) -> object:
     """The value of a JSON text; a number too large for a float is infinite, halves of surrogates are U+FFFD.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+        NO_JSON: it is none.
     """
     try:
         return _decode(data)
@@ -35,7 +37,7 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
 
     Raises:
         msgspec.ValidationError: it is another type.
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is no JSON.
+        NO_JSON: it is no JSON.
     """
     try:
         return decode_typed(data)
@@ -51,6 +53,6 @@ def check(data: bytes) -> None:
     """Whether it is JSON at all; nothing is built of it.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+        NO_JSON: it is none.
     """
     decode_with(_pass_over, data)

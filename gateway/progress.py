@@ -2,12 +2,10 @@
 
 from typing import Any, Protocol
 
-import msgspec
-
 from gateway.capture import MAX_TEXT
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
-from gateway.jsontext import decode
+from gateway.jsontext import NO_JSON, decode
 
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -212,7 +210,7 @@ class ResponsesProgress:
 def _json(data: bytes) -> object:
     try:
         return decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NO_JSON:
         raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
 
 
