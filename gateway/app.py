@@ -17,6 +17,7 @@ from gateway.requests import PATHS
 from gateway.running import Running
 
 if TYPE_CHECKING:
+    from gateway.breaker import State
     from gateway.routes import Routing
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
@@ -45,7 +46,7 @@ class Parts:
             queue_timeout=settings.gateway_queue_timeout,
         )
         self.memory = Memory(settings.gateway_max_buffered_bytes)
-        self.pool = Pool(routing, settings, monotonic, telemetry.breaker_changed)
+        self.pool = Pool(routing, settings, monotonic, self._breaker_changed)
         self.client = HttpClient(connect_timeout=settings.gateway_connect_timeout)
         forwarder = Forwarder(
             settings,
@@ -69,6 +70,10 @@ class Parts:
             running=self.running,
         )
         metrics.watch(self.pool, self.admission, self.memory)
+
+    def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
+        self.telemetry.breaker_changed(backend, old, new)
+        self.health.breaker_changed(backend, new)
 
 
 PARTS = web.AppKey("parts", Parts)

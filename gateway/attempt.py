@@ -42,8 +42,10 @@ from gateway.jsontext import NO_JSON, check, decode_with
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
     from aiohttp.http_parser import RawResponseMessage
+    from aiohttp.tracing import Trace
 
     from gateway.admission import Share
     from gateway.backends import Replica
@@ -74,13 +76,6 @@ class _Connecting:
 _connecting: ContextVar[_Connecting] = ContextVar("_connecting")
 
 
-def _socket(address: tuple[Any, ...]) -> socket.socket:
-    """Called by the connector for each new connection, in the context of the call that needs it."""
-    _connecting.get().fresh = True
-    family, kind, protocol = address[:3]
-    return socket.socket(family=family, type=kind, proto=protocol)
-
-
 class _Protocol(ResponseHandler):
     """One connection. aiohttp tells a body's reader that the connection ended, but not that its bytes are no HTTP."""
 
@@ -97,8 +92,29 @@ class _Protocol(ResponseHandler):
         self._loop.call_soon(self._buffer.clear)  # not before who waits for it has read it
 
 
-def _protocol(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
-    return _Protocol(loop)
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """Called by the connector for each new connection, in the context of the call that needs it."""
+    _connecting.get().fresh = True
+    family, kind, protocol = address[:3]
+    return socket.socket(family=family, type=kind, proto=protocol)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Makes our connections, and of those that are kept takes the one used last.
+
+    It is in every cache and least likely to be dead; what a peak has left over ends by its age. aiohttp takes turns.
+    """
+
+    def __init__(self, *, force_close: bool) -> None:
+        super().__init__(limit=0, socket_factory=_socket, force_close=force_close)
+        protocol: Callable[..., ResponseHandler] = _Protocol
+        self._factory = partial(protocol, self._loop)
+
+    async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
+        kept = self._conns.get(key)
+        if kept is not None:
+            kept.rotate()
+        return await super()._get(key, traces)
 
 
 class HttpClient:
@@ -112,17 +128,14 @@ class HttpClient:
     def __init__(self, *, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
-        self._kept: aiohttp.TCPConnector
-        self._fresh: aiohttp.TCPConnector
+        self._kept: _Connector
+        self._fresh: _Connector
         self._session: aiohttp.ClientSession
         self._addressees: dict[tuple[str, str], _Addressee] = {}
 
     async def __aenter__(self) -> Self:
-        self._kept = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
-        self._fresh = aiohttp.TCPConnector(limit=0, socket_factory=_socket, force_close=True)
-        protocol = partial(_protocol, asyncio.get_running_loop())
-        for connector in (self._kept, self._fresh):
-            connector._factory = protocol  # noqa: SLF001 - aiohttp offers no other way to a protocol of one's own
+        self._kept = _Connector(force_close=False)
+        self._fresh = _Connector(force_close=True)
         self._session = aiohttp.ClientSession(connector=self._fresh, cookie_jar=aiohttp.DummyCookieJar())
         return self
 

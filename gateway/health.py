@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 EAGER_INTERVAL = 0.25
 """Seconds between probes of a replica whose breaker is not closed."""
-LOOK = 0.05
-"""Seconds between looks at which breakers have opened."""
 LAG_INTERVAL = 0.5
 """Seconds between measurements of the event loop's lag."""
 LAG_SAMPLES = 30
@@ -52,17 +50,22 @@ class Health:
         self._tasks: list[asyncio.Task[None]] = []
         self._first_probes = 0
         self._told: set[Replica] = set()
-        self._unwell: dict[Replica, asyncio.Event] = {}
+        self._unwell = {replica.name: asyncio.Event() for replica in pool.replicas}
 
     @property
     def ready(self) -> bool:
         """Whether every replica has been probed once."""
         return self._first_probes >= len(self._pool.replicas)
 
+    def breaker_changed(self, backend: str, new: State) -> None:
+        """A breaker has changed its state: while it is not closed, its replica is probed more often."""
+        if new is State.CLOSED:
+            self._unwell[backend].clear()
+        else:
+            self._unwell[backend].set()
+
     async def __aenter__(self) -> Self:
-        self._unwell = {replica: asyncio.Event() for replica in self._pool.replicas}
         self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.replicas]
-        self._tasks.append(asyncio.create_task(self._look()))
         self._tasks.append(asyncio.create_task(self._watch_loop()))
         return self
 
@@ -87,18 +90,8 @@ class Health:
         began = monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._interval):
-                await self._unwell[replica].wait()
+                await self._unwell[replica.name].wait()
                 await asyncio.sleep(began + EAGER_INTERVAL - monotonic())
-
-    async def _look(self) -> None:
-        """Wake those who wait for a breaker to open. One task for all: fifty that look take 2 % of a core."""
-        while True:
-            for replica, unwell in self._unwell.items():
-                if replica.breaker.state is State.CLOSED:
-                    unwell.clear()
-                else:
-                    unwell.set()
-            await asyncio.sleep(LOOK)
 
     async def _probe(self, replica: "Replica") -> None:
         began = monotonic()

@@ -1,9 +1,11 @@
-"""What becomes of a caller's connection after an answer."""
+"""What becomes of a connection after an answer: a caller's, and one to a backend."""
 
+import asyncio
 import json
 
 import pytest
 
+from tests.integration.backends_raw import RawCall, StartRaw
 from tests.integration.gateways import CHAT, StartGateway, StartMock
 from tests.integration.wire import dial, post
 
@@ -33,3 +35,23 @@ async def test_after_an_error_event_the_connection_takes_the_next_request(
     assert good.status == 200
     assert good.body.endswith(b"data: [DONE]\n\n")
     assert mock.journal.total == 2
+
+
+async def test_of_the_kept_connections_to_a_backend_the_one_used_last_is_taken(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    both = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        if call.number == 2:
+            both.set()
+        await both.wait()
+        await call.answer()
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_connect_timeout=30)
+    await asyncio.gather(gateway.chat(), gateway.chat())
+    for _ in range(3):
+        assert (await gateway.chat()).status == 200
+
+    assert [call.turn for call in backend.calls] == [1, 1, 2, 3, 4]
