@@ -121,7 +121,10 @@ class Relay:
             try:
                 async with asyncio.timeout(end - monotonic()):
                     events = await self._next(may_end=True)
-            except (TimeoutError, InvalidResponse):
+            except TimeoutError:
+                break
+            except InvalidResponse as cut:
+                let_go(cut)
                 break
             if events:
                 await write(b"".join(events))

@@ -3,6 +3,7 @@
 It looks only now and then (`gateway.serve.GC_THRESHOLD`), and what waits for it may hold bodies of megabytes.
 """
 
+import asyncio
 import gc
 import json
 from collections import Counter
@@ -24,7 +25,7 @@ from gateway.relay import Relay
 from gateway.requests import Prompt
 from gateway.serve import Protocol
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import RawCall, StartRaw
+from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw
 from tests.integration.collector import until
 from tests.integration.gateways import CHAT, Gateway, GatewayServer, StartGateway, StartMock
 from tests.integration.wire import chunked, dial, post
@@ -172,9 +173,39 @@ async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, 
                 assert (await caller.answer()).status == 400
             async with dial(gateway.url) as caller:
                 await caller.send(chunked(b"{", end=b""))
+                await until(lambda: len(gateway.parts.running) == 1)
                 await caller.send(b"no chunk\r\n")
                 assert (await caller.answer()).status == 400
         await until(lambda: len(alive(Protocol)) <= before)
+
+
+@pytest.mark.parametrize("end", ["cut", "reset", "bad event"])
+async def test_of_a_whole_stream_with_a_bad_end_nothing_is_left(
+    start_raw: StartRaw, start_gateway: StartGateway, end: str
+) -> None:
+    chunks = [
+        b'data: {"choices": [{"index": 0, "delta": {"content": "word"}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\n',
+    ]
+
+    async def serve(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        for one in chunks:
+            await call.events(one)
+        await asyncio.sleep(0.02)
+        if end == "bad event":
+            await call.events(b"data: {\n\n")
+        elif end == "reset":
+            call.reset()
+        call.close()
+
+    gateway = await start_gateway((await start_raw(serve)).url, **SETTINGS)
+    async with without_collector():
+        before = len(alive(BackendProtocol))
+        for _ in range(TIMES):
+            answer = await gateway.chat(stream=True, headers=LAST)
+            assert answer.body == b"".join(chunks) + b"data: [DONE]\n\n"
+        await until(lambda: len(alive(BackendProtocol)) <= before)
 
 
 async def test_of_an_answer_that_nobody_read_nothing_is_left(
