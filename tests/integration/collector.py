@@ -95,6 +95,7 @@ class Collector:
     Attributes:
         spans: all that came.
         bodies: the requests, as bytes.
+        headers: theirs, names in lower case.
         delay: seconds until it answers.
         port: 0 before the first start.
     """
@@ -102,6 +103,7 @@ class Collector:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
         self.delay = 0.0
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -146,6 +148,7 @@ class Collector:
         return Trace(found)
 
     async def _receive(self, request: web.Request) -> web.Response:
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         body = await request.read()
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)

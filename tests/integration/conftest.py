@@ -20,6 +20,7 @@ from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from tests.integration.backends_raw import StartRaw, raw_backends
+from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock
 
 
@@ -46,6 +47,13 @@ async def start_raw() -> AsyncIterator[StartRaw]:
     """Start a backend on bare sockets."""
     async with raw_backends() as start:
         yield start
+
+
+@pytest.fixture
+async def collector() -> AsyncIterator[Collector]:
+    """An OTLP/HTTP receiver."""
+    async with Collector() as running:
+        yield running
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from gateway.breaker import State
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk, full_backlog, raw_backends
+from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import CHAT, Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
 from tests.integration.test_sdk import MESSAGES
@@ -20,12 +19,6 @@ AT_ONCE = 1.0
 """Seconds; promised are 0.1."""
 HANG = {"kind": "hang_before_headers"}
 REQUESTS = "gateway_requests_total"
-
-
-@pytest.fixture
-async def start_raw() -> AsyncIterator[StartRaw]:
-    async with raw_backends() as start:
-        yield start
 
 
 def prompt(**changes: Any) -> bytes:  # noqa: ANN401

@@ -27,7 +27,6 @@ from tests.integration.backends_raw import (
     StartRaw,
     chunk,
     event,
-    raw_backends,
 )
 from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway
 from tests.integration.sse import DONE, Events
@@ -46,12 +45,6 @@ READY = b"GET /readyz HTTP/1.1\r\nhost: gateway\r\n\r\n"
 MODELS = b"GET /v1/models HTTP/1.1\r\nhost: gateway\r\n\r\n"
 STREAM = CHAT | {"stream": True}
 RESPONSE = {"model": "demo-model", "input": "Say something.", "stream": True}
-
-
-@pytest.fixture
-async def start_raw() -> AsyncIterator[StartRaw]:
-    async with raw_backends() as start:
-        yield start
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from tests.integration.backends_raw import (
     StartRaw,
     chunk,
     event,
-    raw_backends,
 )
 from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
 from tests.integration.sse import DONE, Events
@@ -36,12 +35,6 @@ ROLE, WORD, FINISH = chunk(), chunk("word "), chunk(finish="stop")
 USAGE = event({"id": "raw", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}})
 OWN_ERROR = event({"error": {"message": "Out of memory.", "type": "server_error", "param": None, "code": "oom"}})
 WHOLE = ROLE + WORD + FINISH + DONE
-
-
-@pytest.fixture
-async def start_raw() -> AsyncIterator[StartRaw]:
-    async with raw_backends() as start:
-        yield start
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,6 @@ STOP = tracing.LAST_EXPORT + 3.0
 @pytest.fixture
 def start_gateway(start_gateway: StartGateway) -> StartGateway:
     return patient(start_gateway)
-
-
-@pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
-    async with Collector() as running:
-        yield running
 
 
 @pytest.fixture

@@ -4,15 +4,12 @@ import asyncio
 import json
 import ssl
 from base64 import b64decode
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import trustme
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 from openai import AsyncOpenAI, InternalServerError
 
 from gateway.telemetry.otlp import OtlpHttpExporter
@@ -122,12 +119,6 @@ async def sent(exporter: OtlpHttpExporter) -> bool:
         exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
-    async with Collector() as one:
-        yield one
-
-
 @pytest.mark.parametrize("signal", ["", "TRACES_"])
 async def test_spans_go_to_a_collector_that_asks_for_a_certificate(  # noqa: PLR0917
     authority: trustme.CA,
@@ -164,39 +155,25 @@ async def test_spans_go_by_the_proxy_of_the_environment(collector: Collector, mo
     assert len(collector.bodies) == 1
 
 
-async def test_the_name_and_password_in_the_collectors_url_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    came: list[str] = []
+async def test_the_name_and_password_in_the_collectors_url_are_sent(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://me:secret@127.0.0.1:{collector.port}")
+    assert await sent(OtlpHttpExporter())
 
-    async def receive(request: web.Request) -> web.Response:
-        came.append(request.headers["authorization"])
-        return web.Response()
-
-    app = web.Application()
-    app.router.add_post("/v1/traces", receive)
-    async with TestServer(app) as there:
-        monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://me:secret@127.0.0.1:{there.port}")
-        assert await sent(OtlpHttpExporter())
-
+    came = [headers["authorization"] for headers in collector.headers]
     assert [b64decode(text.removeprefix("Basic ")) for text in came] == [b"me:secret"]
 
 
-async def test_headers_and_compression_of_the_environment_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    came: list[dict[str, str]] = []
+async def test_headers_and_compression_of_the_environment_are_heeded(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://127.0.0.1:{collector.port}")
+    monkeypatch.setenv(f"{OTLP}HEADERS", "api-key=abc,x=y")
+    monkeypatch.setenv(f"{OTLP}COMPRESSION", "gzip")
+    assert await sent(OtlpHttpExporter())
 
-    async def receive(request: web.Request) -> web.Response:
-        came.append(dict(request.headers))
-        await request.read()
-        return web.Response()
-
-    app = web.Application()
-    app.router.add_post("/v1/traces", receive)
-    async with TestServer(app) as there:
-        monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://127.0.0.1:{there.port}")
-        monkeypatch.setenv(f"{OTLP}HEADERS", "api-key=abc,x=y")
-        monkeypatch.setenv(f"{OTLP}COMPRESSION", "gzip")
-        assert await sent(OtlpHttpExporter())
-
-    (headers,) = ({name.lower(): value for name, value in one.items()} for one in came)
+    (headers,) = collector.headers
     expected = {"api-key": "abc", "x": "y", "content-encoding": "gzip", "content-type": "application/x-protobuf"}
     assert {name: headers.get(name) for name in expected} == expected
     assert "OTel" in headers["user-agent"], json.dumps(headers)

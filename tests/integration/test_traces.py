@@ -61,12 +61,6 @@ StartStack = Callable[..., Awaitable[Stack]]
 
 
 @pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
-    async with Collector() as running:
-        yield running
-
-
-@pytest.fixture
 async def start_stack(collector: Collector, start_gateway: StartGateway) -> AsyncIterator[StartStack]:
     """Start a traced gateway before a traced mock model, or `backends`, or (a folder for `fallback`) two targets."""
     async with AsyncExitStack() as stack:
