@@ -7,17 +7,19 @@ common.proto; a test compares the bytes with those of the SDK's own encoder, fie
 
 from functools import lru_cache
 from os import environ
+from pathlib import Path
 from struct import Struct
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
-from opentelemetry.exporter.http.transport._urllib3 import Urllib3HTTPTransport
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
 from gateway.telemetry.spans import UNSET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from opentelemetry.exporter.http.transport._base import BaseHTTPTransport
 
     from gateway.telemetry.spans import Shared, SpanData, Value
 
@@ -29,12 +31,11 @@ _parent = Struct(">BBQ").pack
 _LOW = 2**64 - 1
 
 
-REQUESTS_ALONE = (
+CREDENTIAL_PROVIDERS = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
-    "NETRC",
 )
-"""What of the environment only the SDK's transport over `requests` heeds, beside proxies and passwords in the url."""
+NETRC = ("~/.netrc", "~/_netrc")
 
 
 class OtlpHttpExporter(OTLPSpanExporter):
@@ -45,8 +46,12 @@ class OtlpHttpExporter(OTLPSpanExporter):
     """
 
     def __init__(self, endpoint: str | None = None, timeout: float | None = None) -> None:
-        url = endpoint or _first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT") or ""
-        if "@" in url or getproxies() or _first(*REQUESTS_ALONE):
+        url = (
+            endpoint
+            or _first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+            or "http://localhost"
+        )
+        if _asks_for_requests(url):
             super().__init__(endpoint, timeout=timeout)
         else:
             super().__init__(endpoint, timeout=timeout, _transport=_urllib3())
@@ -56,17 +61,22 @@ class OtlpHttpExporter(OTLPSpanExporter):
         return self._client.export(body).success
 
 
-def _urllib3() -> Urllib3HTTPTransport:
-    authority = _first(
-        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
-        "OTEL_EXPORTER_OTLP_CERTIFICATE",
-        "REQUESTS_CA_BUNDLE",
-        "CURL_CA_BUNDLE",
+def _asks_for_requests(url: str) -> bool:
+    """Whether `requests` is needed for its certificates, its proxies or its ways to passwords."""
+    return (
+        not url.startswith("http://")
+        or "@" in url
+        or bool(getproxies())
+        or _first("NETRC", *CREDENTIAL_PROVIDERS) is not None
+        or any(Path(file).expanduser().exists() for file in NETRC)
     )
-    certificate = _first("OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE")
-    key = _first("OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY", "OTEL_EXPORTER_OTLP_CLIENT_KEY")
-    own = (certificate, key) if certificate and key else certificate
-    return Urllib3HTTPTransport(verify=authority or True, cert=own)
+
+
+def _urllib3() -> "BaseHTTPTransport":
+    # Private to the SDK: pyproject.toml bounds its version.
+    from opentelemetry.exporter.http.transport._urllib3 import Urllib3HTTPTransport  # noqa: PLC0415
+
+    return Urllib3HTTPTransport()
 
 
 def _first(*names: str) -> str | None:

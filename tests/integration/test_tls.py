@@ -20,6 +20,7 @@ from tests.integration.processes import Process, running
 from tests.integration.tls import tls_before
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+TRUST = ("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 OTLP = "OTEL_EXPORTER_OTLP_"
 PROMPT: Any = CHAT
 
@@ -47,11 +48,14 @@ def server(authority: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine has."""
-    for name in PROXIES:
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Empty; nor do proxies, passwords or trust of this machine count."""
+    for name in (*PROXIES, *map(str.upper, PROXIES), *TRUST):
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
 
 
 def gateway_before(url: str, **environment: str) -> Any:  # noqa: ANN401
@@ -145,6 +149,14 @@ async def test_spans_go_to_a_collector_that_asks_for_a_certificate(  # noqa: PLR
         monkeypatch.setenv(f"{OTLP}{signal}CLIENT_KEY", str(key))
         assert await sent(OtlpHttpExporter(endpoint=endpoint))
     assert len(collector.bodies) == 1
+
+
+async def test_the_name_and_password_of_netrc_are_sent(collector: Collector, home: Path) -> None:
+    (home / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    assert await sent(OtlpHttpExporter(endpoint=f"http://127.0.0.1:{collector.port}/v1/traces"))
+
+    came = [headers["authorization"] for headers in collector.headers]
+    assert [b64decode(text.removeprefix("Basic ")) for text in came] == [b"me:secret"]
 
 
 async def test_spans_go_by_the_proxy_of_the_environment(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:

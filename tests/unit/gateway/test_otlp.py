@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -267,6 +268,35 @@ def test_the_environment_chooses_the_exporter(
     assert type(exporter) is (kind or type(None))
     if exporter is not None:
         exporter.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "transport"),
+    [
+        ("http://collector:4318", {}, "Urllib3HTTPTransport"),
+        ("https://collector:4318", {}, "RequestsHTTPTransport"),
+        ("http://me:secret@collector:4318", {}, "RequestsHTTPTransport"),
+        ("http://collector:4318", {"https_proxy": "http://proxy"}, "RequestsHTTPTransport"),
+        ("http://collector:4318", {"NETRC": "/there"}, "RequestsHTTPTransport"),
+        ("", {}, "Urllib3HTTPTransport"),
+    ],
+)
+@pytest.mark.parametrize("by", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "argument"])
+def test_requests_carries_the_spans_only_where_it_has_to(  # noqa: PLR0917
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str, url: str, environment: dict[str, str], transport: str
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if by != "argument":
+        monkeypatch.setenv(by, url)
+    exporter = OtlpHttpExporter(url if by == "argument" and url else None)
+
+    assert type(exporter._client._transport).__name__ == transport
+    exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
