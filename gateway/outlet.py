@@ -100,9 +100,12 @@ class Outlet:
     async def fail(self, error: GatewayError) -> web.StreamResponse:
         """End with one error event; never waits longer than `LAST_WORD` for the caller."""
         event = error.event if isinstance(error, ErrorEvent) else error_event(error, self.sequence_number)
-        taken = not self._ended and await self._end_with(event)
-        if not taken and self._request.transport is not None:
-            self._request.transport.abort()
+        taken = False
+        try:
+            taken = not self._ended and await self._end_with(event)
+        finally:
+            if not taken and self._request.transport is not None:
+                self._request.transport.abort()
         return self.response
 
     async def _end_with(self, event: bytes) -> bool:

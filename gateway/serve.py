@@ -45,12 +45,14 @@ class Protocol(RequestHandler):
         self._unserved = unserved
         self._running = running
         self._impatience: asyncio.TimerHandle | None = None
+        self._connection: asyncio.Transport | None = None  # as `transport`, which aiohttp forgets when it closes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A connection that never sends a whole request is closed."""
         super().connection_made(transport)
-        if self.transport is not None:
-            self._running.connected(self.transport)
+        self._connection = self.transport
+        if self._connection is not None:
+            self._running.connected(self._connection)
         self._impatience = asyncio.get_running_loop().call_later(FIRST_REQUEST, self._close_if_silent)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -58,8 +60,9 @@ class Protocol(RequestHandler):
         if self._impatience is not None:
             self._impatience.cancel()
             self._impatience = None
-        if self.transport is not None:
-            self._running.disconnected(self.transport)
+        if self._connection is not None:
+            self._running.disconnected(self._connection)
+            self._connection = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -75,6 +78,12 @@ class Protocol(RequestHandler):
             request.content.set_exception(web.RequestPayloadError("malformed"))
             request.content.feed_eof()
             self.close()
+
+    async def _drain_helper(self) -> None:
+        """Of a writer who was cancelled aiohttp keeps what it waited for: whoever waits next would be cancelled too."""
+        if self._drain_waiter is not None and self._drain_waiter.cancelled():
+            self._drain_waiter = None
+        await super()._drain_helper()
 
     def handle_error(
         self,

@@ -457,6 +457,8 @@ async def test_a_caller_who_does_not_read_is_cut_off_too(start_raw: StartRaw, st
         assert (await wire.head())[0] == 200
         assert gateway.limit_send_buffers(4_096) == 1
         await cut_off(gateway)
+        assert b"HTTP/1.1" not in await wire.rest(), "a second head in the middle of a stream"
+    assert 'gateway_requests_total{outcome="gateway_draining"' in await gateway.metrics()
 
 
 async def test_a_request_cut_off_is_no_failure_of_its_backend(mock: MockModel, start_gateway: StartGateway) -> None:

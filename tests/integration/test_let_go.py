@@ -25,7 +25,7 @@ from gateway.relay import Relay
 from gateway.requests import Prompt
 from gateway.serve import Protocol
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw
+from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk
 from tests.integration.collector import until
 from tests.integration.gateways import CHAT, Gateway, GatewayServer, StartGateway, StartMock
 from tests.integration.wire import chunked, dial, post
@@ -177,6 +177,40 @@ async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, 
                 await caller.send(b"no chunk\r\n")
                 assert (await caller.answer()).status == 400
         await until(lambda: len(alive(Protocol)) <= before)
+
+
+async def test_of_a_connection_that_waited_too_long_nothing_is_left(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, **SETTINGS)
+    assert isinstance(gateway.client.server, GatewayServer)
+    handler = gateway.client.server.handler
+    async with dial(gateway.url) as caller:
+        await caller.send(post())
+        assert (await caller.answer()).status == 200
+        (protocol,) = handler.connections
+        protocol.force_close()  # as aiohttp does then
+        assert await caller.rest() == b""
+    await until(lambda: connections(gateway) == 0)
+
+
+async def test_of_a_caller_who_does_not_read_until_the_deadline_nothing_is_left(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    async def flood(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        while True:
+            await call.events(chunk("word " * 1_000))
+
+    gateway = await start_gateway((await start_raw(flood)).url, **SETTINGS)
+    prompt = post(json.dumps(CHAT | {"stream": True}).encode(), LAST | {"x-request-timeout": "0.3"})
+    async with without_collector():
+        for _ in range(3):
+            async with dial(gateway.url, receive_buffer=4_096) as caller:
+                await caller.send(prompt)
+                assert (await caller.head())[0] == 200
+                gateway.limit_send_buffers(4_096)
+                await until(lambda: len(gateway.parts.running) == 0)
 
 
 @pytest.mark.parametrize("end", ["cut", "reset", "bad event"])

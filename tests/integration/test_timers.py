@@ -30,6 +30,7 @@ PROMISE = 0.1
 SHORT = 0.25
 LONG = 30.0
 
+CHAT_PATH = "/v1/chat/completions"
 HANG = {"kind": "hang_before_headers"}
 HANG_AFTER_HEADERS = {"kind": "hang_after_headers"}
 ROLE_ONLY = {"kind": "stall", "with": {"after_events": 1}}
@@ -445,7 +446,9 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
         await wire.rest()
     assert len(left) == 1
     text = await gateway.metrics()
-    assert 'outcome="deadline_exceeded"' in text
+    line = f'gateway_requests_total{{outcome="deadline_exceeded",route="{CHAT_PATH}",status="200"}} 1.0'
+    assert line in text, text
+    assert "gateway_client_disconnects_total 0.0" in text
 
 
 async def test_deadline_at_the_very_end_of_a_stream_whose_caller_does_not_read(
