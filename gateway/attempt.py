@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from base64 import b64encode
 from contextvars import ContextVar
 from datetime import UTC
@@ -54,6 +55,8 @@ PROBE_TIMEOUT = 1.0
 """Seconds."""
 MAX_WAIT = 1e9
 """Seconds or milliseconds; a longer wait is garbage."""
+FOR_ANOTHER = frozenset({62, 64})
+"""OpenSSL's `X509_V_ERR_HOSTNAME_MISMATCH` and `X509_V_ERR_IP_ADDRESS_MISMATCH`."""
 LARGE_BODY = 1 << 20
 """Bytes; a larger body is not copied to stand beside its head."""
 UNREPEATABLE = frozenset({501, 505})
@@ -113,6 +116,8 @@ class _Connector(aiohttp.TCPConnector):
     async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
         kept = self._conns.get(key)
         if kept is not None:
+            while kept and not kept[-1][0].is_connected():
+                kept.pop()[0].close()
             kept.rotate()
         return await super()._get(key, traces)
 
@@ -189,14 +194,14 @@ class HttpClient:
         headers = authorization(replica)
         try:
             async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
-                return None if response.status < 500 else f"status {response.status}"  # noqa: PLR2004
+                return None if response.status < 500 else f"{replica.name} answered {response.status}."  # noqa: PLR2004
         except aiohttp.ClientConnectorError as error:
             self._forget_address(replica)
             return _unreachable(error, replica)
         except TimeoutError:
-            return f"No answer within {PROBE_TIMEOUT:g} s."
+            return f"{replica.name} did not answer within {PROBE_TIMEOUT:g} s."
         except (aiohttp.ClientError, OSError, ValueError):  # ValueError: a name that is none
-            return "No HTTP answer."
+            return f"{replica.name} gave no HTTP answer."
 
     def _failure(self, error: Exception, replica: "Replica", connecting: _Connecting) -> BackendError:
         """Why there is no answer. The order matters: aiohttp's timeouts are connection errors too."""
@@ -220,18 +225,25 @@ class HttpClient:
 
 
 def _unreachable(error: aiohttp.ClientConnectorError, replica: "Replica") -> str:
-    """Why there is no connection."""
+    """Why there is no connection; names no host, which callers do not know."""
+    cause = error.os_error
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return f"The host name of {replica.name} could not be resolved."
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        reason = getattr(error.certificate_error, "verify_message", "it does not fit")
-        return f"The certificate of {replica.name} was not accepted: {reason.rstrip('.')}."
+        reason = "it does not fit"
+        if isinstance(error.certificate_error, ssl.SSLCertVerificationError):
+            of_other = error.certificate_error.verify_code in FOR_ANOTHER
+            reason = "it is for another host" if of_other else error.certificate_error.verify_message.rstrip(".")
+        return f"The certificate of {replica.name} was not accepted: {reason}."
     if isinstance(error, aiohttp.ClientConnectorSSLError):
-        reason = getattr(error.os_error, "reason", None) or "no reason given"
+        reason = getattr(cause, "reason", None) or "no reason given"
         return f"{replica.name} does not speak TLS as we do: {reason}."
-    if error.errno in {None, ECONNREFUSED}:
+    if isinstance(cause, (ConnectionResetError, ConnectionAbortedError)):
+        return f"{replica.name} closed the connection while it was made."
+    if error.errno == ECONNREFUSED:
         return f"{replica.name} refused the connection."
-    return f"{replica.name} could not be reached: {strerror(error.errno)}."
+    reason = strerror(error.errno) if error.errno is not None else "each of its addresses for another reason"
+    return f"{replica.name} could not be reached: {reason}."
 
 
 class _Addressee:

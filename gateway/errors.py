@@ -23,7 +23,7 @@
     |  `- GatewayDraining                    gateway_draining
     `- BackendError                          how one attempt failed, and what follows
        |- ConnectionFailed           502     backend_connection_error   refused, DNS, reset before headers
-       |  |- Unreachable             502     refused or unresolved: nothing was sent
+       |  |- Unreachable             502     refused, unresolved, no route, TLS failed: nothing was sent
        |  |- ConnectTimeout          504     backend_timeout, param connect
        |  `- StaleConnection         502     a kept-alive connection died before a byte of the answer
        |- InvalidResponse            502     backend_invalid_response   cut or unreadable
@@ -253,7 +253,7 @@ class ConnectionFailed(BackendError):
 
 
 class Unreachable(ConnectionFailed):
-    """Refused or unresolved: nothing was sent."""
+    """Refused, unresolved, without a route, or without the TLS we ask for: nothing was sent."""
 
     unreachable = True
 

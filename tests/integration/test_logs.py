@@ -206,7 +206,7 @@ async def test_a_backend_that_fails_its_probes_is_told_once_and_when_it_is_back(
     await until(lambda: "probe of backend-1: good" in caplog.text)
 
     told = [record.getMessage() for record in caplog.records if record.name == "gateway"]
-    assert told == ["probe of backend-1: failed: status 500", "probe of backend-1: good"]
+    assert told == ["probe of backend-1: failed: backend-1 answered 500.", "probe of backend-1: good"]
 
 
 # The forms, and the limits.

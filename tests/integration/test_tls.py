@@ -102,6 +102,34 @@ async def test_a_certificate_that_is_not_trusted_is_told_as_what_it_is(mock: Moc
     assert mock.journal.total == 0
 
 
+async def test_a_certificate_for_another_host_is_told_without_its_name(
+    mock: MockModel, server: ssl.SSLContext, ours: str
+) -> None:
+    async with tls_before(mock.url, server) as url:
+        elsewhere = url.replace("localhost", "127.0.0.1")
+        async with gateway_before(elsewhere, SSL_CERT_FILE=ours) as gateway:
+            await gateway.up()
+            async with sdk(gateway) as client:
+                with pytest.raises(InternalServerError) as caught:
+                    await client.chat.completions.create(**PROMPT)
+
+    assert "The certificate of backend-1 was not accepted: it is for another host." in str(caught.value)
+
+
+async def test_a_backend_that_closes_in_the_handshake_did_not_refuse(start_gateway: StartGateway) -> None:
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(close, "127.0.0.1", 0) as there:
+        url = f"https://127.0.0.1:{there.sockets[0].getsockname()[1]}"
+        gateway = await start_gateway(url, gateway_connect_timeout=30)
+        answer = await gateway.chat()
+
+    assert (answer.status, answer.error["code"]) == (502, "backend_connection_error")
+    assert answer.error["message"] == "backend-1 closed the connection while it was made."
+
+
 async def test_a_backend_without_tls_behind_an_https_url_is_told_as_what_it_is(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
