@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration.backends_raw import RawCall, StartRaw
 from tests.integration.gateways import CHAT, StartGateway, StartMock
-from tests.integration.wire import dial, post
+from tests.integration.wire import dial, post, until
 
 STREAMED = json.dumps(CHAT | {"stream": True}).encode()
 
@@ -55,3 +55,38 @@ async def test_of_the_kept_connections_to_a_backend_the_one_used_last_is_taken(
         assert (await gateway.chat()).status == 200
 
     assert [call.turn for call in backend.calls] == [1, 1, 2, 3, 4]
+
+
+async def test_of_the_kept_connections_a_dead_one_is_passed_over_for_the_next_newest(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    answered = [asyncio.Event() for _ in range(4)]
+    answered[0].set()
+
+    async def play(call: RawCall) -> None:
+        if call.number <= 3:
+            await backend.called(3)
+            await answered[call.number - 1].wait()
+        await call.answer()
+        if call.number == 4:
+            call.close()
+
+    async def ask(number: int) -> None:
+        assert (await gateway.chat()).status == 200
+        answered[number].set()
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_connect_timeout=30)
+    first = asyncio.create_task(ask(1))
+    await backend.called(1)
+    second = asyncio.create_task(ask(2))
+    await backend.called(2)
+    await asyncio.gather(first, second, ask(3))
+    assert (await gateway.chat()).status == 200
+    (kept,) = gateway.parts.client._kept._conns.values()
+    await until(lambda: not kept[-1][0].is_connected())
+    assert (await gateway.chat()).status == 200
+
+    connections = [call._writer for call in backend.calls]
+    assert connections[3] is connections[2]
+    assert connections[4] is connections[1]
