@@ -43,14 +43,19 @@ async def session(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-async def main(port: int, backend: str) -> None:
-    """Serve for ever."""
+def application(backend: str) -> web.Application:
+    """The pass-through to a backend's url."""
     app = web.Application(client_max_size=64 << 20)
     app[BACKEND] = backend
     app.cleanup_ctx.append(session)
     app.router.add_get("/health", health)
     app.router.add_post("/v1/chat/completions", forward)
-    runner = web.AppRunner(app, access_log=None)
+    return app
+
+
+async def main(port: int, backend: str) -> None:
+    """Serve for ever."""
+    runner = web.AppRunner(application(backend), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
     await asyncio.Event().wait()

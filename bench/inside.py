@@ -1,7 +1,9 @@
 """What a request costs inside the process: the whole way through Python without sockets, precise to about 2 %.
 
-`python -m bench.inside [--rounds 12] [--traced] FOLDER...`: each FOLDER holds a `gateway/` to be measured, such as `.`
-and a copy with one thing changed. All run side by side, one slice of requests after the other; ratios are to the first.
+`python -m bench.inside [--rounds 12] [--traced] [--events N] FOLDER...`: each FOLDER holds a `gateway/` to be measured,
+such as `.` and a copy with one thing changed; `bare` is the bare pass-through. All run side by side, one slice of
+requests after the other; ratios are to the first. With `--events` the answers are streams of so many events, each read
+by itself, and the figures are per event.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from typing import Any
 import aiohttp
 import uvloop
 
-from bench.backend import DEFAULT_ANSWER
+from bench import bare
+from bench.backend import DEFAULT_ANSWER, HEAD, LAST, ROLE, content_event
 from bench.caller import Spec, body
 from bench.processes import Cores
 
@@ -28,6 +31,7 @@ SLICE = 4000
 CALLERS = 32
 REST = 0.7
 """Seconds for what was put off: exports and logs; their CPU time counts."""
+BARE = "bare"
 NOWHERE = "http://127.0.0.1:9"
 
 Peer = Callable[["Wire", bytes], None]
@@ -79,12 +83,48 @@ def connected(protocol: Any, peer: Peer) -> Wire:  # noqa: ANN401 - aiohttp's, o
     return wire
 
 
-def answer(wire: Wire, _request: bytes) -> None:
-    """The backend: one canned answer."""
-    asyncio.get_running_loop().call_soon(wire.protocol.data_received, DEFAULT_ANSWER)
+class Backend:
+    """One canned answer, or a stream of `events` events, one in each turn of the loop."""
+
+    def __init__(self, events: int) -> None:
+        self._events = events
+
+    def __call__(self, wire: Wire, _request: bytes) -> None:
+        """Answer a request."""
+        loop = asyncio.get_running_loop()
+        if self._events:
+            loop.call_soon(wire.protocol.data_received, HEAD + ROLE)
+            loop.call_soon(self._send, wire, self._events)
+        else:
+            loop.call_soon(wire.protocol.data_received, DEFAULT_ANSWER)
+
+    def _send(self, wire: Wire, left: int) -> None:
+        wire.protocol.data_received(content_event() if left else LAST)
+        if left:
+            asyncio.get_running_loop().call_soon(self._send, wire, left - 1)
 
 
-async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aiohttp's server
+def connect_to(backend: Backend, told: Callable[[], None]) -> None:
+    """All connections that aiohttp makes end at the backend; `told` of each."""
+
+    async def connect(connector: Any, *_: object) -> Any:  # noqa: ANN401
+        protocol = connector._factory()  # noqa: SLF001 - aiohttp offers no other way in
+        connected(protocol, backend)
+        told()
+        return protocol
+
+    aiohttp.TCPConnector._create_connection = connect  # type: ignore[assignment, method-assign]  # noqa: SLF001
+
+
+async def bare_server(events: int) -> Any:  # noqa: ANN401 - aiohttp's server
+    """The server of the bare pass-through."""
+    connect_to(Backend(events), lambda: None)
+    runner = aiohttp.web.AppRunner(bare.application(NOWHERE), access_log=None)
+    await runner.setup()
+    return runner.server
+
+
+async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa: ANN401 - aiohttp's server
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
@@ -102,13 +142,10 @@ async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aio
         def send(self, body: bytes) -> bool:
             return len(body) > 0
 
-    async def connect(connector: Any, *_: object) -> Any:  # noqa: ANN401
-        protocol = connector._factory()  # noqa: SLF001 - aiohttp offers no other way in
-        connected(protocol, answer)
+    def fresh() -> None:
         _connecting.get().fresh = True
-        return protocol
 
-    aiohttp.TCPConnector._create_connection = connect  # type: ignore[assignment, method-assign]  # noqa: SLF001
+    connect_to(Backend(events), fresh)
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
     settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
@@ -125,21 +162,23 @@ async def gateway_of(folder: str, *, traced: bool) -> Any:  # noqa: ANN401 - aio
     return runner.server
 
 
-async def measured(folder: str, *, traced: bool) -> None:
-    """Run slices for whoever writes a line to our input, and print the CPU time per request, us."""
-    server = await gateway_of(folder, traced=traced)
-    prompt = body(Spec(mode="load"))
+async def measured(folder: str, events: int, *, traced: bool) -> None:
+    """Run slices for whoever writes a line to our input, and print the CPU time per request (or event), us."""
+    server = await bare_server(events) if folder == BARE else await gateway_of(folder, events, traced=traced)
+    prompt = body(Spec(mode="load", stream=events > 0))
     request = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%s" % (len(prompt), prompt)
     )
     loop = asyncio.get_running_loop()
-    left = 0
+    left, calls = 0, max(SLICE * 20 // events, 2 * CALLERS) if events else SLICE
     done = loop.create_future()
 
     def call(wire: Wire, data: bytes) -> None:
         nonlocal left
-        if not data.startswith(b"HTTP/1.1 200 "):
+        if events and not data.endswith(b"0\r\n\r\n"):
+            return
+        if not events and not data.startswith(b"HTTP/1.1 200 "):
             if not done.done():
                 done.set_exception(RuntimeError(f"a call failed: {data[:300]!r}"))
             return
@@ -151,13 +190,13 @@ async def measured(folder: str, *, traced: bool) -> None:
 
     wires = [connected(server(), call) for _ in range(CALLERS)]
     while await asyncio.to_thread(sys.stdin.readline):
-        left, done = SLICE - CALLERS + 1, loop.create_future()
+        left, done = calls - CALLERS + 1, loop.create_future()
         before = time.process_time()
         for wire in wires:
             wire.protocol.data_received(request)
         await done
         await asyncio.sleep(REST)
-        print((time.process_time() - before) / SLICE * 1e6, flush=True)
+        print((time.process_time() - before) / calls / (events or 1) * 1e6, flush=True)
     os._exit(0)
 
 
@@ -167,15 +206,23 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--traced", action="store_true", help="make and encode spans, and send them nowhere")
+    parser.add_argument("--events", type=int, default=0, help="of each answer; 0: it is no stream")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        uvloop.run(measured(options.folders[0], traced=options.traced))
+        uvloop.run(measured(options.folders[0], options.events, traced=options.traced))
     os.sched_setaffinity(0, Cores.of_this_machine().measured)
-    more = ["--traced"] if options.traced else []
+    more = ["--events", str(options.events), *(["--traced"] if options.traced else [])]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "bench.inside", "--child", *more, str(Path(folder).resolve())],
+            [
+                sys.executable,
+                "-m",
+                "bench.inside",
+                "--child",
+                *more,
+                folder if folder == BARE else str(Path(folder).resolve()),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
