@@ -89,6 +89,11 @@ class _Protocol(ResponseHandler):
         if body is not None and not body.is_eof() and body.exception() is None:
             body.set_exception(aiohttp.ClientPayloadError("the connection failed in the middle of a body"))
 
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's signature
+        """Called after every read; aiohttp would ask the parser for more each time, which only a paused one has."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """An answer that nobody will read holds the connection, which holds the answer."""
         super().connection_lost(exc)
