@@ -36,8 +36,6 @@ class EventSplitter:
         Raises:
             InvalidResponse: an event is longer than `MAX_EVENT`.
         """
-        if not self._pieces and len(data) <= MAX_EVENT and _is_line(data):
-            return [data]
         if self._pieces:
             whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
             if not whole_line and self.waiting + len(data) <= MAX_EVENT:
@@ -64,11 +62,6 @@ class EventSplitter:
         return [rest] if _END_OF_EVENT.search(rest) else []
 
 
-def _is_line(data: bytes) -> bool:
-    """Whether it is one event of one line, whole: what nearly every read of a stream brings."""
-    return data.endswith(b"\n\n") and data.count(b"\n") == 2 and b"\r" not in data  # noqa: PLR2004
-
-
 def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
     events = []
     start = 0
@@ -81,10 +74,17 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
     return events, data[start:]
 
 
+def line_of(event: bytes) -> bytes | None:
+    """The data of one whole event of one line, which is what nearly every read of a stream brings; None of all else."""
+    plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
+    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 and len(event) <= MAX_EVENT else None
+
+
 def data_of(event: bytes) -> bytes | None:
     """The data of an event, None when it has none (a comment, for one)."""
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
-        return event[6:-2]
+    line = line_of(event)
+    if line is not None:
+        return line
     lines = []
     for line in _LINE.split(event):
         if line.startswith(b"data:"):

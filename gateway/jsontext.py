@@ -56,3 +56,9 @@ def check(data: bytes) -> None:
         NO_JSON: it is none.
     """
     decode_with(_pass_over, data)
+
+
+def check_utf8(data: bytes) -> None:
+    """What a typed decoder leaves out where it passes over a text. Raises: UnicodeDecodeError."""
+    if not data.isascii():
+        data.decode()

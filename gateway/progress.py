@@ -1,11 +1,34 @@
 """How far a stream has come: first content, finish of each choice, the end; with what it says about itself."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import msgspec
 
 from gateway.capture import MAX_TEXT
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
-from gateway.jsontext import NO_JSON, decode
+from gateway.jsontext import NO_JSON, check_utf8, decode
+
+
+class _NoEnd(msgspec.Struct):
+    finish_reason: None = None
+
+
+class _Words(msgspec.Struct):
+    """An event after the first with nothing to note in it: words of choices that go on."""
+
+    error: None = None
+    usage: None = None
+    choices: list[_NoEnd] | None = None
+
+
+class _Delta(msgspec.Struct):
+    type: Literal["response.output_text.delta"]
+    sequence_number: int
+
+
+_decode_words = msgspec.json.Decoder(_Words).decode
+_decode_delta = msgspec.json.Decoder(_Delta).decode
 
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -88,7 +111,9 @@ class ChoicesProgress:
 
     def see(self, data: bytes) -> None:
         """One event's data."""
-        if data == DONE or data.strip() == DONE:
+        if self.content and self.model is not None and self.text is None and _only_words(data):
+            return
+        if data.strip() == DONE:
             self.ended = True
             return
         chunk = _json(data)
@@ -171,12 +196,18 @@ class ResponsesProgress:
 
     def see(self, data: bytes) -> None:
         """One event's data."""
+        if self.text is None and (number := _number_of_delta(data)) is not None:
+            self.sequence_number = number + 1
+            self.content = True
+            return
         if data.strip() == DONE:
             self.ended = True
             return
         event = _json(data)
-        if not isinstance(event, dict):
-            return
+        if isinstance(event, dict):
+            self._see_event(event)
+
+    def _see_event(self, event: dict[str, Any]) -> None:
         number = event.get("sequence_number")
         if isinstance(number, int):
             self.sequence_number = number + 1
@@ -205,6 +236,26 @@ class ResponsesProgress:
         if isinstance(usage, dict):
             self.input_tokens = _count(usage.get("input_tokens"))
             self.output_tokens = _count(usage.get("output_tokens"))
+
+
+def _only_words(data: bytes) -> bool:
+    """Whether it is an event as `_Words` has it: JSON, checked as closely as `_json` does, but built into nothing."""
+    try:
+        _decode_words(data)
+        check_utf8(data)
+    except NO_JSON:
+        return False
+    return True
+
+
+def _number_of_delta(data: bytes) -> int | None:
+    """The number of an event as `_Delta` has it, checked as closely."""
+    try:
+        number = _decode_delta(data).sequence_number
+        check_utf8(data)
+    except NO_JSON:
+        return None
+    return number
 
 
 def _json(data: bytes) -> object:

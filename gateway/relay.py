@@ -5,7 +5,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from gateway.errors import AnswerTooLarge, BackendError, ErrorEvent, InvalidResponse, Silent, Stalled, let_go
-from gateway.events import EventSplitter, data_of
+from gateway.events import EventSplitter, data_of, line_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -65,13 +65,12 @@ class Relay:
                 self._watch.limit(left, lambda: no_first_token(seconds))
             else:
                 self._watch.limit(self._idle, self._stalled)
-            events = await self._next()
-            came = sum(map(len, events))
-            size += came
+            events = self._taken(await self._exchange.read())
+            size += len(events)
             if size > limit:
                 raise AnswerTooLarge(f"The backend sent {limit} bytes without a word of an answer.")
-            self._share.take(came)
-            held += events
+            self._share.take(len(events))
+            held.append(events)
             self._check_failure()
             if self._progress.ended and not self._progress.content:
                 raise InvalidResponse("The backend's stream ended without an answer.")
@@ -104,10 +103,10 @@ class Relay:
         """
         while not self._progress.complete and not self._progress.ended:
             self._watch.limit(self._idle, self._stalled)
-            events = await self._next()
+            events = self._taken(await self._exchange.read())
             self._watch.pause()
             if events:
-                await write(b"".join(events))
+                await write(events)
             self._check_failure()
         if not self._progress.complete:
             raise InvalidResponse("The backend's stream ended before its answer was whole.")
@@ -120,31 +119,33 @@ class Relay:
         while self._failure is None and not self._exchange.at_end:
             try:
                 async with asyncio.timeout(end - monotonic()):
-                    events = await self._next(may_end=True)
+                    events = self._taken(await self._exchange.read(), may_end=True)
             except TimeoutError:
                 break
             except InvalidResponse as cut:
                 let_go(cut)
                 break
             if events:
-                await write(b"".join(events))
+                await write(events)
             if self._progress.ended:
                 end = min(end, monotonic() + AFTER_DONE)
         if events := self._checked(self._splitter.end()):
-            await write(b"".join(events))
+            await write(events)
         done = self._progress.done_event
         if not self._progress.ended and done is not None:
             await write(done)
 
-    async def _next(self, *, may_end: bool = False) -> list[bytes]:
-        """The events the next read completes; `_failure` is set when a bad one follows them."""
-        data = await self._exchange.read()
+    def _taken(self, data: bytes, *, may_end: bool = False) -> bytes:
+        """The events that a read completes, as far as they may go on; `_failure` is set when a bad one follows them."""
+        line = line_of(data) if not self._splitter.waiting else None
+        if line is not None:
+            return data if not self._progress.ended and self._good(data, line) else b""
         try:
             events = self._splitter.feed(data) if data else self._splitter.end()
         except InvalidResponse as failure:
             self._failure = failure
             let_go(failure)
-            return []
+            return b""
         if self._splitter.waiting != self._half:
             self._hold_half(self._splitter.waiting)
         if not data and not events and not may_end:
@@ -159,17 +160,16 @@ class Relay:
         else:
             self._share.give_back(-more)
 
-    def _checked(self, events: list[bytes]) -> list[bytes]:
+    def _checked(self, events: list[bytes]) -> bytes:
         """Those of `events` that may go on, up to the first bad one or the end."""
         good: list[bytes] = []
         for event in events:
-            if self._failure is not None or self._progress.ended or not self._good(event):
+            if self._failure is not None or self._progress.ended or not self._good(event, data_of(event)):
                 break
             good.append(event)
-        return good
+        return b"".join(good)
 
-    def _good(self, event: bytes) -> bool:
-        data = data_of(event)
+    def _good(self, event: bytes, data: bytes | None) -> bool:
         if not data:  # a comment, or nothing that a reader would be told of
             return True
         try:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.errors import InvalidResponse
@@ -279,3 +279,56 @@ def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], 
             assert progress.content or not progress.complete
             before = now
         assert all(isinstance(reason, str) for reason in progress.finish_reasons)
+
+
+WORDS = chunk(delta(content="word"), model="demo", id="one")
+NUMBERED = b'{"type": "response.output_text.delta", "sequence_number": 7, "delta": "word"}'
+
+
+def told_of(progress: Progress, data: bytes) -> dict[str, object]:
+    """What a stream is after an event."""
+    broken = False
+    try:
+        progress.see(data)
+    except InvalidResponse:
+        broken = True
+    names = ("content", "complete", "ended", "error", "model", "response_id", "input_tokens", "output_tokens")
+    state: dict[str, object] = {name: getattr(progress, name) for name in names}
+    return state | {
+        "broken": broken,
+        "reasons": progress.finish_reasons,
+        "sequence_number": progress.sequence_number,
+    }
+
+
+@given(
+    VALUES
+    | st.fixed_dictionaries(
+        {
+            "choices": st.lists(
+                st.fixed_dictionaries({}, optional={"finish_reason": VALUES, "index": VALUES}), max_size=2
+            )
+        },
+        optional={"error": VALUES, "usage": VALUES, "model": VALUES},
+    )
+    | st.fixed_dictionaries(
+        {"type": st.sampled_from(["response.output_text.delta", "error"]), "sequence_number": VALUES},
+        optional={"error": VALUES},
+    ),
+    st.none() | st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=2)),
+)
+@example({"choices": [{"delta": {"content": "x"}}]}, (30, b"\xff"))
+@example({"choices": [{"delta": {"content": "x"}}]}, (30, b"\n"))
+@example({"type": "response.output_text.delta", "sequence_number": 8, "delta": "xxxxxxxxx"}, (75, b"\xff"))
+def test_a_glance_at_an_event_of_words_tells_as_much_as_a_look(event: object, noise: tuple[int, bytes] | None) -> None:
+    """Kept words make it look closely at every event."""
+    data = json.dumps(event).encode()
+    if noise is not None:
+        at = noise[0] % (len(data) + 1)
+        data = data[:at] + noise[1] + data[at + len(noise[1]) :]
+    assert told_of(seen(ChoicesProgress(2), WORDS), data) == told_of(
+        seen(ChoicesProgress(2, keep_text=True), WORDS), data
+    )
+    assert told_of(seen(ResponsesProgress(), NUMBERED), data) == told_of(
+        seen(ResponsesProgress(keep_text=True), NUMBERED), data
+    )
