@@ -3,13 +3,15 @@
 `python -m bench.inside [--rounds 12] [--traced] [--events N] FOLDER...`: each FOLDER holds a `gateway/` to be measured,
 such as `.` and a copy with one thing changed; `bare` is the bare pass-through. All run side by side, one slice of
 requests after the other; ratios are to the first. With `--events` the answers are streams of so many events, each read
-by itself, and the figures are per event.
+by itself, and the figures are per event. With `--count` instructions are counted instead of time, by valgrind: to 1 %,
+whatever else the machine does.
 """
 
 import argparse
 import asyncio
 import gc
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,10 +26,12 @@ import uvloop
 from bench import bare
 from bench.backend import DEFAULT_ANSWER, HEAD, LAST, ROLE, content_event
 from bench.caller import Spec, body
-from bench.processes import Cores
+from bench.processes import BenchError, Cores, python, tool
 
 SLICE = 4000
-"""Requests between two looks at the clock."""
+"""Requests between two looks at the clock; a stream counts as many as it has events, by twenties."""
+SHORT = 20
+"""So much shorter is a slice whose instructions are counted: that takes fifty times as long."""
 CALLERS = 32
 REST = 0.7
 """Seconds for what was put off: exports and logs; their CPU time counts."""
@@ -162,8 +166,8 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     return runner.server
 
 
-async def measured(folder: str, events: int, *, traced: bool) -> None:
-    """Run slices for whoever writes a line to our input, and print the CPU time per request (or event), us."""
+async def measured(folder: str, events: int, calls: int, *, traced: bool) -> None:
+    """Run a slice of so many calls per line of our input, and print the CPU time per request or event, us."""
     server = await bare_server(events) if folder == BARE else await gateway_of(folder, events, traced=traced)
     prompt = body(Spec(mode="load", stream=events > 0))
     request = (
@@ -171,7 +175,7 @@ async def measured(folder: str, events: int, *, traced: bool) -> None:
         b"content-length: %d\r\n\r\n%s" % (len(prompt), prompt)
     )
     loop = asyncio.get_running_loop()
-    left, calls = 0, max(SLICE * 20 // events, 2 * CALLERS) if events else SLICE
+    left = 0
     done = loop.create_future()
 
     def call(wire: Wire, data: bytes) -> None:
@@ -200,33 +204,34 @@ async def measured(folder: str, events: int, *, traced: bool) -> None:
     os._exit(0)
 
 
-def main() -> int:
-    """Measure all folders against the first."""
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--traced", action="store_true", help="make and encode spans, and send them nowhere")
     parser.add_argument("--events", type=int, default=0, help="of each answer; 0: it is no stream")
+    parser.add_argument("--count", action="store_true", help="instructions, not time (needs valgrind)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        uvloop.run(measured(options.folders[0], options.events, traced=options.traced))
-    os.sched_setaffinity(0, Cores.of_this_machine().measured)
-    more = ["--events", str(options.events), *(["--traced"] if options.traced else [])]
+    parser.add_argument("--calls", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def child_of(folder: str, options: argparse.Namespace, calls: int) -> list[str]:
+    """The command that measures one folder."""
+    path = folder if folder == BARE else str(Path(folder).resolve())
+    more = ["--traced"] if options.traced else []
+    return python("bench.inside", "--child", "--calls", str(calls), "--events", str(options.events), *more, path)
+
+
+def times(options: argparse.Namespace, calls: int) -> list[list[float]]:
+    """CPU time per request or event, us, of each folder in each round.
+
+    Raises:
+        BenchError: a child failed.
+    """
     children = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "bench.inside",
-                "--child",
-                *more,
-                folder if folder == BARE else str(Path(folder).resolve()),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen(child_of(folder, options, calls), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for folder in options.folders
     ]
     costs: list[list[float]] = [[] for _ in children]
@@ -239,13 +244,60 @@ def main() -> int:
                 child.stdin.flush()
                 line = child.stdout.readline()
                 if not line:
-                    return 1
+                    raise BenchError("a child failed")
                 if number >= 0:
                     cost.append(float(line))
     finally:
         for child in children:
             child.kill()
             child.wait()
+    return costs
+
+
+def instructions(folder: str, options: argparse.Namespace, calls: int) -> float:
+    """Per request or event: what two further slices take.
+
+    Raises:
+        Missing: valgrind is not installed.
+        BenchError: the child failed.
+    """
+    valgrind = [tool("valgrind", "apt install valgrind"), "--tool=cachegrind", "--cache-sim=no"]
+    totals = []
+    for slices in (1, 3):
+        run = subprocess.run(
+            [*valgrind, "--cachegrind-out-file=/dev/null", *child_of(folder, options, calls)],
+            input="\n" * slices,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONHASHSEED": "0"},
+        )
+        found = re.search(r"I\s+refs:\s+([\d,]+)", run.stderr)
+        if run.returncode or found is None:
+            raise BenchError(f"the child failed:\n{run.stderr[-2000:]}")
+        totals.append(int(found[1].replace(",", "")))
+    return (totals[1] - totals[0]) / 2 / calls / (options.events or 1)
+
+
+def main() -> int:
+    """Measure all folders against the first."""
+    options = arguments()
+    calls = max(SLICE * 20 // options.events, 2 * CALLERS) if options.events else SLICE
+    if options.child:
+        uvloop.run(measured(options.folders[0], options.events, options.calls, traced=options.traced))
+    try:
+        if options.count:
+            first = 0.0
+            for folder in options.folders:
+                count = instructions(folder, options, max(calls // SHORT, 2 * CALLERS))
+                first = first or count
+                print(f"{folder:30} {count:9.0f} instructions  {count / first:.3f}", flush=True)
+            return 0
+        os.sched_setaffinity(0, Cores.of_this_machine().measured)
+        costs = times(options, calls)
+    except BenchError as error:
+        print(error, file=sys.stderr)
+        return 1
     for folder, cost in zip(options.folders, costs, strict=True):
         ratios = sorted(mine / first for mine, first in zip(cost, costs[0], strict=True))
         quarter = len(ratios) // 4

@@ -127,7 +127,7 @@ class Tracer:
         if len(waiting) >= MAX_WAITING:
             with suppress(IndexError):  # the thread was faster
                 oldest = waiting.popleft()
-                self._let_go(oldest)
+                self._forget_texts(oldest)
                 self._pushed_out += 1 + len(oldest.attempts)
                 self._pushed_out_at = time.monotonic()
         waiting.append(record)
@@ -216,12 +216,12 @@ class Tracer:
             spans += spans_of(record)
             if record.texts:
                 texts += record.texts
-                self._let_go(record)
+                self._forget_texts(record)
                 if 4 * texts >= BATCH_BYTES:
                     break
         return spans, texts
 
-    def _let_go(self, record: "Record") -> None:
+    def _forget_texts(self, record: "Record") -> None:
         """A request waits no longer, and its texts count no longer."""
         self._texts -= record.texts
         record.forget_texts()
