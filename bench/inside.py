@@ -180,11 +180,11 @@ async def measured(folder: str, events: int, calls: int, *, traced: bool) -> Non
 
     def call(wire: Wire, data: bytes) -> None:
         nonlocal left
-        if events and not data.endswith(b"0\r\n\r\n"):
-            return
-        if not events and not data.startswith(b"HTTP/1.1 200 "):
+        if b'"error"' in data or (data.startswith(b"HTTP/1.1") and not data.startswith(b"HTTP/1.1 200 ")):
             if not done.done():
                 done.set_exception(RuntimeError(f"a call failed: {data[:300]!r}"))
+            return
+        if events and not data.endswith(b"0\r\n\r\n"):
             return
         left -= 1
         if left > 0:

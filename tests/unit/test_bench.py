@@ -1,6 +1,7 @@
 """The bench counts right: a wrong count would be a wrong figure."""
 
 import asyncio
+import subprocess
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from bench.backend import HEAD, LAST, ROLE, content_event
 from bench.caller import Caller, Lost, Spec, Tally
 from bench.http import Incoming
 from bench.load import Sample
+from bench.processes import ROOT, python
 from bench.report import Figures, goals
 from bench.sink import count
 from bench.systems import BARE, GATEWAY
@@ -76,3 +78,13 @@ def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
     assert judged([610, 1220, 300]).measured == "0.61 (0.10 to 0.61)"
     assert not judged([590, 1180, 3000]).met
     assert all(goal.met is None for goal in goals(Figures([])))
+
+
+@pytest.mark.parametrize("folder", ["bare", "."])
+@pytest.mark.parametrize("events", ["0", "5"])
+def test_the_way_inside_the_process_is_measured(folder: str, events: str) -> None:
+    asked = python("bench.inside", "--child", "--calls", "64", "--events", events, "--traced", folder)
+    done = subprocess.run(asked, cwd=ROOT, input="\n\n", capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(float(line) > 0 for line in done.stdout.split()), done.stdout
+    assert len(done.stdout.split()) == 2, done.stdout
