@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from asyncio import to_thread
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 RECORD = web.RequestKey("record", Record)
 UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 KNOWN_PATHS = frozenset({"/", "/v1/models", *PATHS})
+LARGE_BODY = 1 << 20
+"""Bytes; to check a larger body takes so long that others get their turn meanwhile."""
 NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 SMALL_ANSWER = 65_536
 """Bytes; a larger answer counts as held until the caller has taken it off our hands."""
@@ -83,7 +86,8 @@ class Handlers:
         self._admission.check()
         check_media_type(request)
         with self._memory.share() as share:
-            prompt = parse(request.path, await read_body(request, deadline, share, settings))
+            body = await read_body(request, deadline, share, settings)
+            prompt = parse(request.path, body) if len(body) < LARGE_BODY else await to_thread(parse, request.path, body)
             model = prompt.model or settings.model_name
             route = self._pool.route(model)
             if route is None:

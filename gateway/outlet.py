@@ -149,9 +149,10 @@ class Outlet:
 
     async def _beat(self) -> None:
         """One comment per interval in which nothing else was sent."""
-        while True:
+        while not self._ended:
             await asyncio.sleep(max(0.0, self._last_write + self._heartbeat - monotonic()))
             if self._ended or monotonic() - self._last_write < self._heartbeat:
                 continue
-            if not await self._opened_with(HEARTBEAT, {"content-type": "text/event-stream"}):
+            opened = await self._opened_with(HEARTBEAT, {"content-type": "text/event-stream"})
+            if not opened and not self._ended:
                 await self.write(HEARTBEAT)

@@ -7,7 +7,7 @@ import msgspec
 from gateway.capture import MAX_TEXT
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
-from gateway.jsontext import NO_JSON, check_utf8, decode
+from gateway.jsontext import NO_JSON, check_utf8, decode, decode_with
 
 
 class _NoEnd(msgspec.Struct):
@@ -239,23 +239,22 @@ class ResponsesProgress:
 
 
 def _only_words(data: bytes) -> bool:
-    """Whether it is an event as `_Words` has it: JSON, checked as closely as `_json` does, but built into nothing."""
+    """Whether it is an event as `_Words` has it: JSON, checked as `_json` does but for the size of numbers."""
     try:
-        _decode_words(data)
         check_utf8(data)
+        decode_with(_decode_words, data)
     except NO_JSON:
         return False
     return True
 
 
 def _number_of_delta(data: bytes) -> int | None:
-    """The number of an event as `_Delta` has it, checked as closely."""
+    """The number of an event as `_Delta` has it, checked as `_only_words` does."""
     try:
-        number = _decode_delta(data).sequence_number
         check_utf8(data)
+        return decode_with(_decode_delta, data).sequence_number
     except NO_JSON:
         return None
-    return number
 
 
 def _json(data: bytes) -> object:

@@ -41,6 +41,14 @@ def test_a_stream_is_answered_through_the_published_port(stack: Stack) -> None:
     assert answer.text
 
 
+def test_json_ends_at_the_same_depth_on_the_image_s_interpreter(stack: Stack) -> None:
+    deep: object = 1
+    for _ in range(700):
+        deep = [deep]
+    answer = stack.ask(prompt(metadata=deep))
+    assert (answer.status, answer.json["error"]["code"]) == (400, "invalid_json")
+
+
 def test_a_prompt_is_one_trace_over_both_services(stack: Stack) -> None:
     trace_id = stack.ask().headers["x-trace-id"]
     spans = stack.wait_for_spans(trace_id, ["gateway", "gateway", "mock-model"])

@@ -84,7 +84,7 @@ def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
 @pytest.mark.parametrize("events", ["0", "5"])
 def test_the_way_inside_the_process_is_measured(folder: str, events: str) -> None:
     asked = python("bench.inside", "--child", "--calls", "64", "--events", events, "--traced", folder)
-    done = subprocess.run(asked, cwd=ROOT, input="\n\n", capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(asked, cwd=ROOT, input="\n\n", capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert all(float(line) > 0 for line in done.stdout.split()), done.stdout
     assert len(done.stdout.split()) == 2, done.stdout

@@ -299,6 +299,18 @@ def test_requests_carries_the_spans_only_where_it_has_to(  # noqa: PLR0917
     exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
+def test_a_home_that_cannot_be_looked_into_holds_no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("os.stat", refuse)
+
+    OtlpHttpExporter("http://collector:4318").shutdown()  # type: ignore[no-untyped-call]
+
+
 def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
 
