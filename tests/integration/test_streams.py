@@ -304,6 +304,33 @@ async def test_a_stream_that_fails_after_its_first_words_ends_with_one_error_eve
     await settled(gateway)
 
 
+@pytest.mark.parametrize("heartbeat", [0, 0.05])
+async def test_a_stream_that_breaks_while_the_caller_does_not_read_ends_with_one_error_event(
+    start_raw: StartRaw, start_gateway: StartGateway, heartbeat: float
+) -> None:
+    full, broken = asyncio.Event(), asyncio.Event()
+    much = chunk("word " * 20_000)
+
+    async def serve(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        await call.events(WORD)
+        await full.wait()
+        await call.events(much)
+        call.reset()
+        broken.set()
+
+    gateway = await start_gateway((await start_raw(serve)).url, gateway_heartbeat=heartbeat)
+    async with dial(gateway.url, receive_buffer=4_096) as wire:
+        await wire.send(post(json.dumps(CHAT | {"stream": True}).encode()))
+        assert (await wire.head())[0] == 200
+        gateway.limit_send_buffers(4_096)
+        full.set()
+        await broken.wait()
+        await asyncio.sleep(0.2)  # in which heartbeats would be due
+        events = Events(await wire.rest_of_chunks())
+    assert events.only_error()["code"] == "backend_invalid_response"
+
+
 async def test_a_stream_that_stalls_after_its_first_words_ends_with_one_error_event(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
