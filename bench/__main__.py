@@ -48,16 +48,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def commit() -> str:
+    """What is measured; nothing without git or outside of a clone."""
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return ""
+    return told.stdout.strip()
+
+
 def machine(load: Load, cores: Cores) -> dict[str, str]:
     """What this runs on."""
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "cpu": names[0] if names else platform.machine(),
         "cores": f"measured on {sorted(cores.measured)}, all else on {sorted(cores.others)} of {os.cpu_count()}",
@@ -65,7 +73,7 @@ def machine(load: Load, cores: Cores) -> dict[str, str]:
         "python": f"Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop")),
         "load": load.generator,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit() or "unknown",
     }
 
 
