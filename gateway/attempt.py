@@ -38,7 +38,7 @@ from gateway.errors import (
     Unreachable,
 )
 from gateway.headers import lines_of, passed_as
-from gateway.jsontext import NO_JSON, check, check_utf8, decode_with
+from gateway.jsontext import NO_JSON, check, decode_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -473,7 +473,6 @@ def check_whole(content_type: str, body: bytes) -> Whole:
     if content_type != "application/json":
         raise InvalidResponse("The backend's answer is not application/json.")
     try:
-        check_utf8(body)
         try:
             whole = decode_with(_decode_whole, body)
         except msgspec.ValidationError:
@@ -514,7 +513,6 @@ def classify(status: int, body: bytes, headers: "Mapping[str, str]") -> BackendE
 def _error_words(body: bytes) -> "list[str] | None":
     """Code and type of an error in OpenAI's form; empty for other JSON, None for what is no JSON."""
     try:
-        check_utf8(body)
         error = decode_with(_decode_error, body).error
     except msgspec.ValidationError:
         return [] if _is_json(body) else None

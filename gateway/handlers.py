@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from asyncio import to_thread
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -87,7 +86,8 @@ class Handlers:
         check_media_type(request)
         with self._memory.share() as share:
             body = await read_body(request, deadline, share, settings)
-            prompt = parse(request.path, body) if len(body) < LARGE_BODY else await to_thread(parse, request.path, body)
+            small = len(body) < LARGE_BODY
+            prompt = parse(request.path, body) if small else await asyncio.to_thread(parse, request.path, body)
             model = prompt.model or settings.model_name
             route = self._pool.route(model)
             if route is None:

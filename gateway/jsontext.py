@@ -48,6 +48,8 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
         msgspec.ValidationError: it is another type.
         NO_JSON: it is no JSON.
     """
+    if not data.isascii():
+        data.decode()  # a typed decoder passes over texts without that look
     try:
         value = decode_typed(data)
     except msgspec.ValidationError:
@@ -67,12 +69,6 @@ def check(data: bytes) -> None:
         NO_JSON: it is none.
     """
     decode_with(_pass_over, data)
-
-
-def check_utf8(data: bytes) -> None:
-    """What a typed decoder leaves out where it passes over a text. Raises: UnicodeDecodeError."""
-    if not data.isascii():
-        data.decode()
 
 
 def _check_depth(data: bytes) -> None:

@@ -7,7 +7,7 @@ import msgspec
 from gateway.capture import MAX_TEXT
 from gateway.errors import InvalidResponse
 from gateway.events import DONE
-from gateway.jsontext import NO_JSON, check_utf8, decode, decode_with
+from gateway.jsontext import NO_JSON, decode, decode_with
 
 
 class _NoEnd(msgspec.Struct):
@@ -241,7 +241,6 @@ class ResponsesProgress:
 def _only_words(data: bytes) -> bool:
     """Whether it is an event as `_Words` has it: JSON, checked as `_json` does but for the size of numbers."""
     try:
-        check_utf8(data)
         decode_with(_decode_words, data)
     except NO_JSON:
         return False
@@ -251,7 +250,6 @@ def _only_words(data: bytes) -> bool:
 def _number_of_delta(data: bytes) -> int | None:
     """The number of an event as `_Delta` has it, checked as `_only_words` does."""
     try:
-        check_utf8(data)
         return decode_with(_decode_delta, data).sequence_number
     except NO_JSON:
         return None

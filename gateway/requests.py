@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.errors import InvalidJson, InvalidRequest
-from gateway.jsontext import check, check_utf8, decode, decode_with
+from gateway.jsontext import check, decode, decode_with
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -125,7 +125,6 @@ def parse(path: str, body: bytes) -> Prompt:
     if not body.strip():
         raise InvalidJson("The body is empty; send a JSON object.")
     try:
-        check_utf8(body)
         fields = decode_with(_DECODERS[path].decode, body)
     except msgspec.ValidationError as error:
         raise _invalid(body, str(error)) from None

@@ -1,6 +1,7 @@
 """Where our JSON ends: at the same depth on every interpreter, whatever stands in the texts."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,16 +25,18 @@ def nested(depth: int, inner: str = "1", *, objects: bool = False) -> bytes:
 
 def is_taken(data: bytes) -> bool:
     """By all three ways, or by none."""
-    taken = []
-    for way in (decode, check, lambda text: decode_with(decode_struct, b'{"x":' + text + b"}")):
-        try:
-            way(data)
-        except NO_JSON:
-            taken.append(False)
-        else:
-            taken.append(True)
+    ways = (decode, check, lambda text: decode_with(decode_struct, b'{"x":' + text + b"}"))
+    taken = [takes(way, data) for way in ways]
     assert taken[0] == taken[1]
     return all(taken)
+
+
+def takes(way: Callable[[bytes], object], data: bytes) -> bool:
+    try:
+        way(data)
+    except NO_JSON:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("objects", [False, True])
@@ -58,15 +61,7 @@ def test_the_limit_of_depth_is_exact(before: str, *, objects: bool) -> None:
 def test_what_stands_in_texts_is_no_level(document: Any, around: int) -> None:  # noqa: ANN401
     data = nested(around, json.dumps([SHORT, document]))
 
-    assert (depth_of(document) + around + 1 <= MAX_DEPTH) == _is_decoded(data)
-
-
-def _is_decoded(data: bytes) -> bool:
-    try:
-        decode(data)
-    except NO_JSON:
-        return False
-    return True
+    assert (depth_of(document) + around + 1 <= MAX_DEPTH) == takes(decode, data)
 
 
 def depth_of(document: Any) -> int:  # noqa: ANN401
