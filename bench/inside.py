@@ -132,10 +132,10 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
-    from gateway import serve
     from gateway.app import PARTS, create_app
-    from gateway.attempt import _connecting
-    from gateway.routes import load_routing
+    from gateway.backend.client import _connecting
+    from gateway.config import load_routing
+    from gateway.server import listener as serve
     from gateway.settings import load
     from gateway.telemetry import Telemetry
     from gateway.telemetry.logs import RequestLog

@@ -6,8 +6,8 @@ import sys
 import uvloop
 
 from gateway.app import create_app
-from gateway.routes import load_routing
-from gateway.serve import serve
+from gateway.config import load_routing
+from gateway.server.listener import serve
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from gateway.admission import Admission, Memory
-from gateway.attempt import HttpClient
-from gateway.backends import Pool
-from gateway.forwarder import Forwarder
-from gateway.handlers import Handlers
+from gateway.backend.client import HttpClient
+from gateway.dialects.requests import PATHS
+from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
-from gateway.requests import PATHS
-from gateway.running import Running
+from gateway.policy.admission import Admission, Memory
+from gateway.policy.pool import Pool
+from gateway.server.handlers import Handlers
+from gateway.server.in_flight import Running
 
 if TYPE_CHECKING:
-    from gateway.breaker import State
-    from gateway.routes import Routing
+    from gateway.config import Routing
+    from gateway.policy.breaker import State
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 
@@ -80,7 +80,7 @@ PARTS = web.AppKey("parts", Parts)
 
 
 def create_app(settings: "Settings", routing: "Routing", telemetry: "Telemetry") -> web.Application:
-    """The gateway as an aiohttp application; run it with `gateway.serve.Runner`."""
+    """The gateway as an aiohttp application; run it with `gateway.server.listener.Runner`."""
     parts = Parts(settings, routing, telemetry)
     face = parts.handlers
     app = web.Application(middlewares=[face.plain], client_max_size=settings.gateway_max_body_bytes)

@@ -8,13 +8,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from gateway import __version__
-from gateway.backends import Probe
-from gateway.breaker import State
+from gateway.policy.breaker import State
+from gateway.policy.pool import Probe
 
 if TYPE_CHECKING:
-    from gateway.admission import Admission
-    from gateway.attempt import HttpClient
-    from gateway.backends import Pool, Replica
+    from gateway.backend.client import HttpClient
+    from gateway.policy.admission import Admission
+    from gateway.policy.pool import Pool, Replica
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 

@@ -8,14 +8,14 @@ rendered from it. Plain numbers and words only: no HTTP, no telemetry. All insta
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
-from gateway.capture import answer_messages, prompt_messages
+from gateway.dialects.capture import answer_messages, prompt_messages
 from gateway.errors import ErrorAnswer, GatewayOverloaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gateway.dialects.requests import Prompt
     from gateway.errors import GatewayError
-    from gateway.requests import Prompt
 
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""

@@ -14,7 +14,7 @@ from gateway.telemetry.tracing import Tracer
 if TYPE_CHECKING:
     from multidict import MultiMapping
 
-    from gateway.breaker import State
+    from gateway.policy.breaker import State
     from gateway.settings import Settings
 
 MAX_REQUEST_ID = 128

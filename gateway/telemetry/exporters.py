@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gateway.telemetry.otlp import OtlpHttpExporter
-from gateway.telemetry.tree import TreePrinter
+from gateway.telemetry.terminal import TreePrinter
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

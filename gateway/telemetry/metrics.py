@@ -10,15 +10,15 @@ from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFam
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
-from gateway.breaker import State
+from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
-    from gateway.admission import Admission, Memory
-    from gateway.backends import Pool
+    from gateway.policy.admission import Admission, Memory
+    from gateway.policy.pool import Pool
     from gateway.record import Record
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)

@@ -32,7 +32,7 @@ from opentelemetry.trace import (
 from gateway import __version__
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
 from gateway.telemetry.spans import CLIENT, ERROR, SpanData, spans_of
-from gateway.telemetry.tree import TreePrinter
+from gateway.telemetry.terminal import TreePrinter
 
 if TYPE_CHECKING:
     from gateway.record import Record

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
-from gateway.routes import load_routing
+from gateway.config import load_routing
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import Parts
-from gateway.serve import Runner
+from gateway.server.listener import Runner
 from mock_model.serve import MockModel
 
 CHAT = {"model": "demo-model", "messages": [{"role": "user", "content": "Say something."}]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.breaker import State
+from gateway.policy.breaker import State
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import CHAT, Gateway, StartGateway, StartMock

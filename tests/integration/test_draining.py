@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.serve import LAST_WORDS, drain
+from gateway.server.listener import LAST_WORDS, drain
 from gateway.telemetry.tracing import LAST_EXPORT
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import (

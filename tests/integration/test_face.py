@@ -159,7 +159,7 @@ async def test_health_never_calls_a_backend(recorder: Recorder, start_gateway: S
 async def test_not_ready_before_the_first_probe_has_ended(
     mock: MockModel, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.attempt.PROBE_TIMEOUT", 50.0)
+    monkeypatch.setattr("gateway.backend.client.PROBE_TIMEOUT", 50.0)
     mock.set_faults([{"kind": "hang_before_headers", "match": {"path": "/health"}}])
     gateway = await start_gateway(mock)
     answer = await get(gateway, "/readyz")

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from aiohttp.client_proto import ResponseHandler
 
-from gateway.admission import Share
-from gateway.attempt import _Protocol as BackendProtocol
-from gateway.backends import Lease
-from gateway.forwarder import Call
-from gateway.outlet import Outlet
+from gateway.backend.client import _Protocol as BackendProtocol
+from gateway.dialects.requests import Prompt
+from gateway.forwarding.forwarder import Call
+from gateway.forwarding.stream_relay import Relay
+from gateway.policy.admission import Share
+from gateway.policy.pool import Lease
 from gateway.record import Record
-from gateway.relay import Relay
-from gateway.requests import Prompt
-from gateway.serve import Protocol
+from gateway.server.listener import Protocol
+from gateway.server.stream_writer import Outlet
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk
 from tests.integration.collector import until

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from gateway.events import MAX_EVENT
+from gateway.dialects.server_sent_events import MAX_EVENT
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import (
     END,

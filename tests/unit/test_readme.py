@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import errors
 from gateway.app import Parts
-from gateway.routes import load_routing
+from gateway.config import load_routing
 from gateway.settings import SECRETS, Settings, load
 from gateway.telemetry import Telemetry, spans
 from gateway.telemetry.logs import RequestLog

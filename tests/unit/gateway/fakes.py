@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from gateway.backends import Pool, Replica, Target
-from gateway.breaker import State
-from gateway.routes import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig
+from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig
+from gateway.policy.breaker import State
+from gateway.policy.pool import Pool, Replica, Target
 from gateway.settings import load
 
 

@@ -4,21 +4,21 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from gateway.admission import Admission, Memory, Share
-from gateway.attempt import HttpClient
-from gateway.deadline import Deadline
+from gateway.backend.client import HttpClient
+from gateway.dialects.requests import parse
 from gateway.errors import BackendError, GatewayError
-from gateway.forwarder import Call, Forwarder
+from gateway.forwarding.forwarder import Call, Forwarder
+from gateway.policy.admission import Admission, Memory, Share
+from gateway.policy.deadline import Deadline
 from gateway.record import Record
-from gateway.requests import parse
 from gateway.settings import load
 from tests.unit.gateway.fakes import Clock, pool
 from tests.unit.gateway.virtual import run
 
 if TYPE_CHECKING:
-    from gateway.attempt import Exchange
-    from gateway.backends import Replica
-    from gateway.outlet import Outlet
+    from gateway.backend.client import Exchange
+    from gateway.policy.pool import Replica
+    from gateway.server.stream_writer import Outlet
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 ANSWER = b'{"id":"1","choices":[{"index":0,"finish_reason":"stop"}]}'

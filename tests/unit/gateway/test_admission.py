@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.admission import Admission, Memory
 from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded
+from gateway.policy.admission import Admission, Memory
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 

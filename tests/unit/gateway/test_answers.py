@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from gateway.answers import error_answer, error_event, explaining, when_to_come_again
-from gateway.attempt import classify
+from gateway.backend.client import classify
 from gateway.errors import (
     BackendUnavailable,
     ConnectionFailed,
@@ -15,6 +14,7 @@ from gateway.errors import (
     Silent,
 )
 from gateway.record import Attempt, Record
+from gateway.server.responses import error_answer, error_event, explaining, when_to_come_again
 
 ERROR = b'{"error":{"message":"m","type":"t","param":null,"code":"c"}}'
 

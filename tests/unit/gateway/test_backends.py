@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.attempt import authorization, classify
-from gateway.backends import Lease, Pool, Probe, Replica
-from gateway.breaker import Breaker
+from gateway.backend.client import authorization, classify
+from gateway.config import load_routing
 from gateway.errors import (
     AuthRefused,
     BackendError,
@@ -18,8 +17,9 @@ from gateway.errors import (
     StaleConnection,
     Unreachable,
 )
-from gateway.retry_budget import RetryBudget
-from gateway.routes import load_routing
+from gateway.policy.breaker import Breaker
+from gateway.policy.pool import Lease, Pool, Probe, Replica
+from gateway.policy.retry_budget import RetryBudget
 from gateway.settings import load
 from tests.unit.gateway.fakes import Clock, ignore, pool, replica_config, target, trip
 

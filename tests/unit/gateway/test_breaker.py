@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.breaker import Breaker, State, Ticket
+from gateway.policy.breaker import Breaker, State, Ticket
 from tests.unit.gateway.fakes import Clock
 
 FAILURES = 3

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from gateway.capture import MAX_MESSAGES, MAX_TEXT, answer_messages, answer_texts, prompt_messages
+from gateway.dialects.capture import MAX_MESSAGES, MAX_TEXT, answer_messages, answer_texts, prompt_messages
 
 
 def text(content: str, role: str = "user") -> dict[str, Any]:

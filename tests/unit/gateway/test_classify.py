@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.attempt import check_stream, check_whole, classify, retry_after
+from gateway.backend.client import check_stream, check_whole, classify, retry_after
 from gateway.errors import (
     AuthRefused,
     BackendError,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.deadline import READ_TIMEOUT_MARGIN_MAX, Deadline, seconds
+from gateway.policy.deadline import READ_TIMEOUT_MARGIN_MAX, Deadline, seconds
 from tests.unit.gateway.fakes import Clock
 
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.dialects.server_sent_events import MAX_EVENT, EventSplitter, data_of
 from gateway.errors import InvalidResponse
-from gateway.events import MAX_EVENT, EventSplitter, data_of
 
 LINE_ENDS = (b"\n", b"\r\n", b"\r")
 WORDS = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12).map(str.encode)

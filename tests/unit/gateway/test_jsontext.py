@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.jsontext import MAX_DEPTH, NO_JSON, check, decode, decode_with
+from gateway.dialects.json_text import MAX_DEPTH, NO_JSON, check, decode, decode_with
 
 decode_struct = msgspec.json.Decoder(msgspec.defstruct("Anything", [])).decode
 

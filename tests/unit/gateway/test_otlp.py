@@ -26,14 +26,14 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, SamplingResult, TraceIdRatioBased
 
 from gateway import __version__
+from gateway.dialects.requests import parse
 from gateway.record import Attempt, Record
-from gateway.requests import parse
 from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
 from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
+from gateway.telemetry.terminal import TreePrinter
 from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, SCOPE, Tracer, _bound, to_readable
-from gateway.telemetry.tree import TreePrinter
 
 RESOURCE = Resource(
     {"service.name": "gateway", "flag": True, "number": -1, "share": 0.5, "list": ["a", "b"], "empty": ""}

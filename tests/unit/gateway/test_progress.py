@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.dialects.stream_state import ChoicesProgress, Progress, ResponsesProgress
 from gateway.errors import InvalidResponse
-from gateway.progress import ChoicesProgress, Progress, ResponsesProgress
 
 
 def chunk(*choices: dict[str, Any], **fields: object) -> bytes:

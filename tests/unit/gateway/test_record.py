@@ -3,7 +3,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.attempt import classify
+from gateway.backend.client import classify
 from gateway.errors import ConnectTimeout, GatewayOverloaded, InvalidRequest
 from gateway.record import Attempt, Record
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.admission import Memory
+from gateway.dialects.stream_state import ChoicesProgress, ResponsesProgress
 from gateway.errors import (
     AnswerTooLarge,
     BackendError,
@@ -20,14 +20,14 @@ from gateway.errors import (
     Silent,
     Stalled,
 )
-from gateway.progress import ChoicesProgress, ResponsesProgress
-from gateway.relay import LINGER, Relay
-from gateway.watch import Watch
+from gateway.forwarding.phase_timer import Watch
+from gateway.forwarding.stream_relay import LINGER, Relay
+from gateway.policy.admission import Memory
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run
 
 if TYPE_CHECKING:
-    from gateway.attempt import Exchange
+    from gateway.backend.client import Exchange
 
 DONE = b"data: [DONE]\n\n"
 IDLE = 5.0

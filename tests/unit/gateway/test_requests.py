@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from gateway.dialects.requests import PATHS, Prompt, parse, with_model
 from gateway.errors import InvalidJson, InvalidRequest
 from gateway.record import Record
-from gateway.requests import PATHS, Prompt, parse, with_model
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.attempt import classify
-from gateway.backends import Replica
+from gateway.backend.client import classify
 from gateway.errors import (
     AnswerTooLarge,
     AuthRefused,
@@ -23,6 +22,7 @@ from gateway.errors import (
     Stalled,
     Unreachable,
 )
+from gateway.policy.pool import Replica
 from tests.unit.gateway.fakes import trip
 from tests.unit.gateway.scripted import Outcome, forward
 

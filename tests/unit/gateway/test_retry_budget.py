@@ -1,7 +1,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.retry_budget import WINDOW, RetryBudget
+from gateway.policy.retry_budget import WINDOW, RetryBudget
 from tests.unit.gateway.fakes import Clock
 
 

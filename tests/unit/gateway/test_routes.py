@@ -3,7 +3,7 @@ from textwrap import dedent
 
 import pytest
 
-from gateway.routes import ReplicaConfig, Routing, TargetConfig, load_routing
+from gateway.config import ReplicaConfig, Routing, TargetConfig, load_routing
 from gateway.settings import SettingsError, load
 
 GOOD = """

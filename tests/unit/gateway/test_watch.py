@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import CallerLeft, DeadlineExceeded, GatewayError, Silent, Stalled
-from gateway.watch import Watch
+from gateway.forwarding.phase_timer import Watch
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 

@@ -39,8 +39,8 @@ def run(story: Callable[[Clock], Coroutine[Any, Any, T]]) -> T:
     """Run `story` in virtual time; what it is handed is the clock of the loop, the watch and the relay."""
     clock = Clock()
     with (
-        patch("gateway.watch.monotonic", clock),
-        patch("gateway.relay.monotonic", clock),
+        patch("gateway.forwarding.phase_timer.monotonic", clock),
+        patch("gateway.forwarding.stream_relay.monotonic", clock),
         asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner,
     ):
         return runner.run(story(clock))

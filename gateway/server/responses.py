@@ -8,9 +8,9 @@ from aiohttp import HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
 
 from gateway import __version__
+from gateway.dialects.json_text import decode
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
 from gateway.headers import lines_of
-from gateway.jsontext import decode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

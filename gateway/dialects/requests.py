@@ -6,8 +6,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from gateway.dialects.json_text import check, decode, decode_with
 from gateway.errors import InvalidJson, InvalidRequest
-from gateway.jsontext import check, decode, decode_with
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=512)]
 

@@ -4,14 +4,14 @@ from random import random, sample
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from gateway.breaker import Breaker, State, Ticket
 from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
-from gateway.retry_budget import RetryBudget
+from gateway.policy.breaker import Breaker, State, Ticket
+from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from gateway.routes import ReplicaConfig, RouteConfig, Routing
+    from gateway.config import ReplicaConfig, RouteConfig, Routing
     from gateway.settings import Settings
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.jsontext import NO_JSON, decode
+from gateway.dialects.json_text import NO_JSON, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

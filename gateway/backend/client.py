@@ -20,7 +20,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from gateway.deadline import number
+from gateway.dialects.json_text import NO_JSON, check, decode_with
 from gateway.errors import (
     AnswerTooLarge,
     AuthRefused,
@@ -38,7 +38,7 @@ from gateway.errors import (
     Unreachable,
 )
 from gateway.headers import lines_of, passed_as
-from gateway.jsontext import NO_JSON, check, decode_with
+from gateway.policy.deadline import number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from aiohttp.http_parser import RawResponseMessage
     from aiohttp.tracing import Trace
 
-    from gateway.admission import Share
-    from gateway.backends import Replica
+    from gateway.policy.admission import Share
+    from gateway.policy.pool import Replica
 
 PROBE_TIMEOUT = 1.0
 """Seconds."""

@@ -4,16 +4,16 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from gateway.dialects.server_sent_events import EventSplitter, data_of, line_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorEvent, InvalidResponse, Silent, Stalled, let_go
-from gateway.events import EventSplitter, data_of, line_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from gateway.admission import Share
-    from gateway.attempt import Exchange
-    from gateway.progress import Progress
-    from gateway.watch import Watch
+    from gateway.backend.client import Exchange
+    from gateway.dialects.stream_state import Progress
+    from gateway.forwarding.phase_timer import Watch
+    from gateway.policy.admission import Share
 
 LINGER = 1.0
 """Seconds after the last finish reason for what may still come: a usage chunk, `[DONE]`, the end."""

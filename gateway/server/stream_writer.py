@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, web
 
-from gateway.answers import error_event, explaining
 from gateway.errors import CallerLeft, ErrorEvent, GatewayError
+from gateway.server.responses import error_event, explaining
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-    from gateway.backends import Lease, Replica, Target
-    from gateway.deadline import Deadline
+    from gateway.policy.deadline import Deadline
+    from gateway.policy.pool import Lease, Replica, Target
     from gateway.settings import Settings
 
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
 
-from gateway.attempt import Usage, authorization, check_stream, check_whole, classify
-from gateway.capture import answer_texts
+from gateway.backend.client import Usage, authorization, check_stream, check_whole, classify
+from gateway.dialects.capture import answer_texts
+from gateway.dialects.requests import with_model
+from gateway.dialects.stream_state import ChoicesProgress, Progress, ResponsesProgress
 from gateway.errors import (
     BackendError,
     BackendUnavailable,
@@ -21,24 +23,22 @@ from gateway.errors import (
     Stalled,
     let_go,
 )
-from gateway.progress import ChoicesProgress, Progress, ResponsesProgress
+from gateway.forwarding.phase_timer import Watch
+from gateway.forwarding.stream_relay import Relay, no_first_token
+from gateway.policy.retry import Retry, RetryPolicy
 from gateway.record import Attempt
-from gateway.relay import Relay, no_first_token
-from gateway.requests import with_model
-from gateway.retry import Retry, RetryPolicy
-from gateway.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.admission import Admission, Share
-    from gateway.attempt import Exchange, HttpClient
-    from gateway.backends import Lease, Replica, Route, Target
-    from gateway.breaker import State
-    from gateway.deadline import Deadline
-    from gateway.outlet import Outlet
+    from gateway.backend.client import Exchange, HttpClient
+    from gateway.dialects.requests import Prompt
+    from gateway.policy.admission import Admission, Share
+    from gateway.policy.breaker import State
+    from gateway.policy.deadline import Deadline
+    from gateway.policy.pool import Lease, Replica, Route, Target
     from gateway.record import Record
-    from gateway.requests import Prompt
+    from gateway.server.stream_writer import Outlet
     from gateway.settings import Settings
 
 

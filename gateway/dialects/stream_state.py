@@ -4,10 +4,10 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from gateway.capture import MAX_TEXT
+from gateway.dialects.capture import MAX_TEXT
+from gateway.dialects.json_text import NO_JSON, decode, decode_with
+from gateway.dialects.server_sent_events import DONE
 from gateway.errors import InvalidResponse
-from gateway.events import DONE
-from gateway.jsontext import NO_JSON, decode, decode_with
 
 
 class _NoEnd(msgspec.Struct):

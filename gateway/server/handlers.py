@@ -9,8 +9,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from gateway import __version__
-from gateway.answers import WholeAnswer, error_answer, explaining, json_answer
-from gateway.callers import Keys, check_media_type, deadline_of, forwarded_headers, holds_back, read_body
+from gateway.dialects.requests import PATHS, parse
 from gateway.errors import (
     CallerLeft,
     DeadlineExceeded,
@@ -24,19 +23,20 @@ from gateway.errors import (
     NotFound,
     let_go,
 )
-from gateway.forwarder import Call
-from gateway.outlet import Outlet
+from gateway.forwarding.forwarder import Call
 from gateway.record import Record
-from gateway.requests import PATHS, parse
+from gateway.server.request_reader import Keys, check_media_type, deadline_of, forwarded_headers, holds_back, read_body
+from gateway.server.responses import WholeAnswer, error_answer, explaining, json_answer
+from gateway.server.stream_writer import Outlet
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
-    from gateway.admission import Admission, Memory
-    from gateway.backends import Pool
-    from gateway.forwarder import Forwarder
+    from gateway.forwarding.forwarder import Forwarder
     from gateway.health import Health
-    from gateway.running import Running
+    from gateway.policy.admission import Admission, Memory
+    from gateway.policy.pool import Pool
+    from gateway.server.in_flight import Running
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 

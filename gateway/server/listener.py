@@ -14,15 +14,15 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway import __version__
 from gateway.app import PARTS
+from gateway.dialects.requests import PATHS
 from gateway.errors import HeadersTooLarge, InternalError, InvalidRequest, let_go
-from gateway.requests import PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from gateway.app import Parts
     from gateway.errors import GatewayError
-    from gateway.running import Running
+    from gateway.server.in_flight import Running
     from gateway.settings import Settings
 
     Unserved = Callable[[GatewayError, BaseException | None], web.Response]

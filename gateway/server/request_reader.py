@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from gateway.deadline import Deadline, seconds
 from gateway.errors import (
     DeadlineExceeded,
     InvalidApiKey,
@@ -18,11 +17,12 @@ from gateway.errors import (
     UnsupportedMediaType,
 )
 from gateway.headers import forwarded_as
+from gateway.policy.deadline import Deadline, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.admission import Share
+    from gateway.policy.admission import Share
     from gateway.record import Record
     from gateway.settings import Settings
 

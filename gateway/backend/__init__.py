@@ -1,0 +1,1 @@
+"""The backend's side: HTTP calls to replicas."""

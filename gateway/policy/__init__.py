@@ -1,0 +1,1 @@
+"""Pure state machines with an injected clock and source of chance: no HTTP, no telemetry."""

@@ -1,0 +1,1 @@
+"""The caller's side: listening, reading requests, writing answers."""
