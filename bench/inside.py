@@ -132,10 +132,10 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
-    from gateway.app import PARTS, create_app
-    from gateway.backend.client import _connecting
+    from gateway.app import PARTS, create_app, runner_of
+    from gateway.backend.aiohttp_connection import note_new_connection
     from gateway.config import load_routing
-    from gateway.server import listener as serve
+    from gateway.server.listener import GC_THRESHOLD
     from gateway.settings import load
     from gateway.telemetry import Telemetry
     from gateway.telemetry.logs import RequestLog
@@ -146,10 +146,7 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
         def send(self, body: bytes) -> bool:
             return len(body) > 0
 
-    def fresh() -> None:
-        _connecting.get().fresh = True
-
-    connect_to(Backend(events), fresh)
+    connect_to(Backend(events), note_new_connection)
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
     settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
@@ -157,12 +154,12 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     tracer = Tracer(Nobody(endpoint=NOWHERE) if traced else None)
     telemetry = Telemetry(settings, tracer=tracer, log=log)
     app = create_app(settings, load_routing(settings), telemetry)
-    runner = serve.Runner(app)
+    runner = runner_of(app)
     await runner.setup()
     await app[PARTS].health.__aexit__()  # no probes
     gc.collect()
     gc.freeze()
-    gc.set_threshold(serve.GC_THRESHOLD, 20, 20)
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
     return runner.server
 
 

@@ -1,13 +1,13 @@
-"""`python -m gateway`: settings -> telemetry -> app -> serve."""
+"""`python -m gateway` or `llm-gateway`: settings -> telemetry -> app -> listen."""
 
 import logging
 import sys
 
 import uvloop
 
-from gateway.app import create_app
+from gateway.app import PARTS, create_app, runner_of
 from gateway.config import load_routing
-from gateway.server.listener import serve
+from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for
@@ -16,25 +16,31 @@ from gateway.telemetry.tracing import Tracer
 
 
 async def run(settings: Settings) -> None:
-    """Wire the process and serve until it is told to stop."""
-    as_json = settings.app_mode == "prod"
+    """Build the parts and serve until told to stop."""
     tracer = Tracer(exporter_for(settings, load_otel()))
-    log = RequestLog(level=settings.log_level, as_json=as_json)
+    log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     app = create_app(settings, load_routing(settings), Telemetry(settings, tracer=tracer, log=log))
-    await serve(app, settings)
+    parts = app[PARTS]
+    await listen(
+        runner_of(app),
+        settings,
+        admission=parts.admission,
+        in_flight=parts.in_flight,
+        replicas=len(parts.pool.replicas),
+    )
 
 
 def main() -> int:
-    """The exit code: 0 after a clean stop, 2 for a wrong setting, 1 when the port cannot be had."""
+    """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
     try:
         settings = load()
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
         for name in unknown():
-            logging.getLogger("gateway").warning("%s is no setting of the gateway", name)
+            logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
         set_threads_of_libuv()
         uvloop.run(run(settings))
     except SettingsError as error:
-        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - one line, before any log is set up
+        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2
     except OSError as error:
         print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201

@@ -1,22 +1,32 @@
-"""The application: what there is, how it hangs together, and in which order it starts and stops."""
+"""The application: its parts, its routes, and the order in which it starts and stops."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from random import Random
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from gateway.backend.client import HttpClient
-from gateway.dialects.requests import PATHS
+from gateway.dialects.table import BY_PATH
+from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
-from gateway.policy.admission import Admission, Memory
+from gateway.policy.admission import Admission
+from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
+from gateway.policy.retry import RetryPolicy
+from gateway.server.aiohttp_protocol import Runner
 from gateway.server.handlers import Handlers
-from gateway.server.in_flight import Running
+from gateway.server.in_flight import InFlight
+from gateway.server.keys import Keys
+from gateway.server.middleware import Middleware
+from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.config import Routing
     from gateway.policy.breaker import State
     from gateway.settings import Settings
@@ -24,52 +34,67 @@ if TYPE_CHECKING:
 
 
 class Parts:
-    """The parts that a server needs of a running application.
+    """The parts of a running application, built once.
 
     Attributes:
         admission: told to drain when the server stops.
-        memory: the bytes held for all requests.
-        running: the requests under way.
-        handlers: the HTTP face.
+        byte_budget: the bytes held for all requests.
+        in_flight: the requests in flight.
         pool: the replicas and routes.
+        client: sends calls to backends.
+        health: probes, and the document of `/health`.
+        handlers, middleware: of the routes.
         telemetry: traces, metrics, logs.
     """
 
-    def __init__(self, settings: "Settings", routing: "Routing", telemetry: "Telemetry") -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: "Settings",
+        routing: "Routing",
+        telemetry: "Telemetry",
+        client: HttpClient,
+        *,
+        clock: "Callable[[], float]",
+        rng: Random,
+    ) -> None:
         self.telemetry = telemetry
-        metrics = telemetry.metrics
-        self.running = Running()
+        self.client = client
+        self.in_flight = InFlight()
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
             queue_timeout=settings.gateway_queue_timeout,
         )
-        self.memory = Memory(settings.gateway_max_buffered_bytes)
-        self.pool = Pool(routing, settings, monotonic, self._breaker_changed)
-        self.client = HttpClient(connect_timeout=settings.gateway_connect_timeout)
+        self.byte_budget = ByteBudget(settings.gateway_max_buffered_bytes)
+        self.pool = Pool(routing, settings, clock=clock, rng=rng, breaker_changed=self._breaker_changed)
         forwarder = Forwarder(
-            settings,
-            client=self.client,
             admission=self.admission,
-            clock=monotonic,
-            retries_allowed=metrics.retry_allowed,
-            retries_refused=metrics.retry_refused,
+            policy=RetryPolicy(settings, rng),
+            attempts=Attempts(settings, client=client, clock=clock, rng=rng),
+            clock=clock,
+            retry_allowed=telemetry.metrics.retry_allowed,
+            retry_refused=telemetry.metrics.retry_refused,
         )
         self.health = Health(
-            settings, pool=self.pool, client=self.client, admission=self.admission, telemetry=telemetry
+            settings, pool=self.pool, client=client, admission=self.admission, telemetry=telemetry, clock=clock
         )
+        keys = Keys([key.get_secret_value() for key in settings.gateway_api_keys])
         self.handlers = Handlers(
             settings,
+            keys=keys,
+            reader=RequestReader(settings, clock),
             pool=self.pool,
             admission=self.admission,
-            memory=self.memory,
+            byte_budget=self.byte_budget,
             forwarder=forwarder,
             health=self.health,
             telemetry=telemetry,
-            running=self.running,
+            clock=clock,
         )
-        metrics.watch(self.pool, self.admission, self.memory)
+        self.middleware = Middleware(
+            keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
+        )
+        telemetry.metrics.watch(self.pool, self.admission, self.byte_budget)
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
@@ -79,31 +104,55 @@ class Parts:
 PARTS = web.AppKey("parts", Parts)
 
 
-def create_app(settings: "Settings", routing: "Routing", telemetry: "Telemetry") -> web.Application:
-    """The gateway as an aiohttp application; run it with `gateway.server.listener.Runner`."""
-    parts = Parts(settings, routing, telemetry)
-    face = parts.handlers
-    app = web.Application(middlewares=[face.plain], client_max_size=settings.gateway_max_body_bytes)
+def create_app(
+    settings: "Settings",
+    routing: "Routing",
+    telemetry: "Telemetry",
+    *,
+    client: HttpClient | None = None,
+    clock: "Callable[[], float]" = monotonic,
+    rng: Random | None = None,
+) -> web.Application:
+    """Return the gateway as an aiohttp application; `runner_of` runs it.
+
+    Args:
+        settings: of the gateway.
+        routing: backends and routes.
+        telemetry: traces, metrics, logs.
+        client: sends calls to backends.
+        clock: seconds, monotonic.
+        rng: draws replicas and backoffs.
+    """
+    client = client or HttpClient(connect_timeout=settings.gateway_connect_timeout)
+    parts = Parts(settings, routing, telemetry, client, clock=clock, rng=rng or Random())
+    handlers = parts.handlers
+    app = web.Application(middlewares=[parts.middleware.handle], client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
-    for path in PATHS:
-        app.router.add_post(path, face.prompt, expect_handler=_expect)
+    for path in BY_PATH:
+        app.router.add_post(path, handlers.prompt, expect_handler=_expect)
     for path, handler in (
-        ("/v1/models", face.models),
-        ("/v1/models/{id:.+}", face.model),
-        ("/", face.root),
-        ("/health", face.health),
-        ("/livez", face.livez),
-        ("/readyz", face.readyz),
-        ("/metrics", face.metrics),
+        ("/v1/models", handlers.models),
+        ("/v1/models/{id:.+}", handlers.model),
+        ("/", handlers.root),
+        ("/health", handlers.health),
+        ("/livez", handlers.livez),
+        ("/readyz", handlers.readyz),
+        ("/metrics", handlers.metrics),
     ):
         app.router.add_get(path, handler, expect_handler=_expect)
-    app.router.add_route("*", "/{path:.*}", face.elsewhere, expect_handler=_expect)
+    app.router.add_route("*", "/{path:.*}", handlers.not_found, expect_handler=_expect)
     app.cleanup_ctx.append(_running_parts)
     return app
 
 
+def runner_of(app: web.Application) -> Runner:
+    """Return the runner of an application."""
+    parts = app[PARTS]
+    return Runner(app, answer_unhandled=parts.middleware.answer_unhandled, in_flight=parts.in_flight)
+
+
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:
-    """Start: telemetry, client, probes. Stop: the reverse; telemetry last, so that nothing it should tell is lost."""
+    """Start telemetry, client, probes; stop them in reverse: what happens until the end is still reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(parts.telemetry)
@@ -113,4 +162,4 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _expect(_request: web.Request) -> None:
-    """`Expect: 100-continue` is answered when the body is read: after the key, the limits and the media type."""
+    """Do not answer `Expect: 100-continue` here, but when the body is read: after key, limits and media type."""

@@ -1,9 +1,9 @@
-"""Every error a caller can get, as a tree. The type is the policy.
+"""Every error a caller can get, as a tree. The type of an error decides what happens next: it is the policy.
 
 ::
 
     GatewayError                     status  code
-    |- CallerError                   4xx     the request itself is wrong; nothing was forwarded
+    |- CallerError                   4xx     the request itself is wrong; it was not forwarded
     |  |- InvalidJson                400     invalid_json
     |  |- InvalidRequest             400     invalid_request
     |  |- InvalidApiKey              401     invalid_api_key
@@ -17,26 +17,26 @@
     |- InternalError                 500     internal_error
     |- CallerLeft                    499     client_closed_request, in metrics and logs only
     |- DeadlineExceeded              504     deadline_exceeded
-    |- Refusal                       503     no attempt is made; says when to come again
+    |- Refusal                       503     no attempt was made; says when to try again
     |  |- BackendUnavailable                 backend_unavailable
     |  |- GatewayOverloaded                  gateway_overloaded
     |  `- GatewayDraining                    gateway_draining
     `- BackendError                          how one attempt failed, and what follows
        |- ConnectionFailed           502     backend_connection_error   refused, DNS, reset before headers
-       |  |- Unreachable             502     refused, unresolved, no route, TLS failed: nothing was sent
+       |  |- Unreachable             502     refused, unresolved, no route, TLS failed: no request was sent
        |  |- ConnectTimeout          504     backend_timeout, param connect
        |  `- StaleConnection         502     a kept-alive connection died before a byte of the answer
        |- InvalidResponse            502     backend_invalid_response   cut or unreadable
-       |  |- AnswerTooLarge          502     the same, above GATEWAY_MAX_ANSWER_BYTES
-       |  `- ErrorEvent              502     the backend ended its stream with an error of its own
+       |  |- AnswerTooLarge          502     larger than GATEWAY_MAX_ANSWER_BYTES
+       |  `- ErrorEvent              502     the backend ended its stream with an error event
        |- Silent                     504     backend_timeout, param first_token or answer
        |- Stalled                    504     backend_timeout, param idle
        |- AuthRefused                502     backend_auth_error         the backend's own 401 or 403
-       `- ErrorAnswer                        the backend answered an error: passed on as it came
+       `- ErrorAnswer                        the backend answered with an error: passed on unchanged
           |- Overloaded              429 503
           |- ServerFault             408 5xx
-          |- Exhausted               4xx     quota spent, context too long: another target may do
-          `- Rejected                4xx     every other
+          |- Exhausted               4xx     quota spent, context too long: another target may answer
+          `- Rejected                4xx     all others
 """
 
 from enum import Enum
@@ -46,20 +46,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def let_go(error: BaseException) -> None:
-    """Cut a spent error, and those it came from, off the frames they have passed.
+def drop_frames(error: BaseException) -> None:
+    """Drop the traceback of a handled error, and of the errors it came from.
 
-    The frames hold the bytes of the request, and often the error itself: a cycle, which would wait for Python's
-    collector.
+    Its frames hold the request's bytes and often the error itself: a cycle that only Python's collector would free.
     """
-    spent: BaseException | None = error
-    while spent is not None:
-        spent.__traceback__ = None
-        spent = spent.__context__
+    handled: BaseException | None = error
+    while handled is not None:
+        handled.__traceback__ = None
+        handled = handled.__context__
 
 
 class Verdict(Enum):
-    """What the breaker of a replica makes of an attempt."""
+    """What an attempt means to the breaker of its replica."""
 
     SUCCESS = "success"
     FAILURE = "failure"
@@ -67,18 +66,18 @@ class Verdict(Enum):
 
 
 class GatewayError(Exception):
-    """An error with an answer of its own.
+    """An error that has an answer.
 
     Attributes:
         status: HTTP status of the answer.
         code: the contract's error code.
-        message: for people; holds nothing of a prompt, an answer or a key.
+        message: for people; never quotes a prompt, an answer or a key.
         param: the field, header or timer it is about, or None.
-        retry_after: seconds until it makes sense to come again, or None.
-        outcome: a short word of a bounded set, for metrics, logs and `server-timing`: `word`, else the code.
+        retry_after: seconds after which another try makes sense, or None.
+        outcome: a short word from a fixed set, for metrics, logs and `server-timing`: `word`, else the code.
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     code: ClassVar[str] = "internal_error"
     word: ClassVar[str | None] = None
 
@@ -88,16 +87,6 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.outcome = self.word or self.code
-
-    def envelope(self) -> dict[str, dict[str, str | None]]:
-        """OpenAI's error envelope, all four keys."""
-        return envelope(self.status, self.code, self.message, self.param)
-
-
-def envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
-    """OpenAI's error envelope: `type` follows from the status."""
-    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class CallerError(GatewayError):
@@ -119,7 +108,7 @@ class InvalidRequest(CallerError):
 
 
 class InvalidApiKey(CallerError):
-    """Keys are configured and this is none of them."""
+    """Keys are configured, and the request carries none of them."""
 
     status = 401
     code = "invalid_api_key"
@@ -147,14 +136,14 @@ class MethodNotAllowed(CallerError):
 
 
 class RequestTimeout(CallerError):
-    """The caller's own body is late."""
+    """The caller's body did not arrive in time."""
 
     status = 408
     code = "request_timeout"
 
 
 class RequestTooLarge(CallerError):
-    """The caller's own body is too large."""
+    """The caller's body is too large."""
 
     status = 413
     code = "request_too_large"
@@ -175,37 +164,43 @@ class HeadersTooLarge(CallerError):
 
 
 class InternalError(GatewayError):
-    """Our own defect: logged with its trace, nothing of it in the answer."""
+    """A defect of the gateway: logged with its trace; the answer reveals nothing of it."""
+
+    def __init__(self, message: str = "The gateway failed. Its log has the details under this trace id.") -> None:
+        super().__init__(message)
 
 
 class CallerLeft(GatewayError):
-    """The caller closed the connection before the answer ended; nobody reads this."""
+    """The caller closed the connection before the answer ended; nobody receives this."""
 
     status = 499
     code = "client_closed_request"
 
+    def __init__(self, message: str = "The caller closed the connection.") -> None:
+        super().__init__(message)
+
 
 class DeadlineExceeded(GatewayError):
-    """The total time a caller waits is over, wherever the request stood."""
+    """The request's deadline passed, wherever the request was."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class Refusal(GatewayError):
-    """No attempt is made; `retry_after` (seconds) says when to come again."""
+    """No attempt was made; `retry_after` (seconds) says when to try again."""
 
     status = 503
 
 
 class BackendUnavailable(Refusal):
-    """Every breaker that could take the request is open."""
+    """The breakers of all backends for this request are open."""
 
     code = "backend_unavailable"
 
 
 class GatewayOverloaded(Refusal):
-    """Queue or memory is full, or the request queued too long; `reason` says which."""
+    """The queue or the byte budget is full, or the request queued too long; `reason` says which."""
 
     code = "gateway_overloaded"
 
@@ -219,18 +214,21 @@ class GatewayDraining(Refusal):
 
     code = "gateway_draining"
 
+    def __init__(self, message: str = "The gateway is stopping. Send the request again.") -> None:
+        super().__init__(message, retry_after=1.0)
+
 
 class BackendError(GatewayError):
-    """How one attempt failed. The class attributes below are the policy.
+    """How one attempt failed. These class attributes are the policy.
 
     Attributes:
-        retried: a further attempt within the target may follow.
-        same_replica: that further attempt may go to the replica that just failed.
-        at_once_elsewhere: another replica is tried without a sleep.
-        free_elsewhere: that attempt takes nothing from the retry budget.
-        falls_back: the next target is tried when this one is spent.
-        verdict: what the breaker makes of it.
-        unreachable: nothing listens there: a good probe ends the breaker's open time early.
+        retried: another attempt within the target may follow.
+        same_replica: that attempt may go to the replica that just failed.
+        at_once_elsewhere: another replica is tried without a backoff.
+        free_elsewhere: that attempt costs nothing of the retry budget.
+        falls_back: the next target is tried when this one has no attempts left.
+        verdict: what the failure means to the breaker.
+        unreachable: nothing listens there, so a good probe ends the breaker's open time early.
     """
 
     retried: ClassVar[bool] = True
@@ -243,7 +241,7 @@ class BackendError(GatewayError):
 
 
 class ConnectionFailed(BackendError):
-    """Refused, unresolved, or reset before the headers of the answer."""
+    """Refused, unresolved, or reset before the answer's headers."""
 
     word = "connection_error"
     status = 502
@@ -253,13 +251,13 @@ class ConnectionFailed(BackendError):
 
 
 class Unreachable(ConnectionFailed):
-    """Refused, unresolved, without a route, or without the TLS we ask for: nothing was sent."""
+    """Refused, unresolved, without a route, or TLS failed: no request was sent."""
 
     unreachable = True
 
 
 class ConnectTimeout(ConnectionFailed):
-    """The connection was not made within `GATEWAY_CONNECT_TIMEOUT`."""
+    """No connection within `GATEWAY_CONNECT_TIMEOUT`."""
 
     word = "connect_timeout"
     status = 504
@@ -271,14 +269,14 @@ class ConnectTimeout(ConnectionFailed):
 
 
 class StaleConnection(ConnectionFailed):
-    """A kept-alive connection died before a byte of the answer; sent again once, at once, on a fresh one."""
+    """A kept-alive connection was dead before the first byte of an answer; sent again once, at once, on a new one."""
 
     word = "stale_connection"
     verdict = Verdict.NEITHER
 
 
 class InvalidResponse(BackendError):
-    """The answer was cut or cannot be read."""
+    """The answer was cut off or cannot be read."""
 
     word = "invalid_response"
     status = 502
@@ -286,13 +284,13 @@ class InvalidResponse(BackendError):
 
 
 class AnswerTooLarge(InvalidResponse):
-    """The answer is larger than `GATEWAY_MAX_ANSWER_BYTES`; the same prompt would give the same."""
+    """The answer is larger than `GATEWAY_MAX_ANSWER_BYTES`; the same prompt would be answered the same way."""
 
     retried = False
 
 
 class ErrorEvent(InvalidResponse):
-    """The backend ended its stream with an error of its own: `event`, bytes as they came."""
+    """The backend ended its stream with an error event: `event`, its bytes unchanged."""
 
     word = "error_event"
 
@@ -302,7 +300,7 @@ class ErrorEvent(InvalidResponse):
 
 
 class Silent(BackendError):
-    """Nothing came within the first-token or answer timeout (`param`): never again on the same replica."""
+    """No answer within the first-token or answer timeout (`param`): the same replica is not asked again."""
 
     status = 504
     code = "backend_timeout"
@@ -315,7 +313,7 @@ class Silent(BackendError):
 
 
 class Stalled(BackendError):
-    """The body stood still for `GATEWAY_IDLE_TIMEOUT`."""
+    """No byte of the body came for `GATEWAY_IDLE_TIMEOUT`."""
 
     word = "idle_timeout"
     status = 504
@@ -326,7 +324,7 @@ class Stalled(BackendError):
 
 
 class AuthRefused(BackendError):
-    """The backend refuses our key (its 401 or 403)."""
+    """The backend refused the gateway's key (its 401 or 403)."""
 
     word = "auth_error"
     status = 502
@@ -336,11 +334,11 @@ class AuthRefused(BackendError):
 
 
 class ErrorAnswer(BackendError):
-    """The backend answered an error: passed on with its status, body and allowed headers.
+    """The backend answered with an error: passed on with its status, body and allowed headers.
 
     Attributes:
-        answer_status: the backend's status.
-        body: the backend's body, bytes as they came; None when it is no JSON and the envelope replaces it.
+        status: the backend's.
+        body: the backend's body, unchanged; None when it is not JSON and an error of ours replaces it.
         headers: the headers of the backend's answer that pass to callers.
     """
 
@@ -348,45 +346,41 @@ class ErrorAnswer(BackendError):
 
     def __init__(
         self,
-        answer_status: int,
+        status: int,
         body: bytes | None,
         headers: "Mapping[str, str]",
         *,
         retry_after: float | None = None,
     ) -> None:
         without = " without a JSON body" if body is None else ""
-        super().__init__(f"The backend answered {answer_status}{without}.", retry_after=retry_after)
-        self.answer_status = answer_status
+        super().__init__(f"The backend answered {status}{without}.", retry_after=retry_after)
+        self.status = status
         self.body = body
         self.headers = headers
-        self.outcome = f"status_{answer_status}"
-        if answer_status not in BREAKER_STATUSES:
+        self.outcome = f"status_{status}"
+        if status not in BREAKER_STATUSES:
             self.verdict = Verdict.SUCCESS
-
-    def envelope(self) -> dict[str, dict[str, str | None]]:
-        """The envelope where the body cannot be passed on as it came: it keeps the backend's status."""
-        return envelope(self.answer_status, self.code, self.message)
 
 
 BREAKER_STATUSES = frozenset({500, 502, 503, 504})
 
 
 class Overloaded(ErrorAnswer):
-    """429 or 503: another replica at once when `Retry-After` says when, else like a server fault."""
+    """429 or 503: with a `Retry-After` another replica is tried at once, else like a server fault."""
 
 
 class ServerFault(ErrorAnswer):
-    """408, 500, 502, 504 and the like: tried again with backoff."""
+    """408, 500, 502, 504 and similar: tried again with backoff."""
 
 
 class Exhausted(ErrorAnswer):
-    """The account's quota is spent, or the prompt too long for the model: another target may do."""
+    """The account's quota is spent, or the prompt is too long for the model: another target may answer."""
 
     retried = False
 
 
 class Rejected(ErrorAnswer):
-    """Every other error answer (4xx; 501 and 505, which no repetition changes): one attempt, passed on."""
+    """All other error answers (4xx; 501 and 505, which repeating does not change): one attempt, passed on."""
 
     retried = False
     falls_back = False

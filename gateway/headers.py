@@ -1,16 +1,21 @@
-"""Which headers pass through, and how they are written."""
+"""HTTP headers: which ones pass through, how they are written, and what those say that are read."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 
 FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotency-key"})
 FORWARDED_PREFIXES = ("openai-", "x-stainless-")
 PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
 PASSED_PREFIXES = ("openai-", "x-ratelimit-")
+MAX_WAIT = 1e9
+"""Seconds or milliseconds; a longer wait is taken for garbage."""
 
 
 def only(names: frozenset[str], prefixes: tuple[str, ...]) -> Callable[[str], str | None]:
-    """Judges a header's name: itself in lower case, or None when the header stays here."""
+    """Return a function that gives a header's name in lower case, or None when the header does not pass."""
 
     @lru_cache(maxsize=512)
     def judge(name: str) -> str | None:
@@ -26,14 +31,75 @@ passed_as = only(PASSED_NAMES, PASSED_PREFIXES)
 """From backends to callers."""
 
 
+def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a backend's answer that pass to callers: the first of each name whose value may pass."""
+    passed: dict[str, str] = {}
+    for name, value in headers.items():
+        low = passed_as(name)
+        if low is not None and low not in passed and _is_plain(value):
+            passed[low] = value
+    return passed
+
+
 def lines_of(headers: Iterable[tuple[str, str]]) -> str:
-    """The lines of a head.
+    """Return headers as the lines of an HTTP message.
 
     Raises:
-        ValueError: a value holds a line end, and would be more than one header.
+        ValueError: a value holds a line end, and would become more than one header.
     """
     lines = [f"{name}: {value}\r\n" for name, value in headers]
     text = "".join(lines)
     if text.count("\n") != len(lines) or text.count("\r") != len(lines):
         raise ValueError("a header holds a line end")
     return text
+
+
+def seconds(text: str | None) -> float | None:
+    """Return a positive finite number of seconds, or None for anything else."""
+    value = _number(text)
+    return value if 0 < value < math.inf else None
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that `retry-after-ms` or `Retry-After` (seconds or a date) asks to wait, if it is valid.
+
+    Args:
+        headers: names in lower case.
+        now: seconds since the epoch.
+
+    Source: RFC 9110, 10.2.3; `retry-after-ms` is OpenAI's, and wins.
+    """
+    milliseconds = _wait(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    wait = _wait(text)
+    if wait is not None or text is None:
+        return wait
+    try:
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # asctime's form names no zone, and is GMT
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, date.timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _is_plain(value: str) -> bool:
+    """Return whether a value holds only what a server may send: ASCII without control characters, except tabs."""
+    return value.isascii() and (value.isprintable() or value.replace("\t", " ").isprintable())
+
+
+def _wait(text: str | None) -> float | None:
+    value = _number(text)
+    return value if 0 <= value < MAX_WAIT else None
+
+
+def _number(text: str | None) -> float:
+    """Return the number in a header; NaN for anything else, and for what only Python accepts (`1_0`, other digits)."""
+    if text is None or "_" in text or not text.isascii():
+        return math.nan
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,17 +4,19 @@ import asyncio
 import logging
 from collections import deque
 from contextlib import suppress
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from gateway import __version__
 from gateway.policy.breaker import State
-from gateway.policy.pool import Probe
+from gateway.policy.replica import Probe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.backend.client import HttpClient
     from gateway.policy.admission import Admission
-    from gateway.policy.pool import Pool, Replica
+    from gateway.policy.pool import Pool
+    from gateway.policy.replica import Replica
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 
@@ -23,13 +25,13 @@ EAGER_INTERVAL = 0.25
 LAG_INTERVAL = 0.5
 """Seconds between measurements of the event loop's lag."""
 LAG_SAMPLES = 30
-"""Measurements whose worst is shown, so that one scrape in 15 s sees every stop."""
+"""Measurements of which the worst is shown: a scrape every 15 s sees every stall."""
 
 _log = logging.getLogger("gateway")
 
 
 class Health:
-    """Probes replicas while it is entered, and tells what is known from memory."""
+    """Probes replicas while it is entered, and reports their state from memory."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Health:
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
+        clock: "Callable[[], float]",
     ) -> None:
         self._interval = settings.gateway_probe_interval
         self._app_mode = settings.app_mode
@@ -46,10 +49,11 @@ class Health:
         self._client = client
         self._admission = admission
         self._telemetry = telemetry
-        self._started = monotonic()
+        self._clock = clock
+        self._started = clock()
         self._tasks: list[asyncio.Task[None]] = []
         self._first_probes = 0
-        self._told: set[Replica] = set()
+        self._logged: set[Replica] = set()
         self._unwell = {replica.name: asyncio.Event() for replica in pool.replicas}
 
     @property
@@ -58,7 +62,7 @@ class Health:
         return self._first_probes >= len(self._pool.replicas)
 
     def breaker_changed(self, backend: str, new: State) -> None:
-        """A breaker has changed its state: while it is not closed, its replica is probed more often."""
+        """Probe a replica more often while its breaker is not closed."""
         if new is State.CLOSED:
             self._unwell[backend].clear()
         else:
@@ -87,40 +91,40 @@ class Health:
 
     async def _until_next(self, replica: "Replica") -> None:
         """Sleep for the interval, or until an eager probe is due."""
-        began = monotonic()
+        began = self._clock()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._interval):
                 await self._unwell[replica.name].wait()
-                await asyncio.sleep(began + EAGER_INTERVAL - monotonic())
+                await asyncio.sleep(began + EAGER_INTERVAL - self._clock())
 
     async def _probe(self, replica: "Replica") -> None:
-        began = monotonic()
+        began = self._clock()
         trouble = await self._client.probe(replica)
-        now = monotonic()
-        self._tell(replica, trouble)
+        now = self._clock()
+        self._log_probe(replica, trouble)
         replica.probe = Probe(ok=trouble is None, latency=now - began, at=now)
-        replica.breaker.probed(good=trouble is None)
+        replica.breaker.record_probe(good=trouble is None)
 
-    def _tell(self, replica: "Replica", trouble: str | None) -> None:
-        """Two failed probes in a row are told once, and then the first good one."""
-        if trouble is None and replica in self._told:
-            self._told.discard(replica)
+    def _log_probe(self, replica: "Replica", trouble: str | None) -> None:
+        """Log the second of two failed probes in a row, and the first good one after it."""
+        if trouble is None and replica in self._logged:
+            self._logged.discard(replica)
             _log.info("probe of %s: good", replica.name)
-        elif trouble and replica.probe is not None and not replica.probe.ok and replica not in self._told:
-            self._told.add(replica)
+        elif trouble and replica.probe is not None and not replica.probe.ok and replica not in self._logged:
+            self._logged.add(replica)
             _log.warning("probe of %s: failed: %s", replica.name, trouble)
 
     async def _watch_loop(self) -> None:
         lags = deque([0.0], maxlen=LAG_SAMPLES)
         while True:
-            due = monotonic() + LAG_INTERVAL
+            due = self._clock() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)
-            lags.append(monotonic() - due)
+            lags.append(self._clock() - due)
             self._telemetry.metrics.loop_lag.set(max(lags))
 
     def document(self, *, in_full: bool) -> dict[str, Any]:
-        """The document of `/health`; not `in_full`: without urls and error messages."""
-        now = monotonic()
+        """Return the document of `/health`; without urls and error messages unless `in_full`."""
+        now = self._clock()
         backends = [_backend(replica, now, in_full=in_full) for replica in self._pool.replicas]
         states = [backend["status"] for backend in backends]
         downstream = "ok"

@@ -1,218 +1,173 @@
 """What happened to one request, attempt by attempt.
 
-Written while the request is under way, read when it has ended: headers, metrics, the log line and the spans are all
-rendered from it. Plain numbers and words only: no HTTP, no telemetry. All instants are seconds of
-`time.monotonic`.
+Written while the request is under way and read when it has ended: headers, metrics, the log line and the spans are all
+rendered from it. Plain numbers and words only: no HTTP, no telemetry. Instants are seconds of `time.monotonic`.
 """
 
-from time import time_ns
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gateway.dialects.capture import answer_messages, prompt_messages
 from gateway.errors import ErrorAnswer, GatewayOverloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from gateway.dialects.requests import Prompt
     from gateway.errors import GatewayError
 
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
 MAX_CHOICES = 16
 """Finish reasons kept of one answer."""
-SKIPPED = "gateway.target_skipped"
+TARGET_SKIPPED = "gateway.target_skipped"
 """The event of a target that was passed over."""
+BREAKER_CHANGED = "gateway.breaker"
+"""The event of a breaker that changed its state."""
 MAX_COUNT = 2**63
-"""A count of tokens is below it; what is not is no count."""
+"""A count of tokens is below it; a larger number is not a count."""
 
 
-class Attempt:
+@dataclass(slots=True, eq=False)
+class AttemptRecord:
     """One HTTP call to one replica.
 
     Attributes:
-        number: 1, 2, ... over all targets, a re-send on a fresh connection included.
+        number: 1, 2, ... over all targets, including re-sends over a fresh connection.
         backend: name of the replica.
         host, port, url: where it was sent; the url without user info.
-        model: the model it was asked for, or None for the caller's own words.
+        model: the model it asked for.
         span_id: 64 bits.
-        started, ended: seconds.
+        started, ended: instants.
         status: the HTTP status of the answer, or None.
         outcome: `ok`, or the word of the failure; None while it is under way.
         error_type: for `error.type` of the span: a status, or the failure's word; None for success.
         message: the failure's message, or None.
-        resend: whether it repeats an attempt whose kept-alive connection died.
+        resend: whether it repeats an attempt whose kept-alive connection was dead.
         backoff: seconds slept before it.
         timer: the timer that ended it (`connect`, `first_token`, `answer`, `idle`), or None.
-        retry_after: what the failed answer asked to wait, seconds, or None.
+        retry_after: seconds that the failed answer asked to wait, or None.
         breaker: state of the breaker when it was sent.
         budget_left: retries left in the replica's budget when it was sent.
         deadline_left: seconds left of the deadline when it was sent.
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `gave up: <why>`.
     """
 
-    __slots__ = (
-        "backend",
-        "backoff",
-        "breaker",
-        "budget_left",
-        "deadline_left",
-        "decision",
-        "ended",
-        "error_type",
-        "host",
-        "message",
-        "model",
-        "number",
-        "outcome",
-        "port",
-        "resend",
-        "retry_after",
-        "span_id",
-        "started",
-        "status",
-        "timer",
-        "url",
-    )
-
-    def __init__(self, number: int, backend: str, span_id: int, started: float) -> None:
-        self.number = number
-        self.backend = backend
-        self.span_id = span_id
-        self.started = started
-        self.host = ""
-        self.port = 0
-        self.url = ""
-        self.timer: str | None = None
-        self.model: str | None = None
-        self.ended: float | None = None
-        self.status: int | None = None
-        self.outcome: str | None = None
-        self.error_type: str | None = None
-        self.message: str | None = None
-        self.resend = False
-        self.backoff = 0.0
-        self.retry_after: float | None = None
-        self.breaker = "closed"
-        self.budget_left = 0
-        self.deadline_left = 0.0
-        self.decision: str | None = None
+    number: int
+    backend: str
+    span_id: int
+    started: float
+    host: str = ""
+    port: int = 0
+    url: str = ""
+    model: str | None = None
+    ended: float | None = None
+    status: int | None = None
+    outcome: str | None = None
+    error_type: str | None = None
+    message: str | None = None
+    resend: bool = False
+    backoff: float = 0.0
+    timer: str | None = None
+    retry_after: float | None = None
+    breaker: str = "closed"
+    budget_left: int = 0
+    deadline_left: float = 0.0
+    decision: str | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Record:
     """One request.
 
     Attributes:
         trace_id, span_id: of the SERVER span, 128 and 64 bits; parent_id: of the caller's span, or None.
         trace_state: the caller's `tracestate`, or None.
-        sampled: decided at the start; what the backend is told.
+        sampled: decided at the start, and passed on to the backend.
         request_id: the caller's, or ours.
         method, path: of the request; `path` is one of the known paths, or None.
-        started: when its headers had arrived; started_ns: the same, nanoseconds since the epoch.
+        started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue.
         first_token: when the first content event arrived, or None.
+        operation: `gen_ai.operation.name`, or None when it is no prompt.
         model: the model it was forwarded for; route: the route's pattern.
-        status, outcome: of the answer; `outcome` is `ok` or a word of a bounded set.
+        status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
         stop_reason: why no further attempt was made, or None.
         fell_back: whether a further target was tried.
         shed: why it was refused at admission, or None.
         events: (instant, name, attributes) in order.
+        input_text, output_text: captured text, or None.
     """
 
-    __slots__ = (
-        "attempts",
-        "choices",
-        "ended",
-        "error_message",
-        "events",
-        "fell_back",
-        "finish_reasons",
-        "first_token",
-        "input_text",
-        "input_tokens",
-        "max_tokens",
-        "method",
-        "model",
-        "outcome",
-        "output_text",
-        "output_tokens",
-        "parent_id",
-        "path",
-        "queued",
-        "request_id",
-        "response_id",
-        "response_model",
-        "route",
-        "sampled",
-        "shed",
-        "span_id",
-        "started",
-        "started_ns",
-        "status",
-        "stop_reason",
-        "stream",
-        "temperature",
-        "top_p",
-        "trace_id",
-        "trace_state",
-    )
+    method: str
+    path: str | None
+    trace_id: int
+    span_id: int
+    request_id: str
+    started: float
+    started_ns: int
+    parent_id: int | None = None
+    trace_state: str | None = None
+    sampled: bool = True
+    attempts: list[AttemptRecord] = field(default_factory=list)
+    events: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    queued: float = 0.0
+    ended: float | None = None
+    first_token: float | None = None
+    operation: str | None = None
+    model: str | None = None
+    route: str | None = None
+    stream: bool = False
+    choices: int = 1
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    status: int = 0
+    outcome: str = "ok"
+    error_message: str | None = None
+    stop_reason: str | None = None
+    fell_back: bool = False
+    shed: str | None = None
+    response_id: str | None = None
+    response_model: str | None = None
+    finish_reasons: list[str] | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_text: str | None = None
+    output_text: str | None = None
 
-    def __init__(
-        self, method: str, path: str | None, *, trace_id: int, span_id: int, request_id: str, started: float
+    def traceparent(self, span_id: int) -> str:
+        """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
+        return f"00-{self.trace_id:032x}-{span_id:016x}-{'01' if self.sampled else '00'}"
+
+    def skip_target(self, backend: str, now: float) -> None:
+        """Note that a target was passed over because the breakers of its replicas are open."""
+        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": "breaker"}))
+
+    def note_breaker(self, now: float, backend: str, before: str, after: str) -> None:
+        """Note that an attempt changed the state of a breaker."""
+        change = {"gateway.backend": backend, "gateway.breaker.from": before, "gateway.breaker.to": after}
+        self.events.append((now, BREAKER_CHANGED, change))
+
+    def describe_request(
+        self,
+        *,
+        operation: str,
+        model: str,
+        route: str,
+        stream: bool,
+        choices: int,
+        max_tokens: float | None,
+        temperature: float | None,
+        top_p: float | None,
     ) -> None:
-        self.method = method
-        self.path = path
-        self.trace_id = trace_id
-        self.span_id = span_id
-        self.request_id = request_id
-        self.started = started
-        self.started_ns = time_ns()
-        self.parent_id: int | None = None
-        self.trace_state: str | None = None
-        self.sampled = True
-        self.attempts: list[Attempt] = []
-        self.events: list[tuple[float, str, dict[str, Any]]] = []
-        self.queued = 0.0
-        self.ended: float | None = None
-        self.first_token: float | None = None
-        self.model: str | None = None
-        self.choices = 1
-        self.max_tokens: int | None = None
-        self.temperature: float | None = None
-        self.top_p: float | None = None
-        self.route: str | None = None
-        self.stream = False
-        self.status = 0
-        self.outcome = "ok"
-        self.error_message: str | None = None
-        self.stop_reason: str | None = None
-        self.fell_back = False
-        self.shed: str | None = None
-        self.input_tokens: int | None = None
-        self.output_tokens: int | None = None
-        self.finish_reasons: list[str] | None = None
-        self.response_model: str | None = None
-        self.response_id: str | None = None
-        self.input_text: str | None = None
-        self.output_text: str | None = None
-
-    def skipped(self, backend: str, now: float) -> None:
-        """A target was passed over: the breakers of its replicas are open."""
-        self.events.append((now, SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": "breaker"}))
-
-    def asked(self, prompt: "Prompt", *, model: str, route: str, keep_text: bool) -> None:
-        """What the caller asks for is known; of its text nothing is kept, unless `keep_text`."""
+        """Note what the caller asks for, except its text."""
+        self.operation = operation
         self.model = model
         self.route = route
-        self.stream = prompt.stream
-        self.choices = prompt.choices
-        self.max_tokens = _whole(prompt.max_tokens)
-        self.temperature = prompt.temperature
-        self.top_p = prompt.top_p
-        if keep_text:
-            self.input_text = prompt_messages(prompt.body)
+        self.stream = stream
+        self.choices = choices
+        self.max_tokens = _whole(max_tokens)
+        self.temperature = temperature
+        self.top_p = top_p
 
-    def answered(
+    def describe_answer(
         self,
         *,
         response_id: str | None,
@@ -220,51 +175,55 @@ class Record:
         finish_reasons: list[str] | None,
         input_tokens: int | None,
         output_tokens: int | None,
-        texts: "Sequence[str] | None",
     ) -> None:
-        """What an answer says about itself; a backend may say anything, so that all of it is bounded here."""
+        """Note what an answer says about itself, within bounds: a backend may say anything."""
         self.response_id = response_id and response_id[:MAX_NAME]
         self.response_model = model and model[:MAX_NAME]
         self.finish_reasons = finish_reasons and [reason[:MAX_NAME] for reason in finish_reasons[:MAX_CHOICES]]
         self.input_tokens = _count(input_tokens)
         self.output_tokens = _count(output_tokens)
-        self.output_text = None if texts is None else answer_messages(texts, self.finish_reasons)
 
-    @property
-    def texts(self) -> int:
-        """Characters captured of prompt and answer."""
-        return len(self.input_text or "") + len(self.output_text or "")
+    def give_up(self, why: str) -> None:
+        """Note why no further attempt follows, unless the latest one already says what was decided."""
+        self.stop_reason = why
+        if self.attempts and self.attempt.decision is None:
+            self.attempt.decision = f"gave up: {why}"
 
-    def forget_texts(self) -> None:
-        """What was captured of prompt and answer is not kept any longer."""
-        self.input_text = self.output_text = None
-
-    def failed(self, error: "GatewayError", status: int) -> None:
-        """The request ends with `error`."""
-        self.status = self.status or status
+    def end_with(self, error: "GatewayError") -> None:
+        """Note the error that the request ends with."""
+        self.status = self.status or error.status
         self.outcome = "backend_error" if isinstance(error, ErrorAnswer) else error.code
         self.error_message = error.message
         if isinstance(error, GatewayOverloaded):
             self.shed = error.reason
 
     @property
-    def attempt(self) -> Attempt:
+    def texts(self) -> int:
+        """Number of characters captured of prompt and answer."""
+        return len(self.input_text or "") + len(self.output_text or "")
+
+    def forget_texts(self) -> None:
+        """Drop what was captured of prompt and answer."""
+        self.input_text = self.output_text = None
+
+    @property
+    def attempt(self) -> AttemptRecord:
         """The latest attempt."""
         return self.attempts[-1]
 
     @property
     def backend(self) -> str | None:
-        """The replica that answered, if only with an error; None when the last attempt got no answer."""
+        """The replica that answered, even if with an error; None when the last attempt got no answer."""
         if self.attempts and self.attempts[-1].status is not None:
             return self.attempts[-1].backend
         return None
 
     def seconds(self, now: float) -> float:
-        """Seconds since the start."""
+        """Return the seconds from the start to the end, or to `now`."""
         return (self.ended if self.ended is not None else now) - self.started
 
     def server_timing(self, now: float) -> str:
-        """The `server-timing` header (W3C Server Timing), ms: queue, each attempt with its outcome, each backoff."""
+        """Return the `server-timing` header (W3C Server Timing), ms: queue, attempts with their outcomes, backoffs."""
         parts = [f"queue;dur={self.queued * 1000:.1f}" if self.queued else "queue;dur=0.0"]
         for attempt in self.attempts:
             if attempt.backoff:
@@ -276,7 +235,7 @@ class Record:
 
 
 def _whole(number: float | None) -> int | None:
-    """Some clients write 10.0 for 10."""
+    """Return a whole number: some clients write 10.0 for 10."""
     if isinstance(number, float):
         return int(number) if number.is_integer() else None
     return number

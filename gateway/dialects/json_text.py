@@ -1,7 +1,7 @@
-r"""JSON as RFC 8259 has it, where it allows what msgspec takes for an error.
+r"""JSON as RFC 8259 defines it, including what msgspec rejects.
 
-Some servers and clients cut texts between the two halves of a surrogate pair; RFC 8259, section 8.2, allows what comes
-of that (`\ud83d`). What is decoded here is only looked at: the bytes go on as they came.
+Some servers and clients cut texts between the two halves of a surrogate pair; RFC 8259, section 8.2, allows the result
+(`\ud83d`). What is decoded here is only inspected: the bytes go on unchanged.
 """
 
 import re
@@ -13,10 +13,10 @@ import msgspec
 
 T = TypeVar("T")
 MAX_DEPTH = 500
-"""Levels of arrays and objects in each other. RFC 8259, section 9, allows a limit; that of the interpreter is 1,000 at
-some versions, tens of thousands at others, and whoever is handed on what is deeper may fail on it."""
+"""Levels of nested arrays and objects. RFC 8259, section 9, allows a limit. The interpreter's own is 1,000 in some
+versions and tens of thousands in others, and a backend that receives deeper JSON may fail on it."""
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What the functions here raise for a text that is no JSON."""
+"""What these functions raise for text that is not JSON."""
 
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
@@ -28,10 +28,10 @@ _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
 
 
 def decode(data: bytes) -> object:
-    """The value of a JSON text; a number too large for a float is infinite, halves of surrogates are U+FFFD.
+    """Return the value of a JSON text; numbers too large for a float become infinite, half surrogates U+FFFD.
 
     Raises:
-        NO_JSON: it is none.
+        NO_JSON: it is not JSON.
     """
     try:
         value = _decode(data)
@@ -42,14 +42,14 @@ def decode(data: bytes) -> object:
 
 
 def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
-    """The same, by a typed decoder.
+    """Return the value that a typed decoder reads.
 
     Raises:
-        msgspec.ValidationError: it is another type.
-        NO_JSON: it is no JSON.
+        msgspec.ValidationError: it is of another type.
+        NO_JSON: it is not JSON.
     """
     if not data.isascii():
-        data.decode()  # a typed decoder passes over texts without that look
+        data.decode()  # typed decoders skip texts without checking their encoding
     try:
         value = decode_typed(data)
     except msgspec.ValidationError:
@@ -63,23 +63,23 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
 
 
 def check(data: bytes) -> None:
-    """Whether it is JSON at all; nothing is built of it.
+    """Check that it is JSON, without building anything of it.
 
     Raises:
-        NO_JSON: it is none.
+        NO_JSON: it is not.
     """
     decode_with(_pass_over, data)
 
 
 def _check_depth(data: bytes) -> None:
-    """Of JSON. What has few brackets, in texts too, is not taken apart. Raises: RecursionError."""
+    """Check the depth of valid JSON; what has few brackets, texts included, cannot be deep. Raises: RecursionError."""
     if len(data) <= 2 * MAX_DEPTH or data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    # Without escapes each quote begins or ends a text; two side by side change nothing for the brackets after them.
+    # Without escapes every quote begins or ends a text; two adjacent ones do not affect the brackets after them.
     marks = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS).replace(b'""', b"")
     brackets = b"".join(marks.split(b'"')[::2])
     depth = 0
-    for at in range(0, len(brackets), _STRETCH):  # in stretches, so that other threads get their turn
+    for at in range(0, len(brackets), _STRETCH):  # in stretches: other threads get their turn
         depths = list(accumulate((_STEPS[byte] for byte in brackets[at : at + _STRETCH]), initial=depth))
         if max(depths) > MAX_DEPTH:
             raise RecursionError("the JSON is nested too deep")

@@ -1,4 +1,4 @@
-"""Server-sent events, taken apart without being changed.
+"""Server-sent events, split without being changed.
 
 Source: WHATWG HTML, section "Server-sent events": lines end with LF, CR LF or CR; an empty line ends an event; a line
 that begins with a colon is a comment.
@@ -9,7 +9,7 @@ import re
 from gateway.errors import InvalidResponse
 
 MAX_EVENT = 1 << 20
-"""Bytes. A longer event is a failure, like a cut."""
+"""Bytes. A longer event is a failure, like a cut stream."""
 
 DONE = b"[DONE]"
 
@@ -18,9 +18,12 @@ _LINE = re.compile(rb"\r\n|\n|\r")
 
 
 class EventSplitter:
-    """Bytes in, in any pieces; whole events out, each with the empty line that ends it, byte for byte.
+    """Takes bytes in any pieces and returns whole events, each with the empty line that ends it, byte for byte.
 
-    An event that has not ended stays inside, so that half an event never goes on.
+    An event that has not ended stays inside: half an event never goes on.
+
+    Attributes:
+        waiting: bytes of the event that has not ended.
     """
 
     __slots__ = ("_pieces", "waiting")
@@ -28,10 +31,9 @@ class EventSplitter:
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self.waiting = 0
-        """Bytes of the event that has not ended."""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that `data` completes.
+        """Return the events that `data` completes.
 
         Raises:
             InvalidResponse: an event is longer than `MAX_EVENT`.
@@ -39,7 +41,7 @@ class EventSplitter:
         if self._pieces:
             whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
             if not whole_line and self.waiting + len(data) <= MAX_EVENT:
-                self._pieces.append(data)  # joined when a line ends, so that small pieces of a large event cost little
+                self._pieces.append(data)  # joined when a line ends: small pieces of a large event stay cheap
                 self.waiting += len(data)
                 return []
             data = b"".join([*self._pieces, data])
@@ -56,7 +58,7 @@ class EventSplitter:
         return events
 
     def end(self) -> list[bytes]:
-        """No more bytes follow: the event that waited for the LF of its last CR, if there is one."""
+        """Return what the end of the body completes: the event whose last CR could have been followed by an LF."""
         rest = b"".join(self._pieces)
         self._pieces, self.waiting = [], 0
         return [rest] if _END_OF_EVENT.search(rest) else []
@@ -68,20 +70,20 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
     for match in _END_OF_EVENT.finditer(data):
         end = match.end()
         if end == len(data) and data.endswith(b"\r"):
-            break  # an LF that belongs to this CR may follow
+            break  # the LF of this CR may follow
         events.append(data[start:end])
         start = end
     return events, data[start:]
 
 
 def line_of(event: bytes) -> bytes | None:
-    """The data of one whole event of one line, which is what nearly every read of a stream brings; None of all else."""
+    """Return the data of a single event of one line, which nearly every read of a stream is; None for all else."""
     plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
     return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 and len(event) <= MAX_EVENT else None
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The data of an event, None when it has none (a comment, for one)."""
+    """Return the data of an event; None when it has none, as a comment has not."""
     line = line_of(event)
     if line is not None:
         return line

@@ -1,7 +1,6 @@
-"""One alarm clock for the phases of an attempt."""
+"""One timer for all phases of an attempt."""
 
 import asyncio
-from time import monotonic
 from typing import TYPE_CHECKING, Self
 
 from gateway.errors import DeadlineExceeded
@@ -13,22 +12,26 @@ if TYPE_CHECKING:
     from gateway.errors import GatewayError
 
 
-class Watch:
-    """Ends the block it surrounds when a phase takes too long, or at the hard end, with that timer's own error.
+class PhaseTimer:
+    """Ends the block it surrounds when a phase takes too long, or at the hard end, with the error of that limit.
 
-    Instants are seconds of `time.monotonic`.
+    A phase begins with `limit` and lasts until the next `limit` or `pause`. The loop's timer is set again only when it
+    fires too early: a phase per event of a stream costs two assignments.
 
-    A phase begins with `limit` and lasts until the next `limit` or `pause`. The loop's timer is armed again only when
-    it goes off too early, so that a phase per event of a stream costs two assignments.
+    Args:
+        clock: seconds, monotonic; as the loop's.
+        end: instant of `clock`: the hard end.
+        end_message: of the error at the hard end.
 
     Raises (at the end of the block):
         DeadlineExceeded: the hard end came.
-        GatewayError: what `late` gave for the phase that took too long.
+        GatewayError: what `late` returned for the phase that took too long.
     """
 
     __slots__ = (
         "_armed_for",
         "_cancelling",
+        "_clock",
         "_due",
         "_end",
         "_end_message",
@@ -39,7 +42,13 @@ class Watch:
         "_task",
     )
 
-    def __init__(self, end: float, end_message: str = "The deadline ended before the answer did.") -> None:
+    def __init__(
+        self,
+        clock: "Callable[[], float]",
+        end: float,
+        end_message: str = "The deadline passed before the answer was complete.",
+    ) -> None:
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._end = end
         self._end_message = end_message
@@ -53,7 +62,7 @@ class Watch:
 
     def limit(self, seconds: float, late: "Callable[[], GatewayError]") -> None:
         """Begin a phase of at most `seconds`; `late` makes its error."""
-        due = monotonic() + seconds
+        due = self._clock() + seconds
         if due < self._end:
             self._due, self._late = due, late
         else:
@@ -62,7 +71,7 @@ class Watch:
             self._arm()
 
     def pause(self) -> None:
-        """End the phase: only the hard end holds."""
+        """End the phase: only the hard end applies."""
         self._due, self._late = self._end, None
 
     def end_at(self, end: float) -> None:
@@ -73,7 +82,7 @@ class Watch:
     def __enter__(self) -> Self:
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("a watch surrounds a block of a task")
+            raise RuntimeError("a phase timer surrounds a block of a task")
         self._task = task
         self._cancelling = task.cancelling()
         if self._handle is None:
@@ -86,10 +95,10 @@ class Watch:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-        late, self._late = self._late, None  # which may hold on to what holds this watch
+        late, self._late = self._late, None  # it may refer to what refers to this timer
         if not self._ran_out:
             return
-        # As asyncio.timeout does it: a cancellation that is not ours goes on.
+        # As in asyncio.timeout: a cancellation by somebody else goes on.
         if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise (late() if late is not None else DeadlineExceeded(self._end_message)) from None
 
@@ -97,11 +106,11 @@ class Watch:
         if self._handle is not None:
             self._handle.cancel()
         self._armed_for = self._due
-        self._handle = self._loop.call_later(self._due - monotonic(), self._check)
+        self._handle = self._loop.call_later(self._due - self._clock(), self._check)
 
     def _check(self) -> None:
         self._handle = None
-        if monotonic() < self._due:
+        if self._clock() < self._due:
             self._arm()
             return
         self._ran_out = True

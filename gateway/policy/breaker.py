@@ -7,11 +7,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SPREAD = 0.2
-"""The open time is drawn within +- this share, so that many gateways do not return in step."""
+"""The open time is drawn within +- this share, so that many gateways do not come back in step."""
 
 
 class State(StrEnum):
-    """Where a breaker stands."""
+    """The state of a breaker."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -19,7 +19,7 @@ class State(StrEnum):
 
 
 class Ticket:
-    """An attempt the breaker let pass. Its report counts only in the generation that admitted it."""
+    """An attempt that the breaker admitted. Its result counts only in the generation that admitted it."""
 
     __slots__ = ("generation", "trial")
 
@@ -29,11 +29,11 @@ class Ticket:
 
 
 class Breaker:
-    """Opens on consecutive failures; open, nothing touches the replica; half open, one attempt at a time does.
+    """Opens after consecutive failures. Open, it admits nothing; half open, one attempt at a time.
 
-    It turns half open when its open time is over or, if the replica was unreachable or failed a probe since it opened,
-    at the next good probe. Only a real answer closes it. A report of an attempt from before the last change of state
-    (its generation) changes nothing.
+    It turns half open when its open time is over, or earlier at the next good probe if the replica was unreachable or
+    has failed a probe since the breaker opened. Only a real answer closes it. A change of state begins a new
+    generation; results of attempts admitted in an earlier one change nothing.
 
     Args:
         failures: consecutive failures that open it.
@@ -70,51 +70,51 @@ class Breaker:
 
     @property
     def state(self) -> State:
-        """The state now; an open time that is over shows as half open."""
+        """The state now. An open time that is over shows as half open; the change itself happens at `admit`."""
         if self._state is State.OPEN and self._clock() >= self._until:
-            self._turn(State.HALF_OPEN)
+            return State.HALF_OPEN
         return self._state
 
     @property
     def admits(self) -> bool:
         """Whether `admit` would give a ticket now."""
-        state = self._state
-        if state is State.CLOSED:
+        if self._state is State.CLOSED:
             return True
         return self.state is State.HALF_OPEN and not self._trial_out
 
     @property
     def retry_in(self) -> float | None:
         """Seconds until it turns half open; 0 when it is, None when it is closed."""
-        state = self.state
-        if state is State.CLOSED:
+        if self._state is State.CLOSED:
             return None
-        return max(0.0, self._until - self._clock()) if state is State.OPEN else 0.0
+        return max(0.0, self._until - self._clock()) if self._state is State.OPEN else 0.0
 
     def admit(self) -> Ticket | None:
-        """A ticket for one attempt, or None. Every ticket ends in `succeed`, `fail` or `release`."""
+        """Return a ticket for one attempt, or None. Each ticket ends in a recorded success or failure, or `cancel`."""
         if not self.admits:
             return None
         if self._state is State.CLOSED:
             return Ticket(self._generation, trial=False)
+        if self._state is State.OPEN:
+            self._turn(State.HALF_OPEN)
         self._trial_out = True
         return Ticket(self._generation, trial=True)
 
-    def answered(self, ticket: Ticket) -> None:
-        """The first content of an answer is there: a half-open breaker closes, its ticket goes on in the new row."""
+    def record_first_content(self, ticket: Ticket) -> None:
+        """Close a half-open breaker: an answer has begun. Its ticket stays valid in the new generation."""
         if ticket.generation == self._generation and ticket.trial:
             self._turn(State.CLOSED)
             ticket.generation = self._generation
             ticket.trial = False
 
-    def succeed(self, ticket: Ticket) -> None:
-        """A whole answer."""
-        self.answered(ticket)
+    def record_success(self, ticket: Ticket) -> None:
+        """Count a whole answer."""
+        self.record_first_content(ticket)
         if ticket.generation == self._generation:
             self.consecutive_failures = 0
 
-    def fail(self, ticket: Ticket, *, unreachable: bool = False) -> None:
-        """A failure that counts; `unreachable`: nothing listens there."""
+    def record_failure(self, ticket: Ticket, *, unreachable: bool = False) -> None:
+        """Count a failure; `unreachable`: nothing listens there."""
         if ticket.generation != self._generation:
             return
         self.consecutive_failures += 1
@@ -125,13 +125,13 @@ class Breaker:
             self._reopened = 0
             self._open(unreachable=unreachable)
 
-    def release(self, ticket: Ticket) -> None:
-        """Neither success nor failure: a half-open place is given back."""
+    def cancel(self, ticket: Ticket) -> None:
+        """Count neither success nor failure; a half-open place becomes free again."""
         if ticket.generation == self._generation and ticket.trial:
             self._trial_out = False
 
-    def probed(self, *, good: bool) -> None:
-        """A probe of the replica came back."""
+    def record_probe(self, *, good: bool) -> None:
+        """Take a probe's result into account."""
         if self.state is not State.OPEN:
             return
         if not good:

@@ -1,24 +1,23 @@
-"""The total time a caller waits, and how much of it is left."""
+"""How long a caller waits in total, and how much of that is left."""
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_TIMEOUT_MARGIN = 0.1
-"""An answer at the very moment the OpenAI SDK gives up comes too late: this share of its read timeout, and at most
+"""An answer that arrives just as the OpenAI SDK gives up is too late: this share of the SDK's read timeout, at most
 `READ_TIMEOUT_MARGIN_MAX` seconds, is kept for the way back."""
 READ_TIMEOUT_MARGIN_MAX = 0.25
 
 
 class Deadline:
-    """One deadline for queueing, attempts and sleeps. All instants in seconds of `clock`.
+    """One deadline for queueing, attempts and backoffs. Instants are seconds of `clock`.
 
     Attributes:
         start: when the request's headers had arrived.
         end: when its answer must have ended.
-        commit_by: when its first byte must have been sent; never after `end`.
+        commit_by: when the first byte of its answer must have been sent; never after `end`.
     """
 
     __slots__ = ("_clock", "commit_by", "end", "start")
@@ -35,25 +34,9 @@ class Deadline:
             self.commit_by = min(self.end, start + read_timeout - margin)
 
     def left(self) -> float:
-        """Seconds until the answer must have ended, never below 0."""
+        """Return the seconds until the answer must have ended, never below 0."""
         return max(0.0, self.end - self._clock())
 
     def left_to_commit(self) -> float:
-        """Seconds until the first byte of the answer must have been sent, never below 0."""
+        """Return the seconds until the first byte of the answer must have been sent, never below 0."""
         return max(0.0, self.commit_by - self._clock())
-
-
-def seconds(text: str | None) -> float | None:
-    """A positive finite number of seconds, or None for anything else."""
-    value = number(text)
-    return value if 0 < value < math.inf else None
-
-
-def number(text: str | None) -> float:
-    """The number in a header; NaN for anything else, and for what only Python reads as one (`1_0`, foreign digits)."""
-    if text is None or "_" in text or not text.isascii():
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -1,147 +1,171 @@
-"""What follows a failed attempt: where the next one goes, after which sleep, or why there is none."""
+"""What follows a failed attempt within a target: which replica is asked next, after which backoff, or why none is."""
 
 from typing import TYPE_CHECKING
 
-from tenacity import wait_random_exponential
+from tenacity import wait_exponential
 
-from gateway.errors import BackendError, Overloaded
+from gateway.errors import Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from random import Random
 
     from tenacity import RetryCallState
 
+    from gateway.errors import BackendError
     from gateway.policy.deadline import Deadline
-    from gateway.policy.pool import Lease, Replica, Target
+    from gateway.policy.pool import Target
+    from gateway.policy.replica import Lease, Replica
     from gateway.settings import Settings
 
 
 class RetryPolicy:
-    """The numbers of the policy: attempts per target, sleeps, and what a further attempt needs of the deadline."""
+    """The numbers of the policy: attempts per target, backoffs, and what another attempt needs of the deadline."""
 
-    def __init__(self, settings: "Settings") -> None:
+    def __init__(self, settings: "Settings", rng: "Random") -> None:
         self.max_attempts = settings.gateway_max_attempts
         self.retry_after_max = settings.gateway_retry_after_max
         self.connect_timeout = settings.gateway_connect_timeout
-        self.backoff = wait_random_exponential(
-            multiplier=settings.gateway_backoff_initial, max=settings.gateway_backoff_max
-        )
-        """Full jitter: uniform between 0 and the exponential step (AWS architecture blog, 2015)."""
+        self._longest = wait_exponential(multiplier=settings.gateway_backoff_initial, max=settings.gateway_backoff_max)
+        self._rng = rng
+
+    def backoff(self, state: "RetryCallState") -> float:
+        """Draw a backoff in seconds with full jitter: uniform between 0 and the exponential step.
+
+        Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+        """
+        return self._longest(state) * self._rng.random()
 
 
 class Retry:
-    """The decisions within one target, for one request. `wait` and `stop` are tenacity's hooks, called in this order.
+    """The decisions after failures of one request within one target. Made when its first attempt has failed.
+
+    For each further attempt: `backoff` decides, the caller sleeps, `lease` takes the place.
 
     Attributes:
         stopped: why no further attempt follows, or None.
-        slept: the sleep before the next attempt, seconds.
-        tried: the replicas that have failed; silent: those that must not be asked again.
-        refused: the replica whose budget refused the next attempt, or None.
     """
 
     def __init__(self, policy: RetryPolicy, target: "Target", deadline: "Deadline") -> None:
         self._policy = policy
         self._target = target
         self._deadline = deadline
+        self._tried: list[Replica] = []  # those that failed, in order
+        self._silent: set[Replica] = set()  # those that must not be asked again
+        self._left_alone_until: dict[Replica, float] = {}  # before these instants they asked not to be asked
         self._next: Replica | None = None
-        self._free = False
-        self._at = 0.0  # when the next attempt is due
-        self._asked_until: dict[Replica, float] = {}  # before these instants they asked not to be asked
+        self._free = False  # whether the next attempt costs nothing of the budget
+        self._due = 0.0  # when the next attempt is due
+        self._refused: Replica | None = None
         self.stopped: str | None = None
-        self.slept = 0.0
-        self.tried: list[Replica] = []
-        self.refused: Replica | None = None
-        self.silent: set[Replica] = set()
 
-    def wait(self, state: "RetryCallState") -> float:
-        """Seconds to sleep before the next attempt; sets `stopped` when there is none."""
-        failure = state.outcome.exception() if state.outcome is not None else None
-        if self.stopped is not None or not isinstance(failure, BackendError):
-            return 0.0
-        self._next, self._free = None, False
-        self.slept = self._decide(failure, state)
-        if self.stopped is None and self.slept + self._policy.connect_timeout > self._deadline.left_to_commit():
-            self.stopped = "deadline"
-        return self.slept
+    @property
+    def refused_by(self) -> "Replica":
+        """The replica whose budget refused the attempt that would have followed."""
+        return self._refused or self._tried[-1]
 
-    def stop(self, _state: "RetryCallState") -> bool:
-        """Whether `wait` found that no attempt follows."""
-        return self.stopped is not None
+    def count(self, replica: "Replica", failure: "BackendError") -> None:
+        """Count a failed attempt."""
+        self._tried.append(replica)
+        if not failure.same_replica:
+            self._silent.add(replica)
 
-    def lease(self, failure: BackendError) -> "Lease":
-        """The place for the next attempt, taken from its replica's breaker and budget.
+    def backoff(self, failure: "BackendError", state: "RetryCallState") -> float:
+        """Decide about the attempt after `failure`; return the seconds to wait before it.
 
         Raises:
-            BackendError: `failure`, when breaker or budget say no in the last moment.
+            BackendError: `failure`, when no attempt follows; `stopped` says why.
         """
-        replica = self._next or self._pick(without=self.tried) or self._pick(without=self.tried[-1:]) or self._pick()
+        self._next, self._free = None, False
+        seconds = self._decide(failure, state)
+        if self.stopped is None and seconds + self._policy.connect_timeout > self._deadline.left_to_commit():
+            self.stopped = "deadline"
+        if self.stopped is not None:
+            raise failure
+        return seconds
+
+    def lease(self, failure: "BackendError") -> "Lease":
+        """Take the place for the next attempt from its replica's breaker and budget.
+
+        Raises:
+            BackendError: `failure`, when breaker or budget refuse at the last moment.
+        """
+        replica = self._next or self._pick(without=self._tried) or self._pick(without=self._tried[-1:]) or self._pick()
         lease = replica.lease() if replica is not None else None
         if lease is None:
-            self.stopped = self._nobody_may() or "breaker"
+            self.stopped = self._why_nobody() or "breaker"
             raise failure
         if not self._free and not lease.replica.budget.take():
             lease.release()
-            self.refused = lease.replica
+            self._refused = lease.replica
             self.stopped = "budget"
             raise failure
         return lease
 
-    def _decide(self, failure: BackendError, state: "RetryCallState") -> float:
-        if (why := self._final(failure, state)) is not None:
+    def is_over(self, _state: "RetryCallState") -> bool:
+        """Return whether no further attempt follows: tenacity's `stop`."""
+        return self.stopped is not None
+
+    def _decide(self, failure: "BackendError", state: "RetryCallState") -> float:
+        if (why := self._why_final(failure)) is not None:
             return self._stop(why)
-        last = self.tried[-1]
-        self._at = last.clock()
+        last = self._tried[-1]
+        self._due = last.clock()
         hint = failure.retry_after if isinstance(failure, Overloaded) else None
         if hint is not None:
-            self._asked_until[last] = self._at + hint
-        if failure.at_once_elsewhere or hint is not None:
-            self._free = failure.free_elsewhere
-            self._next = self._pick(without=self.tried)
-            if self._next is None and not failure.same_replica:
-                self._next = self._pick()
-            if self._next is not None:
-                return 0.0
-            self._free = False
+            self._left_alone_until[last] = self._due + hint
+        if (failure.at_once_elsewhere or hint is not None) and self._goes_elsewhere(failure):
+            return 0.0
         if not failure.same_replica:
-            self.refused = next(iter(self._candidates()), None)
-            return self._stop("budget" if self.refused is not None else "no other replica")
+            self._refused = next(iter(self._candidates()), None)
+            return self._stop("budget" if self._refused is not None else "no other replica")
         if hint is not None and hint > self._policy.retry_after_max:
             return self._stop("retry-after")
-        sleep = hint if hint is not None else self._policy.backoff(state)
-        self._at += sleep
-        why = self._nobody_may()
-        return sleep if why is None else self._stop(why)
+        seconds = hint if hint is not None else self._policy.backoff(state)
+        self._due += seconds
+        why = self._why_nobody()
+        return seconds if why is None else self._stop(why)
 
-    def _final(self, failure: BackendError, state: "RetryCallState") -> str | None:
+    def _why_final(self, failure: "BackendError") -> str | None:
         if not failure.retried:
             return "not retryable"
-        if state.attempt_number >= self._policy.max_attempts:
+        if len(self._tried) >= self._policy.max_attempts:
             return "attempts"
-        return None if self.tried[-1].budget.allows_any else "budget"
+        return None if self._tried[-1].budget.allows_any else "budget"
+
+    def _goes_elsewhere(self, failure: "BackendError") -> bool:
+        """Choose another replica for an attempt at once, if there is one."""
+        self._free = failure.free_elsewhere
+        self._next = self._pick(without=self._tried)
+        if self._next is None and not failure.same_replica:
+            self._next = self._pick()
+        if self._next is None:
+            self._free = False
+        return self._next is not None
 
     def _candidates(self) -> "list[Replica]":
-        """Replicas that may be asked when the next attempt is due, whatever their budget."""
+        """Return the replicas that may be asked when the next attempt is due, whatever their budget."""
         return [
             replica
             for replica in self._target.replicas
-            if replica not in self.silent
-            and self._asked_until.get(replica, self._at) <= self._at
+            if replica not in self._silent
+            and self._left_alone_until.get(replica, self._due) <= self._due
             and replica.breaker.admits
         ]
 
     def _pick(self, *, without: "Sequence[Replica]" = ()) -> "Replica | None":
-        """One of the candidates that has a retry left, or need not have one."""
+        """Return one of the candidates that has a retry left, or needs none."""
         able = [replica for replica in self._candidates() if self._free or replica.budget.left()]
         return self._target.pick(without=[r for r in self._target.replicas if r in without or r not in able])
 
-    def _nobody_may(self) -> str | None:
-        """Why there is nobody to ask after a sleep; looked at before it."""
+    def _why_nobody(self) -> str | None:
+        """Return why no replica could be asked when the next attempt is due, or None."""
         candidates = self._candidates()
         if not candidates:
             return "breaker"
         if any(replica.budget.left() for replica in candidates):
             return None
-        self.refused = candidates[0]
+        self._refused = candidates[0]
         return "budget"
 
     def _stop(self, why: str) -> float:

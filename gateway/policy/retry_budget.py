@@ -1,7 +1,7 @@
 """How many retries a replica may receive: a share of its first attempts.
 
-After the retry budget of Finagle and the retry throttling of gRPC (gRFC A6): without one, retries multiply the load on
-a backend in the very moment it cannot carry what it has.
+After the retry budget of Finagle and the retry throttling of gRPC (gRFC A6): without a budget, retries multiply the
+load on a backend at the very moment it cannot carry what it has.
 """
 
 from collections import deque
@@ -18,8 +18,8 @@ BUCKETS = 100
 class RetryBudget:
     """In any `WINDOW` seconds: retries <= max(`ratio` x first attempts, `floor`); with ratio 0 none at all.
 
-    Retries are counted exactly, first attempts in buckets of a tenth of a second that expire a little early, so that an
-    error of rounding is never a retry too many.
+    Retries are counted exactly, first attempts in buckets of a tenth of a second that expire slightly early: a rounding
+    error never allows a retry too many.
     """
 
     __slots__ = ("_buckets", "_clock", "_firsts", "_floor", "_ratio", "_retries", "_slot")
@@ -35,39 +35,39 @@ class RetryBudget:
 
     @property
     def allows_any(self) -> bool:
-        """Whether retries exist at all."""
+        """Whether retries are allowed at all."""
         return self._ratio > 0
 
-    def first(self) -> None:
-        """A first attempt was sent to this replica."""
-        self._turn(self._clock())
+    def count_first(self) -> None:
+        """Count a first attempt at this replica."""
+        self._expire(self._clock())
         self._buckets[self._slot % BUCKETS] += 1
         self._firsts += 1
 
     def left(self) -> int:
-        """Retries that may be sent now."""
+        """Return how many retries may be sent now."""
         if not self.allows_any:
             return 0
         now = self._clock()
-        self._turn(now)
+        self._expire(now)
         while self._retries and self._retries[0] <= now - WINDOW:
             self._retries.popleft()
         return max(0, int(max(self._ratio * self._firsts, self._floor)) - len(self._retries))
 
     def take(self) -> bool:
-        """Take one retry; False when the budget is spent."""
+        """Take one retry; return False when the budget is spent."""
         if self.left() < 1:
             return False
         self._retries.append(self._clock())
         return True
 
-    def _turn(self, now: float) -> None:
-        """Empty the buckets that time has passed by."""
+    def _expire(self, now: float) -> None:
+        """Empty the buckets that are older than the window."""
         slot = int(now * BUCKETS / WINDOW)
         if slot == self._slot:
             return
-        gone = min(slot - self._slot, BUCKETS)
-        for step in range(1, gone + 1):
+        expired = min(slot - self._slot, BUCKETS)
+        for step in range(1, expired + 1):
             index = (self._slot + step) % BUCKETS
             self._firsts -= self._buckets[index]
             self._buckets[index] = 0

@@ -1,13 +1,13 @@
-"""The requests under way, so that a stop can wait for them and, at the end of its grace, end what is left."""
+"""The requests in flight: a stop waits for them and, at the end of its grace, ends what is left."""
 
 import asyncio
 
-TURN = 0.02
-"""Seconds between two looks at what callers have not taken yet."""
+POLL = 0.02
+"""Seconds between two looks at answers that callers have not taken yet."""
 
 
-class Running:
-    """The tasks of requests under way, and the connections their answers go out on."""
+class InFlight:
+    """The tasks of requests, and the connections their answers go out on."""
 
     def __init__(self) -> None:
         self._connections: set[asyncio.WriteTransport] = set()
@@ -19,44 +19,44 @@ class Running:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def enter(self, task: "asyncio.Task[object]") -> None:
-        """A request begins."""
+    def add(self, task: "asyncio.Task[object]") -> None:
+        """Add the task of a request that begins."""
         self._tasks.add(task)
         self._empty.clear()
 
-    def leave(self, task: "asyncio.Task[object]") -> None:
-        """It has ended."""
+    def remove(self, task: "asyncio.Task[object]") -> None:
+        """Remove the task of a request that has ended."""
         self._tasks.discard(task)
         self._cut_off.discard(task)
         if not self._tasks:
             self._empty.set()
 
-    def connected(self, connection: asyncio.WriteTransport) -> None:
-        """A caller has come."""
+    def add_connection(self, connection: asyncio.WriteTransport) -> None:
+        """Add a caller's connection."""
         self._connections.add(connection)
 
-    def disconnected(self, connection: asyncio.WriteTransport) -> None:
-        """He has gone."""
+    def remove_connection(self, connection: asyncio.WriteTransport) -> None:
+        """Remove a connection that was closed."""
         self._connections.discard(connection)
 
     def was_cut_off(self, task: "asyncio.Task[object]") -> bool:
-        """Whether the task's cancellation was ours, not a caller's who left."""
+        """Return whether the task was cancelled by `cut_off`, not by a caller who left."""
         return task in self._cut_off
 
     async def wait(self, seconds: float) -> bool:
-        """Wait until none is left and every answer has been taken, at most `seconds`; whether that is so."""
+        """Wait at most `seconds` until all have ended and every answer has been taken; return whether that is so."""
         try:
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
-                await asyncio.sleep(TURN)  # an answer is written after its task has left
+                await asyncio.sleep(POLL)  # an answer is written after its task was removed
                 while any(connection.get_write_buffer_size() for connection in self._connections):  # noqa: ASYNC110
-                    await asyncio.sleep(TURN)
+                    await asyncio.sleep(POLL)
         except TimeoutError:
             return False
         return True
 
     def cut_off(self) -> None:
-        """End what is left; each gets its typed error."""
+        """Cancel what is left; each request still gets its error."""
         for task in self._tasks:
             self._cut_off.add(task)
             task.cancel()

@@ -1,64 +1,29 @@
-"""What callers get besides the backend's own bytes: the explaining headers, and errors in OpenAI's envelope."""
+"""What callers get besides a backend's own bytes: the explaining headers, and errors in the form of their dialect."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-from aiohttp import HttpVersion11, web
-from aiohttp.helpers import rfc822_formatted_time
+from aiohttp import web
 
 from gateway import __version__
-from gateway.dialects.json_text import decode
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
-from gateway.headers import lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aiohttp.abc import AbstractStreamWriter
-
+    from gateway.dialects.dialect import Dialect
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
-MAX_OWN_WORDS = 65_536
-"""Bytes of a backend's error answer that is taken apart for an error event."""
 RETRIED_BY_SDKS = frozenset({408, 409, 429})
-"""These and 5xx are what the OpenAI SDKs send again unless told otherwise."""
+"""The OpenAI SDKs send these and 5xx again unless told otherwise."""
 
 _encode = msgspec.json.encode
 
 
-class WholeAnswer(web.Response):
-    """A backend's unstreamed answer, its head and body put together and sent in one go.
-
-    aiohttp's way to the same bytes takes 4 us longer (bench/README.md); what needs it still goes it: HTTP/1.0, and
-    connections that end with the answer.
-    """
-
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        super().__init__(body=body, status=status, headers=headers)
-        self._bytes = body
-
-    async def prepare(self, request: web.BaseRequest) -> "AbstractStreamWriter | None":
-        """Send all of it.
-
-        Raises:
-            ConnectionError: nobody is there any more.
-            ValueError: a header holds a line end.
-        """
-        if self.prepared or self.keep_alive is False or request.version != HttpVersion11 or not request.keep_alive:
-            return await super().prepare(request)
-        lines = lines_of(self.headers.items())
-        start = f"HTTP/1.1 {self.status} {self.reason}\r\ndate: {rfc822_formatted_time()}\r\n"
-        head = f"{start}{lines}content-length: {len(self._bytes)}\r\n\r\n"
-        self._keep_alive = self._eof_sent = True
-        await request.writer.write(head.encode() + self._bytes)
-        await request.writer.drain()
-        return request.writer
-
-
 def explaining(record: "Record", now: float) -> dict[str, str]:
-    """The headers that explain a request, on success and on error; `now` in seconds of `time.monotonic`."""
+    """Return the headers that explain a request, on success and on error; `now`: instant of the record's clock."""
     headers = {
         "x-request-id": record.request_id,
         "x-trace-id": f"{record.trace_id:032x}",
@@ -72,64 +37,40 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
     return headers
 
 
-def json_answer(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
-    """An answer of our own."""
-    return web.Response(
-        body=_encode(document),
-        status=status,
-        headers={"content-type": "application/json", "server": SERVER, **(headers or {})},
-    )
+def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
+    """Return an answer of the gateway itself."""
+    return _json(_encode(document), status, {"server": SERVER, **(headers or {})})
 
 
-def error_answer(error: GatewayError, record: "Record", now: float) -> web.Response:
-    """The answer an error has: a backend's own error as it came, every other in OpenAI's envelope."""
+def unrecorded_error(error: GatewayError, dialect: "Dialect", headers: "Mapping[str, str]") -> web.Response:
+    """Return the answer to an error of a call that leaves no record."""
+    return _json(dialect.error_body(error), error.status, {"server": SERVER, **headers})
+
+
+def error_response(error: GatewayError, dialect: "Dialect", record: "Record", now: float) -> web.Response:
+    """Return the answer to an error: a backend's own error unchanged, any other in the form of the dialect."""
     headers = explaining(record, now)
+    body = None
     if isinstance(error, ErrorAnswer):
-        status = error.answer_status
         headers.update(error.headers)
         body = error.body
         if body is None:
             headers["content-type"] = "application/json"
-            body = _encode(error.envelope())
-        headers.setdefault("content-type", "application/json")
-    else:
-        status = error.status
-        headers["content-type"] = "application/json"
-        body = _encode(error.envelope())
-    headers.update(when_to_come_again(error, status, attempts=len(record.attempts)))
-    return web.Response(body=body, status=status, headers=headers)
+    headers.update(retry_headers(error, attempts=len(record.attempts)))
+    return _json(body if body is not None else dialect.error_body(error), error.status, headers)
 
 
-def when_to_come_again(error: GatewayError, status: int, *, attempts: int) -> dict[str, str]:
-    """`x-should-retry: false` or `Retry-After`, never both, so that nobody retries on top of our retries."""
+def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
+    """Return `x-should-retry: false` or `Retry-After`, never both: nobody should retry on top of our retries."""
     if isinstance(error, GatewayDraining) or (isinstance(error, Refusal) and attempts == 0):
         return {"retry-after": str(max(1, math.ceil(error.retry_after or 1)))}
-    if attempts == 0 or not (status in RETRIED_BY_SDKS or status >= 500):  # noqa: PLR2004
+    if attempts == 0 or not (error.status in RETRIED_BY_SDKS or error.status >= 500):  # noqa: PLR2004
         return {}
     if isinstance(error, ErrorAnswer) and error.retry_after is not None:
-        return {}  # the backend's own Retry-After is passed on, and nobody has waited for it yet
+        return {}  # the backend's own Retry-After is passed on, since nobody has waited for it yet
     return {"x-should-retry": "false"}
 
 
-def error_event(error: GatewayError, sequence_number: int | None) -> bytes:
-    """A failure after the status went out, as the last event of a stream; numbered in `/v1/responses`."""
-    body = error.envelope()["error"] | _own_words(error)
-    if sequence_number is None:
-        return b"data: " + _encode({"error": body}) + b"\n\n"
-    event = {
-        "type": "error",
-        "sequence_number": sequence_number,
-        "code": body["code"],
-        "message": body["message"],
-        "param": body["param"],
-        "error": body,
-    }
-    return b"event: error\ndata: " + _encode(event) + b"\n\n"
-
-
-def _own_words(error: GatewayError) -> dict[str, Any]:
-    """What a backend's own error answer says of itself, if it is in OpenAI's form."""
-    body = error.body if isinstance(error, ErrorAnswer) else None
-    document = decode(body) if body is not None and len(body) <= MAX_OWN_WORDS else None
-    own = document.get("error") if isinstance(document, dict) else None
-    return own if isinstance(own, dict) else {}
+def _json(body: bytes, status: int, headers: dict[str, str]) -> web.Response:
+    headers.setdefault("content-type", "application/json")
+    return web.Response(body=body, status=status, headers=headers)

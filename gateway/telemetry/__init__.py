@@ -1,9 +1,9 @@
-"""What the gateway tells about itself: traces, metrics, logs; built once, handed in."""
+"""What the gateway reports about itself: traces, metrics, logs; built once and handed in."""
 
 import asyncio
 import logging
-from random import getrandbits
-from time import monotonic
+from random import Random
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Self
 
 from gateway.record import Record
@@ -12,6 +12,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multidict import MultiMapping
 
     from gateway.policy.breaker import State
@@ -19,29 +21,48 @@ if TYPE_CHECKING:
 
 MAX_REQUEST_ID = 128
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
-"""The methods that are told by name; every other is `_OTHER`, as OpenTelemetry's conventions have it."""
+"""The methods that are reported by name; others are `_OTHER` (OpenTelemetry's HTTP conventions)."""
 _log = logging.getLogger("gateway")
 
 
 class Telemetry:
-    """One record per request in; spans, metrics and a log line out. Runs while it is entered."""
+    """Takes one record per request and makes spans, metrics and a log line of it. Runs while it is entered.
+
+    Args:
+        settings: which traces are kept.
+        tracer: exports spans.
+        log: writes the lines of requests.
+        clock: seconds, monotonic.
+        wall_clock: nanoseconds since the epoch.
+        rng: draws request ids.
+    """
 
     def __init__(
-        self, settings: "Settings", *, tracer: Tracer, log: RequestLog, metrics: Metrics | None = None
+        self,
+        settings: "Settings",
+        *,
+        tracer: Tracer,
+        log: RequestLog,
+        clock: "Callable[[], float]" = monotonic,
+        wall_clock: "Callable[[], int]" = time_ns,
+        rng: Random | None = None,
     ) -> None:
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
         self.metrics.watch_dropped(lambda: tracer.dropped)
         self._tracer = tracer
-        self._requests = log
+        self._log = log
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._rng = rng or Random()
         self._keep_slow = settings.gateway_trace_keep_slow
 
     async def __aenter__(self) -> Self:
         self._tracer.start()
-        self._requests.start()
+        self._log.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._requests.stop()
+        self._log.stop()
         await asyncio.to_thread(self._tracer.stop)
 
     @property
@@ -55,39 +76,49 @@ class Telemetry:
         return self._tracer.dropped
 
     def begin(self, method: str, path: str | None, headers: "MultiMapping[str]") -> Record:
-        """The record of a request whose headers have arrived; its trace is decided here."""
+        """Return the record of a request whose headers have arrived; its trace is decided here."""
         method = method if method in METHODS else "_OTHER"
         asked = headers.get("x-request-id")
-        request_id = asked if asked is not None and _visible(asked) else f"req-{getrandbits(96):024x}"
+        request_id = asked if asked is not None and _visible(asked) else f"req-{self._rng.getrandbits(96):024x}"
         trace_id, span_id, parent_id, sampled = self._tracer.decide(method, path, headers.get("traceparent"))
-        record = Record(method, path, trace_id=trace_id, span_id=span_id, request_id=request_id, started=monotonic())
+        record = Record(
+            method,
+            path,
+            trace_id=trace_id,
+            span_id=span_id,
+            request_id=request_id,
+            started=self._clock(),
+            started_ns=self._wall_clock(),
+        )
         record.parent_id = parent_id
         record.sampled = sampled
-        if parent_id is not None or "traceparent" not in headers:  # that of a trace not joined is not ours to pass on
+        if (
+            parent_id is not None or "traceparent" not in headers
+        ):  # the state of a trace that was not joined does not pass
             record.trace_state = ",".join(headers.getall("tracestate", ())) or None
         return record
 
     def finish(self, record: Record) -> None:
-        """The request has ended."""
+        """Report a request that has ended."""
         try:
             kept = record.sampled or self._worth_keeping(record)
             if kept:
-                self._tracer.take(record)
+                self._tracer.export(record)
             else:
                 record.forget_texts()
             self.metrics.count(record, kept=kept and self._tracer.exports)
-            self._requests.write(record)
+            self._log.write(record)
         except Exception:  # a defect here must not cost an answer  # noqa: BLE001
             _log.exception("telemetry failed for trace %032x", record.trace_id)
 
     def breaker_changed(self, backend: str, old: "State", new: "State") -> None:
-        """A breaker has changed its state."""
+        """Report that a breaker has changed its state."""
         self.metrics.breaker_changed(backend, new)
         level = logging.INFO if new == "closed" else logging.WARNING
         _log.log(level, "breaker of %s: %s -> %s", backend, old.value, new.value)
 
     def _worth_keeping(self, record: Record) -> bool:
-        """Failed, retried, fallen back or slow: exported whatever the sampler said."""
+        """Return whether a request failed, was retried, fell back or was slow: exported whatever the sampler said."""
         if self._keep_slow == "off":
             return False
         return (
@@ -100,5 +131,5 @@ class Telemetry:
 
 
 def _visible(text: str) -> bool:
-    """1 to 128 visible ASCII characters."""
+    """Return whether a text is 1 to 128 visible ASCII characters."""
     return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable() and " " not in text

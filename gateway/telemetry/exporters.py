@@ -1,4 +1,4 @@
-"""Which exporter the environment asks for, by OpenTelemetry's own variables."""
+"""The exporter that the environment asks for by OpenTelemetry's own variables."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def exporter_for(settings: "Settings", otel: "OtelSettings") -> "SpanExporter | None":
-    """OTLP where an endpoint is set; without one, a tree in the terminal in dev, and nothing in prod."""
+    """Return an OTLP exporter where an endpoint is set; without one, the terminal's in dev and none in prod."""
     if otel.disabled:
         return None
     if not otel.has_endpoint:

@@ -1,4 +1,4 @@
-"""Logs: one line each, readable in dev, JSON in prod. Request lines are written by a thread, many at a time."""
+"""Logs: one line per entry, readable in dev, JSON in prod. A thread writes the lines of requests, many at a time."""
 
 import logging
 import sys
@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from gateway.errors import CallerLeft
-from gateway.record import SKIPPED
+from gateway.record import TARGET_SKIPPED
 
 if TYPE_CHECKING:
     from gateway.record import Record
 
 FLUSH_INTERVAL = 0.2
-"""Seconds a request line may wait to be written."""
+"""Seconds that a request's line may wait to be written."""
 MAX_WAITING = 10_000
-"""Lines; while the terminal or the log driver blocks, older ones are lost."""
+"""Lines; while the terminal or the log driver blocks, older ones are dropped."""
 LINES = 256
-"""Lines a write, at most: what cannot be written is lost as a whole."""
+"""Lines per write at most: a failed write loses all of them."""
 MAX_MODEL = 128
 """Characters kept of a model's name."""
 OWN_PER_SECOND = 20
-"""Lines a second of our own, at most: changes of breakers, defects."""
+"""Lines a second of the gateway at most: breaker changes, defects."""
 OTHERS_PER_SECOND = 1
-"""Lines a second, at most, of each library that complains while something is down."""
+"""Lines a second at most of each library that complains while something is down."""
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the line, without its end."""
         document = {
             "time": _rfc3339(int(record.created * 1e9)),
             "level": record.levelname.lower(),
@@ -49,7 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class RateLimit(logging.Filter):
-    """Lets a few lines a second of each logger through; the first one afterwards tells how many were lost."""
+    """Lets a few lines a second of each logger through; the next one says how many were left out."""
 
     def __init__(self, *, own: int = OWN_PER_SECOND, others: int = OTHERS_PER_SECOND) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class RateLimit(logging.Filter):
         self._counts: dict[str, _Count] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line goes on."""
+        """Return whether the line is written."""
         count = self._counts.setdefault(record.name, _Count())
         second = int(record.created)
         if second != count.second:
@@ -82,7 +82,7 @@ class _Count:
 
 
 def setup_logs(level: str, *, as_json: bool) -> None:
-    """Standard logging to stderr, in the form of the mode; libraries only from WARNING on, and few lines a second."""
+    """Set up standard logging to stderr; libraries only from WARNING on, and few lines a second."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -93,33 +93,33 @@ def setup_logs(level: str, *, as_json: bool) -> None:
 
 
 class RequestLog:
-    """One line per request, formed when it has ended and written by a thread, so that no request waits for a stream."""
+    """One line per request, formed when it has ended and written by a thread: no request waits for the output."""
 
     def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
         self._lowest: int = logging.getLevelName(level)
         self._form = _json_line if as_json else _readable_line
         if stream is None and isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale: no name may cost a line
+            sys.stdout.reconfigure(encoding="utf-8")  # as JSON, whatever the locale: no character may lose a line
         self._stream = stream or sys.stdout
         self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the thread."""
         if self._lowest <= logging.WARNING:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Write what waits; a stream that blocks is left behind."""
+        """Write what waits, for at most a second: the output may block."""
         if self._thread is not None:
             self._stopping.set()
             self._thread.join(timeout=1.0)
 
     def write(self, record: "Record") -> None:
-        """A request has ended."""
+        """Write the line of a request that has ended."""
         if self._lowest <= level_of(record):
             self._waiting.append(self._form(record))
 
@@ -134,12 +134,12 @@ class RequestLog:
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
-            except Exception:  # a full disk, a closed terminal: the thread goes on  # noqa: BLE001, S112
+            except Exception:  # a full disk, a closed terminal: the thread continues  # noqa: BLE001, S112
                 continue
 
 
 def level_of(record: "Record") -> int:
-    """WARNING for what failed on our side of the call, INFO for answers, wrong requests and callers who left."""
+    """Return WARNING for failures behind the caller, INFO for answers, wrong requests and callers who left."""
     failed = record.status >= 500 or (record.status < 400 and record.outcome not in {"ok", CallerLeft.code})  # noqa: PLR2004
     return logging.WARNING if failed else logging.INFO
 
@@ -153,7 +153,7 @@ class _AttemptFields(msgspec.Struct):
 
 
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """A request's line, in this order; what is None is left out."""
+    """The fields of a line, in this order; those that are None are left out."""
 
     time: str
     level: str
@@ -216,7 +216,9 @@ def _json_line(record: "Record") -> str:
         span_id=f"{record.span_id:016x}",
     )
     if record.events:
-        fields.skipped = [change["gateway.backend"] for _, name, change in record.events if name == SKIPPED] or None
+        fields.skipped = [
+            change["gateway.backend"] for _, name, change in record.events if name == TARGET_SKIPPED
+        ] or None
     return _encode(fields).decode() + "\n"
 
 
@@ -234,7 +236,7 @@ def _readable_line(record: "Record") -> str:
 
 
 def _rounded(seconds: float) -> float:
-    """To microseconds; many times as fast as `round` with digits."""
+    """Round to microseconds; many times as fast as `round` with digits."""
     return round(seconds * 1e6) / 1e6
 
 

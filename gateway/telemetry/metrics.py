@@ -1,4 +1,4 @@
-"""The numbers at `/metrics`. Gauges are read from the parts when somebody asks; counters have cached children."""
+"""The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
 
 from bisect import bisect_left
 from itertools import accumulate
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from gateway.policy.admission import Admission, Memory
+    from gateway.policy.admission import Admission
+    from gateway.policy.byte_budget import ByteBudget
     from gateway.policy.pool import Pool
     from gateway.record import Record
 
@@ -27,7 +28,7 @@ BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 SHED_REASONS = ("queue_full", "queue_timeout", "memory")
 OPENMETRICS = "application/openmetrics-text"
 OTHER = "other"
-"""The `route` of a call whose path is none of ours."""
+"""The `route` of a call to an unknown path."""
 
 
 class Metrics:
@@ -78,21 +79,21 @@ class Metrics:
         self._request_children: dict[tuple[str, int, str], Counter] = {}
         self._attempt_children: dict[tuple[str, str], Counter] = {}
 
-    def watch(self, pool: "Pool", admission: "Admission", memory: "Memory") -> None:
-        """Read these parts whenever somebody asks for the metrics."""
+    def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget") -> None:
+        """Read gauges from these parts whenever the metrics are asked for."""
         for replica in pool.replicas:
             self._allowed.labels(replica.name)
             self._refused.labels(replica.name)
             for state in State:
                 self._transitions.labels(replica.name, state.value)
-        self._registry.register(_Parts(pool, admission, memory))
+        self._registry.register(_Parts(pool, admission, byte_budget))
 
     def watch_dropped(self, dropped: "Callable[[], int]") -> None:
-        """Read the number of lost spans whenever somebody asks."""
+        """Read the number of lost spans whenever the metrics are asked for."""
         self._registry.register(_Dropped(dropped))
 
     def count(self, record: "Record", *, kept: bool) -> None:
-        """A request has ended; `kept`: its trace is exported, so that it can be an exemplar."""
+        """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
         route = record.path or OTHER
         key = (route, record.status, record.outcome)
         child = self._request_children.get(key)
@@ -117,20 +118,20 @@ class Metrics:
             self._disconnects.inc()
 
     def retry_allowed(self, backend: str) -> None:
-        """A retry goes to this replica."""
+        """Count a retry sent to this replica."""
         self._allowed.labels(backend).inc()
 
     def retry_refused(self, backend: str) -> None:
-        """The budget of this replica refused a retry."""
+        """Count a retry that the budget of this replica refused."""
         self._refused.labels(backend).inc()
 
     def breaker_changed(self, backend: str, to: State) -> None:
-        """A breaker has changed its state."""
+        """Count a change of a breaker's state."""
         self._transitions.labels(backend, to.value).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The metrics in the form that `accept` asks for, and its content type."""
-        # Not the header itself: a version that is none would fail, and any other would come back in the content type.
+        """Return the metrics in the form that `accept` asks for, and its content type."""
+        # Not the header itself: an invalid version would fail, and any other would come back in the content type.
         encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
         return encode(self._registry), content_type
 
@@ -200,10 +201,10 @@ class _Buckets:
 class _Parts:
     """Gauges that the parts know."""
 
-    def __init__(self, pool: "Pool", admission: "Admission", memory: "Memory") -> None:
+    def __init__(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget") -> None:
         self._pool = pool
         self._admission = admission
-        self._memory = memory
+        self._byte_budget = byte_budget
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
@@ -220,7 +221,7 @@ class _Parts:
         yield flying
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
-        yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._memory.held)
+        yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._byte_budget.held)
 
 
 class _Dropped:

@@ -1,30 +1,24 @@
-"""From the record of a request to its spans. Pure: ids, names, attributes, instants.
+"""The spans of a request, made from its record. Pure: ids, names, attributes, instants.
 
-Names follow OpenTelemetry's semantic conventions: HTTP 1.44 (stable), GenAI 0.1.0 (development); what they have no name
-for begins with `gateway.`.
+Names follow OpenTelemetry's semantic conventions: HTTP 1.44 (stable), GenAI 0.1.0 (development). Names of our own begin
+with `gateway.`.
 """
 
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gateway.record import Attempt, Record
+    from gateway.record import AttemptRecord, Record
 
 Value = str | int | float | bool | list[str]
 SERVER, CLIENT = 2, 3
 """Span kinds, as in OTLP."""
 UNSET, ERROR = 0, 2
 """Status codes, as in OTLP."""
-OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/responses": "chat",
-}
 
 
 class Shared:
-    """Attributes that many spans have in common; `encoded` keeps their bytes once somebody has encoded them."""
+    """Attributes that many spans have in common; `encoded` keeps their bytes once they were encoded."""
 
     __slots__ = ("attributes", "encoded")
 
@@ -37,7 +31,7 @@ class SpanData:
     """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
 
     Attributes:
-        shared: the attributes that recur from span to span.
+        shared: the attributes that recur in many spans.
         own: the others.
         events: (instant, name, attributes) in order.
         error: the description of an ERROR status, or None.
@@ -77,17 +71,17 @@ class SpanData:
 
     @property
     def parent_is_remote(self) -> bool:
-        """A SERVER span's parent is the caller's."""
+        """Whether the parent belongs to another process: a SERVER span's is the caller's."""
         return self.kind == SERVER
 
     @property
     def attributes(self) -> list[tuple[str, Value]]:
-        """All of them."""
+        """All attributes."""
         return [*self.shared.attributes, *self.own]
 
 
 def spans_of(record: "Record") -> list[SpanData]:
-    """The SERVER span and one CLIENT span per attempt."""
+    """Return the SERVER span and one CLIENT span per attempt."""
     spans = [_server(record)]
     spans.extend(_client(record, attempt) for attempt in record.attempts)
     return spans
@@ -100,7 +94,7 @@ def _instant(record: "Record", moment: float) -> int:
 def _server(record: "Record") -> SpanData:
     method = record.method if record.method != "_OTHER" else "HTTP"
     name = f"{method} {record.path}" if record.path is not None else method
-    if record.model is None:
+    if record.model is None or record.operation is None:
         shared = _http_attributes(record.method, record.path, record.status, record.outcome)
     else:
         reasons = record.finish_reasons
@@ -109,6 +103,7 @@ def _server(record: "Record") -> SpanData:
             record.path,
             record.status,
             record.outcome,
+            record.operation,
             record.model[:256],
             record.stream,
             record.choices,
@@ -148,11 +143,11 @@ def _server(record: "Record") -> SpanData:
 
 
 LEFT = "client_closed_request"
-"""A caller who left is nobody's failure: the span's status stays unset."""
+"""That a caller left is no failure: the span's status stays unset."""
 
 
 def _error_type(status: int, outcome: str) -> str | None:
-    """`error.type` of a SERVER span: 5xx, what failed after its 200 had gone out, a caller who left; not 4xx."""
+    """Return `error.type` of a SERVER span: for 5xx, failures after a 200 went out, callers who left; not for 4xx."""
     if status >= 500:  # noqa: PLR2004
         return str(status)
     if outcome == LEFT or (outcome != "ok" and status < 400):  # noqa: PLR2004
@@ -169,7 +164,7 @@ def _http_attributes(method: str, path: str | None, status: int, outcome: str) -
         ("gateway.outcome", outcome),
     ]
     if path is not None:
-        # What a caller made up is told nowhere: no route, no `url.path`; a template stands for itself.
+        # Paths that callers make up appear nowhere: no route, no `url.path`. A template stands for itself.
         attributes += (("http.route", path), ("url.path", path))
     error_type = _error_type(status, outcome)
     if error_type is not None:
@@ -178,11 +173,12 @@ def _http_attributes(method: str, path: str | None, status: int, outcome: str) -
 
 
 @lru_cache(maxsize=2048)
-def _operation_attributes(  # noqa: PLR0917 - they are the key of the cache
+def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     method: str,
     path: str | None,
     status: int,
     outcome: str,
+    operation: str,
     model: str,
     stream: bool,  # noqa: FBT001
     choices: int,
@@ -197,7 +193,7 @@ def _operation_attributes(  # noqa: PLR0917 - they are the key of the cache
 ) -> Shared:
     attributes: list[tuple[str, Value]] = [
         *_http_attributes(method, path, status, outcome).attributes,
-        ("gen_ai.operation.name", OPERATIONS.get(path or "", "chat")),
+        ("gen_ai.operation.name", operation),
         ("gen_ai.provider.name", "openai"),
         ("gen_ai.request.model", model),
         ("gateway.attempts", attempts),
@@ -233,7 +229,7 @@ def _describe_events(record: "Record", span: SpanData) -> None:
     span.events.sort(key=lambda event: event[0])
 
 
-def _client(record: "Record", attempt: "Attempt") -> SpanData:
+def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
     shared = _attempt_attributes(
         attempt.url,
         attempt.host,
@@ -273,7 +269,7 @@ def _client(record: "Record", attempt: "Attempt") -> SpanData:
 
 
 @lru_cache(maxsize=2048)
-def _attempt_attributes(  # noqa: PLR0917 - they are the key of the cache
+def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     url: str,
     host: str,
     port: int,
@@ -311,4 +307,4 @@ def _attempt_attributes(  # noqa: PLR0917 - they are the key of the cache
 
 
 NO_FAULT = frozenset({"cancelled", LEFT, "gateway_draining"})
-"""Ends of an attempt that are nobody's failure: the span's status stays unset."""
+"""Ends of an attempt that are no failure: the span's status stays unset."""

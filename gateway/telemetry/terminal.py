@@ -1,4 +1,4 @@
-"""Traces in the terminal, for whoever has no Jaeger yet: one line per span, a bar for when and how long."""
+"""Traces in the terminal, without Jaeger: one line per span, with a bar for when and how long."""
 
 import sys
 from typing import TYPE_CHECKING, TextIO

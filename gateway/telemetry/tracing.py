@@ -1,7 +1,7 @@
-"""Traces: ids and sampling when a request begins, spans when it has ended, made and exported by a thread.
+"""Traces: ids and sampling when a request begins; spans when it has ended, made and exported by a thread.
 
-The OpenTelemetry SDK gives the resource, the sampler and the exporters. Spans are not recorded through its API: one
-span of it costs more than all the rest of a request (bench/README.md), so a request fills a plain record, and this
+The resource, the sampler and the exporters are the OpenTelemetry SDK's. Spans are not recorded through its API: one of
+its spans costs more than all the rest of a request (docs/performance.md), so a request fills a plain record, and this
 thread turns records into spans.
 """
 
@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from random import getrandbits
+from random import Random
 from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -35,19 +35,21 @@ from gateway.telemetry.spans import CLIENT, ERROR, SpanData, spans_of
 from gateway.telemetry.terminal import TreePrinter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.record import Record
 
 SCOPE = InstrumentationScope("gateway", __version__)
 MAX_WAITING = 4096
-"""Requests whose spans wait for the exporter; beyond it the oldest are lost, and counted."""
+"""Requests whose spans wait for the exporter; beyond that the oldest are dropped, and counted."""
 BATCH = 128
 """Requests per export."""
 BATCH_BYTES = 2_000_000
 """Encoded bytes after which an export is closed: collectors take 4 MiB by gRPC, 20 MiB by HTTP."""
 MAX_TEXT_WAITING = 16_000_000
-"""Characters of captured prompts and answers that wait; beyond it spans go without their texts."""
+"""Characters of captured prompts and answers that wait; beyond that spans go without their texts."""
 CHUNK = 32
-"""Requests whose spans are made at a stretch: a thread that holds the interpreter for longer is felt by requests."""
+"""Requests whose spans are made in one go: a thread that holds the interpreter for longer slows requests down."""
 BREATH = 0.001
 """Seconds between two chunks."""
 INTERVAL = 0.5
@@ -55,17 +57,33 @@ INTERVAL = 0.5
 LAST_EXPORT = 2.0
 """Seconds the last export may take when the gateway stops."""
 ASK_AGAIN = 2.0
-"""Seconds between two empty exports that find out whether a failing collector is back, while no spans wait."""
+"""Seconds between two empty exports that check whether a failing collector is back, while no spans wait."""
 RECENT = 10.0
-"""Seconds for which spans that were pushed out show as `degraded`."""
+"""Seconds for which dropped spans show as `degraded`."""
 
 _log = logging.getLogger("gateway")
 
 
 class Tracer:
-    """Decides traces and exports spans; with no exporter it only decides."""
+    """Decides traces and exports spans; without an exporter it only decides.
 
-    def __init__(self, exporter: SpanExporter | None, *, interval: float = INTERVAL) -> None:
+    Args:
+        exporter: takes the spans.
+        interval: seconds between exports while less than a batch waits.
+        rng: draws ids.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        exporter: SpanExporter | None,
+        *,
+        interval: float = INTERVAL,
+        rng: Random | None = None,
+        clock: "Callable[[], float]" = time.monotonic,
+    ) -> None:
+        self._rng = rng or Random()
+        self._clock = clock
         self._exporter = exporter
         self._local = isinstance(exporter, TreePrinter)
         self._interval = 0.05 if self._local else interval
@@ -86,35 +104,35 @@ class Tracer:
 
     @property
     def dropped(self) -> int:
-        """Spans lost since the start: pushed out while they waited, or not taken by the exporter."""
+        """Spans lost since the start: dropped while they waited, or refused by the exporter."""
         return self._pushed_out + self._unsent  # one thread writes each
 
     @property
     def exports(self) -> bool:
-        """Whether spans go to where they can be looked up."""
+        """Whether spans go to a place where they can be looked up."""
         return self._exporter is not None and not self._local
 
     @property
     def status(self) -> str:
-        """`ok`, `degraded` while the exporter fails or is too slow, `off` without one (the terminal's tree is none)."""
+        """`ok`, `degraded` while the exporter fails or is too slow, `off` without one (the terminal does not count)."""
         if not self.exports:
             return "off"
-        return "degraded" if self._failing or time.monotonic() - self._pushed_out_at < RECENT else "ok"
+        return "degraded" if self._failing or self._clock() - self._pushed_out_at < RECENT else "ok"
 
     def decide(self, method: str, path: str | None, traceparent: str | None) -> tuple[int, int, int | None, bool]:
-        """Trace id, span id, the caller's span id or None, and whether the sampler takes the request."""
+        """Return trace id, span id, the caller's span id or None, and whether the sampler takes the request."""
         parent = parse_traceparent(traceparent) if traceparent is not None else None
-        span_id = getrandbits(64) or 1
+        span_id = self._rng.getrandbits(64) or 1
         if parent is None:
-            trace_id = getrandbits(128) or 1
+            trace_id = self._rng.getrandbits(128) or 1
             if self._bound is not None:
                 return trace_id, span_id, None, trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
             return trace_id, span_id, None, self._sampled(trace_id, method, path, None)
         trace_id, parent_id = parent[:2]
         return trace_id, span_id, parent_id, self._sampled(trace_id, method, path, parent)
 
-    def take(self, record: "Record") -> None:
-        """A request to export has ended."""
+    def export(self, record: "Record") -> None:
+        """Export a request that has ended, later and by the thread."""
         if self._exporter is None:
             record.forget_texts()
             return
@@ -125,24 +143,24 @@ class Tracer:
                 self._texts += texts
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
-            with suppress(IndexError):  # the thread was faster
+            with suppress(IndexError):  # unless the thread was faster
                 oldest = waiting.popleft()
                 self._forget_texts(oldest)
                 self._pushed_out += 1 + len(oldest.attempts)
-                self._pushed_out_at = time.monotonic()
+                self._pushed_out_at = self._clock()
         waiting.append(record)
         if len(waiting) >= BATCH:
             self._wake.set()
 
     def start(self) -> None:
-        """Begin to export."""
+        """Start the thread."""
         if self._exporter is not None:
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name="span-export", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Export what waits, for at most `LAST_EXPORT` seconds: a dead collector cannot hold up the stop."""
+        """Export what waits, for at most `LAST_EXPORT` seconds: a dead collector cannot delay the stop."""
         if self._thread is None or self._exporter is None:
             return
         self._stopping = True
@@ -172,13 +190,13 @@ class Tracer:
             self._export_batch()
 
     def _export_waiting(self) -> None:
-        """Export what waits. What arrives meanwhile can wait: to send a handful costs as much as to send a batch."""
+        """Export what waits. What arrives meanwhile can wait: sending a handful costs as much as sending a batch."""
         full = True
         while full or len(self._waiting) >= BATCH:
             full = self._export_batch()
 
     def _export_batch(self) -> bool:
-        """Whether it was closed early, by its bytes: then much may wait that is few requests."""
+        """Export a batch; return whether its bytes closed it early: then few requests may still be much to export."""
         if not self._waiting:
             return False
         spans: list[SpanData] = []
@@ -205,7 +223,7 @@ class Tracer:
         return size >= BATCH_BYTES
 
     def _next_chunk(self) -> tuple[list[SpanData], int]:
-        """The spans of the next requests, and how many characters of captured texts are in them."""
+        """Return the spans of the next requests, and the number of captured characters in them."""
         spans: list[SpanData] = []
         texts = 0
         for _ in range(min(CHUNK, len(self._waiting))):
@@ -222,13 +240,13 @@ class Tracer:
         return spans, texts
 
     def _forget_texts(self, record: "Record") -> None:
-        """A request waits no longer, and its texts count no longer."""
+        """Drop the texts of a request that no longer waits."""
         self._texts -= record.texts
         record.forget_texts()
 
     def _ask_again(self) -> None:
-        """While the collector fails and there is nothing to send: whether it is back."""
-        now = time.monotonic()
+        """Check whether a failing collector is back while there is nothing to send."""
+        now = self._clock()
         if not self._failing or self._exporter is None or self._waiting or now - self._asked_at < ASK_AGAIN:
             return
         try:
@@ -238,7 +256,7 @@ class Tracer:
                 self._failing = self._exporter.export([]) is not SpanExportResult.SUCCESS
         except Exception:  # as in an export  # noqa: BLE001
             _log.exception("the span exporter failed")
-        self._asked_at = time.monotonic()
+        self._asked_at = self._clock()
 
     def _export(self, spans: list[SpanData], encoded: list[bytes]) -> bool:
         exporter = self._exporter
@@ -251,7 +269,7 @@ class Tracer:
 
 
 def parse_traceparent(text: str) -> tuple[int, int, int] | None:
-    """Trace id, parent id, flags; None for anything that W3C Trace Context calls invalid (then a new trace begins)."""
+    """Return trace id, parent id and flags; None for what W3C Trace Context calls invalid: then a new trace begins."""
     parts = text.strip().split("-")
     if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:  # noqa: PLR2004
         return None
@@ -273,7 +291,7 @@ _KINDS = {CLIENT: SpanKind.CLIENT}
 
 
 def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
-    """The SDK's form of a span, which any `SpanExporter` takes."""
+    """Return a span in the SDK's form, which any `SpanExporter` takes."""
     flags = TraceFlags(TraceFlags.SAMPLED)
     state = TraceState.from_header([span.trace_state]) if span.trace_state else None
     context = SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=flags, trace_state=state)
@@ -296,7 +314,7 @@ def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
 
 
 def _bound(sampler: Sampler) -> int | None:
-    """Below which bound the lower half of a new trace's id is sampled, where `sampler` decides by that alone.
+    """Return the bound below which the lower half of a new trace's id is sampled, if `sampler` decides by it alone.
 
     The SDK's own way to the same answer takes 4 us.
     """
@@ -308,8 +326,12 @@ def _bound(sampler: Sampler) -> int | None:
 
 
 def _resource() -> Resource:
-    """`OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` win over our own name."""
+    """Return our resource; `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` win over it."""
     own = Resource(
-        {"service.name": "gateway", "service.version": __version__, "service.instance.id": f"{getrandbits(64):016x}"}
+        {
+            "service.name": "gateway",
+            "service.version": __version__,
+            "service.instance.id": f"{Random().getrandbits(64):016x}",
+        }
     )
     return Resource.create().merge(own).merge(OTELResourceDetector().detect())

@@ -14,8 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from gateway.app import Parts
-from gateway.server.listener import Runner
+from gateway.app import Parts, runner_of
 from mock_model.serve import MockModel
 
 CHAT = {"model": "demo-model", "messages": [{"role": "user", "content": "Say something."}]}
@@ -29,7 +28,7 @@ class GatewayServer(BaseTestServer):
         self.app = app
 
     async def _make_runner(self, **_: Any) -> BaseRunner:  # noqa: ANN401
-        return Runner(self.app)
+        return runner_of(self.app)
 
 
 class Gateway:

@@ -25,7 +25,7 @@ def idle(gateway: Gateway) -> bool:
     parts = gateway.parts
     attempts = sum(replica.in_flight for replica in parts.pool.replicas)
     admission = parts.admission
-    return not (len(parts.running) or admission.in_flight or admission.queued or parts.memory.held or attempts)
+    return not (len(parts.in_flight) or admission.in_flight or admission.queued or parts.byte_budget.held or attempts)
 
 
 async def occupy(gateway: Gateway, mock: MockModel, slots: int, **changes: Any) -> list[asyncio.Task[Answer]]:  # noqa: ANN401
@@ -168,7 +168,7 @@ def padded(size: int) -> dict[str, Any]:
 async def test_bodies_of_all_requests_together_are_bounded(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, gateway_max_buffered_bytes=100_000)
     first = await occupy(gateway, mock, 1, **padded(60_000))
-    assert 60_000 < gateway.parts.memory.held < 61_000
+    assert 60_000 < gateway.parts.byte_budget.held < 61_000
     assert overloaded(await gateway.chat(**padded(60_000)))
     assert mock.journal.total == 1
     assert 'gateway_shed_requests_total{reason="memory"} 1.0' in await gateway.metrics()
@@ -186,7 +186,7 @@ async def test_a_body_with_another_model_counts_twice(mock: MockModel, start_gat
     assert overloaded(await gateway.chat(**padded(100_000)))
     assert mock.journal.total == 0
     first = await occupy(gateway, mock, 1, **padded(70_000))
-    assert 140_000 < gateway.parts.memory.held < 141_000
+    assert 140_000 < gateway.parts.byte_budget.held < 141_000
     await mock.reset()
     await asyncio.gather(*first)
     await until(lambda: idle(gateway))
@@ -196,7 +196,7 @@ async def test_bodies_count_while_they_arrive(mock: MockModel, start_gateway: St
     gateway = await start_gateway(mock, gateway_max_buffered_bytes=100_000)
     async with dial(gateway.url) as wire:
         await wire.send(post(b"x" * 60_000, {"content-length": "70000"}))
-        await until(lambda: gateway.parts.memory.held == 60_000)
+        await until(lambda: gateway.parts.byte_budget.held == 60_000)
         assert overloaded(await gateway.chat(**padded(60_000)))
     await until(lambda: idle(gateway))
     assert mock.journal.total == 0

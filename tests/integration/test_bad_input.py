@@ -41,9 +41,9 @@ def check_error(answer: Answer, status: int, code: str, param: str | None = None
 async def check_unharmed(gateway: Gateway, mock: MockModel, caplog: pytest.LogCaptureFixture | None = None) -> None:
     """Nothing was forwarded, nothing is held, nothing was told, and a good prompt is answered as ever."""
     assert mock.journal.total == 0
-    await until(lambda: not len(gateway.parts.running))
+    await until(lambda: not len(gateway.parts.in_flight))
     assert gateway.parts.admission.in_flight == 0
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
     if caplog is not None:
         assert MARK not in caplog.text
         assert "Traceback" not in caplog.text
@@ -51,7 +51,7 @@ async def check_unharmed(gateway: Gateway, mock: MockModel, caplog: pytest.LogCa
     assert answer.status == 200
     assert mock.journal.total == 1
     assert gateway.parts.admission.in_flight == 0
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 async def send(gateway: Gateway, data: bytes) -> Answer:
@@ -244,7 +244,7 @@ async def test_a_body_of_exactly_the_limit_is_taken(mock: MockModel, start_gatew
     check_error(await send(gateway, post(body + b" ")), 413, "request_too_large")
     check_error(await send(gateway, chunked(body, b" ")), 413, "request_too_large")
     assert mock.journal.total == 2
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ async def test_a_chunk_that_turns_malformed_while_the_body_is_read_is_one_answer
     async with dial(gateway.url) as wire:
         await wire.send(chunked(BODY[:10], end=b"").replace(b"/v1/chat/completions", path.encode()))
         if path == "/v1/chat/completions":
-            await until(lambda: gateway.parts.memory.held > 0)
+            await until(lambda: gateway.parts.byte_budget.held > 0)
             await wire.send(f"{MARK}\r\n".encode())
             check_error(await wire.answer(), 400, "invalid_request")
         else:
@@ -448,7 +448,7 @@ async def test_garbage_behind_a_good_request_costs_only_itself(mock: MockModel, 
     assert mock.journal.total == 1
     assert mock.journal.calls[0].ended == "complete"
     assert gateway.parts.admission.in_flight == 0
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ async def test_a_caller_who_leaves_in_the_middle_of_its_body_costs_nothing(
     async with dial(gateway.url) as wire:
         await wire.send(begun)
         if b"content-type" in begun:
-            await until(lambda: gateway.parts.memory.held > 0)
+            await until(lambda: gateway.parts.byte_budget.held > 0)
         if how == "reset":
             wire.leave()
         else:

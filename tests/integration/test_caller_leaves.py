@@ -30,7 +30,7 @@ def prompt(**changes: Any) -> bytes:  # noqa: ANN401
 def empty(gateway: Gateway) -> bool:
     """Whether nothing is under way and nothing is held."""
     parts = gateway.parts
-    taken = parts.admission.in_flight + parts.admission.queued + parts.memory.held + len(parts.running)
+    taken = parts.admission.in_flight + parts.admission.queued + parts.byte_budget.held + len(parts.in_flight)
     return taken + sum(replica.in_flight for replica in parts.pool.replicas) == 0
 
 
@@ -257,7 +257,7 @@ async def test_a_caller_who_leaves_in_the_middle_of_his_prompt(mock: MockModel, 
     gateway = await start_gateway(mock)
     async with dial(gateway.url) as caller:
         await caller.send(prompt()[:-10])
-        await until(lambda: gateway.parts.memory.held > 0)
+        await until(lambda: gateway.parts.byte_budget.held > 0)
         await left(gateway, caller)
     assert mock.journal.total == 0
     await assert_nobodys_failure(gateway)

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.server.listener import LAST_WORDS, drain
+from gateway.server.aiohttp_protocol import LAST_ANSWERS
+from gateway.server.listener import drain
 from gateway.telemetry.tracing import LAST_EXPORT
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import (
@@ -267,8 +268,8 @@ async def test_a_request_whose_body_is_still_on_its_way_is_refused(
     message = post()
     async with dial(gateway.url) as wire:
         await wire.send(message[:-10])
-        await until(lambda: len(gateway.parts.running) == 1)
-        draining = asyncio.create_task(drain(gateway.parts, LONG, asyncio.Event()))
+        await until(lambda: len(gateway.parts.in_flight) == 1)
+        draining = asyncio.create_task(drain(gateway.parts.admission, gateway.parts.in_flight, LONG, asyncio.Event()))
         await until(lambda: gateway.parts.admission.draining)
         await wire.send(message[-10:])
         assert_draining(await wire.answer())
@@ -294,8 +295,8 @@ async def test_a_stop_waits_until_a_slow_caller_has_taken_the_end_of_his_answer(
         assert (await wire.head())[0] == 200
         assert gateway.limit_send_buffers(4_096) == 1
         ready.set()
-        await until(lambda: not len(gateway.parts.running))
-        draining = asyncio.create_task(drain(gateway.parts, LONG, asyncio.Event()))
+        await until(lambda: not len(gateway.parts.in_flight))
+        draining = asyncio.create_task(drain(gateway.parts.admission, gateway.parts.in_flight, LONG, asyncio.Event()))
         await asyncio.sleep(SHORT)
         assert not draining.done(), "most of the answer is still here"
         taken = b""
@@ -320,7 +321,7 @@ async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(star
 
         began = monotonic()
         process.signal()
-        assert await process.exit_code(grace + LAST_WORDS + INTERPRETER) == 0
+        assert await process.exit_code(grace + LAST_ANSWERS + INTERPRETER) == 0
         assert monotonic() - began >= grace
 
         assert_draining(await plain)
@@ -349,7 +350,7 @@ async def test_a_second_signal_ends_the_grace(start_raw: StartRaw, second: signa
         assert not stream.done()
 
         process.signal(second)
-        assert await process.exit_code(LAST_WORDS + INTERPRETER) == 0
+        assert await process.exit_code(LAST_ANSWERS + INTERPRETER) == 0
         assert_draining(await plain)
         assert Events((await stream).body).only_error()["code"] == "gateway_draining"
 
@@ -369,16 +370,16 @@ async def test_a_silent_collector_does_not_hold_up_the_end(start_raw: StartRaw, 
         assert_draining(await plain)
         began = monotonic()
         assert await process.exit_code() == 0
-        assert monotonic() - began < LAST_WORDS + LAST_EXPORT + INTERPRETER
+        assert monotonic() - began < LAST_ANSWERS + LAST_EXPORT + INTERPRETER
     assert "the last spans could not be exported" in process.log, "it did wait for the collector"
 
 
 async def cut_off(gateway: Gateway) -> None:
     """Drain with hardly any grace; whatever is under way gets its error, and nothing is left behind."""
     parts = gateway.parts
-    await drain(parts, 0.05, asyncio.Event())
-    assert not len(parts.running), "it did not end"
-    assert (parts.admission.in_flight, parts.admission.queued, parts.memory.held) == (0, 0, 0)
+    await drain(parts.admission, parts.in_flight, 0.05, asyncio.Event())
+    assert not len(parts.in_flight), "it did not end"
+    assert (parts.admission.in_flight, parts.admission.queued, parts.byte_budget.held) == (0, 0, 0)
 
 
 STREAMS = ["hang_before_headers", "hang_after_headers", "stall"]
@@ -439,7 +440,7 @@ async def test_a_request_whose_body_never_ends_is_cut_off(mock: MockModel, start
     gateway = await start_gateway(mock)
     async with dial(gateway.url) as wire:
         await wire.send(post()[:-10])
-        await until(lambda: len(gateway.parts.running) == 1)
+        await until(lambda: len(gateway.parts.in_flight) == 1)
         await cut_off(gateway)
         assert_draining(await wire.answer())
     assert mock.journal.total == 0

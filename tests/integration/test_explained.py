@@ -331,7 +331,7 @@ async def test_health_counts_who_is_served_and_who_waits(mock: MockModel, start_
         assert health.backends[0]["in_flight"] == 1
         assert health.states == (200, "ok", ["ok"])
     assert (await asking).status == 200
-    await until(lambda: not gateway.parts.running)
+    await until(lambda: not gateway.parts.in_flight)
     health = await health_of(gateway)
     assert (health.document["in_flight"], health.document["queued"]) == (0, 0)
     assert health.backends[0]["in_flight"] == 0

@@ -513,7 +513,7 @@ async def test_the_key_is_asked_for_before_the_body(
         await wire.send(post(b"", headers | ({"expect": "100-continue"} if expect else {}), path=path))
         answer = await wire.answer()
         assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 @pytest.mark.parametrize("where", ["with a length", "in chunks"])
@@ -602,7 +602,7 @@ async def test_a_large_body_goes_out_byte_for_byte(recorder: Recorder, start_gat
     body = ODD + b'"model":"m","pad":"' + b"\xc3\xa9x" * 1_500_000 + b'"}'
     assert (await send(gateway, post(body))).status == 200
     assert recorder.seen[0].body == body
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ async def test_an_answer_comes_back_byte_for_byte(recorder: Recorder, start_gate
         assert answer.status == 200
         assert answer.body == b"".join(pieces)
         assert answer.headers["content-length"] == str(len(answer.body))
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 422, 429, 500, 501, 503])
@@ -708,7 +708,7 @@ async def test_events_go_on_as_they_arrive(mock: MockModel, start_gateway: Start
     await mock.settled()
     assert [call.ended for call in mock.journal.calls] == ["caller_left"]
     await until(lambda: gateway.parts.admission.in_flight == 0)
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 async def test_a_caller_who_does_not_read_stops_the_backend_and_not_the_memory(
@@ -731,7 +731,7 @@ async def test_a_caller_who_does_not_read_stops_the_backend_and_not_the_memory(
         assert written < size // 4
         buffered = max(connection.transport.get_write_buffer_size() for connection in connections(gateway))
         assert buffered < 1 << 20
-        assert gateway.parts.memory.held < 1 << 20
+        assert gateway.parts.byte_budget.held < 1 << 20
         body = await wire.rest_of_chunks()
     assert body.count(b"\n\n") == count + 2
     assert body.endswith(b"data: [DONE]\n\n")
@@ -753,10 +753,10 @@ async def test_a_whole_answer_counts_as_held_until_it_is_taken(recorder: Recorde
     async with dial(gateway.url, receive_buffer=8_192) as wire:
         await wire.send(post())
         assert (await wire.head())[0] == 200
-        assert gateway.parts.memory.held > 16 << 20
+        assert gateway.parts.byte_budget.held > 16 << 20
         assert await wire.some(len(ANSWER)) == ANSWER
         await wire.some(16 << 20)
-        await until(lambda: gateway.parts.memory.held == 0)
+        await until(lambda: gateway.parts.byte_budget.held == 0)
 
 
 async def test_a_whole_answer_cut_off_on_its_way_is_not_followed_by_another(
@@ -768,12 +768,12 @@ async def test_a_whole_answer_cut_off_on_its_way_is_not_followed_by_another(
         await wire.send(post())
         assert (await wire.head())[0] == 200
         gateway.parts.admission.drain()
-        gateway.parts.running.cut_off()
+        gateway.parts.in_flight.cut_off()
         rest = await wire.rest()
     assert len(rest) <= len(recorder.pieces[0])
     assert b"HTTP/1.1" not in rest
-    await until(lambda: not len(gateway.parts.running))
-    assert gateway.parts.memory.held == 0
+    await until(lambda: not len(gateway.parts.in_flight))
+    assert gateway.parts.byte_budget.held == 0
 
 
 # Odd, but legal

@@ -1,6 +1,6 @@
 """What has ended holds nothing: neither a request nor a connection waits for Python's garbage collector.
 
-It looks only now and then (`gateway.serve.GC_THRESHOLD`), and what waits for it may hold bodies of megabytes.
+It looks only now and then (`gateway.server.listener.GC_THRESHOLD`), and what waits for it may hold bodies of megabytes.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ from typing import Any
 import pytest
 from aiohttp.client_proto import ResponseHandler
 
-from gateway.backend.client import _Protocol as BackendProtocol
-from gateway.dialects.requests import Prompt
-from gateway.forwarding.forwarder import Call
-from gateway.forwarding.stream_relay import Relay
-from gateway.policy.admission import Share
-from gateway.policy.pool import Lease
+from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
+from gateway.dialects.dialect import Prompt
+from gateway.forwarding.call import Call
+from gateway.forwarding.stream_relay import StreamRelay
+from gateway.policy.byte_budget import Share
+from gateway.policy.replica import Lease
 from gateway.record import Record
-from gateway.server.listener import Protocol
-from gateway.server.stream_writer import Outlet
+from gateway.server.aiohttp_protocol import Protocol
+from gateway.server.stream_writer import StreamWriter
 from mock_model.serve import MockModel
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk
 from tests.integration.collector import until
 from tests.integration.gateways import CHAT, Gateway, GatewayServer, StartGateway, StartMock
 from tests.integration.wire import chunked, dial, post
 
-PER_REQUEST = (Call, Lease, Outlet, Prompt, Record, Relay, Share)
+PER_REQUEST = (Call, Lease, Prompt, Record, Share, StreamRelay, StreamWriter)
 TIMES = 3
 LAST = {"connection": "close"}
 """Of an idle connection aiohttp keeps the last request."""
@@ -140,7 +140,7 @@ async def test_of_a_caller_who_left_nothing_is_left(
                 if kind == "status":
                     await mock.settled()
                 caller.leave()
-                await until(lambda: len(gateway.parts.running) == 0)
+                await until(lambda: len(gateway.parts.in_flight) == 0)
         await until(lambda: connections(gateway) == 0)
 
 
@@ -152,9 +152,9 @@ async def test_of_a_caller_who_left_in_the_middle_of_his_body_nothing_is_left(
         for _ in range(TIMES):
             async with dial(gateway.url) as caller:
                 await caller.send(post(b"x" * 100_000)[:-1000])
-                await until(lambda: len(gateway.parts.running) == 1)
+                await until(lambda: len(gateway.parts.in_flight) == 1)
                 caller.leave()
-                await until(lambda: len(gateway.parts.running) == 0)
+                await until(lambda: len(gateway.parts.in_flight) == 0)
 
 
 async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -173,7 +173,7 @@ async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, 
                 assert (await caller.answer()).status == 400
             async with dial(gateway.url) as caller:
                 await caller.send(chunked(b"{", end=b""))
-                await until(lambda: len(gateway.parts.running) == 1)
+                await until(lambda: len(gateway.parts.in_flight) == 1)
                 await caller.send(b"no chunk\r\n")
                 assert (await caller.answer()).status == 400
         await until(lambda: len(alive(Protocol)) <= before)
@@ -210,7 +210,7 @@ async def test_of_a_caller_who_does_not_read_until_the_deadline_nothing_is_left(
                 await caller.send(prompt)
                 assert (await caller.head())[0] == 200
                 gateway.limit_send_buffers(4_096)
-                await until(lambda: len(gateway.parts.running) == 0)
+                await until(lambda: len(gateway.parts.in_flight) == 0)
 
 
 @pytest.mark.parametrize("end", ["cut", "reset", "bad event"])
@@ -255,7 +255,7 @@ async def test_of_an_answer_that_nobody_read_nothing_is_left(
 
     def leave_when_it_comes(protocol: BackendProtocol, data: bytes) -> None:
         ResponseHandler.data_received(protocol, data)
-        for caller in list(handler.connections) if gateway.parts.running else []:
+        for caller in list(handler.connections) if gateway.parts.in_flight else []:
             transport = caller.transport
             caller.connection_lost(None)
             if transport is not None:
@@ -288,4 +288,4 @@ async def test_of_an_answer_that_nobody_asked_for_nothing_is_left(
 
 def connections(gateway: Gateway) -> int:
     """The callers' connections that are open."""
-    return len(gateway.parts.running._connections)
+    return len(gateway.parts.in_flight._connections)

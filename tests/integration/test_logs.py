@@ -279,7 +279,9 @@ def test_an_exception_is_one_line() -> None:
 
 @pytest.fixture
 def a_finished_record() -> Record:
-    record = Record("POST", "/v1/chat/completions", trace_id=1, span_id=2, request_id="req-1", started=5.0)
+    record = Record(
+        "POST", "/v1/chat/completions", trace_id=1, span_id=2, request_id="req-1", started=5.0, started_ns=0
+    )
     record.ended, record.status = 5.25, 200
     return record
 
@@ -315,8 +317,8 @@ async def test_a_terminal_that_blocks_costs_no_request_and_bounded_memory(
     gateway = await start_gateway(mock)
     stream = Blocked()
     log = RequestLog(level="INFO", as_json=True, stream=stream)
-    gateway.parts.telemetry._requests.stop()
-    gateway.parts.telemetry._requests = log
+    gateway.parts.telemetry._log.stop()
+    gateway.parts.telemetry._log = log
     log.start()
     try:
         first = await gateway.chat()
@@ -347,7 +349,7 @@ async def test_a_record_that_cannot_be_written_costs_its_line_and_not_the_answer
     mock: MockModel, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await start_gateway(mock)
-    log = gateway.parts.telemetry._requests
+    log = gateway.parts.telemetry._log
     with monkeypatch.context() as patch:
         patch.setattr(log, "_form", refuse)
         spoiled = await gateway.chat()

@@ -81,7 +81,7 @@ async def abandoned(gateway: Gateway, mock: MockModel) -> None:
         await mock.called(calls + 1)
         posting.cancel()
         await asyncio.gather(posting, return_exceptions=True)
-    await until(lambda: not len(gateway.parts.running))
+    await until(lambda: not len(gateway.parts.in_flight))
 
 
 async def test_a_mix_of_requests_is_counted_exactly(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -226,7 +226,7 @@ async def test_requests_under_way_and_queued_are_told(mock: MockModel, start_gat
         for task in posting:
             task.cancel()
         await asyncio.gather(*posting, return_exceptions=True)
-    await until(lambda: not len(gateway.parts.running))
+    await until(lambda: not len(gateway.parts.in_flight))
     idle = await numbers(gateway)
 
     assert busy.value("gateway_in_flight_requests") == 1

@@ -224,7 +224,7 @@ async def test_many_at_once_over_the_sdks_connections(mock: MockModel, start_gat
     assert mock.journal.total == 80
     assert {call.ended for call in mock.journal.calls} == {"complete"}
     await until(lambda: gateway.parts.admission.in_flight == 0)
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0
 
 
 async def test_headers_are_there_in_raw_answers(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -405,4 +405,4 @@ async def test_a_stream_closed_by_the_sdk_ends_the_backends_call(mock: MockModel
         await mock.settled()
     assert [call.ended for call in mock.journal.calls] == ["caller_left"]
     await until(lambda: gateway.parts.admission.in_flight == 0)
-    assert gateway.parts.memory.held == 0
+    assert gateway.parts.byte_budget.held == 0

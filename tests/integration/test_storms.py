@@ -396,7 +396,7 @@ async def test_a_request_cut_off_by_the_stop_is_told_to_come_again_although_it_w
         asking = asyncio.create_task(sdk.ask())
         await mock.called(1)
         gateway.parts.admission.drain()
-        gateway.parts.running.cut_off()
+        gateway.parts.in_flight.cut_off()
         failure = await asking
     assert failure.code == "gateway_draining"
     told_when_to_come(sdk)

@@ -98,8 +98,8 @@ def named(failing: dict[str, Any]) -> str:
 async def settled(gateway: Gateway) -> None:
     """Wait until nothing is under way; nothing is held then."""
     parts = gateway.parts
-    await until(lambda: not len(parts.running))
-    assert (parts.admission.in_flight, parts.admission.queued, parts.memory.held) == (0, 0, 0)
+    await until(lambda: not len(parts.in_flight))
+    assert (parts.admission.in_flight, parts.admission.queued, parts.byte_budget.held) == (0, 0, 0)
 
 
 # Good streams

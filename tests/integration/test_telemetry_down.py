@@ -245,16 +245,18 @@ def stopped_in(exporter: SpanExporter) -> float:
     """Seconds that a tracer with a span to export takes to stop."""
     tracer = Tracer(exporter, interval=0.01)
     tracer.start()
-    tracer.take(finished())
+    tracer.export(finished())
     time.sleep(0.1)
-    tracer.take(finished())
+    tracer.export(finished())
     began = time.monotonic()
     tracer.stop()
     return time.monotonic() - began
 
 
 def finished() -> Record:
-    record = Record("GET", "/", trace_id=1, span_id=2, request_id="r", started=time.monotonic())
+    record = Record(
+        "GET", "/", trace_id=1, span_id=2, request_id="r", started=time.monotonic(), started_ns=time.time_ns()
+    )
     record.ended, record.status = record.started, 200
     return record
 

@@ -54,7 +54,7 @@ async def forever(call: RawCall) -> None:
 def idle(gateway: Gateway) -> bool:
     """Whether nothing is under way and nothing is held."""
     parts = gateway.parts
-    return not (len(parts.running) or parts.admission.in_flight or parts.admission.queued or parts.memory.held)
+    return not (len(parts.in_flight) or parts.admission.in_flight or parts.admission.queued or parts.byte_budget.held)
 
 
 # Each timer
@@ -438,7 +438,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
     headers = {"x-request-timeout": "1", "x-gateway-commit": "complete" if hold else "first_token"}
     async with dial(gateway.url, receive_buffer=8192) as wire, Stopwatch() as watch:
         await wire.send(post(json.dumps({**CHAT, "stream": True}).encode(), headers))
-        await until(lambda: len(gateway.parts.running) == 1)
+        await until(lambda: len(gateway.parts.in_flight) == 1)
         await until(lambda: idle(gateway))
         ended = monotonic()
         assert watch.until(ended) <= 1 + PROMISE, watch
@@ -486,7 +486,7 @@ async def test_deadline_of_a_large_answer_whose_caller_does_not_read(
     gateway = await start_gateway(backend.url)
     async with dial(gateway.url, receive_buffer=8192) as wire, Stopwatch() as watch:
         await wire.send(post(headers={"x-request-timeout": "1"}))
-        await until(lambda: len(gateway.parts.running) == 1)
+        await until(lambda: len(gateway.parts.in_flight) == 1)
         await until(lambda: idle(gateway))
         ended = monotonic()
         assert watch.until(ended) <= 1 + PROMISE, watch

@@ -632,7 +632,7 @@ async def test_a_request_cut_off_at_the_end_of_a_stop_has_its_whole_trace(start_
     stack.mock.set_faults([{"kind": "hang_before_headers"}])
     asking = asyncio.create_task(stack.gateway.chat(headers=CALLER))
     await stack.mock.called(1)
-    stack.gateway.parts.running.cut_off()
+    stack.gateway.parts.in_flight.cut_off()
     answer = await asking
     trace = await stack.collector.trace(CALLER_TRACE, spans=3)
 

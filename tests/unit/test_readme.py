@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import errors
-from gateway.app import Parts
+from gateway.app import create_app
 from gateway.config import load_routing
 from gateway.settings import SECRETS, Settings, load
 from gateway.telemetry import Telemetry, spans
@@ -26,7 +26,7 @@ def metric_names() -> Iterator[str]:
     """As `/metrics` names them."""
     settings = load()
     telemetry = Telemetry(settings, tracer=Tracer(None), log=RequestLog(level="INFO", as_json=True))
-    Parts(settings, load_routing(settings), telemetry)
+    create_app(settings, load_routing(settings), telemetry)
     text = telemetry.metrics.exposition("")[0].decode()
     for family in text_string_to_metric_families(text):
         yield f"{family.name}_total" if family.type == "counter" else family.name

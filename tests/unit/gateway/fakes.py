@@ -1,10 +1,16 @@
-"""What the tests of pure parts hold in their hands: a clock that stands still, and a pool of replicas on it."""
+"""Stand-ins for the tests of pure parts: a clock that moves when told to, chance that is given, a pool on both."""
 
 from collections.abc import Callable, Mapping
+from random import Random
+from time import time
 
 from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.errors import BackendError
+from gateway.headers import retry_after
 from gateway.policy.breaker import State
-from gateway.policy.pool import Pool, Replica, Target
+from gateway.policy.pool import Pool, Target
+from gateway.policy.replica import Replica
 from gateway.settings import load
 
 
@@ -21,6 +27,22 @@ class Clock:
         self.now += seconds
 
 
+class Chance(Random):
+    """Seeded chance whose first draws are given."""
+
+    def __init__(self, *first: float, seed: int = 0) -> None:
+        super().__init__(seed)
+        self._first = list(first)
+
+    def random(self) -> float:
+        return self._first.pop(0) if self._first else super().random()
+
+
+def error_answer(status: int, body: bytes, headers: Mapping[str, str]) -> BackendError:
+    """The failure that an answer of a backend is."""
+    return OpenAIChat().read_error(status, body, headers, retry_after(headers, time()))
+
+
 def replica_config(name: str, url: str = "http://127.0.0.1:1") -> ReplicaConfig:
     return ReplicaConfig(name, url, None, "/health")
 
@@ -29,19 +51,25 @@ def ignore(_backend: str, _old: State, _new: State) -> None:
     """Nobody listens to changes of breakers."""
 
 
-def pool(clock: Callable[[], float], backends: Mapping[str, int], **settings: float) -> Pool:
-    """A pool with one route `*` over all backends in order; `backends` gives each name its number of replicas."""
+def pool(clock: Callable[[], float], backends: Mapping[str, int], rng: Random | None = None, **settings: float) -> Pool:
+    """A pool with one route `*` over all backends in order; `backends` gives each name its number of replicas.
+
+    Breakers open for exactly their open time.
+    """
     configs = tuple(
         BackendConfig(name, tuple(replica_config(f"{name}-{n}") for n in range(1, count + 1)))
         for name, count in backends.items()
     )
     routes = (RouteConfig("*", tuple(TargetConfig(name, None) for name in backends)),)
-    return Pool(Routing(configs, routes), load(**settings), clock, ignore, draw=lambda: 0.5)
+    made = Pool(Routing(configs, routes), load(**settings), clock=clock, rng=rng or Chance(), breaker_changed=ignore)
+    for replica in made.replicas:
+        replica.breaker._draw = lambda: 0.5
+    return made
 
 
 def target(clock: Callable[[], float], replicas: int, **settings: float) -> Target:
     """One target whose replicas are `a-1`, `a-2`, ..."""
-    return pool(clock, {"a": replicas}, **settings).routes[0].targets[0]
+    return pool(clock, {"a": replicas}, None, **settings).routes[0].targets[0]
 
 
 def trip(replica: Replica) -> None:
@@ -49,4 +77,4 @@ def trip(replica: Replica) -> None:
     while replica.breaker.state is State.CLOSED:
         ticket = replica.breaker.admit()
         assert ticket is not None
-        replica.breaker.fail(ticket)
+        replica.breaker.record_failure(ticket)

@@ -5,21 +5,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from gateway.backend.client import HttpClient
-from gateway.dialects.requests import parse
+from gateway.dialects.openai.chat import OpenAIChat
 from gateway.errors import BackendError, GatewayError
-from gateway.forwarding.forwarder import Call, Forwarder
-from gateway.policy.admission import Admission, Memory, Share
+from gateway.forwarding.attempt import Attempts
+from gateway.forwarding.call import Call, StreamSink
+from gateway.forwarding.forwarder import Forwarder
+from gateway.policy.admission import Admission
+from gateway.policy.byte_budget import ByteBudget, Share
 from gateway.policy.deadline import Deadline
+from gateway.policy.retry import RetryPolicy
 from gateway.record import Record
 from gateway.settings import load
-from tests.unit.gateway.fakes import Clock, pool
+from tests.unit.gateway.fakes import Chance, Clock, pool
 from tests.unit.gateway.virtual import run
 
 if TYPE_CHECKING:
     from gateway.backend.client import Exchange
-    from gateway.policy.pool import Replica
-    from gateway.server.stream_writer import Outlet
+    from gateway.policy.replica import Replica
 
+CHAT = "/v1/chat/completions"
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 ANSWER = b'{"id":"1","choices":[{"index":0,"finish_reason":"stop"}]}'
 Outcome = BackendError | None
@@ -39,7 +43,7 @@ class GoodAnswer:
         return {"content-type": self.content_type}
 
     async def read_whole(self, share: Share, limit: int, each_read: Callable[[], None]) -> bytes:
-        share.take(len(ANSWER))
+        share.hold(len(ANSWER))
         return ANSWER
 
     def close(self) -> None:
@@ -59,7 +63,7 @@ class ScriptedClient(HttpClient):
         self._clock = clock
         self.calls: list[tuple[float, str, bool]] = []
 
-    async def send(
+    async def post(
         self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
     ) -> "Exchange":
         self.calls.append((self._clock(), replica.name, fresh))
@@ -70,7 +74,7 @@ class ScriptedClient(HttpClient):
         return cast("Exchange", GoodAnswer())
 
 
-class _NoOutlet:
+class _NoSink:
     committed = False
 
 
@@ -105,6 +109,8 @@ def forward(
     prepare: "Callable[[dict[str, Replica]], None]" = lambda _replicas: None,
     deadline: float = 600.0,
     read_timeout: float | None = None,
+    first: str | None = None,
+    seed: int = 0,
     **settings: float,
 ) -> Story:
     """Forward one prompt.
@@ -114,6 +120,8 @@ def forward(
         prepare: called with the replicas before the request comes.
         deadline: seconds.
         read_timeout: of the OpenAI SDK, seconds.
+        first: of two equally busy replicas the one that is asked first.
+        seed: of all other chance.
         settings: of the gateway, by the names of its fields.
     """
 
@@ -122,39 +130,42 @@ def forward(
         for name in script:
             backend = name.split("-", 1)[0]
             backends[backend] = backends.get(backend, 0) + 1
-        where = pool(clock, backends, **settings)
+        rng = Chance(*([] if first is None else [0.0 if first.endswith("-1") else 0.9]), seed=seed)
+        where = pool(clock, backends, rng, **settings)
         replicas = {replica.name: replica for replica in where.replicas}
         prepare(replicas)
         client = ScriptedClient(script, clock)
         admission = Admission(max_in_flight=1, max_queue=0, queue_timeout=1)
+        made = load(**settings)
         forwarder = Forwarder(
-            load(**settings),
-            client=client,
             admission=admission,
+            policy=RetryPolicy(made, rng),
+            attempts=Attempts(made, client=client, clock=clock, rng=Chance()),
             clock=clock,
-            retries_allowed=lambda _name: None,
-            retries_refused=lambda _name: None,
+            retry_allowed=lambda _name: None,
+            retry_refused=lambda _name: None,
         )
-        record = Record("POST", "/v1/chat/completions", trace_id=1, span_id=1, request_id="r", started=clock())
-        memory = Memory(1 << 20)
+        record = Record("POST", CHAT, trace_id=1, span_id=1, request_id="r", started=clock(), started_ns=0)
+        byte_budget = ByteBudget(1 << 20)
         began = clock()
         error: GatewayError | None = None
-        with memory.share() as share:
+        with byte_budget.share() as share:
             call = Call(
-                parse("/v1/chat/completions", BODY),
+                OpenAIChat().read_request(CHAT, BODY),
                 Deadline(clock, clock(), deadline, read_timeout),
                 record,
-                cast("Outlet", _NoOutlet()),
+                cast("StreamSink", _NoSink()),
+                model="m",
                 share=share,
                 headers=[],
-                hold=False,
+                hold_back=False,
             )
             try:
                 await forwarder.forward(call, where.routes[0])
             except GatewayError as failure:
                 error = failure
             assert (call.answer is None) == (error is not None)
-        assert admission.in_flight == memory.held == 0
+        assert admission.in_flight == byte_budget.held == 0
         assert [replica.in_flight for replica in where.replicas] == [0] * len(where.replicas)
         told = Story(client, began, record, replicas)
         told.error = error

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded
-from gateway.policy.admission import Admission, Memory
+from gateway.policy.admission import Admission
+from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 
@@ -331,36 +332,36 @@ def test_everybody_who_stays_in_the_queue_gets_in_whoever_else_leaves_it(slots: 
 
 
 def test_memory_refuses_what_is_above_its_limit_and_holds_nothing_of_it() -> None:
-    memory = Memory(100)
-    with memory.share() as one, memory.share() as other:
-        one.take(60)
-        other.take(40)
+    budget = ByteBudget(100)
+    with budget.share() as one, budget.share() as other:
+        one.hold(60)
+        other.hold(40)
         with pytest.raises(GatewayOverloaded) as full:
-            other.take(1)
+            other.hold(1)
         assert full.value.reason == "memory"
-        assert (one.held, other.held, memory.held) == (60, 40, 100)
+        assert (one.held, other.held, budget.held) == (60, 40, 100)
         one.give_back(10)
-        other.take(10)
-        assert memory.held == 100
-    assert memory.held == 0
+        other.hold(10)
+        assert budget.held == 100
+    assert budget.held == 0
 
 
 SHARES = st.lists(
-    st.tuples(st.integers(0, 4), st.sampled_from(["take", "some", "all", "end"]), st.integers(0, 60)), max_size=40
+    st.tuples(st.integers(0, 4), st.sampled_from(["hold", "some", "all", "end"]), st.integers(0, 60)), max_size=40
 )
 
 
 @given(SHARES)
 def test_after_any_mix_of_shares_no_byte_is_held(steps: list[tuple[int, str, int]]) -> None:
-    memory = Memory(100)
-    shares = [memory.share().__enter__() for _ in range(5)]
+    budget = ByteBudget(100)
+    shares = [budget.share().__enter__() for _ in range(5)]
     for index, kind, size in steps:
         share = shares[index]
         before = share.held
-        if kind == "take":
-            fits = memory.held + size <= 100
+        if kind == "hold":
+            fits = budget.held + size <= 100
             try:
-                share.take(size)
+                share.hold(size)
             except GatewayOverloaded:
                 assert not fits
                 assert share.held == before
@@ -369,12 +370,12 @@ def test_after_any_mix_of_shares_no_byte_is_held(steps: list[tuple[int, str, int
         elif kind == "some":
             share.give_back(min(size, share.held))
         elif kind == "all":
-            share.give_back()
+            share.give_back(share.held)
             assert share.held == 0
         else:
             share.__exit__(None, None, None)
             assert share.held == 0
-        assert memory.held == sum(each.held for each in shares) <= 100
+        assert budget.held == sum(each.held for each in shares) <= 100
     for share in shares:
         share.__exit__(None, None, None)
-    assert memory.held == 0
+    assert budget.held == 0

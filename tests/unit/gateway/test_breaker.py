@@ -33,7 +33,7 @@ def admitted(breaker: Breaker) -> Ticket:
 
 def fail(breaker: Breaker, times: int = 1, *, unreachable: bool = False) -> None:
     for _ in range(times):
-        breaker.fail(admitted(breaker), unreachable=unreachable)
+        breaker.record_failure(admitted(breaker), unreachable=unreachable)
 
 
 def half_open(clock: Clock) -> Breaker:
@@ -57,7 +57,7 @@ def test_a_whole_answer_ends_the_row_of_failures() -> None:
     breaker = make(Clock())
     for _ in range(5):
         fail(breaker, FAILURES - 1)
-        breaker.succeed(admitted(breaker))
+        breaker.record_success(admitted(breaker))
 
     assert breaker.state.value == "closed"
     assert breaker.consecutive_failures == 0
@@ -67,8 +67,8 @@ def test_the_first_words_of_an_answer_do_not_end_the_row() -> None:
     breaker = make(Clock())
     for _ in range(FAILURES):
         ticket = admitted(breaker)
-        breaker.answered(ticket)
-        breaker.fail(ticket)
+        breaker.record_first_content(ticket)
+        breaker.record_failure(ticket)
 
     assert breaker.state.value == "open"
 
@@ -76,7 +76,7 @@ def test_the_first_words_of_an_answer_do_not_end_the_row() -> None:
 def test_an_attempt_that_is_neither_success_nor_failure_changes_nothing() -> None:
     breaker = make(Clock())
     fail(breaker, FAILURES - 1)
-    breaker.release(admitted(breaker))
+    breaker.cancel(admitted(breaker))
 
     assert breaker.consecutive_failures == FAILURES - 1
     fail(breaker)
@@ -115,7 +115,7 @@ def test_half_open_it_admits_exactly_one() -> None:
 
 def test_a_cancelled_half_open_attempt_gives_its_place_back() -> None:
     breaker = half_open(Clock())
-    breaker.release(admitted(breaker))
+    breaker.cancel(admitted(breaker))
 
     assert breaker.state.value == "half_open"
     admitted(breaker)
@@ -123,7 +123,7 @@ def test_a_cancelled_half_open_attempt_gives_its_place_back() -> None:
 
 def test_the_first_content_of_a_half_open_attempt_closes_it() -> None:
     breaker = half_open(Clock())
-    breaker.answered(admitted(breaker))
+    breaker.record_first_content(admitted(breaker))
 
     assert breaker.state.value == "closed"
     assert breaker.consecutive_failures == 0
@@ -134,8 +134,8 @@ def test_the_first_content_of_a_half_open_attempt_closes_it() -> None:
 def test_an_attempt_that_closed_it_and_is_cut_then_counts_in_the_new_row() -> None:
     breaker = half_open(Clock())
     ticket = admitted(breaker)
-    breaker.answered(ticket)
-    breaker.fail(ticket)
+    breaker.record_first_content(ticket)
+    breaker.record_failure(ticket)
 
     assert breaker.state.value == "closed"
     assert breaker.consecutive_failures == 1
@@ -170,7 +170,7 @@ def test_once_closed_the_open_time_begins_anew() -> None:
     breaker = half_open(clock)
     fail(breaker)
     clock.forward(OPEN_MAX)
-    breaker.succeed(admitted(breaker))
+    breaker.record_success(admitted(breaker))
     fail(breaker, FAILURES)
 
     assert breaker.retry_in == OPEN
@@ -182,9 +182,9 @@ def test_an_attempt_from_before_it_opened_neither_closes_nor_reopens_it() -> Non
     late = [admitted(breaker) for _ in range(3)]
     fail(breaker, FAILURES)
     until = breaker.retry_in
-    breaker.succeed(late[0])
-    breaker.fail(late[1])
-    breaker.release(late[2])
+    breaker.record_success(late[0])
+    breaker.record_failure(late[1])
+    breaker.cancel(late[2])
 
     assert breaker.state.value == "open"
     assert breaker.retry_in == until
@@ -198,14 +198,14 @@ def test_an_attempt_from_before_it_opened_does_not_touch_the_half_open_place() -
     fail(breaker, FAILURES)
     clock.forward(OPEN)
     trial = admitted(breaker)
-    breaker.release(late[0])
-    breaker.fail(late[1])
-    breaker.answered(late[2])
-    breaker.succeed(late[2])
+    breaker.cancel(late[0])
+    breaker.record_failure(late[1])
+    breaker.record_first_content(late[2])
+    breaker.record_success(late[2])
 
     assert breaker.state.value == "half_open"
     assert breaker.admit() is None
-    breaker.succeed(trial)
+    breaker.record_success(trial)
     assert breaker.state.value == "closed"
 
 
@@ -213,10 +213,10 @@ def test_a_half_open_attempt_that_has_ended_cannot_free_the_place_of_the_next() 
     clock = Clock()
     breaker = half_open(clock)
     failed = admitted(breaker)
-    breaker.fail(failed)
+    breaker.record_failure(failed)
     clock.forward(OPEN_MAX)
     admitted(breaker)
-    breaker.release(failed)
+    breaker.cancel(failed)
 
     assert breaker.admit() is None
 
@@ -227,9 +227,9 @@ def test_a_failure_from_before_it_opened_does_not_count_in_the_next_row() -> Non
     late = admitted(breaker)
     fail(breaker, FAILURES)
     clock.forward(OPEN)
-    breaker.succeed(admitted(breaker))
+    breaker.record_success(admitted(breaker))
     fail(breaker, FAILURES - 1)
-    breaker.fail(late)
+    breaker.record_failure(late)
 
     assert breaker.state.value == "closed"
 
@@ -237,7 +237,7 @@ def test_a_failure_from_before_it_opened_does_not_count_in_the_next_row() -> Non
 def test_a_good_probe_alone_does_not_end_the_open_time() -> None:
     breaker = make(Clock())
     fail(breaker, FAILURES)
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
 
     assert breaker.state.value == "open"
 
@@ -245,7 +245,7 @@ def test_a_good_probe_alone_does_not_end_the_open_time() -> None:
 def test_a_good_probe_ends_it_when_the_last_failure_was_unreachable() -> None:
     breaker = make(Clock())
     fail(breaker, FAILURES, unreachable=True)
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
 
     assert breaker.state.value == "half_open"
 
@@ -254,20 +254,20 @@ def test_only_the_last_failure_says_whether_it_was_unreachable() -> None:
     breaker = make(Clock())
     fail(breaker, FAILURES - 1, unreachable=True)
     fail(breaker)
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
 
     assert breaker.state.value == "open"
 
 
 def test_a_good_probe_ends_it_when_a_probe_has_failed_since_it_opened() -> None:
     breaker = make(Clock())
-    breaker.probed(good=False)
+    breaker.record_probe(good=False)
     fail(breaker, FAILURES)
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
     assert breaker.state.value == "open"
-    breaker.probed(good=False)
+    breaker.record_probe(good=False)
     assert breaker.state.value == "open"
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
 
     assert breaker.admits
 
@@ -275,10 +275,10 @@ def test_a_good_probe_ends_it_when_a_probe_has_failed_since_it_opened() -> None:
 def test_a_failed_probe_is_forgotten_when_it_opens_again() -> None:
     breaker = make(Clock())
     fail(breaker, FAILURES)
-    breaker.probed(good=False)
-    breaker.probed(good=True)
+    breaker.record_probe(good=False)
+    breaker.record_probe(good=True)
     fail(breaker)
-    breaker.probed(good=True)
+    breaker.record_probe(good=True)
 
     assert breaker.state.value == "open"
 
@@ -286,15 +286,26 @@ def test_a_failed_probe_is_forgotten_when_it_opens_again() -> None:
 def test_probes_never_close_it_and_never_open_it() -> None:
     breaker = make(Clock())
     for _ in range(10):
-        breaker.probed(good=False)
+        breaker.record_probe(good=False)
     assert breaker.state.value == "closed"
     fail(breaker, FAILURES, unreachable=True)
     for _ in range(3):
-        breaker.probed(good=True)
+        breaker.record_probe(good=True)
 
     assert breaker.state.value == "half_open"
-    breaker.probed(good=False)
+    breaker.record_probe(good=False)
     assert breaker.state.value == "half_open"
+
+
+def test_reading_a_breaker_never_changes_it() -> None:
+    clock = Clock()
+    changes: list[tuple[State, State]] = []
+    breaker = make(clock, changes=changes)
+    fail(breaker, FAILURES)
+    clock.forward(OPEN)
+
+    assert (breaker.state, breaker.admits, breaker.retry_in) == (State.HALF_OPEN, True, 0.0)
+    assert changes == [(State.CLOSED, State.OPEN)]
 
 
 def test_every_change_is_told_once_and_in_order() -> None:
@@ -304,7 +315,7 @@ def test_every_change_is_told_once_and_in_order() -> None:
     fail(breaker, FAILURES)
     clock.forward(OPEN)
     assert [breaker.state for _ in range(3)] == [State.HALF_OPEN] * 3
-    breaker.succeed(admitted(breaker))
+    breaker.record_success(admitted(breaker))
 
     assert changes == [
         (State.CLOSED, State.OPEN),
@@ -339,9 +350,9 @@ class BreakerRules(RuleBasedStateMachine):
         self.draw = draw
         self.breaker = make(self.clock, draw, self.changes)
 
-    def look(self) -> None:
-        if self.state is State.OPEN and self.clock() >= self.until:
-            self.turn(State.HALF_OPEN)
+    @property
+    def shown(self) -> State:
+        return State.HALF_OPEN if self.state is State.OPEN and self.clock() >= self.until else self.state
 
     def turn(self, state: State) -> None:
         self.state, self.trial = state, None
@@ -357,12 +368,13 @@ class BreakerRules(RuleBasedStateMachine):
 
     @rule()
     def admit(self) -> None:
-        self.look()
-        allowed = self.state is State.CLOSED or (self.state is State.HALF_OPEN and self.trial is None)
+        allowed = self.state is State.CLOSED or (self.shown is State.HALF_OPEN and self.trial is None)
         assert self.breaker.admits == allowed
         ticket = self.breaker.admit()
         assert (ticket is not None) == allowed
         if ticket is not None:
+            if self.state is State.OPEN:
+                self.turn(State.HALF_OPEN)
             self.out.append((ticket, self.era))
             if self.state is State.HALF_OPEN:
                 self.trial = ticket
@@ -376,9 +388,8 @@ class BreakerRules(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(data=st.data(), unreachable=st.booleans())
     def fail(self, data: st.DataObject, unreachable: bool) -> None:  # noqa: FBT001
-        self.look()
         ticket, counts = self.took(data)
-        self.breaker.fail(ticket, unreachable=unreachable)
+        self.breaker.record_failure(ticket, unreachable=unreachable)
         if not counts:
             return
         self.row += 1
@@ -392,9 +403,8 @@ class BreakerRules(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def succeed(self, data: st.DataObject) -> None:
-        self.look()
         ticket, counts = self.took(data)
-        self.breaker.succeed(ticket)
+        self.breaker.record_success(ticket)
         if counts:
             if ticket is self.trial:
                 self.turn(State.CLOSED)
@@ -403,9 +413,8 @@ class BreakerRules(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def first_content(self, data: st.DataObject) -> None:
-        self.look()
         ticket, counts = self.took(data)
-        self.breaker.answered(ticket)
+        self.breaker.record_first_content(ticket)
         if counts and ticket is self.trial:
             self.turn(State.CLOSED)
         self.out.append((ticket, self.era if counts else -1))
@@ -413,17 +422,15 @@ class BreakerRules(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.look()
         ticket, counts = self.took(data)
-        self.breaker.release(ticket)
+        self.breaker.cancel(ticket)
         if counts and ticket is self.trial:
             self.trial = None
 
     @rule(good=st.booleans())
     def probe(self, good: bool) -> None:  # noqa: FBT001
-        self.look()
-        self.breaker.probed(good=good)
-        if self.state is State.OPEN:
+        self.breaker.record_probe(good=good)
+        if self.shown is State.OPEN:
             if not good:
                 self.probe_may_end = True
             elif self.probe_may_end:
@@ -437,10 +444,9 @@ class BreakerRules(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "breaker"):
             return
-        self.look()
-        assert self.breaker.state is self.state
+        assert self.breaker.state is self.shown
         assert self.breaker.consecutive_failures == self.row
-        expected = {State.CLOSED: None, State.HALF_OPEN: 0.0, State.OPEN: self.until - self.clock()}[self.state]
+        expected = {State.CLOSED: None, State.HALF_OPEN: 0.0, State.OPEN: self.until - self.clock()}[self.shown]
         assert self.breaker.retry_in == expected
         assert len(self.changes) == self.era
         assert all(old is not new for old, new in self.changes)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy.deadline import READ_TIMEOUT_MARGIN_MAX, Deadline, seconds
+from gateway.headers import seconds
+from gateway.policy.deadline import READ_TIMEOUT_MARGIN_MAX, Deadline
 from tests.unit.gateway.fakes import Clock
 
 

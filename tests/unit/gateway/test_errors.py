@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gateway import errors
+from gateway.dialects.openai.errors import envelope
 from gateway.errors import BackendError, ErrorAnswer, GatewayError, Verdict
 
 _LINE = re.compile(r"^    (?P<stem>[|` -]*)(?P<name>[A-Z]\w+)\s*(?P<rest>.*)$")
@@ -104,7 +105,7 @@ def test_every_code_is_one_of_the_contract_and_every_one_is_used() -> None:
 )
 def test_an_error_has_the_status_and_the_code_of_the_contract(kind: type[GatewayError], status: int, code: str) -> None:
     error = kind("words")
-    body = error.envelope()["error"]
+    body = envelope(error)
 
     assert (error.status, error.code) == (status, code)
     assert set(body) == {"message", "type", "param", "code"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.record import Attempt, Record
+from gateway.record import AttemptRecord, Record
 from gateway.telemetry.logs import OTHERS_PER_SECOND, OWN_PER_SECOND, JsonFormatter, RateLimit, RequestLog, setup_logs
 
 
@@ -131,7 +131,9 @@ def test_the_first_line_afterwards_tells_how_many_were_lost() -> None:
 
 
 def request(**fields: Any) -> Record:
-    record = Record("POST", "/v1/chat/completions", trace_id=0xAB, span_id=0xCD, request_id="r-1", started=10.0)
+    record = Record(
+        "POST", "/v1/chat/completions", trace_id=0xAB, span_id=0xCD, request_id="r-1", started=10.0, started_ns=0
+    )
     record.started_ns = 1_700_000_000_500_000_000
     record.ended, record.status = 10.25, 200
     for field, value in fields.items():
@@ -150,7 +152,7 @@ def written(record: Record, *, as_json: bool, level: str = "INFO") -> str:
 
 def test_a_request_is_one_json_line() -> None:
     record = request(model="m", route="*")
-    attempt = Attempt(1, "a-1", 7, 10.0)
+    attempt = AttemptRecord(1, "a-1", 7, 10.0)
     attempt.ended, attempt.outcome, attempt.status, attempt.decision = 10.2, "status_500", 500, "retry"
     record.attempts.append(attempt)
     text = written(record, as_json=True)

@@ -26,8 +26,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, SamplingResult, TraceIdRatioBased
 
 from gateway import __version__
-from gateway.dialects.requests import parse
-from gateway.record import Attempt, Record
+from gateway.dialects.captured_text import output_messages
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.record import AttemptRecord, Record
 from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
@@ -103,12 +104,22 @@ def test_attributes_of_every_length_are_encoded_as_the_sdk_encodes_them(name: st
 
 def a_record(number: int) -> Record:
     """The record of a request with much to tell."""
-    record = Record("POST", "/v1/chat/completions", trace_id=number + 1, span_id=7, request_id="r", started=monotonic())
+    record = Record(
+        "POST",
+        "/v1/chat/completions",
+        trace_id=number + 1,
+        span_id=7,
+        request_id="r",
+        started=monotonic(),
+        started_ns=1_700_000_000_000_000_000,
+    )
     record.parent_id = 5 if number % 2 else None
     body = {"model": "größe", "messages": [{"role": "user"}], "temperature": 0.5, "max_tokens": 3, "n": 2}
-    record.asked(parse(record.path or "", json.dumps(body).encode()), model="größe", route="*", keep_text=True)
+    prompt = OpenAIChat().read_request(record.path or "", json.dumps(body).encode())
+    prompt.describe_in(record, model="größe", route="*")
+    record.input_text = prompt.dialect.prompt_messages(prompt.body)
     for attempt_number in (1, 2):
-        attempt = Attempt(attempt_number, "backend-1", attempt_number, monotonic())
+        attempt = AttemptRecord(attempt_number, "backend-1", attempt_number, monotonic())
         attempt.url, attempt.host, attempt.port = "http://127.0.0.1:8001/v1/chat/completions", "127.0.0.1", 8001
         attempt.ended = monotonic()
         record.attempts.append(attempt)
@@ -120,9 +131,8 @@ def a_record(number: int) -> Record:
     record.first_token = record.ended = monotonic()
     record.queued = 0.5
     record.status, record.outcome, record.error_message = 503, "backend_error", "schlecht: ß"
-    record.answered(
-        response_id="x", model="m", finish_reasons=["stop"], input_tokens=0, output_tokens=7, texts=["Antwort"]
-    )
+    record.describe_answer(response_id="x", model="m", finish_reasons=["stop"], input_tokens=0, output_tokens=7)
+    record.output_text = output_messages(["Antwort"], record.finish_reasons)
     return record
 
 
@@ -149,7 +159,7 @@ def test_captured_texts_close_a_batch_early_and_beyond_a_limit_are_left_out() ->
     records = [a_record(number) for number in range(1000)]
     for record in records:
         record.input_text, record.output_text = "\U0001f600" * 16_384, None
-        tracer.take(record)
+        tracer.export(record)
     tracer.start()
     tracer.stop()
 
@@ -171,7 +181,7 @@ def test_batches_that_large_texts_close_early_follow_each_other() -> None:
     for number in range(200):
         record = a_record(number)
         record.input_text = "x" * 16_384
-        tracer.take(record)
+        tracer.export(record)
     tracer._export_waiting()
 
     assert len(exports) > 1
@@ -199,12 +209,12 @@ def test_what_arrives_during_an_export_waits_for_the_next_one() -> None:
         def send(self, body: bytes) -> bool:
             (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
             exports.append(sum(span.kind == SERVER for span in resource.scope_spans[0].spans))
-            tracer.take(a_record(1))
+            tracer.export(a_record(1))
             return len(exports) < 10
 
     tracer = Tracer(Exporter(endpoint="http://127.0.0.1:9/v1/traces"))
     for number in range(BATCH + 2 * CHUNK):
-        tracer.take(a_record(number))
+        tracer.export(a_record(number))
     tracer._export_waiting()
 
     assert sum(exports) >= BATCH
@@ -362,7 +372,7 @@ def test_spans_go_out_by_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
         tracer = Tracer(exporter_for(load(app_mode="prod"), load_otel()))
         tracer.start()
-        tracer.take(a_record(1))
+        tracer.export(a_record(1))
         tracer.stop()
 
     (request,) = collector.requests

@@ -3,19 +3,21 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend.client import classify
 from gateway.errors import ConnectTimeout, GatewayOverloaded, InvalidRequest
-from gateway.record import Attempt, Record
+from gateway.record import AttemptRecord, Record
+from tests.unit.gateway.fakes import error_answer
 
 METRIC = re.compile(r'^(?P<name>[\w-]+)(?:;desc="(?P<desc>[^"\\]*)")?;dur=(?P<dur>\d+\.\d)$')
 
 
 def record() -> Record:
-    return Record("POST", "/v1/chat/completions", trace_id=1, span_id=2, request_id="r", started=10.0)
+    return Record("POST", "/v1/chat/completions", trace_id=1, span_id=2, request_id="r", started=10.0, started_ns=0)
 
 
-def attempt(of: Record, started: float, ended: float | None, outcome: str | None, *, backoff: float = 0.0) -> Attempt:
-    each = Attempt(len(of.attempts) + 1, "a-1", 7, started)
+def attempt(
+    of: Record, started: float, ended: float | None, outcome: str | None, *, backoff: float = 0.0
+) -> AttemptRecord:
+    each = AttemptRecord(len(of.attempts) + 1, "a-1", 7, started)
     each.ended, each.outcome, each.backoff = ended, outcome, backoff
     of.attempts.append(each)
     return each
@@ -89,21 +91,21 @@ def test_the_backend_is_the_one_that_answered_last_if_only_with_an_error() -> No
 
 def test_a_failure_is_a_word_of_a_bounded_set() -> None:
     of = record()
-    of.failed(InvalidRequest("n is wrong", param="n"), 400)
+    of.end_with(InvalidRequest("n is wrong", param="n"))
     assert (of.status, of.outcome, of.error_message, of.shed) == (400, "invalid_request", "n is wrong", None)
 
     of = record()
-    of.failed(classify(500, b"{}", {}), 500)
+    of.end_with(error_answer(500, b"{}", {}))
     assert of.outcome == "backend_error"
 
     of = record()
-    of.failed(GatewayOverloaded("full", reason="queue_full"), 503)
+    of.end_with(GatewayOverloaded("full", reason="queue_full"))
     assert (of.outcome, of.shed) == ("gateway_overloaded", "queue_full")
 
 
 def test_a_status_that_went_out_stays() -> None:
     of = record()
     of.status = 200
-    of.failed(ConnectTimeout("late"), 504)
+    of.end_with(ConnectTimeout("late"))
 
     assert (of.status, of.outcome) == (200, "backend_timeout")

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend.client import classify
 from gateway.errors import (
     AnswerTooLarge,
     AuthRefused,
@@ -22,8 +21,8 @@ from gateway.errors import (
     Stalled,
     Unreachable,
 )
-from gateway.policy.pool import Replica
-from tests.unit.gateway.fakes import trip
+from gateway.policy.replica import Replica
+from tests.unit.gateway.fakes import error_answer, trip
 from tests.unit.gateway.scripted import Outcome, forward
 
 INITIAL, MOST = 0.1, 2.0
@@ -33,7 +32,7 @@ NOW = 0.001
 
 
 def answered(status: int, body: bytes = b"{}", headers: Mapping[str, str] | None = None) -> BackendError:
-    return classify(status, body, headers or {})
+    return error_answer(status, body, headers or {})
 
 
 def busy(seconds: float, status: int = 503) -> BackendError:
@@ -71,11 +70,8 @@ def name_of(failure: object) -> str:
 
 @pytest.mark.parametrize("failure", CONNECTION, ids=name_of)
 def test_a_connection_failure_goes_to_another_replica_at_once_and_free(failure: BackendError) -> None:
-    for first in ("a-1", "a-2"):
-        other = {"a-1": "a-2", "a-2": "a-1"}[first]
-        told = forward({first: [failure], other: OK})
-        if told.calls == [other]:  # the draw fell on the good one
-            continue
+    for first, other in (("a-1", "a-2"), ("a-2", "a-1")):
+        told = forward({first: [failure], other: OK}, first=first)
         assert told.error is None
         assert told.calls == [first, other]
         assert told.at[1] < NOW
@@ -203,29 +199,31 @@ def test_a_retry_after_that_does_not_fit_the_deadline_goes_to_the_next_target_at
 def test_a_replica_that_asked_for_a_pause_gets_it_whatever_another_one_asked_for() -> None:
     script: dict[str, list[Outcome]] = {"a-1": [busy(5), busy(1), None], "a-2": [busy(5), busy(1), None]}
     script["a-2"] = [busy(1), None]
-    for _ in range(20):
-        told = forward(script, gateway_max_attempts=4)
+    for seed in range(10):
+        told = forward(script, first="a-1", seed=seed, gateway_max_attempts=4)
         assert told.error is None
-        for index, name in enumerate(told.calls):
-            if name == "a-1" and "a-1" in told.calls[:index]:
-                assert told.at[index] >= told.at[told.calls.index("a-1")] + 5
-        if told.calls[0] == "a-1":
-            assert told.calls == ["a-1", "a-2", "a-2"]
-            assert 1 <= told.at[2] < 1 + NOW
+        assert told.calls == ["a-1", "a-2", "a-2"]
+        assert 1 <= told.at[2] < 1 + NOW
+
+        told = forward(script, first="a-2", seed=seed, gateway_max_attempts=4)
+        assert told.error is None
+        assert told.calls == ["a-2", "a-1", "a-2"]
+        assert 5 <= told.at[2] < 5 + NOW
 
 
 def test_a_pause_asked_for_holds_while_another_replica_backs_off() -> None:
-    for _ in range(20):
-        told = forward({"a-1": [busy(9), None], "a-2": [answered(500), answered(500), None]})
-        if told.calls[0] == "a-1":
-            assert told.calls == ["a-1", "a-2", "a-2"]
+    for seed in range(10):
+        told = forward({"a-1": [busy(9), None], "a-2": [answered(500), answered(500), None]}, first="a-1", seed=seed)
+        assert told.calls == ["a-1", "a-2", "a-2"]
 
 
 @pytest.mark.parametrize("failure", BACKED_OFF, ids=name_of)
 def test_the_rest_is_repeated_after_a_sleep_from_the_budget(failure: BackendError) -> None:
     sleeps = []
-    for _ in range(20):
-        told = forward({"a-1": [failure, failure, None]}, gateway_backoff_initial=INITIAL, gateway_backoff_max=MOST)
+    for seed in range(20):
+        told = forward(
+            {"a-1": [failure, failure, None]}, seed=seed, gateway_backoff_initial=INITIAL, gateway_backoff_max=MOST
+        )
         assert told.error is None
         assert told.calls == ["a-1"] * 3
         assert told.replicas["a-1"].budget.left() == 8
@@ -238,8 +236,8 @@ def test_the_rest_is_repeated_after_a_sleep_from_the_budget(failure: BackendErro
 
 @pytest.mark.parametrize("failure", BACKED_OFF, ids=name_of)
 def test_after_the_sleep_another_replica_is_preferred(failure: BackendError) -> None:
-    for _ in range(5):
-        told = forward({"a-1": [failure], "a-2": [failure], "a-3": [failure]})
+    for seed in range(5):
+        told = forward({"a-1": [failure], "a-2": [failure], "a-3": [failure]}, seed=seed)
         assert sorted(told.calls) == ["a-1", "a-2", "a-3"]
         assert all(attempt.backoff > 0 for attempt in told.record.attempts[1:])
 
@@ -283,18 +281,26 @@ def test_after_a_silent_one_the_next_target_is_asked_at_once() -> None:
 
 
 def test_a_replica_that_only_failed_before_is_another_one_for_a_silent_one() -> None:
-    for _ in range(20):
-        told = forward({"a-1": [answered(500), None], "a-2": [silent()]})
-        assert told.error is None
-        assert told.calls in (["a-1", "a-2", "a-1"], ["a-2", "a-1", "a-1"])
-        if told.calls[1] == "a-2":
-            assert told.at[2] - told.at[1] < NOW
+    script: dict[str, list[Outcome]] = {"a-1": [answered(500), None], "a-2": [silent()]}
+    told = forward(script, first="a-1")
+    assert told.error is None
+    assert told.calls == ["a-1", "a-2", "a-1"]
+    assert told.at[2] - told.at[1] < NOW
+
+    told = forward(script, first="a-2")
+    assert told.error is None
+    assert told.calls == ["a-2", "a-1", "a-1"]
 
 
 def test_a_silent_one_does_not_come_back_after_a_sleep() -> None:
-    for _ in range(20):
-        told = forward({"a-1": [silent()], "a-2": [answered(500)]}, gateway_max_attempts=6, gateway_breaker_failures=9)
-        assert told.calls.count("a-1") <= 1
+    for first in ("a-1", "a-2"):
+        told = forward(
+            {"a-1": [silent()], "a-2": [answered(500)]},
+            first=first,
+            gateway_max_attempts=6,
+            gateway_breaker_failures=9,
+        )
+        assert told.calls.count("a-1") == 1
 
 
 def test_the_attempt_after_a_silent_one_comes_from_the_budget() -> None:
@@ -388,16 +394,18 @@ def test_a_spent_budget_goes_to_the_next_target_without_a_sleep() -> None:
 
 
 def test_a_replica_whose_budget_is_spent_does_not_keep_the_retry_from_one_that_has_some() -> None:
-    for _ in range(20):
-        told = forward({"a-1": [answered(500), None], "a-2": [answered(500), None]}, prepare=spent("a-2"))
+    script: dict[str, list[Outcome]] = {"a-1": [answered(500), None], "a-2": [answered(500), None]}
+    for first, calls in (("a-1", ["a-1", "a-1"]), ("a-2", ["a-2", "a-1", "a-1"])):
+        told = forward(script, first=first, prepare=spent("a-2"))
         assert told.error is None
-        assert told.calls in (["a-1", "a-1"], ["a-2", "a-1", "a-1"])
+        assert told.calls == calls
 
 
 def test_with_three_replicas_the_one_with_a_budget_is_found() -> None:
-    for _ in range(20):
+    for seed in range(20):
         told = forward(
             {name: [busy(5), None] for name in ("a-1", "a-2", "a-3")},
+            seed=seed,
             prepare=spent("a-1", "a-2"),
             gateway_max_attempts=2,
         )

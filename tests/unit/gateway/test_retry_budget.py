@@ -20,7 +20,7 @@ def test_a_quiet_replica_may_receive_the_floor() -> None:
 def test_a_busy_replica_may_receive_its_share() -> None:
     of = budget(Clock())
     for _ in range(1000):
-        of.first()
+        of.count_first()
 
     assert of.left() == 200
     assert taken(of) == 200
@@ -30,7 +30,7 @@ def test_a_busy_replica_may_receive_its_share() -> None:
 def test_share_and_floor_are_not_added() -> None:
     of = budget(Clock(), ratio=0.5, floor=3)
     for _ in range(10):
-        of.first()
+        of.count_first()
 
     assert taken(of) == 5
 
@@ -38,7 +38,7 @@ def test_share_and_floor_are_not_added() -> None:
 def test_ratio_0_allows_no_retry_whatever_the_floor() -> None:
     of = budget(Clock(), ratio=0, floor=100)
     for _ in range(100):
-        of.first()
+        of.count_first()
 
     assert not of.allows_any
     assert of.left() == 0
@@ -78,7 +78,7 @@ def test_first_attempts_expire_with_the_window() -> None:
     clock = Clock()
     of = budget(clock, floor=0)
     for _ in range(100):
-        of.first()
+        of.count_first()
     clock.forward(WINDOW / 2)
     assert of.left() == 20
     clock.forward(WINDOW / 2)
@@ -90,10 +90,10 @@ def test_a_pause_of_an_hour_empties_the_window_once() -> None:
     clock = Clock()
     of = budget(clock, floor=0)
     for _ in range(100):
-        of.first()
+        of.count_first()
     clock.forward(3600)
     for _ in range(5):
-        of.first()
+        of.count_first()
 
     assert of.left() == 1
 
@@ -119,7 +119,7 @@ def test_whenever_a_retry_is_sent_the_last_ten_seconds_keep_the_promise(
         clock.forward(pause)
         if kind != "retry":
             for _ in range(1 if kind == "first" else 25):
-                of.first()
+                of.count_first()
                 firsts.append(clock())
             continue
         before = of.left()
@@ -143,7 +143,7 @@ def test_in_a_total_outage_a_replica_gets_at_most_a_fifth_more(rate: float, star
     requests = int(rate * 30)
     attempts = 0
     for _ in range(requests):
-        of.first()
+        of.count_first()
         attempts += 1 + of.take() + of.take()
         clock.forward(1 / rate)
 
@@ -155,7 +155,7 @@ def test_at_a_steady_rate_the_whole_share_is_used() -> None:
     of = budget(clock, ratio=0.2, floor=0)
     retries = 0
     for _ in range(3000):
-        of.first()
+        of.count_first()
         retries += of.take()
         clock.forward(0.01)
 

@@ -4,7 +4,6 @@ import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 from tests.unit.gateway.fakes import Clock
 
@@ -36,13 +35,9 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def run(story: Callable[[Clock], Coroutine[Any, Any, T]]) -> T:
-    """Run `story` in virtual time; what it is handed is the clock of the loop, the watch and the relay."""
+    """Run `story` in virtual time; what it is handed is the clock of the loop."""
     clock = Clock()
-    with (
-        patch("gateway.forwarding.phase_timer.monotonic", clock),
-        patch("gateway.forwarding.stream_relay.monotonic", clock),
-        asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner,
-    ):
+    with asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner:
         return runner.run(story(clock))
 
 

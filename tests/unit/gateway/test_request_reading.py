@@ -7,13 +7,22 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.requests import PATHS, Prompt, parse, with_model
+from gateway.dialects.dialect import Prompt
+from gateway.dialects.model_field import with_model
+from gateway.dialects.table import BY_PATH
 from gateway.errors import InvalidJson, InvalidRequest
 from gateway.record import Record
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
+
+
+PATHS = tuple(BY_PATH)
+
+
+def parse(path: str, body: bytes) -> Prompt:
+    return BY_PATH[path].read_request(path, body)
 
 
 def chat(more: bytes = b"") -> Prompt:
@@ -278,8 +287,8 @@ def test_half_a_surrogate_pair_in_an_escape_is_json(path: str) -> None:
 @pytest.mark.parametrize(("written", "told"), [("10", 10), ("10.0", 10), ("10.5", None), ("1e2", 100)])
 def test_a_number_of_tokens_may_be_written_as_a_float(written: str, told: int | None) -> None:
     prompt = parse("/v1/completions", b'{"prompt": "p", "max_tokens": %s}' % written.encode())
-    record = Record("POST", "/v1/completions", trace_id=1, span_id=1, request_id="r", started=0.0)
-    record.asked(prompt, model="m", route="*", keep_text=False)
+    record = Record("POST", "/v1/completions", trace_id=1, span_id=1, request_id="r", started=0.0, started_ns=0)
+    prompt.describe_in(record, model="m", route="*")
 
     assert record.max_tokens == told
 

@@ -1,8 +1,8 @@
 """What is kept of prompts and answers where `GATEWAY_CAPTURE_CONTENT` is on.
 
 In the form of OpenTelemetry's GenAI conventions (`gen_ai.input.messages`, `gen_ai.output.messages`): a JSON list of
-`{"role", "parts": [{"type": "text", "content"}]}`, an answer's with its `finish_reason`. What is no text is told by its
-type alone.
+`{"role", "parts": [{"type": "text", "content"}]}`, for answers with `finish_reason`. Of parts that are not text only
+the type is kept.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -33,18 +33,16 @@ class _Room:
         return {"type": "text", "content": kept}
 
 
-def prompt_messages(body: bytes) -> str:
-    """The messages of a checked request: of a chat, a completion's prompts, an embedding's or a response's input."""
-    fields = _fields(body)
-    source = fields.get("messages") or fields.get("prompt") or fields.get("input") or []
+def input_messages(source: object) -> str:
+    """Return the messages of a prompt: a list of messages or texts, or one text."""
     messages = source if isinstance(source, list) and any(isinstance(item, dict | str) for item in source) else [source]
     room = _Room()
     kept = [_message(item, room) for item in messages[:MAX_MESSAGES] if room.left > 0]
     return msgspec.json.encode(kept).decode()
 
 
-def answer_messages(texts: "Iterable[str]", finish_reasons: "Sequence[str] | None") -> str:
-    """The choices of an answer."""
+def output_messages(texts: "Iterable[str]", finish_reasons: "Sequence[str] | None") -> str:
+    """Return the choices of an answer."""
     room = _Room()
     reasons = list(finish_reasons or ())
     kept = []
@@ -58,30 +56,18 @@ def answer_messages(texts: "Iterable[str]", finish_reasons: "Sequence[str] | Non
     return msgspec.json.encode(kept).decode()
 
 
-def answer_texts(body: bytes) -> list[str]:
-    """The texts of an unstreamed answer, one for each choice; a response's as one."""
-    fields = _fields(body)
-    texts = []
-    for choice in _dicts(fields.get("choices")):
-        message = choice.get("message")
-        text = message.get("content") if isinstance(message, dict) else choice.get("text")
-        texts.append(text if isinstance(text, str) else "")
-    said = [
-        part["text"]
-        for item in _dicts(fields.get("output"))
-        for part in _dicts(item.get("content"))
-        if isinstance(part.get("text"), str)
-    ]
-    return texts or ["".join(said)] * bool(said)
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    """Empty for what a full decoding does not take, such as an integer of a thousand digits that nobody reads."""
+def fields_of(body: bytes) -> dict[str, Any]:
+    """Return a JSON object; empty for what a full decoding rejects, such as an integer of a thousand digits."""
     try:
         document = decode(body)
     except NO_JSON:
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def objects_in(value: object) -> list[dict[str, Any]]:
+    """Return the objects in a list; none for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _message(item: object, room: _Room) -> dict[str, Any]:
@@ -107,7 +93,3 @@ def _parts(content: object, room: _Room) -> list[dict[str, str]]:
             kind = item.get("type")
             parts.append({"type": kind[:MAX_WORD] if isinstance(kind, str) else "unknown"})
     return parts
-
-
-def _dicts(value: object) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

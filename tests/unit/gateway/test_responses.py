@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from gateway.backend.client import classify
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.dialects.openai.responses import OpenAIResponses, ResponseState
 from gateway.errors import (
     BackendUnavailable,
     ConnectionFailed,
@@ -13,46 +14,48 @@ from gateway.errors import (
     InvalidRequest,
     Silent,
 )
-from gateway.record import Attempt, Record
-from gateway.server.responses import error_answer, error_event, explaining, when_to_come_again
+from gateway.record import AttemptRecord, Record
+from gateway.server.responses import error_response, explaining, retry_headers
+from tests.unit.gateway.fakes import error_answer
 
+CHAT = OpenAIChat()
 ERROR = b'{"error":{"message":"m","type":"t","param":null,"code":"c"}}'
 
 
 def record(attempts: int = 0, *, status: int | None = 500) -> Record:
-    of = Record("POST", "/v1/chat/completions", trace_id=0xABC, span_id=1, request_id="r-1", started=10.0)
+    of = Record("POST", "/v1/chat/completions", trace_id=0xABC, span_id=1, request_id="r-1", started=10.0, started_ns=0)
     for number in range(1, attempts + 1):
-        attempt = Attempt(number, f"a-{number}", number, 10.0)
+        attempt = AttemptRecord(number, f"a-{number}", number, 10.0)
         attempt.ended, attempt.outcome, attempt.status = 10.25, "status_500", status
         of.attempts.append(attempt)
     return of
 
 
 def answer(status: int, **headers: str) -> GatewayError:
-    return classify(status, ERROR, {"content-type": "application/json", **headers})
+    return error_answer(status, ERROR, {"content-type": "application/json", **headers})
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 501, 529])
 def test_what_sdks_would_send_again_says_not_to_after_an_attempt(status: int) -> None:
-    assert when_to_come_again(answer(status), status, attempts=1) == {"x-should-retry": "false"}
+    assert retry_headers(answer(status), attempts=1) == {"x-should-retry": "false"}
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_what_nobody_sends_again_says_nothing(status: int) -> None:
-    assert when_to_come_again(answer(status), status, attempts=1) == {}
+    assert retry_headers(answer(status), attempts=1) == {}
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 @pytest.mark.parametrize("header", [{"retry-after": "30"}, {"retry-after-ms": "1500"}, {"retry-after": "0"}])
 def test_a_retry_after_that_we_did_not_wait_for_is_passed_on_alone(status: int, header: dict[str, str]) -> None:
-    headers = error_answer(answer(status, **header), record(1), 11.0).headers
+    headers = error_response(answer(status, **header), CHAT, record(1), 11.0).headers
 
     assert {name: headers[name] for name in header} == header
     assert "x-should-retry" not in headers
 
 
 def test_garbage_in_retry_after_does_not_invite_anybody() -> None:
-    headers = error_answer(answer(503, **{"retry-after": "soon"}), record(1), 11.0).headers
+    headers = error_response(answer(503, **{"retry-after": "soon"}), CHAT, record(1), 11.0).headers
 
     assert headers["x-should-retry"] == "false"
 
@@ -66,28 +69,28 @@ def test_garbage_in_retry_after_does_not_invite_anybody() -> None:
         (BackendUnavailable("m", retry_after=0.2), "1"),
         (GatewayOverloaded("m", reason="queue_full"), "1"),
         (GatewayOverloaded("m", reason="queue_timeout", retry_after=2.0), "2"),
-        (GatewayDraining("m", retry_after=1.0), "1"),
+        (GatewayDraining("m"), "1"),
     ],
 )
 def test_a_refusal_says_in_whole_seconds_when_to_come_again(error: GatewayError, seconds: str) -> None:
-    assert when_to_come_again(error, 503, attempts=0) == {"retry-after": seconds}
+    assert retry_headers(error, attempts=0) == {"retry-after": seconds}
 
 
 def test_draining_says_so_after_an_attempt_too() -> None:
-    assert when_to_come_again(GatewayDraining("m"), 503, attempts=2) == {"retry-after": "1"}
+    assert retry_headers(GatewayDraining("m"), attempts=2) == {"retry-after": "1"}
 
 
 def test_full_memory_after_an_attempt_is_final() -> None:
-    assert when_to_come_again(GatewayOverloaded("m", reason="memory"), 503, attempts=1) == {"x-should-retry": "false"}
+    assert retry_headers(GatewayOverloaded("m", reason="memory"), attempts=1) == {"x-should-retry": "false"}
 
 
 def test_a_deadline_is_final_after_an_attempt_and_silent_before() -> None:
-    assert when_to_come_again(DeadlineExceeded("m"), 504, attempts=1) == {"x-should-retry": "false"}
-    assert when_to_come_again(DeadlineExceeded("m"), 504, attempts=0) == {}
+    assert retry_headers(DeadlineExceeded("m"), attempts=1) == {"x-should-retry": "false"}
+    assert retry_headers(DeadlineExceeded("m"), attempts=0) == {}
 
 
 def test_an_error_answer_of_a_backend_goes_on_as_it_came() -> None:
-    response = error_answer(answer(422, **{"x-ratelimit-limit-requests": "9"}), record(1, status=422), 11.0)
+    response = error_response(answer(422, **{"x-ratelimit-limit-requests": "9"}), CHAT, record(1, status=422), 11.0)
 
     assert response.status == 422
     assert response.body == ERROR
@@ -97,7 +100,7 @@ def test_an_error_answer_of_a_backend_goes_on_as_it_came() -> None:
 
 
 def test_one_that_is_no_json_is_wrapped_with_its_status() -> None:
-    response = error_answer(classify(502, b"<html>", {"content-type": "text/html"}), record(1), 11.0)
+    response = error_response(error_answer(502, b"<html>", {"content-type": "text/html"}), CHAT, record(1), 11.0)
 
     assert response.status == 502
     assert response.headers["content-type"] == "application/json"
@@ -106,7 +109,7 @@ def test_one_that_is_no_json_is_wrapped_with_its_status() -> None:
 
 
 def test_every_error_explains_itself() -> None:
-    headers = error_answer(Silent("late", timer="answer"), record(2, status=None), 11.0).headers
+    headers = error_response(Silent("late", timer="answer"), CHAT, record(2, status=None), 11.0).headers
 
     assert headers["x-request-id"] == "r-1"
     assert headers["x-trace-id"] == f"{0xABC:032x}"
@@ -122,16 +125,18 @@ def test_the_backend_is_named_only_when_it_answered() -> None:
 
 
 def test_an_error_event_is_the_envelope() -> None:
-    event = error_event(ConnectionFailed("gone"), None)
+    event = CHAT.error_event(ConnectionFailed("gone"), None)
 
     assert event.startswith(b"data: ")
     assert event.endswith(b"\n\n")
     assert event.count(b"\n") == 2
-    assert json.loads(event[6:]) == ConnectionFailed("gone").envelope()
+    assert json.loads(event[6:]) == json.loads(CHAT.error_body(ConnectionFailed("gone")))
 
 
 def test_an_error_event_of_a_response_is_typed_and_numbered() -> None:
-    event = error_event(Silent("late\nline", timer="answer"), 7)
+    state = ResponseState()
+    state.sequence_number = 7
+    event = OpenAIResponses().error_event(Silent("late\nline", timer="answer"), state)
     first, second, *rest = event.split(b"\n")
 
     assert first == b"event: error"
@@ -147,7 +152,7 @@ def test_an_error_event_of_a_response_is_typed_and_numbered() -> None:
 
 
 def test_a_caller_error_has_neither_header() -> None:
-    headers = error_answer(InvalidRequest("m", param="n"), record(0), 11.0).headers
+    headers = error_response(InvalidRequest("m", param="n"), CHAT, record(0), 11.0).headers
 
     assert "x-should-retry" not in headers
     assert "retry-after" not in headers

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.stream_state import ChoicesProgress, ResponsesProgress
+from gateway.dialects.openai.choices import ChoicesState
+from gateway.dialects.openai.responses import ResponseState
 from gateway.errors import (
     AnswerTooLarge,
     BackendError,
@@ -20,9 +21,9 @@ from gateway.errors import (
     Silent,
     Stalled,
 )
-from gateway.forwarding.phase_timer import Watch
-from gateway.forwarding.stream_relay import LINGER, Relay
-from gateway.policy.admission import Memory
+from gateway.forwarding.phase_timer import PhaseTimer
+from gateway.forwarding.stream_relay import LINGER, StreamRelay
+from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run
 
@@ -100,10 +101,11 @@ def relay(
 
     async def story(clock: Clock) -> Told:
         told, began = Told(), clock()
-        progress = ResponsesProgress() if responses else ChoicesProgress(choices)
-        watch = Watch(clock() + DEADLINE)
-        share = Memory(memory).share()
-        subject = Relay(cast("Exchange", FakeExchange(list(steps), end)), progress, watch, idle=IDLE, share=share)
+        state = ResponseState() if responses else ChoicesState(choices)
+        timer = PhaseTimer(clock, clock() + DEADLINE)
+        share = ByteBudget(memory).share()
+        exchange = cast("Exchange", FakeExchange(list(steps), end))
+        subject = StreamRelay(exchange, state, timer, idle=IDLE, share=share, clock=clock)
 
         async def write(events: bytes) -> None:
             assert events
@@ -111,11 +113,11 @@ def relay(
             await asyncio.sleep(reader)
 
         try:
-            with watch:
-                events = await subject.until_first_token(clock() + FIRST_TOKEN, FIRST_TOKEN, limit)
+            with timer:
+                events = await subject.until_first_content(clock() + FIRST_TOKEN, FIRST_TOKEN, limit)
                 if hold:
                     events += await subject.until_complete(limit)
-                watch.end_at(began + DEADLINE)
+                timer.end_at(began + DEADLINE)
                 await write(events)
                 if not hold:
                     await subject.pass_on(write)

@@ -3,7 +3,11 @@ from typing import Any
 
 import pytest
 
-from gateway.dialects.capture import MAX_MESSAGES, MAX_TEXT, answer_messages, answer_texts, prompt_messages
+from gateway.dialects.captured_text import MAX_MESSAGES, MAX_TEXT, output_messages
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.dialects.openai.responses import OpenAIResponses
+
+CHAT, RESPONSES = OpenAIChat(), OpenAIResponses()
 
 
 def text(content: str, role: str = "user") -> dict[str, Any]:
@@ -25,8 +29,10 @@ def text(content: str, role: str = "user") -> dict[str, Any]:
         ({"input": None}, [{"role": "user", "parts": []}]),
     ],
 )  # fmt: skip
-def test_a_prompt_is_told_in_the_conventions_form(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    assert json.loads(prompt_messages(json.dumps(body).encode())) == messages
+def test_a_prompt_has_the_form_of_the_conventions(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    assert json.loads(CHAT.prompt_messages(json.dumps(body).encode())) == messages
+    if "input" in body:
+        assert json.loads(RESPONSES.prompt_messages(json.dumps(body).encode())) == messages
 
 
 @pytest.mark.parametrize(
@@ -39,11 +45,12 @@ def test_a_prompt_is_told_in_the_conventions_form(body: dict[str, Any], messages
     ],
 )
 def test_the_texts_of_an_answer(body: dict[str, Any], texts: list[str]) -> None:
-    assert answer_texts(json.dumps(body).encode()) == texts
+    dialect = RESPONSES if "output" in body else CHAT
+    assert dialect.answer_texts(json.dumps(body).encode()) == texts
 
 
 def test_an_answer_is_told_with_its_finish_reasons() -> None:
-    told = json.loads(answer_messages(["a", "b"], ["stop"]))
+    told = json.loads(output_messages(["a", "b"], ["stop"]))
 
     assert told == [text("a", "assistant") | {"finish_reason": "stop"}, text("b", "assistant")]
 
@@ -52,13 +59,13 @@ def test_all_of_it_is_bounded() -> None:
     long = {"messages": [{"role": "r" * 9999, "content": "x" * 9999}] * 1000}
     many = {"messages": [{"role": "user", "content": ""}] * 1000}
 
-    assert len(prompt_messages(json.dumps(long).encode())) < MAX_TEXT + 1000
-    assert len(json.loads(prompt_messages(json.dumps(many).encode()))) == MAX_MESSAGES
-    assert len(answer_messages(["y" * 99_999] * 5, None)) < MAX_TEXT + 1000
+    assert len(CHAT.prompt_messages(json.dumps(long).encode())) < MAX_TEXT + 1000
+    assert len(json.loads(CHAT.prompt_messages(json.dumps(many).encode()))) == MAX_MESSAGES
+    assert len(output_messages(["y" * 99_999] * 5, None)) < MAX_TEXT + 1000
 
 
 def test_what_cannot_be_decoded_in_full_costs_the_capture_alone() -> None:
     body = b'{"prompt": "p", "odd": 1%s}' % (b"0" * 5000)
 
-    assert json.loads(prompt_messages(body)) in ([text("p")], [{"role": "user", "parts": []}])
-    assert answer_texts(body) == []
+    assert json.loads(CHAT.prompt_messages(body)) in ([text("p")], [{"role": "user", "parts": []}])
+    assert CHAT.answer_texts(body) == RESPONSES.answer_texts(body) == []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend.client import authorization, classify
+from gateway.backend.client import authorization
 from gateway.config import load_routing
 from gateway.errors import (
     AuthRefused,
@@ -18,10 +18,11 @@ from gateway.errors import (
     Unreachable,
 )
 from gateway.policy.breaker import Breaker
-from gateway.policy.pool import Lease, Pool, Probe, Replica
+from gateway.policy.pool import Pool
+from gateway.policy.replica import Lease, Probe, Replica
 from gateway.policy.retry_budget import RetryBudget
 from gateway.settings import load
-from tests.unit.gateway.fakes import Clock, ignore, pool, replica_config, target, trip
+from tests.unit.gateway.fakes import Chance, Clock, error_answer, ignore, pool, replica_config, target, trip
 
 
 def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Replica:
@@ -149,7 +150,7 @@ def test_only_the_first_end_of_an_attempt_counts() -> None:
 @pytest.mark.parametrize("status", [500, 502, 503, 504])
 def test_a_failing_server_counts(status: int) -> None:
     of = replica()
-    fail(of, classify(status, b"{}", {}))
+    fail(of, error_answer(status, b"{}", {}))
 
     assert of.breaker.consecutive_failures == 1
     assert of.status == "degraded"
@@ -160,14 +161,14 @@ def test_a_wrong_request_is_a_well_backend(status: int) -> None:
     clock = Clock(70.0)
     of = replica(clock=clock)
     fail(of, InvalidResponse("cut"))
-    fail(of, classify(status, b"{}", {}))
+    fail(of, error_answer(status, b"{}", {}))
 
     assert of.breaker.consecutive_failures == 0
     assert of.status == "ok"
     assert of.last_success == 70
 
 
-@pytest.mark.parametrize("error", [classify(429, b"{}", {}), classify(408, b"{}", {}), AuthRefused("no")])
+@pytest.mark.parametrize("error", [error_answer(429, b"{}", {}), error_answer(408, b"{}", {}), AuthRefused("no")])
 def test_an_answer_that_helps_nobody_ends_the_row_of_failures_and_shows(error: BackendError) -> None:
     of = replica()
     fail(of, InvalidResponse("cut"))
@@ -257,7 +258,7 @@ def routed(tmp_path: Path) -> Pool:
         """)
     )
     settings = load(gateway_config=tmp_path / "gateway.yaml", model_name="n")
-    return Pool(load_routing(settings), settings, Clock(), ignore)
+    return Pool(load_routing(settings), settings, clock=Clock(), rng=Chance(), breaker_changed=ignore)
 
 
 def test_the_first_route_that_matches_wins(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import CallerLeft, DeadlineExceeded, GatewayError, Silent, Stalled
-from gateway.forwarding.phase_timer import Watch
+from gateway.forwarding.phase_timer import PhaseTimer
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 
@@ -24,18 +24,18 @@ def silent() -> Silent:
 
 
 def ends_with(
-    block: Callable[[Watch], Awaitable[None]], prepare: Callable[[Watch], None] = lambda _watch: None
+    block: Callable[[PhaseTimer], Awaitable[None]], prepare: Callable[[PhaseTimer], None] = lambda _timer: None
 ) -> tuple[GatewayError | None, float]:
-    """How a watched block ends, and after how long."""
+    """How a timed block ends, and after how long."""
 
     async def story(clock: Clock) -> tuple[GatewayError | None, float]:
-        watch, began = Watch(clock() + END), clock()
-        prepare(watch)
+        timer, began = PhaseTimer(clock, clock() + END), clock()
+        prepare(timer)
         task = asyncio.current_task()
         assert task is not None
         try:
-            with watch:
-                await block(watch)
+            with timer:
+                await block(timer)
         except GatewayError as error:
             assert task.cancelling() == 0
             return error, clock() - began
@@ -48,8 +48,8 @@ def ends_with(
 
 
 def test_a_phase_that_takes_too_long_ends_with_its_own_error() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
         await asyncio.sleep(50)
 
     error, took = ends_with(block)
@@ -58,17 +58,17 @@ def test_a_phase_that_takes_too_long_ends_with_its_own_error() -> None:
 
 
 def test_a_phase_may_begin_before_the_block() -> None:
-    async def block(_watch: Watch) -> None:
+    async def block(_timer: PhaseTimer) -> None:
         await asyncio.sleep(50)
 
-    error, took = ends_with(block, lambda watch: watch.limit(2, silent))
+    error, took = ends_with(block, lambda timer: timer.limit(2, silent))
     assert isinstance(error, Silent)
     assert 2 <= took < 2 + SOON
 
 
 def test_the_hard_end_wins_over_a_longer_phase() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(END + 1, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(END + 1, stalled)
         await asyncio.sleep(1000)
 
     error, took = ends_with(block)
@@ -77,7 +77,7 @@ def test_the_hard_end_wins_over_a_longer_phase() -> None:
 
 
 def test_without_a_phase_the_hard_end_holds() -> None:
-    async def block(_watch: Watch) -> None:
+    async def block(_timer: PhaseTimer) -> None:
         await asyncio.sleep(1000)
 
     error, took = ends_with(block)
@@ -86,11 +86,11 @@ def test_without_a_phase_the_hard_end_holds() -> None:
 
 
 def test_each_phase_begins_anew() -> None:
-    async def block(watch: Watch) -> None:
+    async def block(timer: PhaseTimer) -> None:
         for _ in range(20):
-            watch.limit(3, stalled)
+            timer.limit(3, stalled)
             await asyncio.sleep(2)
-        watch.limit(3, silent)
+        timer.limit(3, silent)
         await asyncio.sleep(50)
 
     error, took = ends_with(block)
@@ -99,10 +99,10 @@ def test_each_phase_begins_anew() -> None:
 
 
 def test_a_shorter_phase_after_a_longer_one_is_on_time() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(50, silent)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(50, silent)
         await asyncio.sleep(1)
-        watch.limit(2, stalled)
+        timer.limit(2, stalled)
         await asyncio.sleep(50)
 
     error, took = ends_with(block)
@@ -111,9 +111,9 @@ def test_a_shorter_phase_after_a_longer_one_is_on_time() -> None:
 
 
 def test_while_it_is_paused_only_the_hard_end_holds() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
-        watch.pause()
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
+        timer.pause()
         await asyncio.sleep(1000)
 
     error, took = ends_with(block)
@@ -122,9 +122,9 @@ def test_while_it_is_paused_only_the_hard_end_holds() -> None:
 
 
 def test_the_hard_end_may_move_back() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
-        watch.end_at(asyncio.get_running_loop().time() + 2 * END)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
+        timer.end_at(asyncio.get_running_loop().time() + 2 * END)
         await asyncio.sleep(1000)
 
     error, took = ends_with(block)
@@ -133,9 +133,9 @@ def test_the_hard_end_may_move_back() -> None:
 
 
 def test_an_end_that_is_over_ends_the_block_at_its_first_wait() -> None:
-    async def block(watch: Watch) -> None:
-        watch.end_at(0)
-        watch.limit(5, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.end_at(0)
+        timer.limit(5, stalled)
         await asyncio.sleep(50)
 
     error, took = ends_with(block)
@@ -144,8 +144,8 @@ def test_an_end_that_is_over_ends_the_block_at_its_first_wait() -> None:
 
 
 def test_a_block_in_time_ends_as_it_ends_and_nothing_goes_off_later() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
         await asyncio.sleep(2)
 
     error, took = ends_with(block)
@@ -154,16 +154,16 @@ def test_a_block_in_time_ends_as_it_ends_and_nothing_goes_off_later() -> None:
 
 
 def test_an_error_of_the_block_goes_on() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
         raise CallerLeft("gone")
 
     assert isinstance(ends_with(block)[0], CallerLeft)
 
 
 def test_an_error_while_the_cancelled_block_is_left_goes_on() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(3, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(3, stalled)
         try:
             await asyncio.sleep(50)
         finally:
@@ -173,22 +173,22 @@ def test_an_error_while_the_cancelled_block_is_left_goes_on() -> None:
 
 
 def cancelled_at(moment: float, *, phase: float, before: bool) -> str:
-    """What a watched block ends with when its task is cancelled at `moment`; `before` the timer, in the same tick."""
+    """What a timed block ends with when its task is cancelled at `moment`; `before` the timer, in the same tick."""
 
     async def story(_clock: Clock) -> str:
         loop = asyncio.get_running_loop()
 
-        async def watched() -> str:
+        async def timed() -> str:
             if before:
                 loop.call_later(moment, task.cancel)
-            with Watch(loop.time() + END) as watch:
-                watch.limit(phase, stalled)
+            with PhaseTimer(loop.time, loop.time() + END) as timer:
+                timer.limit(phase, stalled)
                 if not before:
                     loop.call_later(moment, task.cancel)
                 await asyncio.sleep(50)
             return "ended"
 
-        task = asyncio.create_task(watched())
+        task = asyncio.create_task(timed())
         await settle()
         await asyncio.wait([task])
         if task.cancelled():
@@ -209,24 +209,24 @@ def test_a_cancellation_in_the_moment_the_timer_goes_off_wins(before: bool) -> N
     assert cancelled_at(3, phase=3, before=before) == "cancelled"
 
 
-def test_a_cancellation_that_was_there_before_is_not_taken_for_the_watchs() -> None:
-    """As in a clean-up that is itself watched: the earlier cancellation stays counted."""
+def test_a_cancellation_that_was_there_before_is_not_taken_for_the_timers() -> None:
+    """As in a clean-up that is itself timed: the earlier cancellation stays counted."""
 
     async def story(clock: Clock) -> tuple[str, int]:
-        async def watched() -> tuple[str, int]:
+        async def timed() -> tuple[str, int]:
             task = asyncio.current_task()
             assert task is not None
             try:
                 await asyncio.sleep(50)
             except asyncio.CancelledError:
                 try:
-                    with Watch(clock() + 1):
+                    with PhaseTimer(clock, clock() + 1):
                         await asyncio.sleep(50)
                 except DeadlineExceeded:
                     return "deadline", task.cancelling()
             return "nothing", 0
 
-        task = asyncio.create_task(watched())
+        task = asyncio.create_task(timed())
         await settle()
         task.cancel()
         return await task
@@ -235,8 +235,8 @@ def test_a_cancellation_that_was_there_before_is_not_taken_for_the_watchs() -> N
 
 
 def test_a_timeout_inside_keeps_its_own_error() -> None:
-    async def block(watch: Watch) -> None:
-        watch.limit(5, stalled)
+    async def block(timer: PhaseTimer) -> None:
+        timer.limit(5, stalled)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await asyncio.sleep(50)
@@ -250,12 +250,12 @@ def test_a_timeout_inside_keeps_its_own_error() -> None:
 
 def test_it_needs_a_task() -> None:
     async def story(clock: Clock) -> None:
-        watch = Watch(clock() + END)
+        timer = PhaseTimer(clock, clock() + END)
         caught: list[BaseException] = []
 
         def outside() -> None:
             try:
-                watch.__enter__()
+                timer.__enter__()
             except RuntimeError as error:
                 caught.append(error)
 
@@ -271,15 +271,15 @@ STEP = st.tuples(st.sampled_from(["limit", "pause", "end"]), st.floats(0.1, 20),
 
 @given(st.lists(STEP, min_size=1, max_size=10))
 def test_any_order_of_phases_ends_on_time_and_with_the_right_error(steps: list[tuple[str, float, float]]) -> None:
-    async def block(watch: Watch) -> None:
+    async def block(timer: PhaseTimer) -> None:
         now = asyncio.get_running_loop().time
         for kind, seconds, sleep in steps:
             if kind == "limit":
-                watch.limit(seconds, stalled)
+                timer.limit(seconds, stalled)
             elif kind == "pause":
-                watch.pause()
+                timer.pause()
             else:
-                watch.end_at(now() + END)
+                timer.end_at(now() + END)
             await asyncio.sleep(sleep)
 
     error, took = ends_with(block)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend.client import check_stream, check_whole, classify, retry_after
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.dialects.openai.choices import WholeAnswer
+from gateway.dialects.openai.responses import OpenAIResponses, WholeResponse
 from gateway.errors import (
     AuthRefused,
     BackendError,
@@ -23,9 +24,20 @@ from gateway.errors import (
     ServerFault,
     Verdict,
 )
+from gateway.headers import retry_after
+from tests.unit.gateway.fakes import error_answer
 
 JSON = b'{"error": {"message": "no", "type": "t", "param": null, "code": "c"}}'
 NEUTRAL = {"content-type": "application/json"}
+
+
+DIALECTS = OpenAIChat(), OpenAIResponses()
+
+
+def envelope(error: BackendError) -> dict[str, str | None]:
+    """The inside of the gateway's own answer to an error."""
+    document: dict[str, dict[str, str | None]] = json.loads(OpenAIChat().error_body(error))
+    return document["error"]
 
 
 def error_body(**fields: object) -> bytes:
@@ -69,12 +81,12 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_each_status_has_its_class_and_its_verdict(status: int, kind: type[BackendError], verdict: Verdict) -> None:
-    failure = classify(status, JSON, NEUTRAL)
+    failure = error_answer(status, JSON, NEUTRAL)
 
     assert type(failure) is kind
     assert failure.verdict is verdict
     if isinstance(failure, ErrorAnswer):
-        assert failure.answer_status == status
+        assert failure.status == status
         assert failure.body == JSON
         assert failure.headers == NEUTRAL
         assert failure.outcome == f"status_{status}"
@@ -86,25 +98,24 @@ def test_each_status_has_its_class_and_its_verdict(status: int, kind: type[Backe
     "word", ["insufficient_quota", "context_length_exceeded", "billing_hard_limit_reached", "credit_balance_exhausted"]
 )
 def test_a_spent_quota_or_a_prompt_too_long_may_do_at_another_target(field: str, status: int, word: str) -> None:
-    assert type(classify(status, error_body(**{field: word}), NEUTRAL)) is Exhausted
+    assert type(error_answer(status, error_body(**{field: word}), NEUTRAL)) is Exhausted
 
 
 def test_a_server_that_fails_is_not_exhausted_whatever_it_says() -> None:
-    assert type(classify(500, error_body(code="insufficient_quota"), NEUTRAL)) is ServerFault
-    assert type(classify(503, error_body(code="insufficient_quota"), NEUTRAL)) is Overloaded
+    assert type(error_answer(500, error_body(code="insufficient_quota"), NEUTRAL)) is ServerFault
+    assert type(error_answer(503, error_body(code="insufficient_quota"), NEUTRAL)) is Overloaded
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff\xfe", b'{"error"', b"[" * 100_000])
 def test_a_body_that_is_no_json_keeps_its_status_and_is_wrapped(body: bytes) -> None:
-    failure = classify(500, body, {"content-type": "text/html"})
+    failure = error_answer(500, body, {"content-type": "text/html"})
 
     assert isinstance(failure, ServerFault)
     assert failure.body is None
-    assert failure.answer_status == 500
-    assert failure.envelope()["error"]["code"] == "backend_invalid_response"
-    assert failure.envelope()["error"]["type"] == "server_error"
-    told = classify(404, body, {}).envelope()["error"]
-    assert told["type"] == "invalid_request_error"
+    assert failure.status == 500
+    assert envelope(failure)["code"] == "backend_invalid_response"
+    assert envelope(failure)["type"] == "server_error"
+    assert envelope(error_answer(404, body, {}))["type"] == "invalid_request_error"
 
 
 JSON_VALUES = st.recursive(
@@ -118,10 +129,10 @@ JSON_VALUES = st.recursive(
     st.integers(300, 599), st.one_of(st.binary(max_size=40), JSON_VALUES.map(lambda value: json.dumps(value).encode()))
 )
 def test_no_body_makes_the_classification_fail(status: int, body: bytes) -> None:
-    failure = classify(status, body, NEUTRAL)
+    failure = error_answer(status, body, NEUTRAL)
 
     assert isinstance(failure, BackendError)
-    msgspec.json.encode(failure.envelope())
+    assert envelope(failure)["message"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +154,7 @@ def test_no_body_makes_the_classification_fail(status: int, body: bytes) -> None
     ],
 )
 def test_retry_after_in_every_form(headers: dict[str, str], wait: float | None) -> None:
-    assert retry_after(headers) == wait
+    assert retry_after(headers, time.time()) == wait
 
 
 @pytest.mark.parametrize(
@@ -157,8 +168,8 @@ def test_retry_after_in_every_form(headers: dict[str, str], wait: float | None) 
     ],
 )
 def test_garbage_is_no_retry_after(text: str) -> None:
-    assert retry_after({"retry-after": text}) is None
-    assert retry_after({"retry-after-ms": text}) is None
+    assert retry_after({"retry-after": text}, time.time()) is None
+    assert retry_after({"retry-after-ms": text}, time.time()) is None
 
 
 @pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"])
@@ -166,7 +177,7 @@ def test_a_date_is_gmt_wherever_the_gateway_runs(form: str, tokyo: None) -> None
     """All three forms of RFC 9110; the last, asctime's, names no zone."""
     asked = datetime.now(UTC) + timedelta(seconds=100)
 
-    wait = retry_after({"retry-after": asked.strftime(form)})
+    wait = retry_after({"retry-after": asked.strftime(form)}, time.time())
 
     assert wait is not None
     assert 50 < wait <= 100
@@ -175,7 +186,7 @@ def test_a_date_is_gmt_wherever_the_gateway_runs(form: str, tokyo: None) -> None
 @given(st.text(max_size=40) | st.datetimes(timezones=st.just(UTC)).map(lambda date: format_datetime(date, usegmt=True)))
 def test_no_text_makes_retry_after_fail(text: str) -> None:
     for name in ("retry-after", "retry-after-ms"):
-        wait = retry_after({name: text})
+        wait = retry_after({name: text}, time.time())
         assert wait is None or wait >= 0
 
 
@@ -183,7 +194,10 @@ def test_no_text_makes_retry_after_fail(text: str) -> None:
     "body", [b"{}", b'{"error": null}', '{"id": "é"}'.encode(), b'{"choices": 5, "usage": "many"}']
 )
 def test_any_object_without_an_error_is_a_good_answer(body: bytes) -> None:
-    assert bytes(check_whole("application/json", body).error) == b"null"
+    for dialect in DIALECTS:
+        answer = dialect.read_answer("application/json", body)
+        assert isinstance(answer, WholeAnswer | WholeResponse)
+        assert bytes(answer.error) == b"null"
 
 
 @pytest.mark.parametrize(
@@ -197,21 +211,20 @@ def test_any_object_without_an_error_is_a_good_answer(body: bytes) -> None:
     ],
 )
 def test_what_is_no_good_answer(body: bytes) -> None:
-    with pytest.raises(InvalidResponse):
-        check_whole("application/json", body)
+    for dialect in DIALECTS:
+        with pytest.raises(InvalidResponse):
+            dialect.read_answer("application/json", body)
 
 
 @pytest.mark.parametrize("content_type", ["", "text/html", "text/event-stream", "application/jsonl"])
 def test_an_answer_of_another_type_is_none(content_type: str) -> None:
-    with pytest.raises(InvalidResponse):
-        check_whole(content_type, b"{}")
-    if content_type != "text/event-stream":
+    for dialect in DIALECTS:
         with pytest.raises(InvalidResponse):
-            check_stream(content_type)
+            dialect.read_answer(content_type, b"{}")
 
 
 def test_an_answer_tells_about_itself() -> None:
-    whole = check_whole(
+    whole = OpenAIChat().read_answer(
         "application/json",
         json.dumps(
             {
@@ -224,5 +237,4 @@ def test_an_answer_tells_about_itself() -> None:
     )
 
     assert (whole.id, whole.model, whole.finish_reasons) == ("chatcmpl-1", "m", ["stop", "error"])
-    assert whole.usage is not None
-    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 4)
+    assert (whole.input_tokens, whole.output_tokens) == (3, 4)

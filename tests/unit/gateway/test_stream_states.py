@@ -7,7 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.stream_state import ChoicesProgress, Progress, ResponsesProgress
+from gateway.dialects.dialect import StreamState
+from gateway.dialects.openai.choices import ChoicesState
+from gateway.dialects.openai.responses import ResponseState
 from gateway.errors import InvalidResponse
 
 
@@ -19,18 +21,20 @@ def delta(index: int = 0, reason: str | None = None, **fields: object) -> dict[s
     return {"index": index, "delta": fields, "finish_reason": reason}
 
 
-def seen(progress: Progress, *events: bytes) -> Progress:
+def seen(state: StreamState, *events: bytes) -> StreamState:
     for event in events:
-        progress.see(event)
-    return progress
+        state.feed(event)
+    return state
 
 
-def chat(*events: bytes, choices: int = 1) -> Progress:
-    return seen(ChoicesProgress(choices), *events)
+def chat(*events: bytes, choices: int = 1) -> StreamState:
+    return seen(ChoicesState(choices), *events)
 
 
-def responses(*events: dict[str, Any]) -> Progress:
-    return seen(ResponsesProgress(), *(json.dumps(event).encode() for event in events))
+def responses(*events: dict[str, Any]) -> ResponseState:
+    state = ResponseState()
+    seen(state, *(json.dumps(event).encode() for event in events))
+    return state
 
 
 @pytest.mark.parametrize(
@@ -78,30 +82,30 @@ def test_what_is_content(choice: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_content(event: bytes) -> None:
-    progress = chat(event)
+    state = chat(event)
 
-    assert not progress.content
-    assert not progress.complete
-    assert not progress.ended
-    assert progress.error is None
+    assert not state.content
+    assert not state.complete
+    assert not state.ended
+    assert state.error is None
 
 
 def test_a_stream_is_complete_with_its_finish_reason() -> None:
     begun = chat(chunk(delta(content="a")))
     assert not begun.complete
-    progress = seen(begun, chunk(delta(reason="stop")))
+    state = seen(begun, chunk(delta(reason="stop")))
 
-    assert progress.complete
-    assert not progress.ended
-    assert progress.finish_reasons == ["stop"]
+    assert state.complete
+    assert not state.ended
+    assert state.finish_reasons == ["stop"]
 
 
 def test_every_choice_needs_its_own_finish_reason() -> None:
-    progress = chat(chunk(delta(2, "stop")), chunk(delta(0, "length")), chunk(delta(0, "stop")), choices=3)
+    state = chat(chunk(delta(2, "stop")), chunk(delta(0, "length")), chunk(delta(0, "stop")), choices=3)
 
-    assert not progress.complete
-    assert progress.finish_reasons == ["stop", "error", "stop"]
-    assert seen(progress, chunk(delta(1, "tool_calls"))).complete
+    assert not state.complete
+    assert state.finish_reasons == ["stop", "error", "stop"]
+    assert seen(state, chunk(delta(1, "tool_calls"))).complete
 
 
 def test_one_chunk_may_finish_all_choices() -> None:
@@ -115,27 +119,26 @@ def test_a_finish_reason_of_a_choice_nobody_asked_for_completes_nothing(index: o
 
 def test_an_empty_finish_reason_is_none() -> None:
     """Some servers write "" where OpenAI writes null."""
-    progress = chat(chunk(delta(content="a", reason="")), chunk(delta(content="b", reason="")))
+    state = chat(chunk(delta(content="a", reason="")), chunk(delta(content="b", reason="")))
 
-    assert not progress.complete
-    assert progress.finish_reasons == ["error"]
+    assert not state.complete
+    assert state.finish_reasons == ["error"]
 
 
 @pytest.mark.parametrize("data", [b"[DONE]", b" [DONE] ", b"[DONE]\n"])
 def test_done_before_the_finish_is_an_end_and_no_completion(data: bytes) -> None:
-    progress = chat(chunk(delta(content="a")), data)
+    state = chat(chunk(delta(content="a")), data)
 
-    assert progress.ended
-    assert not progress.complete
+    assert state.ended
+    assert not state.complete
 
 
 def test_done_after_the_finish_is_the_end() -> None:
-    progress = chat(chunk(delta(reason="stop")), b"[DONE]")
+    state = chat(chunk(delta(reason="stop")), b"[DONE]")
 
-    assert progress.ended
-    assert progress.complete
-    assert progress.done_event == b"data: [DONE]\n\n"
-    assert progress.sequence_number is None
+    assert state.ended
+    assert state.complete
+    assert state.done_event == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize("error", [{"message": "m"}, "overloaded", 5, [], {}])
@@ -144,45 +147,45 @@ def test_an_error_in_an_event_is_the_backends_own(error: object) -> None:
 
 
 def test_a_null_error_is_none() -> None:
-    progress = chat(chunk(delta(content="a"), error=None))
+    state = chat(chunk(delta(content="a"), error=None))
 
-    assert progress.error is None
-    assert progress.content
+    assert state.error is None
+    assert state.content
 
 
 def test_what_a_stream_says_about_itself() -> None:
-    progress = chat(
+    state = chat(
         chunk(delta(role="assistant")),
         chunk(delta(reason="stop"), usage=None),
         chunk(usage={"prompt_tokens": 3, "completion_tokens": 4}),
     )
 
-    assert (progress.model, progress.response_id) == ("m", "c-1")
-    assert (progress.input_tokens, progress.output_tokens) == (3, 4)
-    assert progress.text is None
+    assert (state.model, state.response_id) == ("m", "c-1")
+    assert (state.input_tokens, state.output_tokens) == (3, 4)
+    assert state.text is None
 
 
 @pytest.mark.parametrize("count", [-1, True, "3", None, 1.5, []])
 def test_what_is_no_count_of_tokens(count: object) -> None:
-    progress = chat(chunk(usage={"prompt_tokens": count, "completion_tokens": 4}))
+    state = chat(chunk(usage={"prompt_tokens": count, "completion_tokens": 4}))
 
-    assert (progress.input_tokens, progress.output_tokens) == (None, 4)
+    assert (state.input_tokens, state.output_tokens) == (None, 4)
 
 
 def test_words_are_kept_only_when_asked_for() -> None:
     events = chunk(delta(content="he")), chunk(delta(content="llo", reason="stop"))
 
-    assert seen(ChoicesProgress(1), *events).text is None
-    assert seen(ChoicesProgress(1, keep_text=True), *events).text == "hello"
-    said = seen(ResponsesProgress(keep_text=True), b'{"type": "response.output_text.delta", "delta": "hello"}')
+    assert seen(ChoicesState(1), *events).text is None
+    assert seen(ChoicesState(1, keep_text=True), *events).text == "hello"
+    said = seen(ResponseState(keep_text=True), b'{"type": "response.output_text.delta", "delta": "hello"}')
     assert said.text == "hello"
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"hello", b"{} {}", b"\xff", b'{"a": NaN}', b"[" * 100_000])
 def test_data_that_is_no_json_is_a_failure(data: bytes) -> None:
-    for progress in (ChoicesProgress(1), ResponsesProgress()):
+    for state in (ChoicesState(1), ResponseState()):
         with pytest.raises(InvalidResponse):
-            progress.see(data)
+            state.feed(data)
 
 
 @pytest.mark.parametrize(
@@ -205,35 +208,35 @@ def test_what_is_content_of_a_response(kind: str) -> None:
     ],
 )
 def test_what_is_no_content_of_a_response(kind: str) -> None:
-    progress = responses({"type": kind, "response": {"status": "in_progress"}})
+    state = responses({"type": kind, "response": {"status": "in_progress"}})
 
-    assert not progress.content
-    assert not progress.complete
+    assert not state.content
+    assert not state.complete
 
 
 @pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
 def test_a_response_is_complete_with_its_terminal_event(status: str) -> None:
     response = {"id": "r-1", "model": "m", "usage": {"input_tokens": 1, "output_tokens": 2}}
-    progress = responses(
+    state = responses(
         {"type": "response.output_text.delta", "delta": "a", "sequence_number": 3},
         {"type": f"response.{status}", "response": response, "sequence_number": 4},
     )
 
-    assert progress.complete
-    assert progress.error is None
-    assert progress.done_event is None
-    assert progress.finish_reasons == [status]
-    assert progress.sequence_number == 5
-    assert (progress.model, progress.response_id) == ("m", "r-1")
-    assert (progress.input_tokens, progress.output_tokens) == (1, 2)
+    assert state.complete
+    assert state.error is None
+    assert state.done_event is None
+    assert state.finish_reasons == [status]
+    assert state.sequence_number == 5
+    assert (state.model, state.response_id) == ("m", "r-1")
+    assert (state.input_tokens, state.output_tokens) == (1, 2)
 
 
 def test_a_response_without_its_terminal_event_is_not_complete() -> None:
-    progress = responses({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.output_item.done"})
-    seen(progress, b"[DONE]")
+    state = responses({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.output_item.done"})
+    seen(state, b"[DONE]")
 
-    assert not progress.complete
-    assert progress.ended
+    assert not state.complete
+    assert state.ended
 
 
 def test_an_error_of_a_response_is_the_backends_own() -> None:
@@ -270,34 +273,33 @@ VALUES = st.recursive(
 
 @given(st.lists(VALUES, max_size=4), st.integers(1, 3), st.booleans())
 def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], choices: int, keep: bool) -> None:  # noqa: FBT001
-    for progress in (ChoicesProgress(choices, keep_text=keep), ResponsesProgress(keep_text=keep)):
+    for state in (ChoicesState(choices, keep_text=keep), ResponseState(keep_text=keep)):
         before = (False, False, False)
         for event in events:
-            progress.see(json.dumps(event).encode())
-            now = (progress.content, progress.complete, progress.ended)
+            state.feed(json.dumps(event).encode())
+            now = (state.content, state.complete, state.ended)
             assert all(new or not old for old, new in zip(before, now, strict=True))
-            assert progress.content or not progress.complete
+            assert state.content or not state.complete
             before = now
-        assert all(isinstance(reason, str) for reason in progress.finish_reasons)
+        assert all(isinstance(reason, str) for reason in state.finish_reasons)
 
 
 WORDS = chunk(delta(content="word"), model="demo", id="one")
 NUMBERED = b'{"type": "response.output_text.delta", "sequence_number": 7, "delta": "word"}'
 
 
-def told_of(progress: Progress, data: bytes) -> dict[str, object]:
+def told_of(state: StreamState, data: bytes) -> dict[str, object]:
     """What a stream is after an event."""
     broken = False
     try:
-        progress.see(data)
+        state.feed(data)
     except InvalidResponse:
         broken = True
     names = ("content", "complete", "ended", "error", "model", "response_id", "input_tokens", "output_tokens")
-    state: dict[str, object] = {name: getattr(progress, name) for name in names}
-    return state | {
+    return {name: getattr(state, name) for name in names} | {
         "broken": broken,
-        "reasons": progress.finish_reasons,
-        "sequence_number": progress.sequence_number,
+        "reasons": state.finish_reasons,
+        "sequence_number": getattr(state, "sequence_number", None),
     }
 
 
@@ -326,9 +328,7 @@ def test_a_glance_at_an_event_of_words_tells_as_much_as_a_look(event: object, no
     if noise is not None:
         at = noise[0] % (len(data) + 1)
         data = data[:at] + noise[1] + data[at + len(noise[1]) :]
-    assert told_of(seen(ChoicesProgress(2), WORDS), data) == told_of(
-        seen(ChoicesProgress(2, keep_text=True), WORDS), data
-    )
-    assert told_of(seen(ResponsesProgress(), NUMBERED), data) == told_of(
-        seen(ResponsesProgress(keep_text=True), NUMBERED), data
+    assert told_of(seen(ChoicesState(2), WORDS), data) == told_of(seen(ChoicesState(2, keep_text=True), WORDS), data)
+    assert told_of(seen(ResponseState(), NUMBERED), data) == told_of(
+        seen(ResponseState(keep_text=True), NUMBERED), data
     )

@@ -1,0 +1,178 @@
+"""What the gateway needs to know of an API family: the protocol that each dialect implements."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from gateway.errors import BackendError, GatewayError
+
+if TYPE_CHECKING:
+    from gateway.record import Record
+
+
+class Prompt:
+    """A checked request. Only fields that something reads are kept: all of them take many times the body's bytes.
+
+    Attributes:
+        dialect: the one that read it.
+        path: the path it was posted to.
+        operation: `gen_ai.operation.name` of its span.
+        body: its bytes, unchanged.
+        model: the model it names, or None.
+        stream: whether it asks for a stream.
+        choices: how many choices its answer has.
+        max_tokens, temperature, top_p: as asked for, or None.
+    """
+
+    __slots__ = (
+        "body",
+        "choices",
+        "dialect",
+        "max_tokens",
+        "model",
+        "operation",
+        "path",
+        "stream",
+        "temperature",
+        "top_p",
+    )
+
+    def __init__(
+        self,
+        dialect: "Dialect",
+        path: str,
+        body: bytes,
+        *,
+        model: str | None,
+        stream: bool = False,
+        choices: int = 1,
+        max_tokens: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+    ) -> None:
+        self.dialect = dialect
+        self.path = path
+        self.operation = dialect.operations[path]
+        self.body = body
+        self.model = model
+        self.stream = stream
+        self.choices = choices
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+
+    def describe_in(self, record: "Record", *, model: str, route: str) -> None:
+        """Note what is asked for, except its text: for which model, by which route."""
+        record.describe_request(
+            operation=self.operation,
+            model=model,
+            route=route,
+            stream=self.stream,
+            choices=self.choices,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+
+
+class Answer(Protocol):
+    """What an answer says about itself.
+
+    Attributes:
+        response_id, model: as the backend names them, or None.
+        input_tokens, output_tokens: as the backend counted them, or None.
+    """
+
+    @property
+    def response_id(self) -> str | None: ...  # noqa: D102 - see the class
+
+    @property
+    def model(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def input_tokens(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def output_tokens(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def finish_reasons(self) -> list[str] | None:
+        """Why the answer ended, one for each choice; None where there are no choices."""
+
+
+class StreamState(Answer, Protocol):
+    """How far a stream has come. It is fed the data of each event.
+
+    Attributes:
+        content: the first content event has come.
+        complete: the answer is whole, whatever comes next.
+        ended: the last event of the stream has come.
+        error: the backend's error, when an event held one.
+        text: the first words, kept only on request.
+    """
+
+    content: bool
+    complete: bool
+    ended: bool
+    error: object | None
+    text: str | None
+
+    @property
+    def done_event(self) -> bytes | None:
+        """The event that a complete stream must end with, or None."""
+
+    def feed(self, data: bytes) -> None:
+        """Take in the data of one event.
+
+        Raises:
+            InvalidResponse: it is not JSON.
+        """
+
+
+class Dialect(Protocol):
+    """An API family. Nothing outside its file knows a path or a field of it."""
+
+    @property
+    def operations(self) -> Mapping[str, str]:
+        """The paths of the dialect, each with its `gen_ai.operation.name`."""
+
+    def read_request(self, path: str, body: bytes) -> Prompt:
+        """Check the body of a request to `path`.
+
+        Raises:
+            InvalidJson: it is empty, not JSON in UTF-8, or nested too deep.
+            InvalidRequest: it is no object, or a field is wrong; `param` names it.
+        """
+
+    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:
+        """Return the state of the stream that answers `prompt`."""
+
+    def read_answer(self, content_type: str, body: bytes) -> Answer:
+        """Check a whole answer.
+
+        Raises:
+            InvalidResponse: it is not a good one.
+        """
+
+    def read_error(
+        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an answer with a status of 300 and above is.
+
+        Args:
+            status: HTTP status.
+            body: its bytes.
+            headers: those that pass to callers.
+            retry_after: seconds that it asks to wait, or None.
+        """
+
+    def error_body(self, error: GatewayError) -> bytes:
+        """Return an error of the gateway as JSON."""
+
+    def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
+        """Return an error after the status went out, as the last event of a stream; `state` as far as it has come."""
+
+    def prompt_messages(self, body: bytes) -> str:
+        """Return the texts of a prompt in the form of `gen_ai.input.messages`."""
+
+    def answer_texts(self, body: bytes) -> list[str]:
+        """Return the texts of a whole answer, one for each choice."""

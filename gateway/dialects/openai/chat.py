@@ -1,0 +1,153 @@
+"""OpenAI's chat completions, completions and embeddings."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from gateway.dialects.answer_fields import read_whole
+from gateway.dialects.captured_text import fields_of, input_messages, objects_in
+from gateway.dialects.dialect import Prompt, StreamState
+from gateway.dialects.json_text import decode_with
+from gateway.dialects.openai import errors
+from gateway.dialects.openai.choices import ChoicesState, WholeAnswer, decode_whole_answer
+from gateway.dialects.request_fields import (
+    Count,
+    Flag,
+    ModelName,
+    Number,
+    Tokens,
+    check_text_or_list,
+    read_fields,
+)
+from gateway.errors import BackendError, GatewayError
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+
+
+class StreamOptions(Struct):
+    """The part of `stream_options` that is read."""
+
+    include_usage: Flag | None = None
+
+
+class Message(Struct):
+    """One message of a chat; its content is the backend's business."""
+
+    role: Annotated[str, Meta(description="a text")]
+
+
+class _GenerationRequest(Struct, kw_only=True):
+    model: ModelName | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    n: Count | None = None
+    max_tokens: Tokens | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+
+
+class ChatRequest(_GenerationRequest, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, description="a list of at least one message")]
+    max_completion_tokens: Tokens | None = None
+
+
+class CompletionsRequest(_GenerationRequest, kw_only=True):
+    """`POST /v1/completions`."""
+
+    prompt: msgspec.Raw
+
+
+class EmbeddingsRequest(Struct):
+    """`POST /v1/embeddings`."""
+
+    input: msgspec.Raw
+    model: ModelName | None = None
+
+
+_chat = msgspec.json.Decoder(ChatRequest)
+_completions = msgspec.json.Decoder(CompletionsRequest)
+_embeddings = msgspec.json.Decoder(EmbeddingsRequest)
+_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_SEVERAL = re.compile(rb'\s*\[\s*["\[{]')
+"""The beginning of a list of prompts; a list of numbers would be the tokens of one prompt."""
+
+
+class OpenAIChat:
+    """The dialect of `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`."""
+
+    operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
+
+    def read_request(self, path: str, body: bytes) -> Prompt:
+        """Check the body of a request."""
+        if path == EMBEDDINGS:
+            embeddings = read_fields(_embeddings, body)
+            check_text_or_list("input", embeddings.input, may_be_null=False)
+            return Prompt(self, path, body, model=embeddings.model)
+        fields: ChatRequest | CompletionsRequest
+        if path == CHAT:
+            fields = read_fields(_chat, body)
+            choices, max_tokens = fields.n or 1, fields.max_tokens or fields.max_completion_tokens
+        else:
+            fields = read_fields(_completions, body)
+            choices, max_tokens = _choices(fields), fields.max_tokens
+        return Prompt(
+            self,
+            path,
+            body,
+            model=fields.model,
+            stream=bool(fields.stream),
+            choices=choices,
+            max_tokens=max_tokens,
+            temperature=fields.temperature,
+            top_p=fields.top_p,
+        )
+
+    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:
+        """Return the state of a stream of choices."""
+        return ChoicesState(prompt.choices, keep_text=keep_text)
+
+    def read_answer(self, content_type: str, body: bytes) -> WholeAnswer:
+        """Check a whole answer."""
+        return read_whole(content_type, body, decode_whole_answer, WholeAnswer)
+
+    def read_error(
+        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an error answer is."""
+        return errors.read_error(status, body, headers, retry_after)
+
+    def error_body(self, error: GatewayError) -> bytes:
+        """Return OpenAI's envelope."""
+        return errors.error_body(error)
+
+    def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:  # noqa: ARG002
+        """Return an event with the envelope."""
+        return b"data: " + errors.encode({"error": errors.envelope_with_own_words(error)}) + b"\n\n"
+
+    def prompt_messages(self, body: bytes) -> str:
+        """Return the texts of messages, prompts or inputs."""
+        fields = fields_of(body)
+        return input_messages(fields.get("messages") or fields.get("prompt") or fields.get("input") or [])
+
+    def answer_texts(self, body: bytes) -> list[str]:
+        """Return the text of each choice."""
+        texts = []
+        for choice in objects_in(fields_of(body).get("choices")):
+            message = choice.get("message")
+            text = message.get("content") if isinstance(message, dict) else choice.get("text")
+            texts.append(text if isinstance(text, str) else "")
+        return texts
+
+
+def _choices(fields: CompletionsRequest) -> int:
+    """Return the number of choices: `n` for each prompt."""
+    check_text_or_list("prompt", fields.prompt, may_be_null=True)
+    several = _SEVERAL.match(fields.prompt)
+    return (fields.n or 1) * (len(decode_with(_items, bytes(fields.prompt))) if several else 1)

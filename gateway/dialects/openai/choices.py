@@ -1,0 +1,161 @@
+"""Answers made of choices: whole ones, and streams that end with `[DONE]`."""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from gateway.dialects.answer_fields import NULL, count, event_document, name
+from gateway.dialects.captured_text import MAX_TEXT, objects_in
+from gateway.dialects.json_text import NO_JSON, decode_with
+from gateway.dialects.server_sent_events import DONE
+
+MAX_CHOICES_SHOWN = 16
+
+
+class _Choice(Struct):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class WholeAnswer(Struct):
+    """What an unstreamed answer says about itself."""
+
+    error: msgspec.Raw = NULL
+    id: str | None = None
+    model: str | None = None
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+
+    @property
+    def response_id(self) -> str | None:
+        """The id of the answer."""
+        return self.id
+
+    @property
+    def finish_reasons(self) -> list[str] | None:
+        """Of each choice; `error` for a choice without one."""
+        return None if self.choices is None else [choice.finish_reason or "error" for choice in self.choices]
+
+    @property
+    def input_tokens(self) -> int | None:
+        """Tokens of the prompt."""
+        return self.usage.prompt_tokens if self.usage is not None else None
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Tokens of the answer."""
+        return self.usage.completion_tokens if self.usage is not None else None
+
+
+decode_whole_answer = msgspec.json.Decoder(WholeAnswer).decode
+
+
+class _Unfinished(Struct):
+    finish_reason: None = None
+
+
+class _Words(Struct):
+    """An event after the first that has nothing to note: more words of choices that go on."""
+
+    error: None = None
+    usage: None = None
+    choices: list[_Unfinished] | None = None
+
+
+_decode_words = msgspec.json.Decoder(_Words).decode
+
+
+class ChoicesState:
+    """A stream of choices 0..n-1, each with a finish reason, then `[DONE]`."""
+
+    __slots__ = (
+        "_choices",
+        "_finished",
+        "complete",
+        "content",
+        "ended",
+        "error",
+        "input_tokens",
+        "model",
+        "output_tokens",
+        "response_id",
+        "text",
+    )
+
+    def __init__(self, choices: int, *, keep_text: bool = False) -> None:
+        self._choices = choices
+        self._finished: dict[int, str] = {}
+        self.content = self.complete = self.ended = False
+        self.error: object | None = None
+        self.model: str | None = None
+        self.response_id: str | None = None
+        self.input_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self.text: str | None = "" if keep_text else None
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """In the order of the choices; `error` for a choice without one."""
+        return [self._finished.get(index, "error") for index in range(min(self._choices, MAX_CHOICES_SHOWN))]
+
+    @property
+    def done_event(self) -> bytes:
+        """`[DONE]`."""
+        return b"data: [DONE]\n\n"
+
+    def feed(self, data: bytes) -> None:
+        """Take in the data of one event. Raises: InvalidResponse."""
+        if self.content and self.model is not None and self.text is None and _is_only_words(data):
+            return
+        if data.strip() == DONE:
+            self.ended = True
+            return
+        chunk = event_document(data)
+        if not isinstance(chunk, dict):
+            return
+        if chunk.get("error") is not None:
+            self.error = chunk["error"]
+            return
+        if self.model is None:
+            self.model = name(chunk.get("model"))
+            self.response_id = name(chunk.get("id"))
+        usage = chunk.get("usage")
+        if usage is not None and isinstance(usage, dict):
+            self.input_tokens = count(usage.get("prompt_tokens"))
+            self.output_tokens = count(usage.get("completion_tokens"))
+        for choice in objects_in(chunk.get("choices")):
+            self._feed_choice(choice)
+
+    def _feed_choice(self, choice: dict[str, Any]) -> None:
+        reason = choice.get("finish_reason")
+        if reason:  # some servers write "" for none
+            index = choice.get("index", 0)
+            self.content = True
+            if isinstance(index, int) and 0 <= index < self._choices:
+                self._finished[index] = str(reason)
+                self.complete = len(self._finished) == self._choices
+        if not self.content or self.text is not None:
+            delta = choice.get("delta")
+            if choice.get("text") or (
+                isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+            ):
+                self.content = True
+            if self.text is not None:
+                words = choice.get("text") or (delta.get("content") if isinstance(delta, dict) else None)
+                if isinstance(words, str):
+                    self.text = (self.text + words)[:MAX_TEXT]
+
+
+def _is_only_words(data: bytes) -> bool:
+    """Return whether an event is one of `_Words`: JSON, checked as a full decoding does except for large numbers."""
+    try:
+        decode_with(_decode_words, data)
+    except NO_JSON:
+        return False
+    return True

@@ -1,0 +1,239 @@
+"""OpenAI's responses."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole
+from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
+from gateway.dialects.dialect import Prompt, StreamState
+from gateway.dialects.json_text import NO_JSON, decode_with
+from gateway.dialects.openai import errors
+from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
+from gateway.dialects.server_sent_events import DONE
+from gateway.errors import BackendError, GatewayError
+
+RESPONSES = "/v1/responses"
+TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+
+class ResponsesRequest(Struct):
+    """`POST /v1/responses`: an input, a stored prompt or a conversation; the backend checks which."""
+
+    input: msgspec.Raw = NULL
+    model: ModelName | None = None
+    stream: Flag | None = None
+    max_output_tokens: Tokens | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+
+
+_request = msgspec.json.Decoder(ResponsesRequest)
+
+
+class _Usage(Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class WholeResponse(Struct):
+    """What an unstreamed response says about itself."""
+
+    error: msgspec.Raw = NULL
+    id: str | None = None
+    model: str | None = None
+    status: str | None = None
+    usage: _Usage | None = None
+
+    @property
+    def response_id(self) -> str | None:
+        """The id of the response."""
+        return self.id
+
+    @property
+    def finish_reasons(self) -> list[str] | None:
+        """The status of the response."""
+        return [self.status] if self.status else None
+
+    @property
+    def input_tokens(self) -> int | None:
+        """Tokens of the input."""
+        return self.usage.input_tokens if self.usage is not None else None
+
+    @property
+    def output_tokens(self) -> int | None:
+        """Tokens of the output."""
+        return self.usage.output_tokens if self.usage is not None else None
+
+
+_decode_whole = msgspec.json.Decoder(WholeResponse).decode
+
+
+class _Delta(Struct):
+    type: Literal["response.output_text.delta"]
+    sequence_number: int
+
+
+_decode_delta = msgspec.json.Decoder(_Delta).decode
+
+
+class ResponseState:
+    """A stream of numbered events up to `response.completed`, `.incomplete` or `.failed`; no `[DONE]`.
+
+    Attributes:
+        sequence_number: the number that the next event would have.
+    """
+
+    __slots__ = (
+        "_status",
+        "complete",
+        "content",
+        "ended",
+        "error",
+        "input_tokens",
+        "model",
+        "output_tokens",
+        "response_id",
+        "sequence_number",
+        "text",
+    )
+
+    def __init__(self, *, keep_text: bool = False) -> None:
+        self._status = "error"
+        self.content = self.complete = self.ended = False
+        self.error: object | None = None
+        self.sequence_number = 0
+        self.model: str | None = None
+        self.response_id: str | None = None
+        self.input_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self.text: str | None = "" if keep_text else None
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """The status of the response."""
+        return [self._status]
+
+    @property
+    def done_event(self) -> bytes | None:
+        """None: the terminal event is the end."""
+        return None
+
+    def feed(self, data: bytes) -> None:
+        """Take in the data of one event. Raises: InvalidResponse."""
+        if self.text is None and (number := _number_of_delta(data)) is not None:
+            self.sequence_number = number + 1
+            self.content = True
+            return
+        if data.strip() == DONE:
+            self.ended = True
+            return
+        event = event_document(data)
+        if isinstance(event, dict):
+            self._feed_event(event)
+
+    def _feed_event(self, event: dict[str, Any]) -> None:
+        number = event.get("sequence_number")
+        if isinstance(number, int):
+            self.sequence_number = number + 1
+        kind = event.get("type")
+        if not isinstance(kind, str):
+            if event.get("error") is not None:
+                self.error = event["error"]
+            return
+        if kind.endswith(".delta") or kind == "response.output_item.done":
+            self.content = True
+            if self.text is not None and kind == "response.output_text.delta":
+                self.text = (self.text + str(event.get("delta", "")))[:MAX_TEXT]
+        elif kind == "error":
+            self.error = event.get("error") or {key: event.get(key) for key in ("code", "message", "param")}
+        elif kind in TERMINAL:
+            self.content = self.complete = True
+            self._feed_response(kind, event.get("response"))
+
+    def _feed_response(self, kind: str, response: object) -> None:
+        self._status = kind.removeprefix("response.")
+        if not isinstance(response, dict):
+            return
+        self.model = name(response.get("model"))
+        self.response_id = name(response.get("id"))
+        usage = response.get("usage")
+        if isinstance(usage, dict):
+            self.input_tokens = count(usage.get("input_tokens"))
+            self.output_tokens = count(usage.get("output_tokens"))
+
+
+class OpenAIResponses:
+    """The dialect of `/v1/responses`."""
+
+    operations: Mapping[str, str] = {RESPONSES: "chat"}
+
+    def read_request(self, path: str, body: bytes) -> Prompt:
+        """Check the body of a request."""
+        fields = read_fields(_request, body)
+        check_text_or_list("input", fields.input, may_be_null=True)
+        return Prompt(
+            self,
+            path,
+            body,
+            model=fields.model,
+            stream=bool(fields.stream),
+            max_tokens=fields.max_output_tokens,
+            temperature=fields.temperature,
+            top_p=fields.top_p,
+        )
+
+    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:  # noqa: ARG002
+        """Return the state of a stream of numbered events."""
+        return ResponseState(keep_text=keep_text)
+
+    def read_answer(self, content_type: str, body: bytes) -> WholeResponse:
+        """Check a whole response."""
+        return read_whole(content_type, body, _decode_whole, WholeResponse)
+
+    def read_error(
+        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an error answer is."""
+        return errors.read_error(status, body, headers, retry_after)
+
+    def error_body(self, error: GatewayError) -> bytes:
+        """Return OpenAI's envelope."""
+        return errors.error_body(error)
+
+    def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
+        """Return an `error` event, numbered after the events that have gone out."""
+        inside = errors.envelope_with_own_words(error)
+        event = {
+            "type": "error",
+            "sequence_number": state.sequence_number if isinstance(state, ResponseState) else 0,
+            "code": inside["code"],
+            "message": inside["message"],
+            "param": inside["param"],
+            "error": inside,
+        }
+        return b"event: error\ndata: " + errors.encode(event) + b"\n\n"
+
+    def prompt_messages(self, body: bytes) -> str:
+        """Return the texts of the input."""
+        return input_messages(fields_of(body).get("input") or [])
+
+    def answer_texts(self, body: bytes) -> list[str]:
+        """Return the text of the response, as one."""
+        said = [
+            part["text"]
+            for item in objects_in(fields_of(body).get("output"))
+            for part in objects_in(item.get("content"))
+            if isinstance(part.get("text"), str)
+        ]
+        return ["".join(said)] * bool(said)
+
+
+def _number_of_delta(data: bytes) -> int | None:
+    """Return the number of a `_Delta` event, or None; checked as a full decoding does except for large numbers."""
+    try:
+        return decode_with(_decode_delta, data).sequence_number
+    except NO_JSON:
+        return None

@@ -1,0 +1,249 @@
+"""One attempt at one replica: the HTTP call under its timers, the report to the breaker, the notes in the record."""
+
+from asyncio import CancelledError
+from time import time
+from typing import TYPE_CHECKING
+
+from gateway.dialects.captured_text import output_messages
+from gateway.errors import (
+    BackendError,
+    CallerLeft,
+    DeadlineExceeded,
+    GatewayError,
+    InternalError,
+    InvalidResponse,
+    Silent,
+    StaleConnection,
+    drop_frames,
+)
+from gateway.forwarding.call import WholeAnswer
+from gateway.forwarding.phase_timer import PhaseTimer
+from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
+from gateway.headers import retry_after
+from gateway.record import AttemptRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from random import Random
+
+    from gateway.backend.client import Exchange, HttpClient
+    from gateway.dialects.dialect import Answer
+    from gateway.forwarding.call import Call
+    from gateway.policy.pool import Target
+    from gateway.policy.replica import Lease, Replica
+    from gateway.record import Record
+    from gateway.settings import Settings
+
+
+class Attempts:
+    """Makes attempts.
+
+    Args:
+        settings: timeouts, the largest answer, whether text is captured.
+        client: sends the calls.
+        clock: seconds, monotonic.
+        rng: draws the ids of spans.
+        wall_clock: seconds since the epoch, for dates in `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        settings: "Settings",
+        *,
+        client: "HttpClient",
+        clock: "Callable[[], float]",
+        rng: "Random",
+        wall_clock: "Callable[[], float]" = time,
+    ) -> None:
+        self._client = client
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._rng = rng
+        self._first_token_timeout = settings.gateway_first_token_timeout
+        self._answer_timeout = settings.gateway_answer_timeout
+        self._idle_timeout = settings.gateway_idle_timeout
+        self._max_answer = settings.gateway_max_answer_bytes
+        self._keep_text = settings.gateway_capture_content
+
+    async def make(self, call: "Call", target: "Target", lease: "Lease", *, backoff: float) -> None:
+        """Make one HTTP call, or two when a kept-alive connection was dead; the lease ends with it.
+
+        Args:
+            call: its `answer` is set, or its sink receives the stream.
+            target: names the model.
+            lease: of the replica that is asked.
+            backoff: seconds slept before, for the record.
+
+        Raises:
+            BackendError: the attempt failed.
+            DeadlineExceeded, GatewayOverloaded, CallerLeft: the request ends.
+        """
+        replica = lease.replica
+        attempt = self._begin(call, target, replica)
+        attempt.backoff = backoff
+        try:
+            try:
+                # A connection kept from before the outage may be dead without a sign, and spoil the trial.
+                await self._exchange(call, lease, attempt, fresh=lease.trial)
+            except StaleConnection as stale:
+                self._end(attempt, stale)
+                attempt.decision = "resend"
+                attempt = self._begin(call, target, replica)
+                attempt.resend = True
+                await self._exchange(call, lease, attempt, fresh=True)
+        except BackendError as failure:
+            self._end(attempt, failure)
+            before = replica.breaker.state
+            lease.fail(failure, f"{call.record.trace_id:032x}")
+            self._note_breaker(call.record, replica, before)
+            drop_frames(failure)
+            raise
+        except BaseException as error:
+            self._end(attempt, error)
+            raise
+        else:
+            self._end(attempt, None)
+            before = replica.breaker.state
+            lease.succeed()
+            self._note_breaker(call.record, replica, before)
+        finally:
+            lease.release()
+
+    async def _exchange(self, call: "Call", lease: "Lease", attempt: AttemptRecord, *, fresh: bool) -> None:
+        """Make one HTTP call, each phase under its own timer, all of them under the deadline."""
+        headers = [
+            *call.headers,
+            ("x-request-timeout", f"{attempt.deadline_left:.3f}"),
+            ("traceparent", call.record.traceparent(attempt.span_id)),
+        ]
+        timer = PhaseTimer(self._clock, call.deadline.commit_by)
+        if call.prompt.stream:
+            timer.limit(self._first_token_timeout, lambda: no_first_token(self._first_token_timeout))
+        else:
+            timer.limit(self._answer_timeout, self._no_answer)
+        with timer:
+            exchange = await self._client.post(lease.replica, call.prompt.path, call.body, headers, fresh=fresh)
+            attempt.status = exchange.status
+            try:
+                if exchange.status >= 300:  # noqa: PLR2004
+                    await self._read_error(call, exchange, timer)
+                elif call.prompt.stream:
+                    await self._relay_stream(call, lease, attempt, exchange, timer)
+                else:
+                    await self._read_answer(call, exchange, timer)
+            finally:
+                exchange.close()
+
+    async def _read_answer(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+        """Read an unstreamed answer."""
+        held = call.share.held
+        dialect = call.prompt.dialect
+        try:
+            exchange.check_plain()
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+            answer = dialect.read_answer(exchange.content_type, body)
+        except BaseException:
+            call.share.give_back_to(held)
+            raise
+        _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
+        call.answer = WholeAnswer(exchange.status, exchange.passed_headers(), body)
+
+    async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+        """Read an answer other than 2xx. Raises: the failure that it is."""
+        held = call.share.held
+        try:
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+        finally:
+            call.share.give_back_to(held)
+        passed = exchange.passed_headers()
+        wait = retry_after(passed, self._wall_clock())
+        raise call.prompt.dialect.read_error(exchange.status, body, passed, wait)
+
+    async def _relay_stream(
+        self, call: "Call", lease: "Lease", attempt: AttemptRecord, exchange: "Exchange", timer: PhaseTimer
+    ) -> None:
+        """Hold a streamed answer until commit, then pass it on as it arrives."""
+        exchange.check_plain()
+        if exchange.content_type != "text/event-stream":
+            raise InvalidResponse("The backend's answer is not text/event-stream.")
+        state = call.prompt.dialect.stream_state(call.prompt, keep_text=self._keep_text)
+        relay = StreamRelay(exchange, state, timer, idle=self._idle_timeout, share=call.share, clock=self._clock)
+        held = call.share.held
+        try:
+            due = attempt.started + self._first_token_timeout
+            events = await relay.until_first_content(due, self._first_token_timeout, self._max_answer)
+            call.record.first_token = self._clock()
+            before = lease.replica.breaker.state
+            lease.begin_answer()
+            self._note_breaker(call.record, lease.replica, before)
+            if call.hold_back:
+                events += await relay.until_complete(self._max_answer)
+            timer.end_at(call.deadline.end)
+            await call.sink.commit(exchange.passed_headers(), events, state)
+            if not call.hold_back:
+                await relay.pass_on(call.sink.write)
+            await call.sink.end()
+        finally:
+            call.share.give_back_to(held)
+            _describe(call.record, state, None if state.text is None else [state.text])
+
+    def _begin(self, call: "Call", target: "Target", replica: "Replica") -> AttemptRecord:
+        """Note that an attempt begins."""
+        attempts = call.record.attempts
+        call.record.first_token = None  # an attempt that failed before commit has given the caller none
+        attempt = AttemptRecord(len(attempts) + 1, replica.name, self._rng.getrandbits(64) or 1, self._clock())
+        attempt.host, attempt.port = replica.host, replica.port
+        attempt.url = f"{replica.base}{call.prompt.path}"
+        attempt.model = target.model or call.model
+        attempt.breaker = replica.breaker.state.value
+        attempt.budget_left = replica.budget.left()
+        attempt.deadline_left = call.deadline.left()
+        attempts.append(attempt)
+        return attempt
+
+    def _end(self, attempt: AttemptRecord, error: BaseException | None) -> None:
+        """Note how an attempt ended, once."""
+        if attempt.ended is not None:
+            return
+        attempt.ended = self._clock()
+        if error is None:
+            attempt.outcome, attempt.decision = "ok", "answered"
+        elif isinstance(error, BackendError):
+            attempt.outcome, attempt.message = error.outcome, error.message
+            attempt.error_type = str(attempt.status) if error.outcome.startswith("status_") else error.outcome
+            attempt.retry_after = error.retry_after
+            attempt.timer = error.param
+        elif isinstance(error, DeadlineExceeded):
+            attempt.outcome = attempt.error_type = "deadline_exceeded"
+            attempt.message, attempt.decision = error.message, "gave up: deadline"
+        elif isinstance(error, CancelledError | CallerLeft):
+            attempt.outcome = attempt.error_type = "cancelled"
+            attempt.decision = "gave up: cancelled"
+        else:
+            word = error.outcome if isinstance(error, GatewayError) else InternalError.code
+            attempt.outcome = attempt.error_type = word
+            attempt.decision = f"gave up: {word}"
+
+    def _note_breaker(self, record: "Record", replica: "Replica", before: str) -> None:
+        """Note a change of the breaker's state since `before`."""
+        after = replica.breaker.state
+        if before != after:
+            record.note_breaker(self._clock(), replica.name, before, after)
+
+    def _limit_idle(self, timer: PhaseTimer) -> None:
+        timer.limit(self._idle_timeout, lambda: stalled(self._idle_timeout))
+
+    def _no_answer(self) -> Silent:
+        return Silent(f"The backend did not answer within {self._answer_timeout:g} s.", timer="answer")
+
+
+def _describe(record: "Record", answer: "Answer", texts: list[str] | None) -> None:
+    record.describe_answer(
+        response_id=answer.response_id,
+        model=answer.model,
+        finish_reasons=answer.finish_reasons,
+        input_tokens=answer.input_tokens,
+        output_tokens=answer.output_tokens,
+    )
+    if texts is not None:
+        record.output_text = output_messages(texts, record.finish_reasons)

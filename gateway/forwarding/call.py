@@ -1,0 +1,97 @@
+"""One request on its way to a backend, and the place where its answer goes."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from gateway.dialects.dialect import Prompt, StreamState
+    from gateway.policy.byte_budget import Share
+    from gateway.policy.deadline import Deadline
+    from gateway.record import Record
+
+
+class StreamSink(Protocol):
+    """The caller's side of a streamed answer.
+
+    Attributes:
+        committed: the first byte of a backend's answer has gone out: nothing is retried any more.
+    """
+
+    committed: bool
+
+    async def commit(self, headers: Mapping[str, str], events: bytes, state: "StreamState") -> None:
+        """Send the status, the headers and the first events; `state`: how far the stream has come, now and later.
+
+        Raises:
+            CallerLeft: nobody is there any more.
+        """
+
+    async def write(self, events: bytes) -> None:
+        """Send whole events; waits while the caller does not read. Raises: CallerLeft."""
+
+    async def end(self) -> None:
+        """End a complete answer; waits while the caller does not read. Raises: CallerLeft."""
+
+
+class WholeAnswer:
+    """An unstreamed answer: status, the headers that pass, body."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+class Call:
+    """What is asked, how long it may take, and where the answer goes.
+
+    Attributes:
+        prompt: the checked request.
+        model: the one it is for: the caller's, or the default.
+        deadline: of the whole request.
+        record: what happens is noted in it.
+        sink: where a stream goes.
+        share: holds its bytes.
+        headers: the caller's that go to the backend, names in lower case.
+        hold_back: whether a stream is sent only when it is complete.
+        body: the bytes for the target at hand.
+        answer: an unstreamed answer, once it is there.
+    """
+
+    __slots__ = (
+        "answer",
+        "body",
+        "deadline",
+        "headers",
+        "hold_back",
+        "model",
+        "prompt",
+        "record",
+        "share",
+        "sink",
+    )
+
+    def __init__(
+        self,
+        prompt: "Prompt",
+        deadline: "Deadline",
+        record: "Record",
+        sink: StreamSink,
+        *,
+        model: str,
+        share: "Share",
+        headers: list[tuple[str, str]],
+        hold_back: bool,
+    ) -> None:
+        self.prompt = prompt
+        self.model = model
+        self.deadline = deadline
+        self.record = record
+        self.sink = sink
+        self.share = share
+        self.headers = headers
+        self.hold_back = hold_back
+        self.body = prompt.body
+        self.answer: WholeAnswer | None = None

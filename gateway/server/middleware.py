@@ -1,0 +1,172 @@
+"""The middleware: around every call a record of what happens, the key, and an answer to every error."""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from gateway.dialects.table import BY_PATH, dialect_of
+from gateway.errors import (
+    CallerLeft,
+    GatewayDraining,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    drop_frames,
+)
+from gateway.record import Record
+from gateway.server.responses import error_response, explaining, unrecorded_error
+from gateway.server.stream_writer import StreamWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.typedefs import Handler
+
+    from gateway.policy.admission import Admission
+    from gateway.server.in_flight import InFlight
+    from gateway.server.keys import Keys
+    from gateway.telemetry import Telemetry
+
+RECORD = web.RequestKey("record", Record)
+STREAM = web.RequestKey("stream", StreamWriter)
+UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+KNOWN_PATHS = frozenset({"/", "/v1/models", *BY_PATH})
+NO_HEADERS: CIMultiDict[str] = CIMultiDict()
+
+_log = logging.getLogger("gateway")
+
+
+class Middleware:
+    """What every call passes through."""
+
+    def __init__(
+        self,
+        *,
+        keys: "Keys",
+        admission: "Admission",
+        in_flight: "InFlight",
+        telemetry: "Telemetry",
+        clock: "Callable[[], float]",
+    ) -> None:
+        self._keys = keys
+        self._admission = admission
+        self._in_flight = in_flight
+        self._telemetry = telemetry
+        self._clock = clock
+
+    @web.middleware
+    async def handle(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
+        """Answer a call: most are recorded, those that ask how the gateway is are not."""
+        answer = self._plain if request.path in UNTRACED else self._recorded
+        response: web.StreamResponse = await answer(request, handler)
+        if self._admission.draining and not response.prepared:
+            response.force_close()
+        return response
+
+    async def _plain(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
+        """Answer a call that leaves no record."""
+        try:
+            return await handler(request)
+        except web.HTTPMethodNotAllowed as error:
+            allowed = error.headers["Allow"]
+            failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
+            return unrecorded_error(failure, dialect_of(request.path), {"allow": allowed})
+
+    async def _recorded(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
+        """Answer a call under the record of what happens."""
+        path = request.path
+        known = path if path in KNOWN_PATHS else "/v1/models/{id}" if path.startswith("/v1/models/") else None
+        record = self._telemetry.begin(request.method, known, request.headers)
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a handler runs in a task")
+        self._in_flight.add(task)
+        try:
+            request[RECORD] = record
+            if path.startswith("/v1"):
+                self._keys.check(request)
+                self._admission.check_open()
+            response = await handler(request)
+            if not response.prepared:
+                response.headers.update(explaining(record, self._clock()))
+                record.status = response.status
+        except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
+            response = await self._answer_error(error, request, record)
+        finally:
+            request.pop(STREAM, None)  # it refers to the request: a cycle
+            self._in_flight.remove(task)
+            record.ended = self._clock()
+            self._telemetry.finish(record)
+        return response
+
+    def answer_unhandled(self, error: GatewayError, cause: BaseException | None) -> web.Response:
+        """Return the answer to what failed outside of the app: malformed HTTP, a defect of the server."""
+        record = self._telemetry.begin("_OTHER", None, NO_HEADERS)
+        if isinstance(error, InternalError):
+            _log.error("internal error, trace %032x", record.trace_id, exc_info=cause)
+        record.end_with(error)
+        record.ended = self._clock()
+        self._telemetry.finish(record)
+        response = error_response(error, dialect_of(""), record, record.ended)
+        response.force_close()
+        return response
+
+    async def _answer_error(self, error: BaseException, request: web.Request, record: Record) -> web.StreamResponse:
+        """Answer with an error, as the last event where a stream is open.
+
+        Raises:
+            CancelledError: neither a caller who left nor a stop is its cause.
+        """
+        failure = self._failure(error, request, record)
+        record.end_with(failure)
+        drop_frames(error)
+        stream = request.get(STREAM)
+        if stream is not None and stream.opened:
+            ended: web.StreamResponse = await stream.end_with_error(failure)
+            return ended
+        response = error_response(failure, dialect_of(request.path), record, self._clock())
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            response.headers["allow"] = error.headers["Allow"]
+        return response
+
+    def _failure(self, error: BaseException, request: web.Request, record: Record) -> GatewayError:
+        """Return the error that the caller is told."""
+        if isinstance(error, GatewayError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return self._cancellation(error, request, record)
+        if isinstance(error, web.HTTPException):
+            return _http_failure(error)
+        if isinstance(error, ConnectionError):
+            return CallerLeft()
+        _log.error("internal error, trace %032x", record.trace_id, exc_info=error)
+        return InternalError()
+
+    def _cancellation(self, error: asyncio.CancelledError, request: web.Request, record: Record) -> GatewayError:
+        """Return why the request was cancelled: by a stop, or because the caller left."""
+        task = asyncio.current_task()
+        failure: GatewayError
+        if task is not None and self._in_flight.was_cut_off(task):
+            failure = GatewayDraining("The gateway stopped before the answer was complete. Send the request again.")
+        elif task is not None and request.transport is None:
+            failure = CallerLeft()
+        else:
+            record.status = record.status or CallerLeft.status
+            record.outcome = CallerLeft.code
+            raise error
+        task.uncancel()
+        return failure
+
+
+def _http_failure(error: web.HTTPException) -> GatewayError:
+    """Return our error for one of aiohttp's."""
+    if isinstance(error, web.HTTPNotFound):
+        return NotFound("There is nothing at this path; GET / lists what there is.")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return MethodNotAllowed(f"This path allows {error.headers['Allow']}.")
+    return InvalidRequest("The request is malformed HTTP.")
