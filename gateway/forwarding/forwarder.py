@@ -149,8 +149,8 @@ class Forwarder:
             ):
                 with attempt:
                     backoff = retry.backoff(failure, attempt.retry_state)
+                    await sleep(backoff)  # 0 too: the loop notices connections that have closed meanwhile
                     if backoff:
-                        await sleep(backoff)
                         backoff = self._clock() - (record.attempt.ended or 0.0)
                     lease = retry.lease(failure)
                     record.attempt.decision = "retry"

@@ -342,7 +342,7 @@ async def test_health_counts_who_is_served_and_who_waits(mock: MockModel, start_
     [
         (HANG, "backend_timeout", "did not answer within"),
         ({"kind": "not_json"}, "backend_invalid_response", "not JSON"),
-        ({"kind": "status", "with": {"status": 401}}, "backend_auth_error", "refuses the gateway's key (401)"),
+        ({"kind": "status", "with": {"status": 401}}, "backend_auth_error", "refused the gateway's key (401)"),
         ({"kind": "reset"}, "backend_connection_error", "closed the connection"),
         (
             {"kind": "status", "with": {"status": 500, "body": "text"}},

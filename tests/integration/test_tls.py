@@ -127,7 +127,7 @@ async def test_a_backend_that_closes_in_the_handshake_did_not_refuse(start_gatew
         answer = await gateway.chat()
 
     assert (answer.status, answer.error["code"]) == (502, "backend_connection_error")
-    assert answer.error["message"] == "backend-1 closed the connection while it was made."
+    assert answer.error["message"] == "backend-1 closed the connection while it was being opened."
 
 
 async def test_a_backend_without_tls_behind_an_https_url_is_told_as_what_it_is(
@@ -137,7 +137,7 @@ async def test_a_backend_without_tls_behind_an_https_url_is_told_as_what_it_is(
     answer = await gateway.chat()
 
     assert (answer.status, answer.error["code"]) == (502, "backend_connection_error")
-    assert answer.error["message"].startswith("backend-1 does not speak TLS")
+    assert answer.error["message"].startswith("The TLS handshake with backend-1 failed")
 
 
 # The collector.
