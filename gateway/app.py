@@ -125,22 +125,26 @@ def create_app(
     """
     client = client or HttpClient(connect_timeout=settings.gateway_connect_timeout)
     parts = Parts(settings, routing, telemetry, client, clock=clock, rng=rng or Random())
-    handlers = parts.handlers
-    app = web.Application(middlewares=[parts.middleware.handle], client_max_size=settings.gateway_max_body_bytes)
+    handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
+    app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
-    for path in BY_PATH:
-        app.router.add_post(path, handlers.prompt, expect_handler=_expect)
+    routes = [web.post(path, recorded(handlers.prompt), expect_handler=_expect) for path in BY_PATH]
     for path, handler in (
         ("/v1/models", handlers.models),
         ("/v1/models/{id:.+}", handlers.model),
         ("/", handlers.root),
+    ):
+        routes.append(web.get(path, recorded(handler), expect_handler=_expect))
+    for path, handler in (
         ("/health", handlers.health),
         ("/livez", handlers.livez),
         ("/readyz", handlers.readyz),
         ("/metrics", handlers.metrics),
     ):
-        app.router.add_get(path, handler, expect_handler=_expect)
-    app.router.add_route("*", "/{path:.*}", handlers.not_found, expect_handler=_expect)
+        routes.append(web.get(path, unrecorded(handler), expect_handler=_expect))
+        routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
+    app.add_routes(routes)
     app.cleanup_ctx.append(_running_parts)
     return app
 

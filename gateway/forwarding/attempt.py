@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gateway.backend.client import Exchange, HttpClient
     from gateway.dialects.dialect import Answer
-    from gateway.forwarding.call import Call
+    from gateway.forwarding.call import Call, StreamSink
     from gateway.policy.pool import Target
     from gateway.policy.replica import Lease, Replica
     from gateway.record import Record
@@ -103,9 +103,7 @@ class Attempts:
             raise
         else:
             self._end(attempt, None)
-            before = replica.breaker.state
-            lease.succeed()
-            self._note_breaker(call.record, replica, before)
+            self._report(call.record, lease, lease.succeed)
         finally:
             lease.release()
 
@@ -117,7 +115,7 @@ class Attempts:
             ("traceparent", call.record.traceparent(attempt.span_id)),
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
-        if call.prompt.stream:
+        if call.sink is not None:
             timer.limit(self._first_token_timeout, lambda: no_first_token(self._first_token_timeout))
         else:
             timer.limit(self._answer_timeout, self._no_answer)
@@ -127,8 +125,8 @@ class Attempts:
             try:
                 if exchange.status >= 300:  # noqa: PLR2004
                     await self._read_error(call, exchange, timer)
-                elif call.prompt.stream:
-                    await self._relay_stream(call, lease, attempt, exchange, timer)
+                elif call.sink is not None:
+                    await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
                     await self._read_answer(call, exchange, timer)
             finally:
@@ -160,7 +158,7 @@ class Attempts:
         raise call.prompt.dialect.read_error(exchange.status, body, passed, wait)
 
     async def _relay_stream(
-        self, call: "Call", lease: "Lease", attempt: AttemptRecord, exchange: "Exchange", timer: PhaseTimer
+        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
     ) -> None:
         """Hold a streamed answer until commit, then pass it on as it arrives."""
         exchange.check_plain()
@@ -170,19 +168,17 @@ class Attempts:
         relay = StreamRelay(exchange, state, timer, idle=self._idle_timeout, share=call.share, clock=self._clock)
         held = call.share.held
         try:
-            due = attempt.started + self._first_token_timeout
+            due = call.record.attempt.started + self._first_token_timeout
             events = await relay.until_first_content(due, self._first_token_timeout, self._max_answer)
             call.record.first_token = self._clock()
-            before = lease.replica.breaker.state
-            lease.begin_answer()
-            self._note_breaker(call.record, lease.replica, before)
+            self._report(call.record, lease, lease.begin_answer)
             if call.hold_back:
                 events += await relay.until_complete(self._max_answer)
             timer.end_at(call.deadline.end)
-            await call.sink.commit(exchange.passed_headers(), events, state)
+            await sink.commit(exchange.passed_headers(), events, state)
             if not call.hold_back:
-                await relay.pass_on(call.sink.write)
-            await call.sink.end()
+                await relay.pass_on(sink.write)
+            await sink.end()
         finally:
             call.share.give_back_to(held)
             _describe(call.record, state, None if state.text is None else [state.text])
@@ -223,6 +219,15 @@ class Attempts:
             word = error.outcome if isinstance(error, GatewayError) else InternalError.code
             attempt.outcome = attempt.error_type = word
             attempt.decision = f"gave up: {word}"
+
+    def _report(self, record: "Record", lease: "Lease", good: "Callable[[], None]") -> None:
+        """Report a good answer, which closes a half-open breaker and changes no other."""
+        if not lease.trial:
+            good()
+            return
+        before = lease.replica.breaker.state
+        good()
+        self._note_breaker(record, lease.replica, before)
 
     def _note_breaker(self, record: "Record", replica: "Replica", before: str) -> None:
         """Note a change of the breaker's state since `before`."""

@@ -52,7 +52,7 @@ class Call:
         model: the one it is for: the caller's, or the default.
         deadline: of the whole request.
         record: what happens is noted in it.
-        sink: where a stream goes.
+        sink: where a stream goes; None when none was asked for.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
         hold_back: whether a stream is sent only when it is complete.
@@ -78,7 +78,7 @@ class Call:
         prompt: "Prompt",
         deadline: "Deadline",
         record: "Record",
-        sink: StreamSink,
+        sink: StreamSink | None,
         *,
         model: str,
         share: "Share",
@@ -95,3 +95,8 @@ class Call:
         self.hold_back = hold_back
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Whether the first byte of a backend's answer has gone out."""
+        return self.sink is not None and self.sink.committed

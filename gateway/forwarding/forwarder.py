@@ -106,7 +106,7 @@ class Forwarder:
             except BackendError as error:
                 failure = error
                 drop_frames(error)
-                if call.sink.committed or not error.falls_back:
+                if call.committed or not error.falls_back:
                     break
             else:
                 record.stop_reason = None
@@ -129,7 +129,7 @@ class Forwarder:
             lease.replica.budget.count_first()
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
-            if call.sink.committed:
+            if call.committed:
                 call.record.stop_reason = "committed"
                 raise
             await self._retry(call, target, lease, failure)
@@ -160,7 +160,7 @@ class Forwarder:
                     except BackendError as error:
                         failure = error
                         retry.count(lease.replica, error)
-                        if call.sink.committed:
+                        if call.committed:
                             retry.stopped = "committed"
                         raise
         except BackendError:

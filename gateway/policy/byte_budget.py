@@ -12,23 +12,15 @@ class ByteBudget:
         held: bytes held now.
     """
 
+    __slots__ = ("held", "limit")
+
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.held = 0
 
     def share(self) -> "Share":
         """Return an empty share for one request."""
         return Share(self)
-
-    def hold(self, size: int) -> None:
-        """Count `size` more bytes as held.
-
-        Raises:
-            GatewayOverloaded: that would exceed the limit.
-        """
-        if self.held + size > self._limit:
-            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
-        self.held += size
 
 
 class Share:
@@ -47,8 +39,15 @@ class Share:
         self.give_back(self.held)
 
     def hold(self, size: int) -> None:
-        """Hold `size` more bytes. Raises: GatewayOverloaded."""
-        self._budget.hold(size)
+        """Hold `size` more bytes.
+
+        Raises:
+            GatewayOverloaded: all requests together would hold more than the limit.
+        """
+        budget = self._budget
+        if budget.held + size > budget.limit:
+            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
+        budget.held += size
         self.held += size
 
     def give_back(self, size: int) -> None:

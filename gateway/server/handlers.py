@@ -8,7 +8,7 @@ from aiohttp import web
 from gateway import __version__
 from gateway.dialects.table import BY_PATH, dialect_of
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound
-from gateway.forwarding.call import Call, WholeAnswer
+from gateway.forwarding.call import Call
 from gateway.server.middleware import RECORD, STREAM
 from gateway.server.request_reader import check_media_type, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
@@ -76,21 +76,29 @@ class Handlers:
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content:
                 record.input_text = dialect.prompt_messages(prompt.body)
-            heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0
-            writer = StreamWriter(request, record, dialect, heartbeat=heartbeat, clock=self._clock)
-            request[STREAM] = writer
+            writer = None
+            if prompt.stream:
+                heartbeat = self._settings.gateway_heartbeat
+                writer = request[STREAM] = StreamWriter(
+                    request, record, dialect, heartbeat=heartbeat, clock=self._clock
+                )
             headers = forwarded_headers(request, record)
             call = Call(
                 prompt, deadline, record, writer, model=model, share=share, headers=headers, hold_back=hold_back
             )
+            if writer is None:
+                await self._forwarder.forward(call, route)
+                return await self._send_whole(request, call)
             async with writer:
                 await self._forwarder.forward(call, route)
-            if call.answer is None:
-                return writer.response
-            return await self._send_whole(request, call, call.answer)
+            del request[STREAM]
+            return writer.response
 
-    async def _send_whole(self, request: web.Request, call: Call, answer: WholeAnswer) -> web.Response:
+    async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""
+        answer = call.answer
+        if answer is None:
+            raise RuntimeError("forwarded without an answer")
         headers = answer.headers
         headers.setdefault("content-type", "application/json")  # it had parameters that do not pass
         if len(answer.body) <= SMALL_ANSWER:
@@ -162,8 +170,8 @@ class Handlers:
         """Answer every other path or method; a route of its own, so that `Expect` waits for the key here too."""
         allowed: set[str] = set()
         for resource in request.app.router.resources():
-            if resource is not request.match_info.route.resource:
-                allowed |= (await resource.resolve(request))[1]
+            allowed |= (await resource.resolve(request))[1]
+        allowed.discard("*")  # of the routes that lead here
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
         raise web.HTTPNotFound

@@ -1,7 +1,8 @@
-"""The middleware: around every call a record of what happens, the key, and an answer to every error."""
+"""The middleware around the handlers: a record of what happens, the key, and an answer to every error."""
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 RECORD = web.RequestKey("record", Record)
 STREAM = web.RequestKey("stream", StreamWriter)
-UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 KNOWN_PATHS = frozenset({"/", "/v1/models", *BY_PATH})
 NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 
@@ -42,7 +42,7 @@ _log = logging.getLogger("gateway")
 
 
 class Middleware:
-    """What every call passes through."""
+    """Wraps the handlers of the routes."""
 
     def __init__(
         self,
@@ -59,26 +59,24 @@ class Middleware:
         self._telemetry = telemetry
         self._clock = clock
 
-    @web.middleware
-    async def handle(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
-        """Answer a call: most are recorded, those that ask how the gateway is are not."""
-        answer = self._plain if request.path in UNTRACED else self._recorded
-        response: web.StreamResponse = await answer(request, handler)
-        if self._admission.draining and not response.prepared:
-            response.force_close()
-        return response
+    def unrecorded(self, handler: "Handler") -> "Handler":
+        """Wrap the handler of a call that asks how the gateway is: it leaves no record and needs no key."""
+        return partial(self._answer, handler=handler)
 
-    async def _plain(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
-        """Answer a call that leaves no record."""
+    def recorded(self, handler: "Handler") -> "Handler":
+        """Wrap the handler of every other call: what happens is recorded, and every error has an answer."""
+        return partial(self._answer_and_record, handler=handler)
+
+    async def _answer(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
         try:
-            return await handler(request)
+            response = await handler(request)
         except web.HTTPMethodNotAllowed as error:
             allowed = error.headers["Allow"]
             failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
-            return unrecorded_error(failure, dialect_of(request.path), {"allow": allowed})
+            response = unrecorded_error(failure, dialect_of(request.path), {"allow": allowed})
+        return self._closed_while_draining(response)
 
-    async def _recorded(self, request: web.Request, handler: "Handler") -> web.StreamResponse:
-        """Answer a call under the record of what happens."""
+    async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
         path = request.path
         known = path if path in KNOWN_PATHS else "/v1/models/{id}" if path.startswith("/v1/models/") else None
         record = self._telemetry.begin(request.method, known, request.headers)
@@ -98,10 +96,15 @@ class Middleware:
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
             response = await self._answer_error(error, request, record)
         finally:
-            request.pop(STREAM, None)  # it refers to the request: a cycle
             self._in_flight.remove(task)
             record.ended = self._clock()
             self._telemetry.finish(record)
+        return self._closed_while_draining(response)
+
+    def _closed_while_draining(self, response: web.StreamResponse) -> web.StreamResponse:
+        """Do not keep the caller's connection while the gateway is stopping."""
+        if self._admission.draining and not response.prepared:
+            response.force_close()
         return response
 
     def answer_unhandled(self, error: GatewayError, cause: BaseException | None) -> web.Response:
@@ -122,13 +125,14 @@ class Middleware:
         Raises:
             CancelledError: neither a caller who left nor a stop is its cause.
         """
+        stream: StreamWriter | None = request.get(STREAM)
+        if stream is not None:
+            del request[STREAM]  # it refers to the request: a cycle
         failure = self._failure(error, request, record)
         record.end_with(failure)
         drop_frames(error)
-        stream = request.get(STREAM)
         if stream is not None and stream.opened:
-            ended: web.StreamResponse = await stream.end_with_error(failure)
-            return ended
+            return await stream.end_with_error(failure)
         response = error_response(failure, dialect_of(request.path), record, self._clock())
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["allow"] = error.headers["Allow"]

@@ -92,10 +92,9 @@ class Telemetry:
         )
         record.parent_id = parent_id
         record.sampled = sampled
-        if (
-            parent_id is not None or "traceparent" not in headers
-        ):  # the state of a trace that was not joined does not pass
-            record.trace_state = ",".join(headers.getall("tracestate", ())) or None
+        if "tracestate" in headers and (parent_id is not None or "traceparent" not in headers):
+            # The state of a trace that was not joined does not pass.
+            record.trace_state = ",".join(headers.getall("tracestate")) or None
         return record
 
     def finish(self, record: Record) -> None:

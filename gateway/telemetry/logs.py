@@ -120,8 +120,9 @@ class RequestLog:
 
     def write(self, record: "Record") -> None:
         """Write the line of a request that has ended."""
-        if self._lowest <= level_of(record):
-            self._waiting.append(self._form(record))
+        level = level_of(record)
+        if self._lowest <= level:
+            self._waiting.append(self._form(record, level))
 
     def _run(self) -> None:
         while not self._stopping.wait(FLUSH_INTERVAL):
@@ -182,10 +183,10 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
 _encode = msgspec.json.Encoder().encode
 
 
-def _json_line(record: "Record") -> str:
+def _json_line(record: "Record", level: int) -> str:
     fields = _Fields(
         time=_rfc3339(record.started_ns),
-        level="warning" if level_of(record) == logging.WARNING else "info",
+        level="warning" if level == logging.WARNING else "info",
         message="request",
         method=record.method,
         path=record.path,
@@ -222,7 +223,7 @@ def _json_line(record: "Record") -> str:
     return _encode(fields).decode() + "\n"
 
 
-def _readable_line(record: "Record") -> str:
+def _readable_line(record: "Record", _level: int) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(record.started_ns / 1e9))
     attempts = ", ".join(f"{attempt.backend} {attempt.outcome}" for attempt in record.attempts)
     error = " ".join((record.error_message or "").split())

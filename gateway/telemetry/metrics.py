@@ -1,12 +1,9 @@
 """The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
 
-from bisect import bisect_left
-from itertools import accumulate
-from time import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Pool
     from gateway.record import Record
 
+M = TypeVar("M", Counter, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bucket bounds of durations."""
 BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
@@ -36,25 +34,35 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry
+        self._requests = _Children(
+            Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
         )
-        self._duration = Durations(
-            "gateway_request_duration_seconds", "From a request's headers to the end of its answer."
+        self._duration = _Children(
+            Histogram(
+                "gateway_request_duration_seconds",
+                "From a request's headers to the end of its answer.",
+                ["route"],
+                buckets=SECONDS,
+                registry=registry,
+            )
         )
-        self._first_token = Durations(
-            "gateway_time_to_first_token_seconds", "From a streamed request's headers to its first content event."
+        self._first_token = _Children(
+            Histogram(
+                "gateway_time_to_first_token_seconds",
+                "From a streamed request's headers to its first content event.",
+                ["route"],
+                buckets=SECONDS,
+                registry=registry,
+            )
         )
-        registry.register(self._duration)
-        registry.register(self._first_token)
         self._queue_wait = Histogram(
             "gateway_queue_wait_seconds",
             "Time in the queue of requests that had to wait.",
             buckets=SECONDS,
             registry=registry,
         )
-        self._attempts = Counter(
-            "gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry
+        self._attempts = _Children(
+            Counter("gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry)
         )
         self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
         self._refused = Counter(
@@ -76,8 +84,6 @@ class Metrics:
             registry=registry,
         )
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
-        self._request_children: dict[tuple[str, int, str], Counter] = {}
-        self._attempt_children: dict[tuple[str, str], Counter] = {}
 
     def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget") -> None:
         """Read gauges from these parts whenever the metrics are asked for."""
@@ -95,17 +101,13 @@ class Metrics:
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
         route = record.path or OTHER
-        key = (route, record.status, record.outcome)
-        child = self._request_children.get(key)
-        if child is None:
-            child = self._request_children[key] = self._requests.labels(route, str(record.status), record.outcome)
-        child.inc()
-        trace_id = record.trace_id if kept else None
-        self._duration.observe(route, record.seconds(0.0), trace_id)
+        exemplar = {"trace_id": f"{record.trace_id:032x}"} if kept else None
+        self._requests(route, record.status, record.outcome).inc()
+        self._duration(route).observe(record.seconds(0.0), exemplar)
         if record.first_token is not None:
-            self._first_token.observe(route, record.first_token - record.started, trace_id)
+            self._first_token(route).observe(record.first_token - record.started, exemplar)
         for attempt in record.attempts:
-            self._count_attempt(attempt.backend, attempt.outcome or "ok")
+            self._attempts(attempt.backend, attempt.outcome or "ok").inc()
         if record.input_tokens:
             self._input_tokens.inc(record.input_tokens)
         if record.output_tokens:
@@ -135,67 +137,21 @@ class Metrics:
         encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
         return encode(self._registry), content_type
 
-    def _count_attempt(self, backend: str, outcome: str) -> None:
-        child = self._attempt_children.get((backend, outcome))
+
+class _Children(Generic[M]):
+    """The children of a metric by their labels; prometheus-client's `labels` checks and locks at each call."""
+
+    _metric: M
+
+    def __init__(self, metric: M) -> None:
+        self._metric = metric
+        self._children: dict[tuple[object, ...], M] = {}
+
+    def __call__(self, *labels: object) -> M:
+        child = self._children.get(labels)
         if child is None:
-            child = self._attempt_children[backend, outcome] = self._attempts.labels(backend, outcome)
-        child.inc()
-
-
-class Durations:
-    """A histogram by route, each bucket with the trace of its latest duration.
-
-    prometheus-client's own builds and checks each exemplar when it comes, which takes longer than all else that is
-    counted of a request (bench/README.md); here that is left to whoever asks.
-    """
-
-    def __init__(self, name: str, text: str) -> None:
-        self._name = name
-        self._text = text
-        self._routes: dict[str, _Buckets] = {}
-
-    def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
-        """One more; `trace_id` None: its trace cannot be looked up."""
-        buckets = self._routes.get(route)
-        if buckets is None:
-            buckets = self._routes[route] = _Buckets()
-        index = bisect_left(SECONDS, seconds)
-        buckets.counts[index] += 1
-        buckets.sum += seconds
-        if trace_id is not None:
-            buckets.latest[index] = trace_id, seconds, time()
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        family = HistogramMetricFamily(self._name, self._text, labels=["route"])
-        for route, buckets in self._routes.items():
-            family.add_metric([route], buckets.told(), buckets.sum)
-            family.add_sample(f"{self._name}_created", {"route": route}, buckets.created)
-        yield family
-
-
-BOUNDS = (*map(str, SECONDS), "+Inf")
-
-
-class _Buckets:
-    __slots__ = ("counts", "created", "latest", "sum")
-
-    def __init__(self) -> None:
-        self.created = time()
-        self.counts = [0] * (len(SECONDS) + 1)
-        self.sum = 0.0
-        self.latest: list[tuple[int, float, float] | None] = [None] * (len(SECONDS) + 1)
-
-    def told(self) -> "list[tuple[str, float] | tuple[str, float, Exemplar]]":
-        """Each bound with how many stayed below it, and the exemplar if there is one."""
-        told: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
-        for bound, count, latest in zip(BOUNDS, accumulate(self.counts), self.latest, strict=True):
-            if latest is None:
-                told.append((bound, count))
-            else:
-                trace_id, seconds, at = latest
-                told.append((bound, count, Exemplar({"trace_id": f"{trace_id:032x}"}, seconds, at)))
-        return told
+            child = self._children[labels] = self._metric.labels(*map(str, labels))
+        return child
 
 
 class _Parts:

@@ -7,84 +7,15 @@ with `gateway.`.
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, Shared, SpanData, Value
+
 if TYPE_CHECKING:
     from gateway.record import AttemptRecord, Record
-
-Value = str | int | float | bool | list[str]
-SERVER, CLIENT = 2, 3
-"""Span kinds, as in OTLP."""
-UNSET, ERROR = 0, 2
-"""Status codes, as in OTLP."""
-
-
-class Shared:
-    """Attributes that many spans have in common; `encoded` keeps their bytes once they were encoded."""
-
-    __slots__ = ("attributes", "encoded")
-
-    def __init__(self, attributes: list[tuple[str, Value]]) -> None:
-        self.attributes = attributes
-        self.encoded: bytes | None = None
-
-
-class SpanData:
-    """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
-
-    Attributes:
-        shared: the attributes that recur in many spans.
-        own: the others.
-        events: (instant, name, attributes) in order.
-        error: the description of an ERROR status, or None.
-        trace_state: the caller's `tracestate`, or None.
-    """
-
-    __slots__ = (
-        "end",
-        "error",
-        "events",
-        "kind",
-        "name",
-        "own",
-        "parent_id",
-        "shared",
-        "span_id",
-        "start",
-        "status",
-        "trace_id",
-        "trace_state",
-    )
-
-    def __init__(self, name: str, kind: int, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
-        self.trace_id = trace_id
-        self.span_id = span_id
-        self.parent_id = parent_id
-        self.name = name
-        self.kind = kind
-        self.shared = shared
-        self.own: list[tuple[str, Value]] = []
-        self.start = 0
-        self.end = 0
-        self.events: list[tuple[int, str, list[tuple[str, Value]]]] = []
-        self.status = UNSET
-        self.error: str | None = None
-        self.trace_state: str | None = None
-
-    @property
-    def parent_is_remote(self) -> bool:
-        """Whether the parent belongs to another process: a SERVER span's is the caller's."""
-        return self.kind == SERVER
-
-    @property
-    def attributes(self) -> list[tuple[str, Value]]:
-        """All attributes."""
-        return [*self.shared.attributes, *self.own]
 
 
 def spans_of(record: "Record") -> list[SpanData]:
     """Return the SERVER span and one CLIENT span per attempt."""
-    spans = [_server(record)]
-    spans.extend(_client(record, attempt) for attempt in record.attempts)
-    return spans
+    return [_server(record), *[_client(record, attempt) for attempt in record.attempts]]
 
 
 def _instant(record: "Record", moment: float) -> int:
@@ -122,24 +53,32 @@ def _server(record: "Record") -> SpanData:
     span.trace_state = record.trace_state
     span.start = record.started_ns
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
-    span.own.append(("gateway.request_id", record.request_id))
-    for attribute, value in (
-        ("gen_ai.response.id", record.response_id),
-        ("gen_ai.usage.input_tokens", record.input_tokens),
-        ("gen_ai.usage.output_tokens", record.output_tokens),
-        ("gateway.queue_seconds", record.queued or None),
-        ("gen_ai.input.messages", record.input_text),
-        ("gen_ai.output.messages", record.output_text),
-    ):
-        if value is not None:
-            span.own.append((attribute, value))
-    if record.first_token is not None:
-        span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
+    _describe_own(record, span)
     if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
         span.status = ERROR
         span.error = record.error_message
-    _describe_events(record, span)
+    if record.events or record.first_token is not None or len(record.attempts) > 1:
+        _describe_events(record, span)
     return span
+
+
+def _describe_own(record: "Record", span: SpanData) -> None:
+    """Add the attributes that are the request's alone."""
+    span.own.append(("gateway.request_id", record.request_id))
+    if record.response_id is not None:
+        span.own.append(("gen_ai.response.id", record.response_id))
+    if record.input_tokens is not None:
+        span.own.append(("gen_ai.usage.input_tokens", record.input_tokens))
+    if record.output_tokens is not None:
+        span.own.append(("gen_ai.usage.output_tokens", record.output_tokens))
+    if record.queued:
+        span.own.append(("gateway.queue_seconds", record.queued))
+    if record.input_text is not None:
+        span.own.append(("gen_ai.input.messages", record.input_text))
+    if record.output_text is not None:
+        span.own.append(("gen_ai.output.messages", record.output_text))
+    if record.first_token is not None:
+        span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
 
 
 LEFT = "client_closed_request"

@@ -14,32 +14,22 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased, Sampler, TraceIdRatioBased
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    Status,
-    StatusCode,
-    TraceFlags,
-    TraceState,
-    set_span_in_context,
-)
 
 from gateway import __version__
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
-from gateway.telemetry.spans import CLIENT, ERROR, SpanData, spans_of
+from gateway.telemetry.sdk_spans import SCOPE, to_readable
+from gateway.telemetry.span_data import SpanData
+from gateway.telemetry.spans import spans_of
 from gateway.telemetry.terminal import TreePrinter
+from gateway.telemetry.trace_context import is_sampled, parse_traceparent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.record import Record
 
-SCOPE = InstrumentationScope("gateway", __version__)
 MAX_WAITING = 4096
 """Requests whose spans wait for the exporter; beyond that the oldest are dropped, and counted."""
 BATCH = 128
@@ -90,7 +80,6 @@ class Tracer:
         self.resource = _resource()
         self._encoder = Encoder(self.resource.attributes, SCOPE.name, __version__)
         self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
-        self._bound = _bound(self._sampler)
         self._waiting: deque[Record] = deque()
         self._texts = 0
         self._asked_at = 0.0
@@ -123,24 +112,20 @@ class Tracer:
         """Return trace id, span id, the caller's span id or None, and whether the sampler takes the request."""
         parent = parse_traceparent(traceparent) if traceparent is not None else None
         span_id = self._rng.getrandbits(64) or 1
-        if parent is None:
-            trace_id = self._rng.getrandbits(128) or 1
-            if self._bound is not None:
-                return trace_id, span_id, None, trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
-            return trace_id, span_id, None, self._sampled(trace_id, method, path, None)
-        trace_id, parent_id = parent[:2]
-        return trace_id, span_id, parent_id, self._sampled(trace_id, method, path, parent)
+        trace_id, parent_id = parent[:2] if parent is not None else (self._rng.getrandbits(128) or 1, None)
+        name = f"{method} {path}" if path is not None else method
+        return trace_id, span_id, parent_id, is_sampled(self._sampler, trace_id, name, parent)
 
     def export(self, record: "Record") -> None:
         """Export a request that has ended, later and by the thread."""
         if self._exporter is None:
             record.forget_texts()
             return
-        if texts := record.texts:
-            if self._texts + texts > MAX_TEXT_WAITING:
+        if record.input_text is not None or record.output_text is not None:
+            if self._texts + record.texts > MAX_TEXT_WAITING:
                 record.forget_texts()
             else:
-                self._texts += texts
+                self._texts += record.texts
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
             with suppress(IndexError):  # unless the thread was faster
@@ -170,15 +155,6 @@ class Tracer:
             _log.warning("the last spans could not be exported within %g s", LAST_EXPORT)
         threading.Thread(target=self._exporter.shutdown, daemon=True).start()
         self._thread.join(0.1)
-
-    def _sampled(self, trace_id: int, method: str, path: str | None, parent: tuple[int, int, int] | None) -> bool:
-        context = None
-        if parent is not None:
-            remote = SpanContext(parent[0], parent[1], is_remote=True, trace_flags=TraceFlags(parent[2]))
-            context = set_span_in_context(NonRecordingSpan(remote))
-        name = f"{method} {path}" if path is not None else method
-        decision = self._sampler.should_sample(context, trace_id, name, SpanKind.SERVER).decision
-        return decision is Decision.RECORD_AND_SAMPLE
 
     def _run(self) -> None:
         while not self._stopping:
@@ -266,63 +242,6 @@ class Tracer:
             return exporter.send(self._encoder.request(encoded))
         readable = [to_readable(span, self.resource) for span in spans]
         return exporter.export(readable) is SpanExportResult.SUCCESS
-
-
-def parse_traceparent(text: str) -> tuple[int, int, int] | None:
-    """Return trace id, parent id and flags; None for what W3C Trace Context calls invalid: then a new trace begins."""
-    parts = text.strip().split("-")
-    if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:  # noqa: PLR2004
-        return None
-    version = parts[0]
-    if version == "ff" or (version == "00" and len(parts) != 4):  # noqa: PLR2004
-        return None
-    digits = "".join(parts[:4])
-    if not digits.isascii() or digits != digits.lower():
-        return None
-    try:
-        int(version, 16)
-        trace_id, parent_id, flags = int(parts[1], 16), int(parts[2], 16), int(parts[3], 16)
-    except ValueError:
-        return None
-    return (trace_id, parent_id, flags) if trace_id and parent_id and digits.isalnum() else None
-
-
-_KINDS = {CLIENT: SpanKind.CLIENT}
-
-
-def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
-    """Return a span in the SDK's form, which any `SpanExporter` takes."""
-    flags = TraceFlags(TraceFlags.SAMPLED)
-    state = TraceState.from_header([span.trace_state]) if span.trace_state else None
-    context = SpanContext(span.trace_id, span.span_id, is_remote=False, trace_flags=flags, trace_state=state)
-    parent = None
-    if span.parent_id:
-        parent = SpanContext(span.trace_id, span.parent_id, is_remote=span.parent_is_remote)
-    return ReadableSpan(
-        name=span.name,
-        context=context,
-        parent=parent,
-        resource=resource,
-        attributes=dict(span.attributes),
-        events=[Event(name, dict(attributes), timestamp=moment) for moment, name, attributes in span.events],
-        kind=_KINDS.get(span.kind, SpanKind.SERVER),
-        status=Status(StatusCode.ERROR, span.error) if span.status == ERROR else Status(),
-        start_time=span.start,
-        end_time=span.end,
-        instrumentation_scope=SCOPE,
-    )
-
-
-def _bound(sampler: Sampler) -> int | None:
-    """Return the bound below which the lower half of a new trace's id is sampled, if `sampler` decides by it alone.
-
-    The SDK's own way to the same answer takes 4 us.
-    """
-    by_parent = isinstance(sampler, ParentBased) and type(sampler).should_sample is ParentBased.should_sample
-    root = sampler._root if by_parent else sampler  # type: ignore[attr-defined]  # noqa: SLF001
-    if root is ALWAYS_ON:
-        return TraceIdRatioBased.TRACE_ID_LIMIT + 1
-    return root.bound if type(root) is TraceIdRatioBased else None  # one derived from it may ask for more
 
 
 def _resource() -> Resource:

@@ -8,7 +8,7 @@ from gateway.backend.client import HttpClient
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.errors import BackendError, GatewayError
 from gateway.forwarding.attempt import Attempts
-from gateway.forwarding.call import Call, StreamSink
+from gateway.forwarding.call import Call
 from gateway.forwarding.forwarder import Forwarder
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget, Share
@@ -72,10 +72,6 @@ class ScriptedClient(HttpClient):
         if outcome is not None:
             raise outcome.with_traceback(None)
         return cast("Exchange", GoodAnswer())
-
-
-class _NoSink:
-    committed = False
 
 
 class Story:
@@ -154,7 +150,7 @@ def forward(
                 OpenAIChat().read_request(CHAT, BODY),
                 Deadline(clock, clock(), deadline, read_timeout),
                 record,
-                cast("StreamSink", _NoSink()),
+                None,
                 model="m",
                 share=share,
                 headers=[],

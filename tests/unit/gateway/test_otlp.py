@@ -32,9 +32,12 @@ from gateway.record import AttemptRecord, Record
 from gateway.settings import SettingsError, load, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
-from gateway.telemetry.spans import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value, spans_of
+from gateway.telemetry.sdk_spans import SCOPE, to_readable
+from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value
+from gateway.telemetry.spans import spans_of
 from gateway.telemetry.terminal import TreePrinter
-from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, SCOPE, Tracer, _bound, to_readable
+from gateway.telemetry.trace_context import is_sampled
+from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, Tracer
 
 RESOURCE = Resource(
     {"service.name": "gateway", "flag": True, "number": -1, "share": 0.5, "list": ["a", "b"], "empty": ""}
@@ -195,11 +198,15 @@ class Choosy(TraceIdRatioBased):
         return ALWAYS_OFF.should_sample(*args, **kwargs)
 
 
-def test_only_the_sdks_own_samplers_are_decided_by_their_bound() -> None:
-    assert _bound(ParentBased(TraceIdRatioBased(0.5))) == 2**63
-    assert _bound(TraceIdRatioBased(0.5)) == 2**63
-    assert _bound(ParentBased(Choosy(0.5))) is None
-    assert _bound(Choosy(0.5)) is None
+def test_the_sampler_decides_and_nothing_else() -> None:
+    half = TraceIdRatioBased(0.5)
+    low, high = 1, 2**64 - 1
+    for sampler in (half, ParentBased(half)):
+        assert is_sampled(sampler, low, "POST", None)
+        assert not is_sampled(sampler, high, "POST", None)
+    assert is_sampled(ParentBased(half), high, "POST", (high, 1, 1))
+    assert not is_sampled(ParentBased(half), low, "POST", (low, 1, 0))
+    assert not is_sampled(Choosy(0.5), low, "POST", None)
 
 
 def test_what_arrives_during_an_export_waits_for_the_next_one() -> None:

@@ -1,0 +1,70 @@
+"""A span as plain data, between a request's record and its encoding."""
+
+Value = str | int | float | bool | list[str]
+SERVER, CLIENT = 2, 3
+"""Span kinds, as in OTLP."""
+UNSET, ERROR = 0, 2
+"""Status codes, as in OTLP."""
+
+
+class Shared:
+    """Attributes that many spans have in common; `encoded` keeps their bytes once they were encoded."""
+
+    __slots__ = ("attributes", "encoded")
+
+    def __init__(self, attributes: list[tuple[str, Value]]) -> None:
+        self.attributes = attributes
+        self.encoded: bytes | None = None
+
+
+class SpanData:
+    """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
+
+    Attributes:
+        shared: the attributes that recur in many spans.
+        own: the others.
+        events: (instant, name, attributes) in order.
+        error: the description of an ERROR status, or None.
+        trace_state: the caller's `tracestate`, or None.
+    """
+
+    __slots__ = (
+        "end",
+        "error",
+        "events",
+        "kind",
+        "name",
+        "own",
+        "parent_id",
+        "shared",
+        "span_id",
+        "start",
+        "status",
+        "trace_id",
+        "trace_state",
+    )
+
+    def __init__(self, name: str, kind: int, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.parent_id = parent_id
+        self.name = name
+        self.kind = kind
+        self.shared = shared
+        self.own: list[tuple[str, Value]] = []
+        self.start = 0
+        self.end = 0
+        self.events: list[tuple[int, str, list[tuple[str, Value]]]] = []
+        self.status = UNSET
+        self.error: str | None = None
+        self.trace_state: str | None = None
+
+    @property
+    def parent_is_remote(self) -> bool:
+        """Whether the parent belongs to another process: a SERVER span's is the caller's."""
+        return self.kind == SERVER
+
+    @property
+    def attributes(self) -> list[tuple[str, Value]]:
+        """All attributes."""
+        return [*self.shared.attributes, *self.own]
