@@ -139,7 +139,7 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     from gateway.settings import load
     from gateway.telemetry import Telemetry
     from gateway.telemetry.logs import RequestLog
-    from gateway.telemetry.otlp import OtlpHttpExporter
+    from gateway.telemetry.otlp_exporter import OtlpHttpExporter
     from gateway.telemetry.tracing import Tracer
 
     class Nobody(OtlpHttpExporter):

@@ -1,4 +1,4 @@
-"""Backends and routes: from `GATEWAY_CONFIG` (YAML), or from `GATEWAY_BACKEND_URLS` when there is no such file."""
+"""Backends and routes: from the file `GATEWAY_CONFIG` (YAML), or from `GATEWAY_BACKEND_URLS` without one."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ _NO = {"false", "no", "off"}
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
-    """One url of a backend. `probe` is the path of its health check, or None for no probe."""
+    """One url of a backend. `probe` is the path of its health check, or None for none."""
 
     name: str
     url: str
@@ -60,17 +60,17 @@ class Routing:
 
 
 def load_routing(settings: "Settings") -> Routing:
-    """The routing of these settings.
+    """Return the routing of these settings.
 
     Raises:
-        SettingsError: the file is wrong; the message has its line and key.
+        SettingsError: the file is invalid; the message has line and key.
     """
     if settings.gateway_config is not None:
         return _from_file(settings.gateway_config)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
     if api_key is not None and not _fits_a_header(api_key):
-        raise SettingsError("GATEWAY_BACKEND_API_KEY=(hidden) is not valid: visible ASCII characters only")
+        raise SettingsError("GATEWAY_BACKEND_API_KEY=(hidden) is not valid: it must be visible ASCII characters")
     replicas = tuple(
         ReplicaConfig(f"backend-{n}", url, api_key, PROBE_PATH)
         for n, url in enumerate(settings.gateway_backend_urls, 1)
@@ -86,20 +86,20 @@ def _from_file(path: "Path") -> Routing:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise SettingsError(
-            f"GATEWAY_CONFIG={str(path)!r}: {error.strerror}; allowed is a readable YAML file"
+            f"GATEWAY_CONFIG={str(path)!r}: {error.strerror}; it must be the path of a readable YAML file"
         ) from None
     except RecursionError:
         raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}: it is nested too deep") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "no YAML text in UTF-8"
+        problem = getattr(error, "problem", None) or "not YAML in UTF-8"
         raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}{line}: {problem}") from None
     return _File(path).routing(root)
 
 
 class _File:
-    """Walks the nodes of the file, so that every complaint has its line and key."""
+    """Walks the nodes of the file: every complaint has its line and key."""
 
     def __init__(self, path: "Path") -> None:
         self._path = path
@@ -107,13 +107,13 @@ class _File:
     def routing(self, root: yaml.Node | None) -> Routing:
         if root is None:
             raise SettingsError(
-                f"GATEWAY_CONFIG={str(self._path)!r}: the file is empty; allowed keys: backends, routes"
+                f"GATEWAY_CONFIG={str(self._path)!r}: the file is empty; it needs the keys backends and routes"
             )
         top = self._mapping(root, "the file", {"backends", "routes"}, required=("backends", "routes"))
         nodes = self._mapping(top["backends"], "backends", None)
         backends = tuple(self._backend(name, node) for name, node in nodes.items())
         if not backends:
-            raise self._wrong(top["backends"], "backends", "at least one backend is needed")
+            raise self._wrong(top["backends"], "backends", "needs at least one backend")
         self._distinct_replicas(nodes, backends)
         known = {backend.name for backend in backends}
         routes = tuple(
@@ -124,10 +124,10 @@ class _File:
     def _backend(self, name: str, node: yaml.Node) -> BackendConfig:
         key = f"backends.{name}"
         if not name or not all(c.isalnum() or c in "-_." for c in name) or not name.isascii():
-            raise self._wrong(node, key, "a backend's name is made of letters, digits, '-', '_' and '.'")
+            raise self._wrong(node, key, "a backend's name consists of letters, digits, '-', '_' and '.'")
         items = self._mapping(node, key, {"url", "urls", "api_key_env", "probe"})
         if ("url" in items) == ("urls" in items):
-            raise self._wrong(node, key, "exactly one of url and urls is needed")
+            raise self._wrong(node, key, "needs exactly one of url and urls")
         api_key = self._api_key(items.get("api_key_env"), f"{key}.api_key_env")
         probe = self._probe(items.get("probe"), f"{key}.probe")
         if "url" in items:
@@ -151,7 +151,9 @@ class _File:
         backend = self._text(items["backend"], f"{key}.backend")
         if backend not in known:
             raise self._wrong(
-                items["backend"], f"{key}.backend", f"no backend {backend!r}; there are: {', '.join(sorted(known))}"
+                items["backend"],
+                f"{key}.backend",
+                f"there is no backend {backend!r}; there are: {', '.join(sorted(known))}",
             )
         return TargetConfig(backend, self._text(items["model"], f"{key}.model") if "model" in items else None)
 
@@ -172,7 +174,7 @@ class _File:
         if value is None:
             raise self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
         if not _fits_a_header(value):
-            raise self._wrong(node, key, f"the value of {name} is not made of visible ASCII characters only")
+            raise self._wrong(node, key, f"the value of {name} must be visible ASCII characters")
         return value
 
     def _probe(self, node: yaml.Node | None, key: str) -> str | None:
@@ -182,7 +184,7 @@ class _File:
             return None
         path = self._text(node, key)
         if not path.startswith("/"):
-            raise self._wrong(node, key, f"a path that begins with '/', or false; got {path!r}")
+            raise self._wrong(node, key, f"must be a path that begins with '/', or false; got {path!r}")
         return path
 
     def _url(self, node: yaml.Node, key: str) -> str:
@@ -190,28 +192,28 @@ class _File:
         try:
             return check_url(url)
         except ValueError as error:
-            raise self._wrong(node, key, f"{error} is needed") from None
+            raise self._wrong(node, key, str(error)) from None
 
     def _text(self, node: yaml.Node, key: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str" or not node.value:
-            raise self._wrong(node, key, "a text that is not empty is needed")
+            raise self._wrong(node, key, "needs a text that is not empty")
         return str(node.value)
 
     def _list(self, node: yaml.Node, key: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
-            raise self._wrong(node, key, "a list with at least one entry is needed")
+            raise self._wrong(node, key, "needs a list with at least one entry")
         return list(node.value)
 
     def _mapping(
         self, node: yaml.Node, key: str, allowed: set[str] | None, required: tuple[str, ...] = ()
     ) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
-            raise self._wrong(node, key, "a mapping is needed")
+            raise self._wrong(node, key, "needs a mapping")
         items: dict[str, yaml.Node] = {}
         for name_node, value in node.value:
             name = str(name_node.value)
             if name in items:
-                raise self._wrong(name_node, f"{key}: {name}", "the key is there twice")
+                raise self._wrong(name_node, f"{key}: {name}", "the key occurs twice")
             if allowed is not None and name not in allowed:
                 raise self._wrong(name_node, f"{key}: {name}", f"unknown key; allowed: {', '.join(sorted(allowed))}")
             items[name] = value

@@ -1,4 +1,4 @@
-"""The configuration: read from the environment once, at start, and checked.
+"""The settings: read from the environment once, at start, and checked.
 
 Nothing else reads the environment (the OpenTelemetry SDK reads its own `OTEL_*`). Durations are float seconds.
 """
@@ -6,18 +6,17 @@ Nothing else reads the environment (the OpenTelemetry SDK reads its own `OTEL_*`
 import os
 import re
 from dataclasses import dataclass
+from os.path import exists, expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
-"""Variables that can be given as `NAME_FILE`, the path of a file that holds the value."""
+"""Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 SAMPLERS = (
     "always_on",
     "always_off",
@@ -26,27 +25,36 @@ SAMPLERS = (
     "parentbased_always_off",
     "parentbased_traceidratio",
 )
-"""Those that the SDK has by itself."""
+"""Those of the SDK itself."""
+CREDENTIAL_PROVIDERS = (
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
+)
+NETRC = ("~/.netrc", "~/_netrc")
 _USER_INFO = re.compile(r"[^,\n'\"]*@")
-"""Up to the last @ of an entry, whatever stands there: a url that is wrong may have its password anywhere before it."""
+"""Everything up to the last @ of an entry: an invalid url may have its password anywhere before it."""
+
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+A_URL = "an http:// or https:// url with a host, without query and fragment"
 
 
 class SettingsError(Exception):
-    """A setting is wrong. The message is one line: the variable, its value, what is allowed."""
+    """A setting is invalid. The message is one line: the variable, its value, what is allowed."""
 
 
 def _split(value: object) -> object:
-    """`"a, b"` or lines -> `["a", "b"]`. Raises: ValueError."""
+    """Split `"a, b"`, or lines, into `["a", "b"]`. Raises: ValueError."""
     if not isinstance(value, str):
         return value
     parts = [part.strip() for part in value.replace("\n", ",").split(",") if part.strip()]
     if not parts and value.strip():  # a lone comma must not open the gateway to everybody
-        raise ValueError("at least one entry, separated by commas or lines; or leave it empty")
+        raise ValueError("no entry")
     return parts
 
 
 def check_url(url: str) -> str:
-    """An absolute http(s) url with a host. Raises: ValueError."""
+    """Return an absolute http(s) url with a host. Raises: ValueError."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -54,41 +62,49 @@ def check_url(url: str) -> str:
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise ValueError("an http:// or https:// url with a host, without query and fragment")
+        raise ValueError(f"{A_URL} is needed")
     return url
 
 
 def _known_log_level(value: str) -> str:
     level = value.upper()
-    if level not in {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}:
-        raise ValueError("DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    if level not in LOG_LEVELS:
+        raise ValueError(level)
     return level
 
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Commit = Literal["first_token", "complete"]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number of seconds greater than 0")]
+SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of seconds, 0 or more")]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a share, 0 or more")]
+Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+CountOrNone = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 
 
 class Settings(BaseSettings):
-    """Every variable of the gateway; the field's name is the variable's, in lower case."""
+    """Every variable of the gateway: the field has its name in lower case; the description says what is allowed."""
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, frozen=True)
 
     host: str = "0.0.0.0"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    app_mode: Literal["dev", "prod"] = "dev"
-    model_name: Annotated[str, Field(min_length=1, max_length=256)] = "demo-model"
-    log_level: Annotated[str, AfterValidator(_known_log_level)] = "INFO"
+    port: Annotated[int, Field(ge=0, le=65535, description="a whole number from 0 to 65535")] = 8000
+    app_mode: Annotated[Literal["dev", "prod"], Field(description="dev or prod")] = "dev"
+    model_name: Annotated[str, Field(min_length=1, max_length=256, description="1 to 256 characters")] = "demo-model"
+    log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
     gateway_backend_urls: Annotated[
-        list[Annotated[str, AfterValidator(check_url)]], NoDecode, BeforeValidator(_split), Field(min_length=1)
+        list[Annotated[str, AfterValidator(check_url)]],
+        NoDecode,
+        BeforeValidator(_split),
+        Field(min_length=1, description=f"at least one url, separated by commas or lines, each {A_URL}"),
     ] = Field(default=["http://127.0.0.1:8001"], validate_default=True)
     gateway_backend_api_key: SecretStr | None = None
     gateway_config: Path | None = None
-    gateway_api_keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
+    gateway_api_keys: Annotated[
+        list[SecretStr],
+        NoDecode,
+        BeforeValidator(_split),
+        Field(description="one key or several, separated by commas or lines; leave it empty for none"),
+    ] = []
 
     gateway_request_deadline: Seconds = 600
     gateway_connect_timeout: Seconds = 1
@@ -102,7 +118,7 @@ class Settings(BaseSettings):
     gateway_backoff_initial: SecondsOrNone = 0.1
     gateway_backoff_max: SecondsOrNone = 2
     gateway_retry_after_max: SecondsOrNone = 10
-    gateway_retry_budget: SecondsOrNone = 0.2
+    gateway_retry_budget: Share = 0.2
     gateway_retry_floor: CountOrNone = 10
 
     gateway_breaker_failures: Count = 5
@@ -116,18 +132,22 @@ class Settings(BaseSettings):
     gateway_max_answer_bytes: Count = 67_108_864
     gateway_max_buffered_bytes: Count = 268_435_456
 
-    gateway_stream_commit: Commit = "first_token"
+    gateway_stream_commit: Annotated[
+        Literal["first_token", "complete"], Field(description="first_token or complete")
+    ] = "first_token"
     gateway_probe_interval: Seconds = 2
     gateway_shutdown_grace: SecondsOrNone = 20
-    gateway_capture_content: bool = False
-    gateway_trace_keep_slow: Annotated[float, Field(gt=0)] | Literal["off"] = 10
+    gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
+    gateway_trace_keep_slow: Annotated[
+        Annotated[float, Field(gt=0)] | Literal["off"], Field(description="a number of seconds greater than 0, or off")
+    ] = 10
 
 
 def load(**overrides: Any) -> Settings:  # noqa: ANN401
-    """Read and check the environment; `overrides` win over it (field names, for tests and tools).
+    """Read and check the environment. `overrides` (names of fields) win over it, for tests and tools.
 
     Raises:
-        SettingsError: the first setting that is wrong, in one line.
+        SettingsError: the first setting that is invalid, in one line.
     """
     secrets = {name.lower(): value for name in SECRETS if (value := secret(name)) is not None}
     try:
@@ -137,7 +157,7 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
 
 
 def secret(name: str) -> str | None:
-    """The value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
+    """Return the value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
 
     Raises:
         SettingsError: both are set, or the file cannot be read.
@@ -146,44 +166,34 @@ def secret(name: str) -> str | None:
     if not path:
         return value or None
     if value:
-        raise SettingsError(f"{name} and {name}_FILE are both set: allowed is one of them")
+        raise SettingsError(f"{name} and {name}_FILE are both set: set only one of them")
     try:
         return Path(path).read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
-        raise SettingsError(f"{name}_FILE={path!r}: {reason}; allowed is the path of a readable text file") from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{name}_FILE={path!r}: {reason}; it must be the path of a readable text file") from None
 
 
 def _one_line(error: ValidationError) -> str:
-    wrong: dict[str, list[ErrorDetails]] = {}
-    for each in error.errors():
-        wrong.setdefault(str(each["loc"][0]), []).append(each)
-    field, details = next(iter(wrong.items()))
+    wrong = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
+    field = next(iter(wrong))
     name = field.upper()
-    shown = _USER_INFO.sub("(hidden)@", repr(os.environ.get(name, details[0]["input"])))
-    messages = [_allowed(each["msg"]) for each in details]
+    value = os.environ.get(name, error.errors()[0]["input"])
+    shown = "(hidden)" if name in SECRETS else _USER_INFO.sub("(hidden)@", repr(value))
     others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    allowed = " or ".join(dict.fromkeys(messages))
-    line = f"{name}={'(hidden)' if name in SECRETS else shown} is not valid: it should be {allowed}"
-    return (line + others).replace("\n", " ")
-
-
-def _allowed(message: str) -> str:
-    """Pydantic's message, without what it says of itself."""
-    text = message.removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
-    return "a boolean: true or false" if text == "a valid boolean" else text
+    return f"{name}={shown} is not valid: it must be {Settings.model_fields[field].description}{others}"
 
 
 def unknown() -> list[str]:
-    """Variables that look like settings and are none, sorted: a misspelt one is not ignored in silence."""
+    """Return the variables that look like settings but are not, sorted: a misspelt one is not silently ignored."""
     known = {name.upper() for name in Settings.model_fields} | {f"{name}_FILE" for name in SECRETS}
     return sorted(name for name in os.environ if name.startswith("GATEWAY_") and name not in known)
 
 
 def set_threads_of_libuv() -> None:
-    """More threads for look-ups of names, unless the environment says how many; before the event loop starts.
+    """Have more threads for name look-ups, unless the environment says how many; call it before the loop starts.
 
-    Half of them may wait for name servers. Of the default 4, two look-ups of a dead name would hold up those of every
+    Half of them may wait for name servers. Of the default 4, two look-ups of a dead name would block those of every
     other backend.
     """
     os.environ.setdefault("UV_THREADPOOL_SIZE", "32")
@@ -191,24 +201,26 @@ def set_threads_of_libuv() -> None:
 
 @dataclass(frozen=True)
 class OtelSettings:
-    """The few `OTEL_*` variables that decide what is built; all others the SDK reads itself.
+    """The few `OTEL_*` variables that decide what is built; the SDK reads all others itself.
 
     Attributes:
         disabled: no spans at all.
         has_endpoint: an OTLP endpoint is set.
         protocol: `http/protobuf` or `grpc`.
+        needs_requests: the exporter needs the `requests` library, not just urllib3.
     """
 
     disabled: bool
     has_endpoint: bool
     protocol: str
+    needs_requests: bool
 
 
 def load_otel() -> OtelSettings:
-    """Read `OTEL_*`.
+    """Read and check `OTEL_*`.
 
     Raises:
-        SettingsError: an unknown protocol.
+        SettingsError: protocol, endpoint or sampler is invalid.
     """
     env = os.environ
     name = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
@@ -216,13 +228,26 @@ def load_otel() -> OtelSettings:
         name = "OTEL_EXPORTER_OTLP_PROTOCOL"
     protocol = env.get(name) or "http/protobuf"
     if protocol not in {"http/protobuf", "grpc"}:
-        raise SettingsError(f"{name}={protocol!r} is not valid: it should be 'http/protobuf' or 'grpc'")
+        raise SettingsError(f"{name}={protocol!r} is not valid: it must be http/protobuf or grpc")
     _check_endpoints(protocol)
+    endpoint = env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
     _check_sampler(env.get("OTEL_TRACES_SAMPLER", "").lower().strip(), env.get("OTEL_TRACES_SAMPLER_ARG"))
     return OtelSettings(
         disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
-        has_endpoint=bool(env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")),
+        has_endpoint=endpoint is not None,
         protocol=protocol,
+        needs_requests=needs_requests(endpoint or ""),
+    )
+
+
+def needs_requests(endpoint: str) -> bool:
+    """Return whether an exporter needs `requests` for its certificates, its proxies or its ways to find passwords."""
+    return (
+        not endpoint.startswith("http://")
+        or "@" in endpoint
+        or bool(getproxies())
+        or any(os.environ.get(name) for name in ("NETRC", *CREDENTIAL_PROVIDERS))
+        or any(exists(expanduser(file)) for file in NETRC)  # noqa: PTH110, PTH111 - pathlib raises without a HOME
     )
 
 
@@ -231,13 +256,13 @@ def _check_endpoints(protocol: str) -> None:
         url = os.environ.get(name)
         if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
             shown = _USER_INFO.sub("(hidden)@", repr(url))
-            raise SettingsError(f"{name}={shown} is not valid: it should be a url that begins with http:// or https://")
+            raise SettingsError(f"{name}={shown} is not valid: it must be a url that begins with http:// or https://")
 
 
 def _check_sampler(sampler: str, ratio: str | None) -> None:
-    """The SDK would warn of a wrong one and trace everything."""
+    """Refuse an unknown sampler or ratio: the SDK would only warn, and trace everything."""
     if sampler and sampler not in SAMPLERS:
-        raise SettingsError(f"OTEL_TRACES_SAMPLER={sampler!r} is not valid: it should be one of {', '.join(SAMPLERS)}")
+        raise SettingsError(f"OTEL_TRACES_SAMPLER={sampler!r} is not valid: it must be one of {', '.join(SAMPLERS)}")
     if not sampler.endswith("ratio") or not ratio:
         return
     try:
@@ -245,4 +270,4 @@ def _check_sampler(sampler: str, ratio: str | None) -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise SettingsError(f"OTEL_TRACES_SAMPLER_ARG={ratio!r} is not valid: it should be a number from 0 to 1")
+        raise SettingsError(f"OTEL_TRACES_SAMPLER_ARG={ratio!r} is not valid: it must be a number from 0 to 1")

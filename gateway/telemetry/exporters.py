@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.terminal import TreePrinter
 
 if TYPE_CHECKING:
@@ -23,4 +23,4 @@ def exporter_for(settings: "Settings", otel: "OtelSettings") -> "SpanExporter | 
         )
 
         return GrpcExporter()
-    return OtlpHttpExporter()
+    return OtlpHttpExporter(over_requests=otel.needs_requests)

@@ -18,7 +18,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from gateway import __version__
-from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
+from gateway.telemetry.otlp_encoder import Encoder
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import SpanData
 from gateway.telemetry.spans import spans_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from gateway.record import Record
 
 MAX_WAITING = 4096
-"""Requests whose spans wait for the exporter; beyond that the oldest are dropped, and counted."""
+"""Requests whose spans wait for the exporter."""
 BATCH = 128
 """Requests per export."""
 BATCH_BYTES = 2_000_000
@@ -60,6 +61,7 @@ class Tracer:
     Args:
         exporter: takes the spans.
         interval: seconds between exports while less than a batch waits.
+        max_waiting: requests whose spans wait at most; beyond that the oldest are dropped, and counted.
         rng: draws ids.
         clock: seconds, monotonic.
     """
@@ -69,9 +71,11 @@ class Tracer:
         exporter: SpanExporter | None,
         *,
         interval: float = INTERVAL,
+        max_waiting: int = MAX_WAITING,
         rng: Random | None = None,
         clock: "Callable[[], float]" = time.monotonic,
     ) -> None:
+        self._max_waiting = max_waiting
         self._rng = rng or Random()
         self._clock = clock
         self._exporter = exporter
@@ -127,7 +131,7 @@ class Tracer:
             else:
                 self._texts += record.texts
         waiting = self._waiting
-        if len(waiting) >= MAX_WAITING:
+        if len(waiting) >= self._max_waiting:
             with suppress(IndexError):  # unless the thread was faster
                 oldest = waiting.popleft()
                 self._forget_texts(oldest)

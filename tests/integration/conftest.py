@@ -12,11 +12,12 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
+from gateway.backend.client import PROBE_TIMEOUT, HttpClient
 from gateway.config import load_routing
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
-from gateway.telemetry.tracing import Tracer
+from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from tests.integration.backends_raw import StartRaw, raw_backends
@@ -60,11 +61,13 @@ async def collector() -> AsyncIterator[Collector]:
 async def start_gateway(
     aiohttp_client: Callable[..., Awaitable[TestClient[web.Request, web.Application]]],
 ) -> StartGateway:
-    """Start a gateway: `backends` are urls or mock models, `exporter` a span exporter, all else its settings."""
+    """Start a gateway: `backends` are urls or mock models; what has no default here are its settings."""
 
     async def start(
         *backends: str | MockModel,
         exporter: SpanExporter | None = None,
+        max_waiting: int = MAX_WAITING,
+        probe_timeout: float = PROBE_TIMEOUT,
         **overrides: Any,  # noqa: ANN401
     ) -> Gateway:
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
@@ -75,10 +78,11 @@ async def start_gateway(
         log = io.StringIO()
         telemetry = Telemetry(
             settings,
-            tracer=Tracer(exporter, interval=0.02),
+            tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
         )
-        app = create_app(settings, load_routing(settings), telemetry)
+        http = HttpClient(connect_timeout=settings.gateway_connect_timeout, probe_timeout=probe_timeout)
+        app = create_app(settings, load_routing(settings), telemetry, client=http)
         client = await aiohttp_client(GatewayServer(app))
         return Gateway(client, app[PARTS], exporter, log)
 

@@ -156,12 +156,9 @@ async def test_health_never_calls_a_backend(recorder: Recorder, start_gateway: S
     assert (recorder.probes, recorder.seen) == (1, [])
 
 
-async def test_not_ready_before_the_first_probe_has_ended(
-    mock: MockModel, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.backend.client.PROBE_TIMEOUT", 50.0)
+async def test_not_ready_before_the_first_probe_has_ended(mock: MockModel, start_gateway: StartGateway) -> None:
     mock.set_faults([{"kind": "hang_before_headers", "match": {"path": "/health"}}])
-    gateway = await start_gateway(mock)
+    gateway = await start_gateway(mock, probe_timeout=50.0)
     answer = await get(gateway, "/readyz")
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) >= 1

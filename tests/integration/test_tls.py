@@ -12,7 +12,8 @@ import pytest
 import trustme
 from openai import AsyncOpenAI, InternalServerError
 
-from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.settings import load_otel, needs_requests
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from mock_model.serve import MockModel
 from tests.integration.collector import Collector
 from tests.integration.gateways import CHAT, StartGateway
@@ -169,19 +170,25 @@ async def test_spans_go_to_a_collector_that_asks_for_a_certificate(  # noqa: PLR
     own.cert_chain_pems[0].write_to_path(str(certificate))
     async with tls_before(collector.endpoint, server) as url:
         endpoint = f"{url}/v1/traces"
-        assert not await sent(OtlpHttpExporter(endpoint=endpoint, timeout=1))
+        assert not await sent(exporter(endpoint, timeout=1))
         monkeypatch.setenv(f"{OTLP}{signal}CERTIFICATE", ours)
-        assert not await sent(OtlpHttpExporter(endpoint=endpoint, timeout=1))
+        assert not await sent(exporter(endpoint, timeout=1))
         assert collector.bodies == []
         monkeypatch.setenv(f"{OTLP}{signal}CLIENT_CERTIFICATE", str(certificate))
         monkeypatch.setenv(f"{OTLP}{signal}CLIENT_KEY", str(key))
-        assert await sent(OtlpHttpExporter(endpoint=endpoint))
+        assert await sent(exporter(endpoint))
     assert len(collector.bodies) == 1
+
+
+def exporter(endpoint: str | None = None, timeout: float | None = None) -> OtlpHttpExporter:
+    """As the gateway makes it."""
+    over_requests = needs_requests(endpoint) if endpoint else load_otel().needs_requests
+    return OtlpHttpExporter(endpoint, timeout, over_requests=over_requests)
 
 
 async def test_the_name_and_password_of_netrc_are_sent(collector: Collector, home: Path) -> None:
     (home / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
-    assert await sent(OtlpHttpExporter(endpoint=f"http://127.0.0.1:{collector.port}/v1/traces"))
+    assert await sent(exporter(f"http://127.0.0.1:{collector.port}/v1/traces"))
 
     came = [headers["authorization"] for headers in collector.headers]
     assert [b64decode(text.removeprefix("Basic ")) for text in came] == [b"me:secret"]
@@ -191,7 +198,7 @@ async def test_spans_go_by_the_proxy_of_the_environment(collector: Collector, mo
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{collector.port}")
     monkeypatch.setenv(f"{OTLP}ENDPOINT", "http://collector.invalid:4318")
 
-    assert await sent(OtlpHttpExporter())
+    assert await sent(exporter())
     assert len(collector.bodies) == 1
 
 
@@ -199,7 +206,7 @@ async def test_the_name_and_password_in_the_collectors_url_are_sent(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://me:secret@127.0.0.1:{collector.port}")
-    assert await sent(OtlpHttpExporter())
+    assert await sent(exporter())
 
     came = [headers["authorization"] for headers in collector.headers]
     assert [b64decode(text.removeprefix("Basic ")) for text in came] == [b"me:secret"]
@@ -211,7 +218,7 @@ async def test_headers_and_compression_of_the_environment_are_heeded(
     monkeypatch.setenv(f"{OTLP}ENDPOINT", f"http://127.0.0.1:{collector.port}")
     monkeypatch.setenv(f"{OTLP}HEADERS", "api-key=abc,x=y")
     monkeypatch.setenv(f"{OTLP}COMPRESSION", "gzip")
-    assert await sent(OtlpHttpExporter())
+    assert await sent(exporter())
 
     (headers,) = collector.headers
     expected = {"api-key": "abc", "x": "y", "content-encoding": "gzip", "content-type": "application/x-protobuf"}

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import Decision
 
-from gateway.telemetry.otlp import OtlpHttpExporter
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings

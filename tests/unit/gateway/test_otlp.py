@@ -29,9 +29,10 @@ from gateway import __version__
 from gateway.dialects.captured_text import output_messages
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.record import AttemptRecord, Record
-from gateway.settings import SettingsError, load, load_otel
+from gateway.settings import SettingsError, load, load_otel, needs_requests
 from gateway.telemetry.exporters import exporter_for
-from gateway.telemetry.otlp import Encoder, OtlpHttpExporter
+from gateway.telemetry.otlp_encoder import Encoder
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value
 from gateway.telemetry.spans import spans_of
@@ -295,7 +296,6 @@ def test_the_environment_chooses_the_exporter(
         ("http://me:secret@collector:4318", {}, "RequestsHTTPTransport"),
         ("http://collector:4318", {"https_proxy": "http://proxy"}, "RequestsHTTPTransport"),
         ("http://collector:4318", {"NETRC": "/there"}, "RequestsHTTPTransport"),
-        ("", {}, "Urllib3HTTPTransport"),
     ],
 )
 @pytest.mark.parametrize("by", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "argument"])
@@ -310,7 +310,8 @@ def test_requests_carries_the_spans_only_where_it_has_to(  # noqa: PLR0917
         monkeypatch.setenv(name, value)
     if by != "argument":
         monkeypatch.setenv(by, url)
-    exporter = OtlpHttpExporter(url if by == "argument" and url else None)
+    over_requests = needs_requests(url) if by == "argument" else load_otel().needs_requests
+    exporter = OtlpHttpExporter(url if by == "argument" else None, over_requests=over_requests)
 
     assert type(exporter._client._transport).__name__ == transport
     exporter.shutdown()  # type: ignore[no-untyped-call]
@@ -325,7 +326,7 @@ def test_a_home_that_cannot_be_looked_into_holds_no_passwords(monkeypatch: pytes
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr("os.stat", refuse)
 
-    OtlpHttpExporter("http://collector:4318").shutdown()  # type: ignore[no-untyped-call]
+    assert not needs_requests("http://collector:4318")
 
 
 def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

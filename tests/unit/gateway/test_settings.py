@@ -7,11 +7,11 @@ import pytest
 from gateway.settings import SECRETS, OtelSettings, Settings, SettingsError, load, load_otel, unknown
 
 WRONG = [
-    ("PORT", "x", "integer"),
-    ("PORT", "-1", "greater than or equal to 0"),
+    ("PORT", "x", "a whole number"),
+    ("PORT", "-1", "0"),
     ("PORT", "65536", "65535"),
-    ("APP_MODE", "test", "'dev' or 'prod'"),
-    ("LOG_LEVEL", "loud", "DEBUG, INFO, WARNING, ERROR or CRITICAL"),
+    ("APP_MODE", "test", "dev or prod"),
+    ("LOG_LEVEL", "loud", "DEBUG, INFO, WARNING, ERROR, CRITICAL"),
     ("MODEL_NAME", "m" * 257, "256"),
     ("GATEWAY_BACKEND_URLS", "localhost:8001", "http://"),
     ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
@@ -30,12 +30,12 @@ WRONG = [
     ("GATEWAY_BACKEND_URLS", "http://a, nonsense", "http://"),
     ("GATEWAY_BACKEND_URLS", " , ", "one"),
     ("GATEWAY_API_KEYS", ",\n,", "one"),
-    ("GATEWAY_STREAM_COMMIT", "last_token", "'first_token' or 'complete'"),
-    ("GATEWAY_CAPTURE_CONTENT", "maybe", "boolean"),
-    ("GATEWAY_TRACE_KEEP_SLOW", "never", "'off'"),
+    ("GATEWAY_STREAM_COMMIT", "last_token", "first_token or complete"),
+    ("GATEWAY_CAPTURE_CONTENT", "maybe", "true or false"),
+    ("GATEWAY_TRACE_KEEP_SLOW", "never", "off"),
     ("GATEWAY_TRACE_KEEP_SLOW", "0", "greater than 0"),
     ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
-    ("GATEWAY_RETRY_BUDGET", "-0.1", "greater than or equal to 0"),
+    ("GATEWAY_RETRY_BUDGET", "-0.1", "0"),
 ]
 POSITIVE = [
     *("REQUEST_DEADLINE", "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "ANSWER_TIMEOUT", "IDLE_TIMEOUT", "BODY_TIMEOUT"),
@@ -223,26 +223,36 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf")),
+        ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", needs_requests=True)),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf"),
+            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", needs_requests=False),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="grpc"),
+            OtelSettings(disabled=False, has_endpoint=True, protocol="grpc", needs_requests=False),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf"),
+            OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
         ),
-        ({"OTEL_SDK_DISABLED": "True"}, OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf")),
-        ({"OTEL_TRACES_EXPORTER": "none"}, OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf")),
+        (
+            {"OTEL_SDK_DISABLED": "True"},
+            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
+        ),
+        (
+            {"OTEL_TRACES_EXPORTER": "none"},
+            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
+        ),
     ],
 )
 def test_what_is_read_of_opentelemetrys_own_variables(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: OtelSettings
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], expected: OtelSettings
 ) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
@@ -258,15 +268,15 @@ def test_what_is_read_of_opentelemetrys_own_variables(
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "x://u:key@c"},
-            "ENDPOINT='(hidden)@c' is not valid: it should be a url that begins with",
+            "ENDPOINT='(hidden)@c' is not valid: it must be a url that begins with",
         ),
         (
             {"OTEL_TRACES_SAMPLER": "sometimes"},
-            "OTEL_TRACES_SAMPLER='sometimes' is not valid: it should be one of always_on, ",
+            "OTEL_TRACES_SAMPLER='sometimes' is not valid: it must be one of always_on, ",
         ),
         (
             {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10%"},
-            "OTEL_TRACES_SAMPLER_ARG='10%' is not valid: it should be a number from 0 to 1",
+            "OTEL_TRACES_SAMPLER_ARG='10%' is not valid: it must be a number from 0 to 1",
         ),
         (
             {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "10"},
@@ -306,7 +316,7 @@ def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch, name: str
     with pytest.raises(SettingsError) as wrong:
         load_otel()
 
-    assert str(wrong.value) == f"{name}='http/json' is not valid: it should be 'http/protobuf' or 'grpc'"
+    assert str(wrong.value) == f"{name}='http/json' is not valid: it must be http/protobuf or grpc"
 
 
 def test_only_settings_reads_the_environment() -> None:

@@ -6,20 +6,13 @@ a test compares the bytes with those of the SDK's own encoder, field by field.
 """
 
 from functools import lru_cache
-from os import environ
-from os.path import exists, expanduser
 from struct import Struct
 from typing import TYPE_CHECKING
-from urllib.request import getproxies
-
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
 from gateway.telemetry.span_data import UNSET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from opentelemetry.exporter.http.transport._base import BaseHTTPTransport
 
     from gateway.telemetry.span_data import Shared, SpanData, Value
 
@@ -29,58 +22,6 @@ _instants = Struct("<BQBQ").pack
 _ids = Struct(">BBQQBBQ").pack
 _parent = Struct(">BBQ").pack
 _LOW = 2**64 - 1
-
-
-CREDENTIAL_PROVIDERS = (
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
-)
-NETRC = ("~/.netrc", "~/_netrc")
-
-
-class OtlpHttpExporter(OTLPSpanExporter):
-    """The SDK's OTLP/HTTP exporter, with a way in for bytes that are encoded already.
-
-    It goes over the SDK's urllib3 transport where nothing asks for the one over `requests`, which takes the interpreter
-    for twice as long: requests feel that.
-    """
-
-    def __init__(self, endpoint: str | None = None, timeout: float | None = None) -> None:
-        url = (
-            endpoint
-            or _first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-            or "http://localhost"
-        )
-        if _asks_for_requests(url):
-            super().__init__(endpoint, timeout=timeout)
-        else:
-            super().__init__(endpoint, timeout=timeout, _transport=_urllib3())
-
-    def send(self, body: bytes) -> bool:
-        """Post an `ExportTraceServiceRequest`, with the SDK's retries and time limit; whether it was taken."""
-        return self._client.export(body).success
-
-
-def _asks_for_requests(url: str) -> bool:
-    """Whether `requests` is needed for its certificates, its proxies or its ways to passwords."""
-    return (
-        not url.startswith("http://")
-        or "@" in url
-        or bool(getproxies())
-        or _first("NETRC", *CREDENTIAL_PROVIDERS) is not None
-        or any(exists(expanduser(file)) for file in NETRC)  # noqa: PTH110, PTH111 - those raise without a HOME
-    )
-
-
-def _urllib3() -> "BaseHTTPTransport":
-    # Private to the SDK: pyproject.toml bounds its version.
-    from opentelemetry.exporter.http.transport._urllib3 import Urllib3HTTPTransport  # noqa: PLC0415
-
-    return Urllib3HTTPTransport()
-
-
-def _first(*names: str) -> str | None:
-    return next((value for name in names if (value := environ.get(name))), None)
 
 
 class Encoder:

@@ -1,0 +1,299 @@
+"""What our overrides assume of aiohttp: that each name exists, and does what it is used for.
+
+A test that fails here after an upgrade says which override in `gateway/backend/aiohttp_connection.py` or
+`gateway/server/aiohttp_protocol.py` has to be read again.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from yarl import URL
+
+from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
+from gateway.server.aiohttp_protocol import Protocol
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+
+@asynccontextmanager
+async def backend(serve: Serve) -> AsyncIterator[URL]:
+    """A server that ends each connection when `serve` returns or the caller leaves."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with closing(writer):
+            await serve(reader, writer)
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        yield URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+
+
+@asynccontextmanager
+async def closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+async def answer_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(65536):
+        writer.write(ANSWER)
+
+
+@asynccontextmanager
+async def connector(*, force_close: bool = False) -> AsyncIterator[Connector]:
+    made = Connector(force_close=force_close, connect_timeout=30)
+    try:
+        yield made
+    finally:
+        await made.close()
+        await asyncio.sleep(0)  # its connections are lost in the next turn
+
+
+def head(url: URL) -> bytes:
+    return f"POST / HTTP/1.1\r\nhost: {url.authority}\r\ncontent-length: 0\r\n\r\n".encode()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+class Transport(asyncio.Transport):
+    """A transport that goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resumed = 0
+
+    def get_extra_info(self, _name: str, default: Any = None) -> Any:  # noqa: ANN401
+        return default
+
+    def pause_reading(self) -> None:
+        """Nothing is read."""
+
+    def resume_reading(self) -> None:
+        self.resumed += 1
+
+    def write(self, data: Any) -> None:  # noqa: ANN401
+        """Nobody is there."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    abort = close
+
+
+# The client
+
+
+async def test_a_connector_makes_the_connections_of_its_factory() -> None:
+    async with backend(answer_each) as url, connector() as made:
+        connection, _ = await made.open(post_request(url))
+        assert isinstance(connection.protocol, BackendProtocol)
+        connection.close()
+
+
+async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
+    async with backend(answer_each) as url, connector() as made:
+        connection, new = await made.open(post_request(url))
+        assert new
+        await send(connection, head(url), b"")
+        connection.release()
+        again, new = await made.open(post_request(url))
+        assert not new
+        again.close()
+
+
+async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
+    async with backend(answer_each) as url, connector() as made:
+        first, _ = await made.open(post_request(url))
+        second, _ = await made.open(post_request(url))
+        last_used = second.protocol
+        for connection in (first, second):
+            _, content = await send(connection, head(url), b"")
+            assert await content.read() == b"{}"
+            connection.release()
+        (kept,) = made._conns.values()
+        assert [protocol for protocol, _ in kept][-1] is last_used
+        assert all(protocol.is_connected() for protocol, _ in kept)
+        connection, _ = await made.open(post_request(url))
+        assert connection.protocol is last_used
+        connection.close()
+
+
+async def test_a_client_request_knows_its_host_and_is_no_more_than_that() -> None:
+    request = post_request(URL("http://[::1]:8001/v1/chat/completions"))
+    assert request.headers["Host"] == "[::1]:8001"
+    assert request.connection_key.host == "::1"
+
+
+async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_decompression() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(b"HTTP/1.1 103 Early Hints\r\nx: 1\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
+
+    async with backend(serve) as url, connector() as made:
+        connection, _ = await made.open(post_request(url))
+        message, content = await send(connection, head(url), b"")
+        assert message.code == 200
+        assert message.headers["content-encoding"] == "gzip"
+        assert await content.read() == b"\x00\xff\x01"
+        connection.close()
+
+
+async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        await writer.drain()
+
+    async with backend(serve) as url, connector() as made:
+        connection, _ = await made.open(post_request(url))
+        _, content = await send(connection, head(url), b"")
+        await until(lambda: content.exception() is not None)
+        assert unread(content) == b"half"
+        connection.close()
+
+
+async def test_a_failed_connection_leaves_aiohttps_body_waiting_and_ends_ours() -> None:
+    for kind, ended in ((ResponseHandler, False), (BackendProtocol, True)):
+        protocol = kind(asyncio.get_running_loop())
+        protocol.connection_made(Transport())
+        protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+        protocol.data_received(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        _, content = await protocol.read()
+        protocol.set_exception(aiohttp.ClientPayloadError("no HTTP"))
+        assert (content.exception() is not None) is ended, "aiohttp has changed: is the override needed any longer?"
+
+
+async def test_reading_that_was_not_paused_is_not_resumed() -> None:
+    transport = Transport()
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(transport)
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
+    protocol.resume_reading()
+    assert (transport.resumed, protocol._reading_paused) == (0, False)
+    protocol.pause_reading()
+    assert (transport.resumed, protocol._reading_paused) == (0, True)
+    protocol.resume_reading()
+    assert (transport.resumed, protocol._reading_paused) == (1, False)
+    protocol.connection_lost(None)
+
+
+async def test_a_lost_connection_forgets_what_nobody_read() -> None:
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(Transport())
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.data_received(ANSWER)
+    assert len(protocol._buffer) == 1
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+    assert len(protocol._buffer) == 0
+
+
+# The server
+
+
+async def nothing(_request: web.BaseRequest) -> web.Response:
+    return web.Response()
+
+
+def server_protocol(kind: type[RequestHandler] = RequestHandler) -> Any:  # noqa: ANN401
+    server = web.Server(nothing)
+    more: dict[str, Any] = {}
+    if kind is Protocol:
+        more = {"answer_unhandled": lambda *_: web.Response(), "in_flight": Connections()}
+    return kind(server, loop=asyncio.get_running_loop(), **server._kwargs, **more)
+
+
+class Connections:
+    def add_connection(self, _: object) -> None:
+        """Nothing is counted."""
+
+    remove_connection = add_connection
+
+
+async def test_malformed_http_waits_as_an_error_among_the_messages() -> None:
+    protocol = server_protocol()
+    protocol.connection_made(Transport())
+    await asyncio.sleep(0)  # its task begins
+    assert protocol._current_request is None
+    assert protocol._request_count == 0
+    protocol.data_received(b"nonsense\r\n\r\n")
+    (error, _payload) = protocol._messages[-1]
+    assert isinstance(error, _ErrInfo)
+    assert isinstance(error.exc, BaseException)
+    assert protocol._request_count == 1
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_a_server_makes_its_protocol_from_arguments_that_ours_takes_too() -> None:
+    server = web.Server(nothing, handler_cancellation=True, access_log=None)
+    assert server._kwargs == {"access_log": None}
+    assert (server.request_handler, server.handler_cancellation) == (nothing, True)
+    assert callable(server.request_factory)
+    assert isinstance(server_protocol(Protocol), RequestHandler)
+
+
+async def test_the_runner_makes_its_server_in_one_place() -> None:
+    runner = web.AppRunner(web.Application(), access_log=None)
+    assert inspect.iscoroutinefunction(runner._make_server)
+    await runner.setup()
+    assert runner.server is not None
+    assert runner.server._kwargs["access_log"] is None
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(("kind", "waits"), [(RequestHandler, False), (Protocol, True)])
+async def test_aiohttp_keeps_what_a_cancelled_writer_waited_for_and_ours_does_not(
+    kind: type[RequestHandler],
+    waits: bool,  # noqa: FBT001
+) -> None:
+    protocol = server_protocol(kind)
+    protocol.connection_made(Transport())
+    protocol.pause_writing()
+    assert protocol.writing_paused
+    first = asyncio.create_task(protocol._drain_helper())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert protocol._drain_waiter.cancelled()
+    second = asyncio.create_task(protocol._drain_helper())
+    await asyncio.wait({second}, timeout=0.05)
+    assert (not second.done()) is waits, "aiohttp has changed: is the override needed any longer?"
+    protocol.resume_writing()
+    await asyncio.gather(second, return_exceptions=True)
+    protocol.connection_lost(None)
+
+
+async def test_the_writer_of_a_request_counts_what_it_has_sent() -> None:
+    from aiohttp.http_writer import StreamWriter  # noqa: PLC0415
+
+    protocol = server_protocol()
+    protocol.connection_made(Transport())
+    writer = StreamWriter(protocol, asyncio.get_running_loop())
+    assert writer.output_size == 0
+    await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert writer.output_size == 25
+    protocol.connection_lost(None)
