@@ -3,7 +3,7 @@
 import asyncio
 
 POLL = 0.02
-"""Seconds between two looks at answers that callers have not taken yet."""
+"""Seconds between two looks at what is left."""
 
 
 class InFlight:
@@ -13,8 +13,6 @@ class InFlight:
         self._connections: set[asyncio.WriteTransport] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._cut_off: set[asyncio.Task[object]] = set()
-        self._empty = asyncio.Event()
-        self._empty.set()
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -22,14 +20,11 @@ class InFlight:
     def add(self, task: "asyncio.Task[object]") -> None:
         """Add the task of a request that begins."""
         self._tasks.add(task)
-        self._empty.clear()
 
     def remove(self, task: "asyncio.Task[object]") -> None:
         """Remove the task of a request that has ended."""
         self._tasks.discard(task)
         self._cut_off.discard(task)
-        if not self._tasks:
-            self._empty.set()
 
     def add_connection(self, connection: asyncio.WriteTransport) -> None:
         """Add a caller's connection."""
@@ -47,7 +42,8 @@ class InFlight:
         """Wait at most `seconds` until all have ended and every answer has been taken; return whether that is so."""
         try:
             async with asyncio.timeout(seconds):
-                await self._empty.wait()
+                while self._tasks:  # noqa: ASYNC110 - polling, since what callers take is polled as well
+                    await asyncio.sleep(POLL)
                 await asyncio.sleep(POLL)  # an answer is written after its task was removed
                 while any(connection.get_write_buffer_size() for connection in self._connections):  # noqa: ASYNC110
                     await asyncio.sleep(POLL)

@@ -1,5 +1,6 @@
 """The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -37,23 +38,13 @@ class Metrics:
         self._requests = _Children(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
         )
-        self._duration = _Children(
-            Histogram(
-                "gateway_request_duration_seconds",
-                "From a request's headers to the end of its answer.",
-                ["route"],
-                buckets=SECONDS,
-                registry=registry,
-            )
+        self._duration = _Durations(
+            "gateway_request_duration_seconds", "From a request's headers to the end of its answer.", registry
         )
-        self._first_token = _Children(
-            Histogram(
-                "gateway_time_to_first_token_seconds",
-                "From a streamed request's headers to its first content event.",
-                ["route"],
-                buckets=SECONDS,
-                registry=registry,
-            )
+        self._first_token = _Durations(
+            "gateway_time_to_first_token_seconds",
+            "From a streamed request's headers to its first content event.",
+            registry,
         )
         self._queue_wait = Histogram(
             "gateway_queue_wait_seconds",
@@ -101,11 +92,11 @@ class Metrics:
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
         route = record.path or OTHER
-        exemplar = {"trace_id": f"{record.trace_id:032x}"} if kept else None
         self._requests(route, record.status, record.outcome).inc()
-        self._duration(route).observe(record.seconds(0.0), exemplar)
+        trace_id = record.trace_id if kept else None
+        self._duration.observe(route, record.seconds(0.0), trace_id)
         if record.first_token is not None:
-            self._first_token(route).observe(record.first_token - record.started, exemplar)
+            self._first_token.observe(route, record.first_token - record.started, trace_id)
         for attempt in record.attempts:
             self._attempts(attempt.backend, attempt.outcome or "ok").inc()
         if record.input_tokens:
@@ -133,9 +124,40 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics in the form that `accept` asks for, and its content type."""
+        self._duration.observe_latest()
+        self._first_token.observe_latest()
         # Not the header itself: an invalid version would fail, and any other would come back in the content type.
         encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
         return encode(self._registry), content_type
+
+
+class _Durations:
+    """A histogram by route, in seconds; the latest duration in each bucket leads to its trace.
+
+    prometheus-client checks each exemplar, which costs more than all else that is counted of a request. So the latest
+    duration in a bucket is observed only when the next one comes, then without exemplar, or when somebody asks.
+    """
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._histogram = _Children(Histogram(name, text, ["route"], buckets=SECONDS, registry=registry))
+        self._latest: dict[tuple[str, int], tuple[float, int]] = {}
+
+    def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
+        """Count a duration; `trace_id` None: its trace cannot be looked up."""
+        if trace_id is not None:
+            bucket = route, bisect_left(SECONDS, seconds)
+            before = self._latest.get(bucket)
+            self._latest[bucket] = seconds, trace_id
+            if before is None:
+                return
+            seconds = before[0]
+        self._histogram(route).observe(seconds)
+
+    def observe_latest(self) -> None:
+        """Observe the latest durations, with their exemplars."""
+        for (route, _), (seconds, trace_id) in self._latest.items():
+            self._histogram(route).observe(seconds, {"trace_id": f"{trace_id:032x}"})
+        self._latest.clear()
 
 
 class _Children(Generic[M]):

@@ -20,7 +20,7 @@ _fixed64 = Struct("<Q").pack
 _double = Struct("<d").pack
 _instants = Struct("<BQBQ").pack
 _ids = Struct(">BBQQBBQ").pack
-_parent = Struct(">BBQ").pack
+_ids_and_parent = Struct(">BBQQBBQBBQ").pack
 _LOW = 2**64 - 1
 
 
@@ -41,18 +41,17 @@ class Encoder:
 
 
 def _span(span: "SpanData") -> bytes:
-    parts = [_ids(0x0A, 16, span.trace_id >> 64, span.trace_id & _LOW, 0x12, 8, span.span_id)]
-    if span.trace_state:
-        parts.append(_field(3, span.trace_state.encode("utf-8", "replace")))
-    if span.parent_id:
-        parts.append(_parent(0x22, 8, span.parent_id))
-    parts += (
-        _name_and_kind(span.name, span.kind),
+    high, low = span.trace_id >> 64, span.trace_id & _LOW
+    parts = [
+        _ids_and_parent(0x0A, 16, high, low, 0x12, 8, span.span_id, 0x22, 8, span.parent_id)
+        if span.parent_id
+        else _ids(0x0A, 16, high, low, 0x12, 8, span.span_id),
         _instants(0x39, span.start, 0x41, span.end),
         span.shared.encoded or _encode_shared(span.shared),
-    )
-    for name, value in span.own:
-        parts.append(_attribute(name, value))
+    ]
+    parts += [_attribute(name, value) for name, value in span.own]
+    if span.trace_state:
+        parts.append(_field(3, span.trace_state.encode("utf-8", "replace")))
     for moment, name, attributes in span.events:
         event = [b"\x09", _fixed64(moment), _field(2, name.encode())]
         event += [_field(3, _key_value(key, value)) for key, value in attributes]
@@ -71,25 +70,21 @@ _FLAGS_LOCAL = b"\x85\x01\x00\x01\x00\x00"
 _FLAGS_REMOTE = b"\x85\x01\x00\x03\x00\x00"
 
 
-@lru_cache(maxsize=64)
-def _name_and_kind(name: str, kind: int) -> bytes:
-    return _field(5, name.encode()) + bytes((0x30, kind))
-
-
 def _encode_shared(shared: "Shared") -> bytes:
-    shared.encoded = b"".join([_attribute(name, value) for name, value in shared.attributes])
+    name_and_kind = _field(5, shared.name.encode()) + bytes((0x30, shared.kind))
+    shared.encoded = name_and_kind + b"".join([_attribute(name, value) for name, value in shared.attributes])
     return shared.encoded
 
 
 def _attribute(name: str, value: "Value") -> bytes:
     """Return an attribute; short texts, floats and small counts, which nearly all are, need only a few steps."""
-    if isinstance(value, str):
+    if type(value) is str:
         text = value.encode("utf-8", "replace")
         if len(text) < 128:  # noqa: PLR2004
             return _before_text(name, len(text)) + text
-    elif isinstance(value, float):
+    elif type(value) is float:
         return _before_double(name) + _double(value)
-    elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 128:  # noqa: PLR2004
+    elif type(value) is int and 0 <= value < 128:  # noqa: PLR2004 - not a bool
         return _before_small(name) + _SMALL[value]
     return _field(9, _key_value(name, value))
 

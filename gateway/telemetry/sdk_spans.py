@@ -21,13 +21,13 @@ def to_readable(span: SpanData, resource: Resource) -> ReadableSpan:
     if span.parent_id:
         parent = SpanContext(span.trace_id, span.parent_id, is_remote=span.parent_is_remote)
     return ReadableSpan(
-        name=span.name,
+        name=span.shared.name,
         context=context,
         parent=parent,
         resource=resource,
         attributes=dict(span.attributes),
         events=[Event(name, dict(attributes), timestamp=moment) for moment, name, attributes in span.events],
-        kind=_KINDS.get(span.kind, SpanKind.SERVER),
+        kind=_KINDS.get(span.shared.kind, SpanKind.SERVER),
         status=Status(StatusCode.ERROR, span.error) if span.status == ERROR else Status(),
         start_time=span.start,
         end_time=span.end,

@@ -8,11 +8,13 @@ UNSET, ERROR = 0, 2
 
 
 class Shared:
-    """Attributes that many spans have in common; `encoded` keeps their bytes once they were encoded."""
+    """What many spans have in common: name, kind and attributes; `encoded` keeps its bytes once it was encoded."""
 
-    __slots__ = ("attributes", "encoded")
+    __slots__ = ("attributes", "encoded", "kind", "name")
 
-    def __init__(self, attributes: list[tuple[str, Value]]) -> None:
+    def __init__(self, name: str, kind: int, attributes: list[tuple[str, Value]]) -> None:
+        self.name = name
+        self.kind = kind
         self.attributes = attributes
         self.encoded: bytes | None = None
 
@@ -21,8 +23,8 @@ class SpanData:
     """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
 
     Attributes:
-        shared: the attributes that recur in many spans.
-        own: the others.
+        shared: what recurs in many spans.
+        own: the attributes that do not.
         events: (instant, name, attributes) in order.
         error: the description of an ERROR status, or None.
         trace_state: the caller's `tracestate`, or None.
@@ -32,8 +34,6 @@ class SpanData:
         "end",
         "error",
         "events",
-        "kind",
-        "name",
         "own",
         "parent_id",
         "shared",
@@ -44,12 +44,10 @@ class SpanData:
         "trace_state",
     )
 
-    def __init__(self, name: str, kind: int, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
+    def __init__(self, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
         self.trace_id = trace_id
         self.span_id = span_id
         self.parent_id = parent_id
-        self.name = name
-        self.kind = kind
         self.shared = shared
         self.own: list[tuple[str, Value]] = []
         self.start = 0
@@ -62,7 +60,7 @@ class SpanData:
     @property
     def parent_is_remote(self) -> bool:
         """Whether the parent belongs to another process: a SERVER span's is the caller's."""
-        return self.kind == SERVER
+        return self.shared.kind == SERVER
 
     @property
     def attributes(self) -> list[tuple[str, Value]]:

@@ -23,8 +23,6 @@ def _instant(record: "Record", moment: float) -> int:
 
 
 def _server(record: "Record") -> SpanData:
-    method = record.method if record.method != "_OTHER" else "HTTP"
-    name = f"{method} {record.path}" if record.path is not None else method
     if record.model is None or record.operation is None:
         shared = _http_attributes(record.method, record.path, record.status, record.outcome)
     else:
@@ -47,9 +45,7 @@ def _server(record: "Record") -> SpanData:
             len(record.attempts),
             record.stop_reason,
         )
-    span = SpanData(
-        name, SERVER, shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0
-    )
+    span = SpanData(shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0)
     span.trace_state = record.trace_state
     span.start = record.started_ns
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
@@ -108,7 +104,8 @@ def _http_attributes(method: str, path: str | None, status: int, outcome: str) -
     error_type = _error_type(status, outcome)
     if error_type is not None:
         attributes.append(("error.type", error_type))
-    return Shared(attributes)
+    method = method if method != "_OTHER" else "HTTP"
+    return Shared(f"{method} {path}" if path is not None else method, SERVER, attributes)
 
 
 @lru_cache(maxsize=2048)
@@ -130,8 +127,9 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     attempts: int,
     stop_reason: str | None,
 ) -> Shared:
+    http = _http_attributes(method, path, status, outcome)
     attributes: list[tuple[str, Value]] = [
-        *_http_attributes(method, path, status, outcome).attributes,
+        *http.attributes,
         ("gen_ai.operation.name", operation),
         ("gen_ai.provider.name", "openai"),
         ("gen_ai.request.model", model),
@@ -150,7 +148,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     ):
         if value is not None:
             attributes.append((attribute, value))
-    return Shared(attributes)
+    return Shared(http.name, SERVER, attributes)
 
 
 def _describe_events(record: "Record", span: SpanData) -> None:
@@ -182,15 +180,9 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
         attempt.timer,
         attempt.error_type,
         attempt.model and attempt.model[:256],
+        record.path,
     )
-    span = SpanData(
-        f"POST {record.path}",
-        CLIENT,
-        shared,
-        trace_id=record.trace_id,
-        span_id=attempt.span_id,
-        parent_id=record.span_id,
-    )
+    span = SpanData(shared, trace_id=record.trace_id, span_id=attempt.span_id, parent_id=record.span_id)
     span.trace_state = record.trace_state
     span.start = _instant(record, attempt.started)
     span.end = _instant(record, attempt.ended if attempt.ended is not None else attempt.started)
@@ -221,6 +213,7 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     timer: str | None,
     error_type: str | None,
     model: str | None,
+    path: str | None,
 ) -> Shared:
     attributes: list[tuple[str, Value]] = [
         ("http.request.method", "POST"),
@@ -242,7 +235,7 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     ):
         if value is not None:
             attributes.append((attribute, value))
-    return Shared(attributes)
+    return Shared(f"POST {path}", CLIENT, attributes)
 
 
 NO_FAULT = frozenset({"cancelled", LEFT, "gateway_draining"})

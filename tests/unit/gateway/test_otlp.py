@@ -70,9 +70,7 @@ def span_data(draw: st.DrawFn) -> SpanData:
     attributes = draw(ATTRIBUTES)
     cut = draw(st.integers(0, len(attributes)))
     span = SpanData(
-        draw(NAME),
-        draw(st.sampled_from([SERVER, CLIENT])),
-        Shared(attributes[:cut]),
+        Shared(draw(NAME), draw(st.sampled_from([SERVER, CLIENT])), attributes[:cut]),
         trace_id=draw(st.integers(1, 2**128 - 1)),
         span_id=draw(st.integers(1, 2**64 - 1)),
         parent_id=draw(st.just(0) | st.integers(1, 2**64 - 1)),
@@ -99,7 +97,7 @@ def test_attributes_of_every_length_are_encoded_as_the_sdk_encodes_them(name: st
     values += [*range(-2, 300), 2**31, 2**63 - 1, True, False, 0.0, -1.5e300]
     spans = []
     for value in values:
-        span = SpanData("s", SERVER, Shared([]), trace_id=1, span_id=1, parent_id=0)
+        span = SpanData(Shared("s", SERVER, []), trace_id=1, span_id=1, parent_id=0)
         span.own = [(name, value)]
         spans.append(span)
 
@@ -232,14 +230,14 @@ def test_what_arrives_during_an_export_waits_for_the_next_one() -> None:
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400])
 def test_an_integer_that_otlp_cannot_hold_is_text(value: int) -> None:
-    span = SpanData("name", SERVER, Shared([("number", value)]), trace_id=1, span_id=1, parent_id=0)
+    span = SpanData(Shared("name", SERVER, [("number", value)]), trace_id=1, span_id=1, parent_id=0)
     (found,) = encoded([span]).resource_spans[0].scope_spans[0].spans[0].attributes
 
     assert found.value.string_value == str(value)
 
 
 def test_half_a_surrogate_costs_a_letter_and_not_the_batch() -> None:
-    span = SpanData("name", SERVER, Shared([("text", "a\ud800b")]), trace_id=1, span_id=1, parent_id=0)
+    span = SpanData(Shared("name", SERVER, [("text", "a\ud800b")]), trace_id=1, span_id=1, parent_id=0)
     span.own = [("list", ["\udfff"])]
     span.status, span.error = ERROR, "\udcff"
     found = encoded([span]).resource_spans[0].scope_spans[0].spans[0]
