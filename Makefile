@@ -21,6 +21,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(GATEWAY): requirements/gateway.txt
+	@echo 'Installing what the gateway and the mock model need into $(VENV), once'
 	@tools/venv $(VENV) $<
 	@touch $@
 
@@ -29,6 +30,7 @@ $(DEV): requirements/dev.txt
 	@touch $@ $(GATEWAY) # dev.txt holds all of gateway.txt
 
 demo: $(GATEWAY) ## Run the gateway and a mock model, post a prompt, show its trace (PORT, MOCK_PORT). Needs Python
+	@echo 'Starting the gateway and a mock model'
 	@$(PYTHON) -m tools.demo
 
 test: $(DEV) ## Run the unit and integration tests (ARGS are pytest's). Needs Python
