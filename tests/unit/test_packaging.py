@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
-    install = [sys.executable, "-m", "uv", "pip", "install", "--offline", "--no-deps", "--target", str(target), str(wheel)]
+    install = [sys.executable, "-m", "uv", "pip", "install", "--offline", "--no-deps", f"--target={target}", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)  # noqa: S603
     return target
 
