@@ -1,65 +1,83 @@
-# Every target that needs Python makes .venv from requirements/dev.txt first (PYTHON3=/path/to/python chooses another one).
+# Targets that run Python first make .venv, or complete it: from requirements/gateway.txt for `make demo`, from
+# requirements/dev.txt for all others. PYTHON3=/path/to/python chooses the interpreter that .venv is made with.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+GATEWAY := $(VENV)/.gateway
+DEV := $(VENV)/.dev
 COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
+
+# The images' version and revision. A plain `docker compose up --build` calls them `dev` and `unknown`.
+export VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gateway/__init__.py)
+export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 # ARGS go to the command; PYTHON3, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lock up down logs trace test-stack test-chaos chaos bench soak
+.PHONY: help demo test test-3.14 check format lock up down logs trace test-stack test-chaos chaos bench soak
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Python is 3.11 or newer, with its venv module; Docker is an engine with Compose 2.24 or newer.'
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): requirements/dev.txt
+$(GATEWAY): requirements/gateway.txt
+	@echo 'Installing what the gateway and the mock model need into $(VENV), once'
 	@tools/venv $(VENV) $<
+	@touch $@
 
-demo: $(INSTALLED) ## Run the gateway and a mock model here, post a prompt, show its trace (PORT, MOCK_PORT)
+$(DEV): requirements/dev.txt
+	@tools/venv $(VENV) $<
+	@touch $@ $(GATEWAY) # dev.txt holds all of gateway.txt
+
+demo: $(GATEWAY) ## Run the gateway and a mock model, post a prompt, show its trace (PORT, MOCK_PORT). Needs Python
+	@echo 'Starting the gateway and a mock model'
 	@$(PYTHON) -m tools.demo
 
-test: $(INSTALLED) ## Run the unit and integration tests (ARGS are pytest's)
+test: $(DEV) ## Run the unit and integration tests (ARGS are pytest's). Needs Python
 	$(PYTHON) -m pytest $(ARGS)
 
-check: $(INSTALLED) ## Lint, check the format and the types
+test-3.14: ## Run the same tests on Python 3.14, in a container of the images' base. Needs Docker
+	docker build --build-arg PYTHON_IMAGE --build-arg PIP_INDEX_URL -f docker/test.Dockerfile -t llm-gateway/test .
+	docker run --rm --init llm-gateway/test python -m pytest $(ARGS)
+
+check: $(DEV) ## Lint, check the format and the types. Needs Python
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
-format: $(INSTALLED) ## Format the code and mend what the linter can mend
+format: $(DEV) ## Format the code and fix what the linter can fix. Needs Python
 	$(PYTHON) -m ruff check --fix-only
 	$(PYTHON) -m ruff format
 
-lock: $(INSTALLED) ## Remake requirements/*.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
-	$(COMPILE) --all-extras pyproject.toml -o requirements/dev.txt
+lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: newer versions). Needs Python
+	$(COMPILE) --group dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) -c requirements/dev.txt pyproject.toml -o requirements/gateway.txt
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["mock-model"], sep="\n")' \
-		| $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/mock_model.txt
+	$(COMPILE) -c requirements/dev.txt --no-annotate --group mock-model -o requirements/mock_model.txt
+	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
-up: ## Start the stack in containers and wait until it is healthy
-	REVISION=$$(git rev-parse --short HEAD 2>/dev/null || echo unknown) docker compose up --build --wait
+up: ## Start the stack in containers and wait until it is healthy. Needs Docker
+	docker compose up --build --wait
 
-down: ## Stop the stack and remove its containers and volumes
+down: ## Stop the stack and remove its containers and volumes. Needs Docker
 	docker compose --profile '*' down --volumes --remove-orphans
 
-logs: ## Follow the stack's logs
+logs: ## Follow the stack's logs. Needs make up
 	@docker compose logs --follow || [ $$? -eq 130 ]
 
-trace: ## Post a prompt to the stack and print the address of its trace in Jaeger
+trace: ## Post a prompt to the stack and print the address of its trace in Jaeger. Needs make up, any python3
 	@$(or $(PYTHON3),python3) tools/trace.py $(ARGS)
 
-test-stack: $(INSTALLED) ## Test the stack on a Docker engine (STACK_TESTS=require: a missing engine is a failure)
+test-stack: $(DEV) ## Test the stack in containers (STACK_TESTS=require: fail without an engine). Needs Python, Docker
 	$(PYTHON) -m pytest tests/stack -m stack $(ARGS)
 
-test-chaos: $(INSTALLED) ## Break everything under load and compare the counts (REPEATS=5; BROWSER_TESTS=require)
+test-chaos: $(DEV) ## Break everything under load, compare the counts (REPEATS=5; BROWSER_TESTS=require). Needs Python
 	$(PYTHON) -m pytest tests/chaos -m chaos $(ARGS)
 
-chaos: $(INSTALLED) ## Play a game day and write chaos-report.html (ARGS="--compose": on the running containers)
+chaos: $(DEV) ## Play a game day, write chaos-report.html (ARGS="--compose": on the running stack). Needs Python
 	$(PYTHON) -m chaos $(ARGS)
 
-bench: $(INSTALLED) ## Measure what the gateway costs
+bench: $(DEV) ## Measure what the gateway costs. Needs Python; compares with whatever peers are installed
 	$(PYTHON) -m bench $(ARGS)
 
-soak: $(INSTALLED) ## Run under load for a long time and watch memory
+soak: $(DEV) ## Run under load for a long time and watch memory. Needs Python
 	$(PYTHON) -m bench.soak $(ARGS)

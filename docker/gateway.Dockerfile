@@ -28,8 +28,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     APP_MODE=prod \
     HOST=0.0.0.0 \
     PORT=8000
-# Last of the layers' inputs, so that another revision rebuilds nothing.
-ARG VERSION=0.1.0
+# Last of the layers' inputs, so that another version or revision rebuilds nothing. The Makefile knows both.
+ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="llm-gateway" \
       org.opencontainers.image.description="The LLM gateway that stays up when the model does not, and shows why." \

@@ -30,8 +30,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PORT=8001 \
     CONTROL_HOST=0.0.0.0 \
     CONTROL_PORT=8002
-# Last of the layers' inputs, so that another revision rebuilds nothing.
-ARG VERSION=0.1.0
+# Last of the layers' inputs, so that another version or revision rebuilds nothing. The Makefile knows both.
+ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="mock-model" \
       org.opencontainers.image.description="An OpenAI-compatible mock model that fails on command." \

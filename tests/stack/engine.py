@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from gateway import __version__
+
 ROOT = Path(__file__).parents[2]
 PROJECT = "llm-gateway-test"
 SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
@@ -149,7 +151,7 @@ class Stack:
         names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT")
         ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
-        return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env"})
+        return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env", "VERSION": __version__})
 
     def compose(self, *args: str, seconds: float = 120, complaints: bool = False) -> str:
         """Run `docker compose ARGS` on this project; a user's own .env and project are left out of it."""

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway import __version__
 from tests.stack.engine import PROJECT, ROOT, Stack, docker
 
-OURS = {"gateway": "llm-gateway/gateway:0.1.0", "mock-model": "llm-gateway/mock-model:0.1.0"}
+OURS = {service: f"llm-gateway/{service}:{__version__}" for service in ("gateway", "mock-model")}
 COLLECTOR = "otel/opentelemetry-collector-contrib:0.155.0"
 JAEGER = "jaegertracing/jaeger:2.13.0"
 
@@ -35,9 +35,7 @@ def test_an_image_says_what_it_is(built_stack: Stack, service: str) -> None:
     assert config["StopSignal"] == "SIGTERM"
     assert config["Cmd"] == ["python", "-m", service.replace("-", "_")]
     assert config["Healthcheck"]["Test"][0] == "CMD"
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert config["Labels"]["org.opencontainers.image.version"] == version
-    assert OURS[service].endswith(f":{version}")
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
 
 
 @pytest.mark.parametrize(("service", "other"), [("gateway", "mock_model"), ("mock-model", "gateway")])
