@@ -15,9 +15,9 @@ import aiohttp
 
 from chaos.experiment import Experiment, ExperimentError, load_experiments
 from chaos.gameday import Played, play
-from chaos.processes import ProcessFailed
 from chaos.report import report
 from chaos.stages import SERVICES, ComposeStage, LocalStage, RemoteStage, Stage, published, running
+from testkit.processes import ProcessError
 
 CONTROL = "http://127.0.0.1:8002"
 
@@ -62,7 +62,7 @@ class GameDay:
         self.results: list[Played] = []
 
     async def run(self) -> None:
-        """Play them. Raises: ProcessFailed: there are no containers; ExperimentError: nothing can be played."""
+        """Play them. Raises: ProcessError: there are no containers; ExperimentError: nothing can be played."""
         _end_in_order()
         await self._choose()
         seconds = sum(experiment.steady_state.seconds for experiment in self._experiments.values())
@@ -181,7 +181,7 @@ def run() -> int:
             return 0
         game_day = GameDay(options, experiments)
         asyncio.run(game_day.run())
-    except (ExperimentError, ProcessFailed) as error:
+    except (ExperimentError, ProcessError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):

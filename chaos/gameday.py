@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from chaos.counts import parse
-from chaos.load import Call, Load, Plan, now, summary
+from chaos.load import Load, Plan
 from chaos.measures import Findings, Sample, measured
-from chaos.processes import ProcessFailed
 from chaos.promises import Verdict
+from testkit.exposition import Exposition
+from testkit.load import Call, now, summary
+from testkit.processes import ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +29,15 @@ STEADY = 1.0
 PATIENCE = 10.0
 """Seconds beyond deadline and open breakers in which the steady state must be there, or back."""
 ROUTE = "/v1/chat/completions"
+REVIVING = frozenset({"start", "thaw"})
+"""Actions after which a backend answers its own health probe again: from then on its recovery counts."""
 
 
 class NotSteady(Exception):
     """The gateway is not as it should be before anything is done to it."""
 
 
-TROUBLE = (ProcessFailed, NotSteady, TimeoutError, aiohttp.ClientError, OSError, RuntimeError, ValueError)
+TROUBLE = (ProcessError, NotSteady, TimeoutError, aiohttp.ClientError, OSError, RuntimeError, ValueError)
 """What keeps one experiment from being played to its end, and the others not."""
 
 
@@ -171,6 +174,10 @@ async def _take(steps: "Sequence[Step]", stage: "Stage", findings: Findings, tel
         await asyncio.sleep(max(0.0, findings.began + step.at - now()))
         _mark(str(step), findings, tell)
         await stage.do(step)
+        if step.do in REVIVING:
+            await stage.revived(step.mock)
+            findings.revivals.append(now() - findings.began)
+            _mark(f"mock-{step.mock} answers", findings, tell)
 
 
 async def _roll_back(played: Played, stage: "Stage", tell: "Tell") -> None:
@@ -214,7 +221,7 @@ async def _look(url: str, began: float, session: aiohttp.ClientSession) -> Sampl
     async with session.get(f"{url}/health", timeout=timeout) as response:
         document: dict[str, Any] = await response.json()
     async with session.get(f"{url}/metrics", timeout=timeout) as response:
-        metrics = parse(await response.text())
+        metrics = Exposition.parse(await response.text())
     backends = document["downstream"]["backends"]
     return Sample(
         at=now() - began,

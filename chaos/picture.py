@@ -5,14 +5,14 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from chaos.promises import quantile
+from testkit.quantiles import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from chaos.gameday import Played
-    from chaos.load import Call
     from chaos.measures import Findings
+    from testkit.load import Call
 
 BUCKET = 0.5
 """Seconds per column."""

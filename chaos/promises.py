@@ -1,14 +1,14 @@
 """Promises: each looks at what was measured and gives a verdict with its numbers."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from chaos.load import PROMISED, Call, summary
+from chaos.counts import Books
+from testkit.load import Call, summary
+from testkit.quantiles import quantile
 
-if TYPE_CHECKING:
-    from chaos.counts import Books
-
+PROMISED = 0.1
+"""Seconds after its deadline by which a call must have ended."""
 SHOWN = 3
 """Examples in a verdict."""
 
@@ -23,12 +23,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{'kept  ' if self.kept else 'BROKEN'}  {self.promise}: {self.measured}"
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which that share of them lies; 0 for none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 def in_time(calls: Sequence[Call]) -> Verdict:
@@ -58,7 +52,7 @@ def well_formed(calls: Sequence[Call]) -> Verdict:
     )
 
 
-def agree(books: "Books") -> Verdict:
+def agree(books: Books) -> Verdict:
     """Callers, gateway and journal count the same."""
     return Verdict(
         "callers, gateway and journal agree to the last call",

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from enum import Enum
 
-from chaos.processes import LOOPBACK, free_port
+from testkit.ports import LOOPBACK, free_port
 
 
 class Network(Enum):

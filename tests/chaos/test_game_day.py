@@ -24,7 +24,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from chaos import REPOSITORY
+from testkit import REPOSITORY
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.http import ask
 from tests.chaos.verdict import StartArena
 
 KEPT = """
@@ -147,20 +149,17 @@ async def test_a_stack_that_runs_already_gets_its_script_back(start_arena: Start
     """The definition has no rollback; the mock model's own script is back, and a fault that was used up stays so."""
     arena = await start_arena()
     await arena.mock.faults({"kind": "html", "times": 1}, {"kind": "reset", "match": {"model": "other"}})
-    control = f"http://127.0.0.1:{arena.mock.control_port}"
-    prompt = {"messages": [{"role": "user", "content": "Hello"}]}
-    async with arena.session.post(f"{arena.mock.url}/v1/chat/completions", json=prompt) as response:
-        assert response.content_type == "text/html"
-    async with arena.session.get(f"{control}/faults") as response:
-        before = await response.json()
+    control = arena.mock.control_url
+    answer = await ask(arena.mock.url + CHAT_PATH, method="POST", body=CHAT)
+    assert answer.headers["content-type"].startswith("text/html")
+    before = (await arena.mock.control("GET", "/faults")).json
     experiment, page = tmp_path / "mine.yaml", tmp_path / "report.html"
     experiment.write_text(NO_ROLLBACK, encoding="utf-8")
     words = command(experiment, "--target", arena.gateway.url, "--mock-control", control, "--out", page)
     process = await asyncio.create_subprocess_exec(*words, cwd=REPOSITORY, stdout=-1, stderr=-2, process_group=0)
     async with asyncio.timeout(90):
         said = (await process.communicate())[0].decode()
-    async with arena.session.get(f"{control}/faults") as response:
-        after = await response.json()
+    after = (await arena.mock.control("GET", "/faults")).json
 
     assert process.returncode == 0, said
     assert "mock-1: status" in said

@@ -5,9 +5,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from chaos.arena import Arena
 from chaos.counts import Books
-from chaos.load import Call, Load, good, now, summary
 from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
+from testkit.load import Call, Load, good, now, summary
 
 StartArena = Callable[..., Awaitable[Arena]]
 RECOVERY = 1.0

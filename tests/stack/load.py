@@ -3,8 +3,9 @@
 import asyncio
 from typing import Any
 
-from chaos.load import Call, Load, Plan, good, now
+from chaos.load import Load, Plan
 from chaos.promises import Verdict, at_most
+from testkit.load import Call, good, now
 from tests.stack.engine import Stack, wait_for
 
 RECOVERY = 3.0

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from chaos.counts import parse
-from chaos.load import Call, now, sent_between, summary
 from chaos.promises import Verdict, all_good, at_most, fails_as, in_time, quantile_at_most, well_formed
+from testkit.exposition import Exposition
+from testkit.load import Call, now, sent_between, summary
 from tests.chaos.verdict import keep
 from tests.stack.engine import PROJECT, Stack, docker, wait_for
 from tests.stack.load import CUT, SILENT, UNREACHABLE, load, recovers
@@ -256,7 +256,7 @@ async def test_callers_who_leave_in_a_storm_give_everything_back(stack: Stack) -
 
 def disconnects(stack: Stack) -> float:
     """How many callers left, as the gateway counts them."""
-    return parse(stack.gateway("/metrics").body.decode()).value("gateway_client_disconnects_total")
+    return Exposition.parse(stack.gateway("/metrics").body.decode()).value("gateway_client_disconnects_total")
 
 
 async def test_a_stopped_gateway_finishes_what_it_began(stack: Stack) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from chaos.load import now
 from chaos.promises import Verdict, in_time, well_formed
+from testkit.load import now
 from tests.chaos.verdict import keep
 from tests.stack.engine import Stack, call, wait_for
 from tests.stack.load import load

@@ -2,8 +2,8 @@
 
 import pytest
 
-from chaos.load import Call
 from chaos.measures import MEASURES, Findings, Sample, measured
+from testkit.load import Call
 
 
 def call(*, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None) -> Call:
