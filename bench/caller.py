@@ -1,17 +1,20 @@
 """The load generator: a process of its own, on raw sockets, cheap enough to share a core with the backend.
 
-`python -m bench.caller SPEC` with a JSON `Spec`; prints a JSON `Tally`.
+`python -m bench.caller` is a worker (`testkit.workers`): its order is a `Spec`, its result a `Tally`. It is not the
+load of `testkit.load`, which looks at every answer and costs ten times as much CPU as the calls that are measured here.
 """
 
 import asyncio
 import random
 import re
-import sys
 from time import monotonic, monotonic_ns
 from typing import Literal, cast
 
 import msgspec
 import uvloop
+
+from testkit.quantiles import median_and_p99
+from testkit.workers import ordered, report
 
 TOKEN = b" a token @"
 _STAMP = re.compile(rb"@(\d+)@")
@@ -32,7 +35,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         mode: `load`: `connections` callers, each with one call after the other, for `seconds`;
             `once`: each of `connections` makes one call, started over `ramp` seconds;
             `paired`: one caller, `calls` times one call to each port, in random order;
-            `hold`: as `once`, then the connections stay open until stdin ends.
+            `hold`: as `once`, then the connections stay open until the worker is to finish.
         ports: where to; all but `paired` use the first only.
         seconds: of load.
         connections: callers.
@@ -121,10 +124,6 @@ class Caller(asyncio.Protocol):
         self._started = monotonic()
         self._transport.write(self._request)
         return await self._ended
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -226,23 +225,21 @@ class Callers:
         await asyncio.wait_for(asyncio.gather(*map(loop, callers)), self.spec.seconds + LAST_CALLS)
         self.tally.seconds = self.spec.seconds
 
-    async def once(self) -> list[Caller]:
-        """Each connection makes one call."""
+    async def once(self) -> None:
+        """Make one call on each connection, and leave it open."""
         start = monotonic()
         spec = self.spec
 
-        async def one(number: int) -> Caller:
+        async def one(number: int) -> None:
             await asyncio.sleep(spec.ramp * number / spec.connections)
             caller = await self.connect(spec.ports[0])
             took = await self._one(caller)
             if took is not None:
                 self.times.append(took)
                 self.tally.calls += 1
-            return caller
 
-        callers = await asyncio.wait_for(asyncio.gather(*map(one, range(spec.connections))), LAST_CALLS + spec.ramp)
+        await asyncio.wait_for(asyncio.gather(*map(one, range(spec.connections))), LAST_CALLS + spec.ramp)
         self.tally.seconds = monotonic() - start
-        return callers
 
     async def paired(self) -> None:
         """One call to each port per round: what moves all of them cancels out."""
@@ -270,8 +267,8 @@ class Callers:
 
     def finish(self) -> Tally:
         """The tally, with its percentiles."""
-        self.tally.p50, self.tally.p99 = percentiles([took * 1000 for took in self.times])
-        self.tally.lag_p50, self.tally.lag_p99 = percentiles([lag / 1e6 for lag in self._lags])
+        self.tally.p50, self.tally.p99 = median_and_p99([took * 1000 for took in self.times])
+        self.tally.lag_p50, self.tally.lag_p99 = median_and_p99([lag / 1e6 for lag in self._lags])
         return self.tally
 
 
@@ -297,36 +294,19 @@ def request(spec: Spec, headers: dict[str, str]) -> bytes:
     return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content
 
 
-def percentiles(values: list[float]) -> tuple[float, float]:
-    """The 50th and the 99th; 0 of nothing."""
-    if not values:
-        return 0.0, 0.0
-    values.sort()
-    return values[len(values) // 2], values[min(len(values) - 1, len(values) * 99 // 100)]
-
-
-async def run(spec: Spec) -> Tally:
-    """Do it."""
-    callers = Callers(spec)
-    if spec.mode == "load":
-        await callers.load()
-    elif spec.mode == "paired":
-        await callers.paired()
-    else:
-        held = await callers.once()
-        if spec.mode == "hold":
-            print("ready", flush=True)
-            await asyncio.to_thread(sys.stdin.read)
-        for caller in held:
-            caller.close()
-    return callers.finish()
-
-
-def main() -> None:
-    """Run the spec in the first argument."""
-    tally = uvloop.run(run(msgspec.json.decode(sys.argv[1], type=Spec)))
-    print(msgspec.json.encode(tally).decode())
+async def main() -> None:
+    """Do what the order says, and report what came of it."""
+    async with ordered() as (order, finish):
+        callers = Callers(msgspec.json.decode(order, type=Spec))
+        if callers.spec.mode == "hold":
+            await callers.once()
+            report()
+            await finish.wait()
+        else:
+            report()
+            await {"load": callers.load, "once": callers.once, "paired": callers.paired}[callers.spec.mode]()
+        report(msgspec.json.encode(callers.finish()))
 
 
 if __name__ == "__main__":
-    main()
+    uvloop.run(main())

@@ -109,7 +109,7 @@ async def ask(
     Args:
         url: Where to.
         method: The HTTP method.
-        body: Sent as JSON; None for no body.
+        body: Sent as JSON, or as it is if it is bytes; None for no body.
         headers: Further request headers.
         seconds: How long the whole call may take.
 
@@ -118,13 +118,15 @@ async def ask(
         TimeoutError: It took longer.
     """
     started = monotonic()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    named = {} if data is None else {"content-type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=seconds)
     async with (
         aiohttp.ClientSession(timeout=timeout) as session,
-        session.request(method, url, json=body, headers=headers) as response,
+        session.request(method, url, data=data, headers={**named, **(headers or {})}) as response,
     ):
-        content = await response.read()
-        return Answer(response.status, dict(response.headers), content, monotonic() - started)
+        received = await response.read()
+        return Answer(response.status, dict(response.headers), received, monotonic() - started)
 
 
 async def answers(url: str, seconds: float = 2.0) -> bool:
