@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
-from tests.integration.gateways import Answer, Gateway, StartGateway
-from tests.integration.wire import BODY, chunked, dial, post, until
+from testkit.http import Answer
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.wire import BODY, chunked, dial, post
 
 MARK = "m4rk3d"
 """A word of the caller's that no answer to bad input and no log line may hold."""

@@ -13,9 +13,12 @@ import pytest
 
 from gateway import __version__
 from mock_model.serve import MockModel
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.recorder import ANSWER, Recorder, recording
-from tests.integration.wire import BODY, chunked, dial, post, until
+from tests.integration.wire import BODY, chunked, dial, post
 
 KEY = "gw-key-1"
 REFUSED = "http://127.0.0.1:1"

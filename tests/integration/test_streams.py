@@ -13,6 +13,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from gateway.events import MAX_EVENT
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import PATIENCE, until
+from testkit.sse import DONE, Events
 from tests.integration.backends_raw import (
     END,
     OPEN_STREAM_HEAD,
@@ -22,10 +26,9 @@ from tests.integration.backends_raw import (
     chunk,
     event,
 )
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
-from tests.integration.sse import DONE, Events
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
-from tests.integration.wire import PATIENCE, dial, post, until
+from tests.integration.wire import dial, post
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
 RESPONSE = {"model": "demo-model", "input": "Say something."}

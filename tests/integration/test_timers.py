@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import until
+from testkit.sse import Events
 from tests.integration.backends_raw import (
     END,
     STREAM_HEAD,
@@ -20,10 +24,9 @@ from tests.integration.backends_raw import (
     chunk,
     full_backlog,
 )
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
-from tests.integration.sse import Events
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
-from tests.integration.wire import Wire, dial, post, until
+from tests.integration.wire import Wire, dial, post
 
 PROMISE = 0.1
 """Seconds by which a request may outlive its deadline."""

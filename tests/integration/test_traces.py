@@ -20,8 +20,11 @@ from gateway.telemetry.otlp import OtlpHttpExporter
 from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
-from tests.integration.collector import Collector, Span, Trace, patient, until
-from tests.integration.gateways import Answer, Gateway, StartGateway
+from testkit.http import Answer
+from testkit.polling import until
+from testkit.traces import Span, Trace
+from tests.integration.collector import Collector
+from tests.integration.gateways import Gateway, StartGateway, patient
 
 CALLER_TRACE, CALLER_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CALLER = {"traceparent": f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"}
