@@ -8,8 +8,9 @@ import pytest
 
 from chaos.promises import Verdict, in_time, well_formed
 from testkit.load import now
+from testkit.polling import wait_for
 from tests.chaos.verdict import keep
-from tests.stack.engine import Stack, call, wait_for
+from tests.stack.engine import Stack, call
 from tests.stack.load import load
 
 
