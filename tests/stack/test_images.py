@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from testkit import REPOSITORY
+from testkit import REPOSITORY as ROOT
 from tests.stack.engine import PROJECT, Stack, docker
 
 OURS = {"gateway": "llm-gateway/gateway:0.1.0", "mock-model": "llm-gateway/mock-model:0.1.0"}
@@ -36,7 +36,7 @@ def test_an_image_says_what_it_is(built_stack: Stack, service: str) -> None:
     assert config["StopSignal"] == "SIGTERM"
     assert config["Cmd"] == ["python", "-m", service.replace("-", "_")]
     assert config["Healthcheck"]["Test"][0] == "CMD"
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert config["Labels"]["org.opencontainers.image.version"] == version
     assert OURS[service].endswith(f":{version}")
 
@@ -54,8 +54,8 @@ def test_an_image_holds_its_own_code_and_nothing_of_the_other(built_stack: Stack
 def test_a_change_of_the_code_reuses_the_dependencies(built_stack: Stack, service: str, tmp_path: Path) -> None:
     code = service.replace("-", "_")
     for part in ("requirements", "docker", code):
-        shutil.copytree(REPOSITORY / part, tmp_path / part)
-    shutil.copy(REPOSITORY / ".dockerignore", tmp_path)
+        shutil.copytree(ROOT / part, tmp_path / part)
+    shutil.copy(ROOT / ".dockerignore", tmp_path)
     (tmp_path / code / "__init__.py").write_text('"""Changed."""\n')
     # With the same arguments as compose.yaml gives, else it is another step.
     arguments = [f"--build-arg={name}" for name in ("PYTHON_IMAGE", "PIP_INDEX_URL") if name in built_stack.env]
@@ -81,22 +81,14 @@ def test_compose_accepts_the_file_without_a_warning(profiles: tuple[str, ...]) -
 )
 def test_the_collector_and_jaeger_accept_their_configuration(name: str, file: str) -> None:
     docker(
-        "run",
-        "--rm",
-        "--network=none",
-        "-v",
-        f"{REPOSITORY}/otel:/otel:ro",
-        name,
-        "validate",
-        "--config",
-        f"/otel/{file}",
+        "run", "--rm", "--network=none", "-v", f"{ROOT}/otel:/otel:ro", name, "validate", "--config", f"/otel/{file}"
     )
 
 
 def test_the_collector_refuses_a_wrong_configuration() -> None:
     with pytest.raises(AssertionError, match="no_such_key"):
         docker(
-            *("run", "--rm", "--network=none", "-v", f"{REPOSITORY}/otel:/otel:ro", COLLECTOR, "validate"),
+            *("run", "--rm", "--network=none", "-v", f"{ROOT}/otel:/otel:ro", COLLECTOR, "validate"),
             *("--config", "/otel/collector.yaml", "--set", "exporters.otlp_http/jaeger.no_such_key=1"),
         )
 

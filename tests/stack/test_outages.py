@@ -33,8 +33,8 @@ def well_formed_and_in_time(calls: Sequence[Call], *verdicts: Verdict) -> None:
 async def test_a_killed_backend_is_reported_and_survived(stack: Stack) -> None:
     """Killed for some 3 s under 10 calls/s.
 
-    /health says `down` within the probe interval + 1 s, /readyz and /livez stay 200; first success < 3 s after the model
-    that was started answers, and <= 1 s after a good probe.
+    /health says `down` within the probe interval + 1 s, /readyz and /livez stay 200; first success < 3 s after the
+    model that was started answers, and <= 1 s after a good probe.
     """
 
     def says_down() -> bool:
