@@ -3,6 +3,7 @@
 import io
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,6 +19,12 @@ from gateway.serve import Runner
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
+
+KEY = "gw-key-1"
+REFUSED = "http://127.0.0.1:1"
+"""A backend's url at which nothing listens."""
+EXPLAINING = {"x-request-id", "x-trace-id", "x-gateway-attempts", "server-timing"}
+"""The headers of every answer of `/v1`."""
 
 
 class GatewayServer(BaseTestServer):
@@ -91,6 +98,19 @@ class Gateway:
         """The text of `/metrics`."""
         async with self.client.get("/metrics") as response:
             return await response.text()
+
+
+async def get(gateway: Gateway, path: str, **headers: str) -> Answer:
+    """GET a path."""
+    async with gateway.client.get(path, headers=headers) as response:
+        return await Answer.of(response)
+
+
+def config(folder: Path, text: str) -> Path:
+    """Write a configuration for `GATEWAY_CONFIG`."""
+    file = folder / "gateway.yaml"
+    file.write_text(text)
+    return file
 
 
 def prefer(gateway: Gateway, replica: str) -> None:

@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,13 @@ from gateway.__main__ import main
 from mock_model.serve import MockModel
 from testkit.polling import until
 from tests.integration.processes import run, running
-from tests.integration.recorder import Recorder, recording
+from tests.integration.recorder import Recorder
 from tests.integration.wire import dial, post
 
 LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
 SECRET = "a prompt nobody may read"
 MESSAGES: Any = [{"role": "user", "content": SECRET}]
 BODY = json.dumps({"model": "demo-model", "messages": MESSAGES}).encode()
-
-
-@pytest.fixture
-async def recorder() -> AsyncIterator[Recorder]:
-    async with recording() as one:
-        yield one
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.polling import PATIENCE
+from tests.integration.gateways import Gateway
 
 BODY = json.dumps(CHAT).encode()
 
@@ -97,6 +98,13 @@ async def dial(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[
         writer.transport.abort()
         with suppress(ConnectionError):
             await writer.wait_closed()
+
+
+async def send(gateway: Gateway, data: bytes) -> Answer:
+    """Send bytes on a connection of their own; the answer."""
+    async with dial(gateway.url) as wire:
+        await wire.send(data)
+        return await wire.answer()
 
 
 def post(body: bytes = BODY, headers: Mapping[str, str] | None = None, *, path: str = "/v1/chat/completions") -> bytes:
