@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import gzip
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -104,9 +103,7 @@ class Receiver:
             self._runner = None
 
     async def _receive(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        if request.headers.get("content-encoding") == "gzip":
-            body = gzip.decompress(body)
+        body = await request.read()  # aiohttp has uncompressed it
         headers = {name.lower(): value for name, value in request.headers.items()}
         if self.delay:
             await asyncio.sleep(self.delay)
