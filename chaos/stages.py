@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+from asyncio.subprocess import PIPE
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
@@ -9,8 +11,7 @@ import aiohttp
 from chaos.arena import GATEWAY, MOCK, Arena
 from chaos.experiment import ACTIONS
 from chaos.proxy import Network
-from testkit import REPOSITORY
-from testkit.processes import ProcessError
+from testkit.processes import ProcessError, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -242,14 +243,7 @@ async def compose(*args: str) -> str:
     """Run `docker compose ARGS` and give what it printed. Raises: ProcessError with its last line."""
     command = ("docker", "compose", "--profile", "*", *args)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=REPOSITORY,
-            process_group=0,
-        )
+        process = await spawn(command, env=os.environ, stdout=PIPE, stderr=PIPE)
     except OSError as error:
         raise ProcessError(f"docker: {error.strerror}") from None
     ending = asyncio.ensure_future(process.communicate())

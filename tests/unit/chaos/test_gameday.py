@@ -141,6 +141,35 @@ async def test_nothing_is_done_to_a_gateway_that_is_not_well(
     assert result.findings.calls
 
 
+async def test_a_backend_that_is_started_is_waited_for_and_its_answer_is_remembered(
+    definition: Path, aiohttp_server: Callable[..., Awaitable[TestServer]]
+) -> None:
+    class Slow(FakeStage):
+        async def revived(self, mock: int) -> None:
+            await asyncio.sleep(0.2)
+            await super().revived(mock)
+
+    async def good(request: web.Request) -> web.Response:
+        headers = {"x-request-id": request.headers["x-request-id"], "x-gateway-attempts": "0"}
+        return web.json_response({"choices": [{"text": "words"}]}, headers=headers)
+
+    steps = "{at: 0.1, do: start}, {at: 0.2, do: heal}"
+    definition.write_text(DEFINITION.replace("{at: 0.5, do: heal}", steps))  # noqa: ASYNC240
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_post("/v1/chat/completions", good)
+    server = await aiohttp_server(app)
+    stage = Slow(str(server.make_url("/")).rstrip("/"))
+    result = await played(read(definition), stage)
+
+    assert result.passed, (result.problem, result.verdicts)
+    assert stage.done == ["begin", "start", "mock-1 answers", "heal", "heal", "end"]
+    (revival,) = result.findings.revivals
+    assert revival >= 0.3
+    assert [text for _, text in result.findings.marks][:2] == ["start mock-1", "mock-1 answers"]
+
+
 async def test_what_could_not_be_put_back_is_a_problem(experiment: Experiment) -> None:
     result = await played(experiment, FakeStage(f"http://127.0.0.1:{free_port()}", trouble="the script is lost"))
 

@@ -41,17 +41,22 @@ class Control:
         app.router.add_post("/crash", self._crash)
         return app
 
-    async def _get(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.script)
+    async def _get(self, request: web.Request) -> web.Response:
+        return self._refuse(request) or web.json_response(self.script)
 
     async def _put(self, request: web.Request) -> web.Response:
-        if self.refuses:
-            self.refuses -= 1
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response()
+        if refused := self._refuse(request):
+            return refused
         self.script, self.put = await request.json(), self.put + 1
         return web.json_response(self.script)
+
+    def _refuse(self, request: web.Request) -> web.Response | None:
+        if not self.refuses:
+            return None
+        self.refuses -= 1
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
 
     async def _crash(self, _request: web.Request) -> web.Response:
         self.crashes += 1
@@ -117,6 +122,23 @@ async def test_a_mock_model_that_is_still_starting_gets_its_script_back(control:
         await stage.end()
 
     assert control.script == FOUND
+
+
+async def test_a_mock_model_that_was_started_is_waited_for_at_its_control_port(control: Control, url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        stage = ComposeStage("http://127.0.0.1:9", [url], session, None)
+        control.refuses = 3
+        await stage.revived(1)
+        assert control.refuses == 0
+        await stage.revived(2)  # its control port is not known
+
+
+async def test_a_mock_model_that_never_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos.stages.REVIVAL_SECONDS", 0.3)
+    async with aiohttp.ClientSession() as session:
+        stage = ComposeStage("http://127.0.0.1:9", ["http://127.0.0.1:9"], session, None)
+        with pytest.raises(ProcessError, match=r"the mock model at http://127\.0\.0\.1:9 does not answer: "):
+            await stage.revived(1)
 
 
 async def test_a_control_port_of_something_else_is_told(aiohttp_server: Callable[..., Awaitable[TestServer]]) -> None:
