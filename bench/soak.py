@@ -245,7 +245,12 @@ async def soak(folder: Path, seconds: float, seed: int) -> int:
     async with AsyncExitStack() as stack:
         sink = await stack.enter_async_context(Sink("sink", folder, cores=cores.others))
         models = [
-            MockModel(f"model-{number}", folder, MODEL_ENV | {"MOCK_SEED": str(seed + number)}, cores=cores.others)
+            MockModel(
+                f"model-{number}",
+                folder,
+                MODEL_ENV | {"MOCK_SEED": f"{seed + number}"},
+                cores=cores.others,
+            )
             for number in range(MODELS)
         ]
         for model in models:

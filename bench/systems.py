@@ -11,7 +11,7 @@ from bench.machine import BenchError, Cores, Missing, tool
 from testkit import usage
 from testkit.otlp import Sink
 from testkit.ports import LOOPBACK, free_port, free_ports
-from testkit.processes import Process, ProcessError, clean_environment, python
+from testkit.processes import Process, ProcessError, python
 
 START_SECONDS = 90.0
 """LiteLLM takes its time."""
@@ -334,7 +334,7 @@ class Bench:
         process = Process(
             slug(name),
             start.argv,
-            env=clean_environment(start.env),
+            env=start.env,
             folder=folder,
             ready_url=f"http://{LOOPBACK}:{port}{start.ready}",
             cwd=folder,

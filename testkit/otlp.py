@@ -18,7 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from testkit.ports import LOOPBACK, free_port
-from testkit.processes import Process, clean_environment, python
+from testkit.processes import Process, python
 
 MAX_EXPORT = 1 << 28
 """Bytes."""
@@ -129,7 +129,7 @@ class Sink(Process):
         super().__init__(
             name,
             python("testkit.otlp", str(port), str(self._counts)),
-            env=clean_environment({}),
+            env={},
             folder=folder,
             ready_url=f"{self.url}/",
             cores=cores,

@@ -61,15 +61,8 @@ async def spawn(
 ) -> asyncio.subprocess.Process:
     """Start a process in a session of its own, out of reach of the terminal's Ctrl-C, that ends when this one does.
 
-    Args:
-        command: The program and its arguments.
-        env: The whole environment.
-        stdin: As `subprocess` takes it.
-        stdout: As `subprocess` takes it.
-        stderr: As `subprocess` takes it.
-        cwd: Where it runs.
-        cores: The cores it may run on; None for all.
-        limit: The longest line that can be read from its output, in bytes.
+    `env` is its whole environment, `cores` are those it may run on (None: all), and `limit` is the longest line, in
+    bytes, that can be read from its output; all else is as `subprocess` takes it.
     """
 
     def prepare() -> None:
@@ -97,7 +90,7 @@ class Process:
     Args:
         name: For messages, and for the names of its files.
         command: The program and its arguments.
-        env: The whole environment.
+        env: Its environment, beside what every program needs.
         folder: Where its output goes.
         ready_url: Answers 200 when it serves.
         cwd: Where it runs.
@@ -122,7 +115,7 @@ class Process:
     ) -> None:
         self.name = name
         self.command = command
-        self.env = env
+        self.env = clean_environment(env)
         self.ready_url = ready_url
         self.output = self.errors = folder / f"{name}.log"
         self.lives = 0

@@ -7,21 +7,11 @@ from typing import Any
 from testkit.exposition import Exposition
 from testkit.http import Answer, ask
 from testkit.ports import LOOPBACK, free_port
-from testkit.processes import Process, ProcessError, clean_environment, python
+from testkit.processes import Process, ProcessError, python
 
 
 class MockModel(Process):
-    """A mock model.
-
-    Args:
-        name: For messages, and for the names of its files.
-        folder: Where its output goes.
-        settings: Its settings, beside its addresses.
-        host: Where its API listens.
-        port: The port of its API; None for any free one.
-        control_port: The port of its control API; None for any free one.
-        environment: What its settings are added to; None for what every program needs.
-        cores: The cores it may run on; None for all.
+    """A mock model; see `Process`. Its ports are free ones unless they are given, and go into its environment.
 
     Attributes:
         url: Of its API, without `/v1`.
@@ -32,40 +22,24 @@ class MockModel(Process):
         self,
         name: str,
         folder: Path,
-        settings: Mapping[str, str],
+        env: Mapping[str, str],
         *,
         host: str = LOOPBACK,
         port: int | None = None,
         control_port: int | None = None,
-        environment: Mapping[str, str] | None = None,
         cores: Collection[int] | None = None,
     ) -> None:
         self.host = host
-        self.port = port or free_port()
-        self.control_port = control_port or free_port()
-        self.url = f"http://{host}:{self.port}"
-        self.control_url = f"http://{LOOPBACK}:{self.control_port}"
-        addresses = {
-            "HOST": host,
-            "PORT": str(self.port),
-            "CONTROL_HOST": LOOPBACK,
-            "CONTROL_PORT": str(self.control_port),
-        }
+        self.port, self.control_port = port or free_port(), control_port or free_port()
+        self.url, self.control_url = f"http://{host}:{self.port}", f"http://{LOOPBACK}:{self.control_port}"
+        own = {"HOST": host, "PORT": str(self.port), "CONTROL_HOST": LOOPBACK, "CONTROL_PORT": str(self.control_port)}
+        ready_url = f"{self.url}/health"
         super().__init__(
-            name,
-            python("mock_model"),
-            env={**(clean_environment({}) if environment is None else environment), **settings, **addresses},
-            folder=folder,
-            ready_url=f"{self.url}/health",
-            cores=cores,
+            name, python("mock_model"), env={**env, **own}, folder=folder, ready_url=ready_url, cores=cores
         )
 
     async def faults(self, *faults: dict[str, Any]) -> None:
-        """Replace its script of faults.
-
-        Raises:
-            ProcessError: It refuses the script.
-        """
+        """Replace its script of faults."""
         await self.control("PUT", "/faults", list(faults))
 
     async def crash(self) -> None:
@@ -86,16 +60,7 @@ class MockModel(Process):
 
 
 class Gateway(Process):
-    """A gateway.
-
-    Args:
-        name: For messages, and for the names of its files.
-        folder: Where its output goes.
-        settings: Its settings, beside its address.
-        port: Where it listens; None for any free port.
-        module: What runs.
-        environment: What its settings are added to; None for what every program needs.
-        cores: The cores it may run on; None for all.
+    """A gateway; see `Process`. Its port is a free one unless it is given, and goes into its environment.
 
     Attributes:
         url: Of its API, without `/v1`.
@@ -105,24 +70,17 @@ class Gateway(Process):
         self,
         name: str,
         folder: Path,
-        settings: Mapping[str, str],
+        env: Mapping[str, str],
         *,
         port: int | None = None,
         module: str = "gateway",
-        environment: Mapping[str, str] | None = None,
         cores: Collection[int] | None = None,
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://{LOOPBACK}:{self.port}"
-        address = {"HOST": LOOPBACK, "PORT": str(self.port)}
-        super().__init__(
-            name,
-            python(module),
-            env={**(clean_environment({}) if environment is None else environment), **settings, **address},
-            folder=folder,
-            ready_url=f"{self.url}/readyz",
-            cores=cores,
-        )
+        own = {"HOST": LOOPBACK, "PORT": str(self.port)}
+        ready_url = f"{self.url}/readyz"
+        super().__init__(name, python(module), env={**env, **own}, folder=folder, ready_url=ready_url, cores=cores)
 
     async def metrics(self) -> Exposition:
         """Return what `/metrics` says now."""

@@ -1,12 +1,15 @@
 """Spans as they arrive, joined to traces; a trace as a tree."""
 
 import asyncio
+import base64
+import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.json_format import ParseDict  # type: ignore[import-untyped]
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
@@ -28,19 +31,12 @@ class Span:
     """One span.
 
     Attributes:
-        service: Of the sender.
-        name: Of the span.
         kind: `SERVER`, `CLIENT` or `INTERNAL`.
         trace_id: Hexadecimal, as the other ids.
-        span_id: Its own.
         parent_id: Empty without a parent.
-        start: Nanoseconds since the epoch.
-        end: Nanoseconds since the epoch.
-        trace_state: The value of `tracestate`.
-        status: `unset`, `ok` or `error`.
-        message: Of the status.
-        attributes: Values as Python has them.
-        events: Name, attributes, and nanoseconds since the epoch.
+        start: Nanoseconds since the epoch, as all instants here.
+        status: `unset`, `ok` or `error`; its text is `message`.
+        events: Name, attributes and instant of each.
     """
 
     service: str
@@ -211,28 +207,13 @@ def read_spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
 
 def read_json_spans(document: Mapping[str, Any]) -> Iterator[Span]:
     """Read the spans of a document in OTLP's JSON form, as Jaeger's API has it: ids are hexadecimal."""
+    document = copy.deepcopy(dict(document))
     for resource in document["resourceSpans"]:
-        service = _json_values(resource["resource"]["attributes"])["service.name"]
         for scope in resource["scopeSpans"]:
             for span in scope["spans"]:
-                yield Span(
-                    service=service,
-                    name=span["name"],
-                    kind=KINDS[span["kind"]],
-                    trace_id=span["traceId"],
-                    span_id=span["spanId"],
-                    parent_id=span.get("parentSpanId", ""),
-                    start=int(span["startTimeUnixNano"]),
-                    end=int(span["endTimeUnixNano"]),
-                    trace_state=span.get("traceState", ""),
-                    status=STATUS[span.get("status", {}).get("code", 0)],
-                    message=span.get("status", {}).get("message", ""),
-                    attributes=_json_values(span.get("attributes", [])),
-                    events=[
-                        (event["name"], _json_values(event.get("attributes", [])), int(event["timeUnixNano"]))
-                        for event in span.get("events", [])
-                    ],
-                )
+                for key in {"traceId", "spanId", "parentSpanId"} & span.keys():
+                    span[key] = base64.b64encode(bytes.fromhex(span[key])).decode()
+    return read_spans(ParseDict(document, ExportTraceServiceRequest(), ignore_unknown_fields=True))
 
 
 def _span(service: str, span: ProtoSpan) -> Span:
@@ -268,12 +249,3 @@ def _value(value: AnyValue) -> Any:  # noqa: ANN401 - any value
     if kind == "array_value":
         return [_value(item) for item in value.array_value.values]
     return getattr(value, kind) if kind is not None else None
-
-
-def _json_values(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read attributes: `[{"key": k, "value": {"intValue": "1"}}]` is `{k: 1}`."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        ((kind, value),) = pair["value"].items()
-        found[pair["key"]] = int(value) if kind == "intValue" else value
-    return found

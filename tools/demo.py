@@ -87,8 +87,8 @@ def servers(folder: Path, endpoint: str) -> tuple[MockModel, Gateway]:
     if not ELSEWHERE:
         spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
         outer = {"OTEL_BSP_SCHEDULE_DELAY": "200"} | outer | spans | {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}
-    mock = MockModel("mock_model", folder, {}, port=mock_port, control_port=control_port, environment=outer)
-    return mock, Gateway("gateway", folder, {"GATEWAY_BACKEND_URLS": mock.url}, port=port, environment=outer)
+    mock = MockModel("mock_model", folder, outer, port=mock_port, control_port=control_port)
+    return mock, Gateway("gateway", folder, outer | {"GATEWAY_BACKEND_URLS": mock.url}, port=port)
 
 
 async def post_prompt(url: str) -> str:

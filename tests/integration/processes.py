@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from testkit.polling import until
-from testkit.processes import Process, clean_environment, python
+from testkit.processes import Process, python
 
 PATIENCE = 50.0
 """Seconds for a process to come up or to end: far more than a busy machine needs."""
@@ -23,7 +23,7 @@ class Program(Process):
     """
 
     def __init__(self, module: str, environment: dict[str, str], folder: Path) -> None:
-        super().__init__(module, python(module), env=clean_environment(environment), folder=folder, ready_url="")
+        super().__init__(module, python(module), env=environment, folder=folder, ready_url="")
         self.errors = folder / f"{module}.errors"
         self.url = ""
 

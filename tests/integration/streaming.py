@@ -13,10 +13,7 @@ from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.polling import PATIENCE, until
 from testkit.sse import DONE
-from tests.integration.backends_raw import (
-    chunk,
-    event,
-)
+from tests.integration.backends_raw import chunk, event
 from tests.integration.gateways import Gateway
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]

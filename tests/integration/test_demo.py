@@ -13,7 +13,7 @@ from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import answers, ask
 from testkit.polling import until
 from testkit.ports import LOOPBACK, free_ports
-from testkit.processes import Process, clean_environment, python
+from testkit.processes import Process, python
 
 
 class Demo(Process):
@@ -27,9 +27,7 @@ class Demo(Process):
             "GATEWAY_CONFIG": "/nowhere",
         }
         self.url = f"http://{LOOPBACK}:{self.port}"
-        super().__init__(
-            "demo", python("tools.demo"), env=clean_environment(own), folder=folder, ready_url=f"{self.url}/health"
-        )
+        super().__init__("demo", python("tools.demo"), env=own, folder=folder, ready_url=f"{self.url}/health")
 
     @property
     def said(self) -> str:

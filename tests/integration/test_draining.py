@@ -20,16 +20,7 @@ from testkit.http import Answer, ask
 from testkit.polling import PATIENCE, until
 from testkit.sse import DONE, Events
 from tests.integration import processes
-from tests.integration.backends_raw import (
-    ANSWER,
-    END,
-    STREAM_HEAD,
-    RawBackend,
-    RawCall,
-    StartRaw,
-    chunk,
-    event,
-)
+from tests.integration.backends_raw import ANSWER, END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, event
 from tests.integration.gateways import Gateway, StartGateway
 from tests.integration.processes import Program
 from tests.integration.wire import Wire, dial, post

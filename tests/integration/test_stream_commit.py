@@ -8,13 +8,7 @@ import pytest
 
 from mock_model.serve import MockModel
 from testkit.sse import DONE, Events
-from tests.integration.backends_raw import (
-    END,
-    STREAM_HEAD,
-    RawCall,
-    StartRaw,
-    event,
-)
+from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw, event
 from tests.integration.gateways import StartGateway, StartMock
 from tests.integration.streaming import (
     FINISH,

@@ -10,14 +10,7 @@ from gateway.events import MAX_EVENT
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.sse import DONE, Events
-from tests.integration.backends_raw import (
-    END,
-    OPEN_STREAM_HEAD,
-    STREAM_HEAD,
-    RawCall,
-    StartRaw,
-    chunk,
-)
+from tests.integration.backends_raw import END, OPEN_STREAM_HEAD, STREAM_HEAD, RawCall, StartRaw, chunk
 from tests.integration.gateways import StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
 from tests.integration.streaming import (

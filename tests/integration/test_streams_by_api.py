@@ -9,14 +9,7 @@ import pytest
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.sse import DONE, Events
-from tests.integration.backends_raw import (
-    END,
-    STREAM_HEAD,
-    RawCall,
-    StartRaw,
-    chunk,
-    event,
-)
+from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw, chunk, event
 from tests.integration.gateways import StartGateway
 from tests.integration.streaming import (
     FINISH,

@@ -15,15 +15,7 @@ from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.polling import until
 from testkit.sse import Events
-from tests.integration.backends_raw import (
-    END,
-    STREAM_HEAD,
-    RawBackend,
-    RawCall,
-    StartRaw,
-    chunk,
-    full_backlog,
-)
+from tests.integration.backends_raw import END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
 from tests.integration.wire import Wire, dial, post

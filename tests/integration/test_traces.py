@@ -8,14 +8,7 @@ import aiohttp
 import pytest
 
 from testkit.polling import until
-from tests.integration.traced import (
-    CALLER,
-    CALLER_SPAN,
-    CALLER_TRACE,
-    LONG,
-    SECRET,
-    StartStack,
-)
+from tests.integration.traced import CALLER, CALLER_SPAN, CALLER_TRACE, LONG, SECRET, StartStack
 
 # The whole tree, and what is on it
 

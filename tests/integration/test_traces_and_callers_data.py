@@ -8,15 +8,7 @@ import pytest
 
 from testkit.polling import until
 from tests.integration.gateways import Gateway
-from tests.integration.traced import (
-    CALLER,
-    CALLER_SPAN,
-    CALLER_TRACE,
-    SECRET,
-    Stack,
-    StartStack,
-    spans_of_all,
-)
+from tests.integration.traced import CALLER, CALLER_SPAN, CALLER_TRACE, SECRET, Stack, StartStack, spans_of_all
 
 # Names that come from outside
 

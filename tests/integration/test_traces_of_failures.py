@@ -10,13 +10,7 @@ import aiohttp
 import pytest
 
 from testkit.polling import until
-from tests.integration.traced import (
-    CALLER,
-    CALLER_TRACE,
-    LONG,
-    Stack,
-    StartStack,
-)
+from tests.integration.traced import CALLER, CALLER_TRACE, LONG, Stack, StartStack
 
 # Failures, and what was decided about them
 

@@ -35,7 +35,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
             process = Process(
                 "server",
                 server if code is None else [sys.executable, "-c", code],
-                env=clean_environment({}),
+                env={},
                 folder=tmp_path,
                 ready_url=f"http://{LOOPBACK}:{port}/",
             )
