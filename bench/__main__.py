@@ -30,7 +30,7 @@ OPEN_FILES = 20_000
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the gateway costs.")
     parser.add_argument("--quick", action="store_true", help="one short round without the slow peers: a first look")
     parser.add_argument(
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def commit() -> str:
-    """What is measured; nothing without git or outside of a clone."""
+    """Describe the commit that is measured; empty without git or outside of a clone."""
     try:
         told = subprocess.run(
             ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"],  # noqa: S607
@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def machine(load: Load, cores: Cores) -> dict[str, str]:
-    """What this runs on."""
+    """Describe what this runs on."""
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
@@ -104,7 +104,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def report(result: Result) -> str:
-    """All that there is to say."""
+    """Return the whole report as text."""
     figures = Figures(result.samples)
     measures = list(dict.fromkeys(sample.measure for sample in result.samples))
     parts = ["\n".join(f"{name}: {value}" for name, value in result.machine.items()), tables(figures, measures)]

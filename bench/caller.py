@@ -1,7 +1,7 @@
 """The load generator: a process of its own, on raw sockets, cheap enough to share a core with the backend.
 
 `python -m bench.caller` is a worker (`testkit.workers`): its order is a `Spec`, its result a `Tally`. It is not the
-load of `testkit.load`, which looks at every answer and costs ten times as much CPU as the calls that are measured here.
+load of `testkit.load`, which checks every answer and needs ten times as much CPU per call.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class Caller(asyncio.Protocol):
         self._first = 0.0
 
     async def call(self) -> float:
-        """Make a call; the seconds it took, or to the first token of a stream.
+        """Make a call; return the seconds it took, or those to the first token of a stream.
 
         Raises:
             Lost: it did not end well.
@@ -130,11 +130,11 @@ class Caller(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """A call under way is lost."""
+        """Give up the call under way."""
         self._lose(f"the connection was lost: {exc}")
 
     def data_received(self, data: bytes) -> None:
-        """A part of the answer."""
+        """Take a part of the answer."""
         if self._head is not None:
             self._head += data
             end = self._head.find(b"\r\n\r\n")
@@ -160,7 +160,7 @@ class Caller(asyncio.Protocol):
                 self._end()
 
     def _look_at_events(self, data: bytes) -> None:
-        """Count content events, also one that two reads have cut apart."""
+        """Count content events, even one that two reads cut apart."""
         joined = self._tail + data
         count = joined.count(TOKEN)
         self._tail = joined[1 - len(TOKEN) :]
@@ -199,7 +199,7 @@ class Callers:
         self._lags: list[int] = []
 
     async def connect(self, port: int) -> Caller:
-        """A new connection."""
+        """Open a new connection."""
         headers = dict(zip(self.spec.ports, self.spec.headers, strict=False)).get(port, {})
         content = request(self.spec, headers)
         _, caller = await asyncio.get_running_loop().create_connection(
@@ -208,7 +208,7 @@ class Callers:
         return caller
 
     async def load(self) -> None:
-        """One call after the other on each connection until the time is over."""
+        """Make one call after the other on each connection until the time is over."""
         callers = [await self.connect(self.spec.ports[0]) for _ in range(self.spec.connections)]
         start = monotonic()
         end = start + self.spec.seconds
@@ -242,7 +242,7 @@ class Callers:
         self.tally.seconds = monotonic() - start
 
     async def paired(self) -> None:
-        """One call to each port per round: what moves all of them cancels out."""
+        """Make one call to each port in each round: what moves all of them cancels out."""
         callers = [await self.connect(port) for port in self.spec.ports]
         for caller in callers:
             for _ in range(20):
@@ -266,14 +266,14 @@ class Callers:
             return None
 
     def finish(self) -> Tally:
-        """The tally, with its percentiles."""
+        """Return the tally, with its percentiles."""
         self.tally.p50, self.tally.p99 = median_and_p99([took * 1000 for took in self.times])
         self.tally.lag_p50, self.tally.lag_p99 = median_and_p99([lag / 1e6 for lag in self._lags])
         return self.tally
 
 
 def body(spec: Spec) -> bytes:
-    """The body of a call."""
+    """Return the body of a call."""
     document: dict[str, object] = {"model": "demo-model", "temperature": 0.5}
     if spec.stream:
         document["stream"] = True
@@ -287,7 +287,7 @@ def body(spec: Spec) -> bytes:
 
 
 def request(spec: Spec, headers: dict[str, str]) -> bytes:
-    """The bytes of a call."""
+    """Return the bytes of a call."""
     content = body(spec)
     lines = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(content))} | headers
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())

@@ -70,7 +70,7 @@ class Session:
         self.problems: list[str] = []
 
     def turns(self, systems: list[System]) -> Iterator[Turn]:
-        """Each system once per round, in alternating order."""
+        """Yield each system once per round, in alternating order."""
         for number in range(min(self.plan.rounds, 3)):
             for system in systems[::-1] if number % 2 else systems:
                 yield Turn(system, number)
@@ -82,14 +82,14 @@ class Session:
         print(f"{measure} | {setting} | {system} | round {number + 1} | {shown}", file=sys.stderr, flush=True)
 
     async def run(self, system: System, spec: Spec) -> tuple[Tally, dict[str, float]]:
-        """Load on a system; what failed is remembered."""
+        """Put load on a system, and remember what failed."""
         tally, cost = await self.load.on(system, spec)
         if tally.failed or not tally.calls:
             self.complain(system, tally)
         return tally, cost
 
     async def warm(self, systems: list[System], *, stream: bool = False) -> list[System]:
-        """First calls, which may take long, and a first load on each; those that answer."""
+        """Make first calls, which may take long, and a first load on each; return the systems that answer."""
         good = []
         first = Spec(mode="once", connections=4, stream=stream, events=FAST_EVENTS)
         for system in systems:
@@ -110,7 +110,7 @@ class Session:
 
 
 async def throughput(session: Session) -> None:
-    """Unstreamed calls with 1, 32 and 256 connections: requests/s, times, CPU per request, memory, spans."""
+    """Measure unstreamed calls with 1, 32 and 256 connections: requests/s, times, CPU per request, memory, spans."""
     plan = session.plan
     names = [*EVERYONE, UNTRACED]
     async with session.bench.static_backend() as ports, session.bench.systems(names, ports) as systems:
@@ -138,14 +138,14 @@ async def throughput(session: Session) -> None:
 
 
 async def overhead(session: Session) -> None:
-    """Added time of an unstreamed call: the paired difference to a direct one."""
+    """Measure the added time of an unstreamed call: the paired difference to a direct one."""
     async with session.bench.static_backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
         good = await session.warm(systems)
         await _pairs(session, "overhead", ports[0], good, Spec(mode="paired", calls=session.plan.pairs))
 
 
 async def first_token(session: Session) -> None:
-    """Added time to the first token of a stream: the paired difference to a direct one."""
+    """Measure the added time to the first token of a stream: the paired difference to a direct one."""
     async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
         good = await session.warm(systems, stream=True)
         spec = Spec(mode="paired", calls=session.plan.pairs, stream=True, events=3, pause=5)
@@ -167,7 +167,7 @@ async def _pairs(session: Session, measure: str, backend: int, systems: list[Sys
 
 
 async def streams(session: Session) -> None:
-    """Streams of 50 events without pauses: streams/s, CPU per stream."""
+    """Measure streams of 50 events without pauses: streams/s, CPU per stream."""
     async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
         for system, number in session.turns(await session.warm(systems, stream=True)):
             for connections in (1, 32):
@@ -191,7 +191,7 @@ async def streams(session: Session) -> None:
 
 
 async def slow_streams(session: Session) -> None:
-    """Many streams side by side with a pause between events: CPU per event, how late events are, memory."""
+    """Measure many slow streams at once: CPU per event, how late events are, memory."""
     plan = session.plan
     async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
         good = await session.warm(systems, stream=True)
@@ -225,7 +225,7 @@ async def slow_streams(session: Session) -> None:
 
 
 async def idle_connections(session: Session) -> None:
-    """CPU per request while other callers' connections, and as many to the backend, are open and idle."""
+    """Measure CPU per request while other callers' connections, and as many to the backend, are open and idle."""
     async with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
         for system, number in session.turns(await session.warm(systems)):
             await _cost(session, "idle connections", "1", Turn(system, number), Spec(mode="load"))
@@ -239,7 +239,7 @@ async def idle_connections(session: Session) -> None:
 
 
 async def backends(session: Session) -> None:
-    """CPU per request with 1 and with 50 backends."""
+    """Measure CPU per request with 1 and with 50 backends."""
     bench = session.bench
     async with (
         bench.static_backend(50) as ports,
@@ -256,7 +256,7 @@ async def backends(session: Session) -> None:
 
 
 async def sizes(session: Session) -> None:
-    """CPU per request with prompts, and with answers, of 1 KB to 1 MB."""
+    """Measure CPU per request with prompts, and with answers, of 1 KB to 1 MB."""
     async with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
         for system, number in session.turns(await session.warm(systems)):
             for size in SIZES:
@@ -278,7 +278,7 @@ async def _cost(
 
 
 async def memory(session: Session) -> None:
-    """Memory after a tenth of the requests, and after all of them."""
+    """Measure memory after a tenth of the requests, and after all of them."""
     wanted = session.plan.requests
     async with session.bench.static_backend() as ports, session.bench.systems([GATEWAY], ports) as systems:
         for system in await session.warm(systems):
@@ -295,7 +295,7 @@ async def memory(session: Session) -> None:
 
 
 def count_of(number: int, what: str) -> str:
-    """`1 stream`, `2 streams`."""
+    """Return a number and its noun: `1 stream`, `2 streams`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 

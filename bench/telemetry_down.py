@@ -38,13 +38,13 @@ class Figures:
         self.p99: list[float] = []
 
     def add(self, p50: float, p99: float) -> None:
-        """One more run."""
+        """Add a run."""
         self.p50.append(p50)
         self.p99.append(p99)
 
 
 def shift(here: list[float], there: list[float]) -> float:
-    """By how many per cent `here` is above `there`: the median of the rounds."""
+    """Return by how many per cent `here` is above `there`: the median of the rounds."""
     return statistics.median(100 * (one / other - 1) for one, other in zip(here, there, strict=True))
 
 
@@ -70,7 +70,7 @@ async def start(bench: Bench, stack: AsyncExitStack, backends: list[int], sink: 
 async def loaded(
     load: Load, systems: list[System], *, rounds: int, seconds: float, connections: int
 ) -> dict[str, Figures]:
-    """Each gateway in turn under load."""
+    """Put each gateway under load, in turn."""
     found = {system.name: Figures() for system in systems}
     spec = Spec(mode="load", seconds=seconds, connections=connections)
     for number in range(-1, rounds):  # the first round warms up
@@ -85,7 +85,7 @@ async def loaded(
 
 
 async def paired(load: Load, systems: list[System], *, rounds: int, calls: int) -> dict[str, Figures]:
-    """One caller, one call to each gateway after the other."""
+    """Let one caller call each gateway after the other."""
     found = {system.name: Figures() for system in systems}
     for _ in range(rounds):
         tally = await load.call(aimed(Spec(mode="paired", calls=calls), *systems))
@@ -101,7 +101,7 @@ async def dropped(system: System) -> int:
 
 
 def table(title: str, found: dict[str, Figures]) -> float:
-    """Print a table; the worst shift of the p99 among the dead collectors, in per cent."""
+    """Print a table; return the worst shift of the p99 among the dead collectors, in per cent."""
     print(f"\n{title}\n\n| collector | p50 ms | p99 ms | p50 shift | p99 shift |\n| --- | --- | --- | --- | --- |")
     reference = found[UP]
     shifts = {}

@@ -132,7 +132,7 @@ class Arena:
         await self._stack.aclose()
 
     def load(self, rate: float, *, on_call: "Callable[[Call], None] | None" = None, **plan: Any) -> Load:  # noqa: ANN401
-        """A load on the gateways; `plan` is further fields of `Plan`."""
+        """Return a load on the gateways, to be entered; `plan` is further fields of `Plan`."""
         fields: dict[str, Any] = {
             "urls": [gateway.url for gateway in self.gateways],
             "pids": [gateway.pid for gateway in self.gateways],
@@ -142,7 +142,7 @@ class Arena:
         return Load(Plan(rate=rate, seed=self.seed, **(fields | plan)), on_call=on_call)
 
     def resolve(self, address: str | None) -> None:
-        """What the host name of the backend resolves to; None: it does not."""
+        """Let the host name of the backend resolve to an address; None: to nothing."""
         names = {HOST_NAME: address} if address is not None else {}
         draft = self.folder / "names.draft"
         draft.write_text(json.dumps(names), encoding="utf-8")
@@ -157,12 +157,12 @@ class Arena:
         return mock
 
     async def answers(self, mock: Mock, seconds: float = 10.0) -> float:
-        """Wait until a mock model answers its probe; the instant at which it did. Raises: ProcessError."""
+        """Wait until a mock model answers its probe, and return the instant at which it did."""
         await mock.ready(seconds)
         return now()
 
     async def idle(self, seconds: float = 10.0) -> None:
-        """Wait until no gateway that runs has anything under way. Raises: TimeoutError."""
+        """Wait until no gateway that runs has anything under way."""
         names = (
             "gateway_in_flight_requests",
             "gateway_queued_requests",
@@ -180,7 +180,7 @@ class Arena:
             await until(lambda: is_idle(gateway), f"{gateway.name} is idle", seconds=seconds)  # noqa: B023 - awaited
 
     async def books(self, calls: "Sequence[Call]") -> Books:
-        """The three counts; the gateways have served `calls` and nothing else."""
+        """Return the three counts; the gateways have served `calls` and nothing else."""
         await self.idle()
         backends = {f"backend-{number}": mock.arrivals() for number, mock in enumerate(self.mocks, 1)}
         if self._named:
@@ -188,7 +188,7 @@ class Arena:
         return reconcile(calls, [await gateway.counted() for gateway in self.gateways], backends)
 
     async def leaks(self, seconds: float = 15.0) -> list[str]:
-        """What a gateway still holds after everything has ended; a line each. Ends the mock models.
+        """Return what a gateway still holds after everything has ended, a line each; this ends the mock models.
 
         Without them no connection to a backend is kept, and open files are comparable with the beginning.
         """
@@ -207,7 +207,7 @@ class Arena:
         return found
 
     async def vitals(self, gateway: Gateway) -> Vitals:
-        """What it holds now."""
+        """Return what a gateway holds now."""
         files = usage.open_files(gateway.pid).total()
         return Vitals(files, await gateway.tasks(), usage.threads(gateway.pid), gateway.memory())
 

@@ -21,7 +21,7 @@ LEFT = "client_closed_request"
 
 
 def from_log(lines: Iterable[Mapping[str, Any]]) -> Exposition:
-    """What the metrics would say of the prompts in a gateway's log: for a gateway that has ended."""
+    """Return what the metrics of a gateway that has ended would say of the prompts in its log."""
     counted: Counter[tuple[str, Labels]] = Counter()
     for line in lines:
         counted["gateway_requests_total", (("outcome", line["outcome"]),)] += 1
@@ -117,7 +117,7 @@ def _compare(what: str, callers: Counter[Any], gateway: Counter[Any], difference
 
 
 def _compare_call(call: Call, arrived: Mapping[str, Counter[str]]) -> list[str]:
-    """Each attempt that was answered has arrived; none has arrived twice."""
+    """Check that each attempt that was answered has arrived, and that no attempt has arrived twice."""
     differences = []
     for name, numbers in arrived.items():
         made = [one.outcome for one in call.tries if one.backend == name]

@@ -120,7 +120,11 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
 
 
 async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> str:
-    """Version and mode of the gateway. Raises: NotSteady, aiohttp.ClientError."""
+    """Return version and mode of the gateway.
+
+    Raises:
+        NotSteady: It is something else, or has too few backends.
+    """
     timeout = aiohttp.ClientTimeout(total=5)
     try:
         async with session.get(f"{url}/health", timeout=timeout) as response:
@@ -138,7 +142,7 @@ async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> st
 
 
 async def _steady(load: Load, url: str, session: aiohttp.ClientSession) -> str | None:
-    """Wait for a second of nothing but good calls, as long as open breakers and one deadline take; None: it came not.
+    """Wait for a second of nothing but good calls, as long as open breakers and a deadline take; None: there was none.
 
     An idle gateway whose breaker is half open lets one call through and refuses those beside it: so the first calls
     need not be good, but a second of them must be.
@@ -159,13 +163,13 @@ async def _steady(load: Load, url: str, session: aiohttp.ClientSession) -> str |
 
 
 def _seen(calls: "Sequence[Call]") -> str:
-    """What became of calls, for people."""
+    """Describe what became of calls."""
     flaw = next((f"; {call.flaw}" for call in calls if call.flaw), "")
     return f"{summary(calls) or 'no call has ended'}{flaw}"
 
 
 def _good(call: Call) -> bool:
-    """Callers leave only where the definition says so."""
+    """Tell whether a call is as good as it can be: callers leave only where the definition says so."""
     return call.outcome in {"ok", "left"} and call.flaw is None
 
 
@@ -181,7 +185,7 @@ async def _take(steps: "Sequence[Step]", stage: "Stage", findings: Findings, tel
 
 
 async def _roll_back(played: Played, stage: "Stage", tell: "Tell") -> None:
-    """Every step is tried, whatever became of those before it."""
+    """Try every step, whatever became of those before it."""
     for step in played.experiment.rollback:
         _mark(f"rollback: {step}", played.findings, tell)
         try:

@@ -36,7 +36,7 @@ class Load(load.Load):
 
 
 def expecting(plan: Plan) -> Expect:
-    """Return what tells the text with which the mock model answers a request."""
+    """Return what knows the text with which the mock model answers a request."""
     if plan.mock_seed is None:
         return lambda _body: None
     writer = Writer(plan.mock_seed, plan.mock_tokens)

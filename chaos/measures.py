@@ -44,7 +44,7 @@ class Findings:
     revivals: list[float] = field(default_factory=list)
 
     def sent(self, since: float, until: float) -> list[Call]:
-        """The calls sent in that span (seconds since time zero)."""
+        """Return the calls sent in that span (seconds since time zero)."""
         return [call for call in self.calls if since <= call.started - self.began < until]
 
     def revived(self, since: float, until: float) -> float:
@@ -60,7 +60,7 @@ def _number(calls: list[Call], wanted: Callable[[Call], bool]) -> float | None:
 
 
 def _cut_short(call: Call) -> bool:
-    """An answer began and did not end as it should; a connection that was reset without one byte is none."""
+    """Tell whether an answer began and did not end as it should; a connection reset without one byte is no answer."""
     return call.status is not None and call.flaw is not None
 
 
@@ -100,7 +100,7 @@ def _recovery_past_open(findings: Findings, since: float, until: float) -> float
 
 
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
-    """From the gateway's own counters, between the last look before `since` (the fault's burst counts) and `until`."""
+    """Return it by the gateway's own counters, from the last sample before `since` (so that the fault's burst counts)."""
     before = [sample for sample in findings.samples if sample.at <= since]
     span = [*before[-1:], *(sample for sample in findings.samples if since < sample.at < until)]
     if len(span) < 2 or span[-1].requests <= span[0].requests or span[-1].attempts < span[0].attempts:
@@ -127,7 +127,7 @@ COUNTS = frozenset({"failures", "ill_formed", "cut_short", "hung"})
 
 
 def measured(name: str, findings: Findings, since: float, until: float) -> tuple[float | None, str]:
-    """The value, and the same for people."""
+    """Return the value, and the same as text."""
     value = MEASURES[name](findings, since, until)
     if value is None:
         return None, "not measured"

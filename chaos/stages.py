@@ -26,7 +26,9 @@ REVIVAL_SECONDS = 20.0
 
 
 class Stage(Protocol):
-    """A gateway, and what can be done to it and to its backends. `begin`, any number of `do`, `end`.
+    """A gateway, and what can be done to it and to its backends: `begin`, any number of `do`, `end`.
+
+    Each may raise `ProcessError` or `aiohttp.ClientError`.
 
     Attributes:
         key: for the gateway, or None.
@@ -43,20 +45,16 @@ class Stage(Protocol):
         """Of the gateway."""
 
     async def begin(self) -> None:
-        """Make it ready, and remember how it was. Raises: ProcessError, aiohttp.ClientError."""
+        """Make it ready, and remember how it was."""
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessError, aiohttp.ClientError."""
+        """Do what the step says."""
 
     async def revived(self, mock: int) -> None:
-        """Wait until that mock model, started or thawed, answers its own health probe.
-
-        Raises:
-            ProcessError: It does not.
-        """
+        """Wait until that mock model, started or thawed, answers its own health probe."""
 
     async def end(self) -> None:
-        """Leave it as `begin` found it. Raises: ProcessError, aiohttp.ClientError."""
+        """Leave it as `begin` found it."""
 
 
 class LocalStage:
@@ -79,7 +77,7 @@ class LocalStage:
         return self._arena.gateway.url
 
     async def begin(self) -> None:
-        """Start everything. Raises: ProcessError."""
+        """Start everything."""
         await self._stack.enter_async_context(self._arena)
         plan = self._arena.load(1.0).plan
         self.plan = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens}
@@ -89,7 +87,7 @@ class LocalStage:
         await self._stack.aclose()
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessError."""
+        """Do what the step says."""
         mock = self._arena.mocks[step.mock - 1]
         if step.do == "faults":
             await mock.faults(*step.faults)
@@ -113,7 +111,7 @@ class LocalStage:
             await self._arena.gateway.start()
 
     async def revived(self, mock: int) -> None:
-        """Wait until that mock model answers its own health probe. Raises: ProcessError."""
+        """Wait until that mock model answers its own health probe."""
         await self._arena.mocks[mock - 1].ready()
 
 
@@ -133,18 +131,18 @@ class RemoteStage:
         self._changed: set[int] = set()
 
     async def begin(self) -> None:
-        """Remember the scripts. Raises: ProcessError, aiohttp.ClientError."""
+        """Remember the scripts."""
         self._found = [await self._control("GET", control) for control in self._controls]
         self._changed.clear()
 
     async def end(self) -> None:
-        """Put back the scripts of those that were touched. Raises: ProcessError."""
+        """Put back the scripts of those that were touched."""
         for number in sorted(self._changed):
             if number <= len(self._controls):
                 await self._insist("PUT", number, self._found[number - 1])
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessError, aiohttp.ClientError."""
+        """Do what the step says."""
         self._changed.add(step.mock)
         await self._control("PUT", self._controls[step.mock - 1], list(step.faults))
 
@@ -192,7 +190,7 @@ class ComposeStage(RemoteStage):
         self._paused: set[str] = set()
 
     async def end(self) -> None:
-        """Containers first: a script can be put back to one that runs. Raises: ProcessError."""
+        """Start containers first: a script can be put back only to one that runs."""
         for service in sorted(self._paused):
             await self._thaw(service)
         for service in sorted(self._stopped):
@@ -200,7 +198,7 @@ class ComposeStage(RemoteStage):
         await super().end()
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessError, aiohttp.ClientError."""
+        """Do what the step says."""
         service = SERVICES[step.mock - 1]
         if step.do in RemoteStage.actions:
             await super().do(step)
@@ -240,7 +238,11 @@ class ComposeStage(RemoteStage):
 
 
 async def compose(*args: str) -> str:
-    """Run `docker compose ARGS` and give what it printed. Raises: ProcessError with its last line."""
+    """Run `docker compose ARGS` and return what it printed.
+
+    Raises:
+        ProcessError: It failed; the text is its last line.
+    """
     command = ("docker", "compose", "--profile", "*", *args)
     try:
         process = await spawn(command, env=os.environ, stdout=PIPE, stderr=PIPE)
@@ -263,13 +265,17 @@ async def compose(*args: str) -> str:
 
 
 async def running(services: "Sequence[str]") -> list[str]:
-    """Those of them that have a container which runs. Raises: ProcessError."""
+    """Return those services that have a running container."""
     names = (await compose("ps", "--services", "--status", "running")).split()
     return [service for service in services if service in names]
 
 
 async def published(service: str, port: int) -> str:
-    """The address under which a container's port is published. Raises: ProcessError."""
+    """Return the address under which a container's port is published.
+
+    Raises:
+        ProcessError: It is not published.
+    """
     address = await compose("port", service, str(port))
     if not address.rpartition(":")[2].isdecimal():
         raise ProcessError(f"docker compose port {service} {port}: {address or 'it is not published'}")

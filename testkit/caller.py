@@ -339,7 +339,7 @@ async def serve(kind: type[AnyPlan], expecting: Callable[[AnyPlan], Expect]) -> 
 
     Args:
         kind: How plans are read.
-        expecting: Makes, for a plan, what tells the right text of an answer.
+        expecting: Returns, for a plan, what knows the right text of each answer.
     """
     async with ordered() as (order, finish):
         plans: list[AnyPlan] = msgspec.json.decode(order, type=list[kind])  # type: ignore[valid-type]
@@ -353,7 +353,7 @@ async def serve(kind: type[AnyPlan], expecting: Callable[[AnyPlan], Expect]) -> 
 
 
 def main() -> None:
-    """Send, without a look at the texts of answers."""
+    """Send; any text is a right answer."""
     uvloop.run(serve(Plan, lambda _plan: lambda _body: None))
 
 

@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error in the body, whoever made it."""
+        """The error in the body, the gateway's own or a backend's."""
         error: dict[str, Any] = self.json["error"]
         return error
 
@@ -130,7 +130,7 @@ async def ask(
 
 
 async def answers(url: str, seconds: float = 2.0) -> bool:
-    """Tell whether GET `url` answers 200 within so many seconds."""
+    """Tell whether GET `url` answers 200 in that time, in seconds."""
     try:
         return (await ask(url, seconds=seconds)).status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):

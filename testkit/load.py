@@ -182,7 +182,7 @@ class Load:
         """Wait until something is true of the calls so far.
 
         Raises:
-            TimeoutError: It was not within so many seconds.
+            TimeoutError: It was not, within `seconds`.
         """
         async with asyncio.timeout(seconds):
             while not true(self.calls):
@@ -193,7 +193,7 @@ class Load:
         """Wait until all of `Plan.total` calls have ended.
 
         Raises:
-            TimeoutError: They had not within so many seconds.
+            TimeoutError: They had not, within `seconds`.
         """
         async with asyncio.timeout(seconds):
             await asyncio.shield(self._reading)

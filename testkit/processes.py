@@ -90,7 +90,7 @@ class Process:
     Args:
         name: For messages, and for the names of its files.
         command: The program and its arguments.
-        env: Its environment, beside what every program needs.
+        env: Its environment, in addition to what every program needs.
         folder: Where its output goes.
         ready_url: Answers 200 when it serves.
         cwd: Where it runs.
@@ -235,7 +235,7 @@ class Process:
         """Ask it to end, wait for that, and return the exit code; whatever it started ends with it.
 
         Raises:
-            ProcessError: It did not end within so many seconds, and was killed.
+            ProcessError: It did not end within `seconds`, and was killed.
         """
         self.signal(signal.SIGTERM)
         try:

@@ -1,4 +1,4 @@
-"""Streams that fail: before commit they are tried again, after it they end with one error event; every end is told."""
+"""Streams that fail: before commit they are tried again, after it they end with one error event; no end is silent."""
 
 import asyncio
 import json
