@@ -100,7 +100,7 @@ def _recovery_past_open(findings: Findings, since: float, until: float) -> float
 
 
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
-    """Return it by the gateway's own counters, from the last sample before `since` (so that the fault's burst counts)."""
+    """Return it by the gateway's counters, from the last sample before `since`: the burst of a fault counts."""
     before = [sample for sample in findings.samples if sample.at <= since]
     span = [*before[-1:], *(sample for sample in findings.samples if since < sample.at < until)]
     if len(span) < 2 or span[-1].requests <= span[0].requests or span[-1].attempts < span[0].attempts:
