@@ -201,7 +201,7 @@ async def test_callers_leave_in_a_stream_or_before_an_answer(serve: Serve) -> No
     assert (in_stream.outcome, in_stream.events) == ("left", 2)
     before = await one(await serve(never), leave_before=0.1)
     assert (before.outcome, before.status) == ("left", None)
-    assert before.seconds >= 0.1
+    assert before.seconds >= 0.09, "the loop's timers are whole milliseconds"
 
 
 async def test_a_gateway_that_drains_or_is_gone_is_passed_over(serve: Serve) -> None:
