@@ -1,6 +1,7 @@
 """`python -m bench`: measure, print, save."""
 
 import argparse
+import asyncio
 import os
 import platform
 import resource
@@ -12,23 +13,24 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
 from bench.chart import Result, draw
 from bench.load import Load
+from bench.machine import BenchError, Cores
 from bench.measures import FULL, MEASURES, QUICK, QUICK_MEASURES, QUICK_SYSTEMS, Session
-from bench.processes import ROOT, BenchError, Cores
 from bench.report import Figures, goals, goals_table, tables
 from bench.systems import OURS, SYSTEMS, Bench
+from testkit import REPOSITORY
+from testkit.processes import ProcessError
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS = REPOSITORY / "bench" / "results"
 OPEN_FILES = 20_000
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the gateway costs.")
     parser.add_argument("--quick", action="store_true", help="one short round without the slow peers: a first look")
     parser.add_argument(
@@ -49,10 +51,10 @@ def arguments() -> argparse.Namespace:
 
 
 def commit() -> str:
-    """What is measured; nothing without git or outside of a clone."""
+    """Describe the commit that is measured; empty without git or outside of a clone."""
     try:
         told = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],  # noqa: S607
+            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"],  # noqa: S607
             capture_output=True,
             text=True,
             check=False,
@@ -63,7 +65,7 @@ def commit() -> str:
 
 
 def machine(load: Load, cores: Cores) -> dict[str, str]:
-    """What this runs on."""
+    """Describe what this runs on."""
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
@@ -77,8 +79,10 @@ def machine(load: Load, cores: Cores) -> dict[str, str]:
     }
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Result:
-    """Run the measures."""
+async def measure(options: argparse.Namespace, folder: Path) -> Result:
+    """Run the measures; SIGTERM ends them, and their processes."""
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, cores.others)
     plan = QUICK if options.quick else FULL
@@ -89,7 +93,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
     )
     session = Session(bench, load, plan)
     for name in options.only or (QUICK_MEASURES if options.quick else MEASURES):
-        MEASURES[name](session)
+        await MEASURES[name](session)
     return Result(
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine(load, cores),
@@ -100,7 +104,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def report(result: Result) -> str:
-    """All that there is to say."""
+    """Return the whole report as text."""
     figures = Figures(result.samples)
     measures = list(dict.fromkeys(sample.measure for sample in result.samples))
     parts = ["\n".join(f"{name}: {value}" for name, value in result.machine.items()), tables(figures, measures)]
@@ -112,17 +116,18 @@ def report(result: Result) -> str:
 
 
 def main() -> int:
-    """The exit code: 0, 1 when calls through our gateway failed, 2 when the bench cannot run."""
+    """Return the exit code: 0; 1: calls through our gateway failed; 2: the bench cannot run; 143: it was stopped."""
     options = arguments()
-    signal.signal(signal.SIGTERM, _stop)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES) if hard > 0 else OPEN_FILES, hard))
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            result = measure(options, Path(folder))
-    except BenchError as error:
+            result = asyncio.run(measure(options, Path(folder)))
+    except (BenchError, ProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except asyncio.CancelledError:
+        return 143
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{result.when[:19].replace(':', '')}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
@@ -130,11 +135,6 @@ def main() -> int:
     print(report(result))
     print(f"\nsaved: {path}, and a chart beside it")
     return 1 if any(line.startswith(OURS) for line in result.problems) else 0
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends the children too."""
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The static backend: canned answers, unstreamed or streamed, on raw sockets, without a look at the prompt.
+"""The static backend: canned answers, unstreamed or streamed, on raw sockets, whatever the prompt.
 
 `python -m bench.backend PORT...`
 
-A request tells what it wants by two ordinary fields that every gateway passes on. `max_tokens`: the number of events of
+A request says what it wants in two ordinary fields that every gateway passes on. `max_tokens`: the number of events of
 a stream, or the bytes of an unstreamed answer's text. `seed`: milliseconds between two events, or before an unstreamed
 answer. Each event carries the time at which it was sent (`@` nanoseconds `@`), so that the caller knows how late it is.
 """
@@ -34,7 +34,7 @@ CHUNK = (
 
 @lru_cache(maxsize=64)
 def answer(size: int) -> bytes:
-    """An unstreamed answer whose text has `size` characters."""
+    """Return an unstreamed answer whose text has `size` characters."""
     text = (TEXT * (size // len(TEXT) + 1))[:size]
     body = (
         '{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"demo-model","choices":[{"index":0,'
@@ -45,12 +45,12 @@ def answer(size: int) -> bytes:
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body."""
+    """Encode one chunk of a chunked body."""
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def content_event() -> bytes:
-    """An event with a token, as a chunk of its own."""
+    """Return an event with a token, as a chunk of its own."""
     return chunk(CHUNK % (b'{"content":" a token @%d@"}' % monotonic_ns(), b"null"))
 
 
@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
                 self._transport.write(whole)
 
     def _stream(self, events: int, pause: float) -> None:
-        """The head, the role and the first token at once, then a token after each pause."""
+        """Send the head, the role and the first token at once, then a token after each pause."""
         self._transport.write(HEAD + ROLE + content_event())
         if not pause:
             for _ in range(events - 1):
@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
 
 
 async def main(ports: list[int]) -> None:
-    """Serve for ever."""
+    """Serve forever."""
     for port in ports:
         await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", port, backlog=4096)
     await asyncio.Event().wait()

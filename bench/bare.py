@@ -31,12 +31,12 @@ async def forward(request: web.Request) -> web.StreamResponse:
 
 
 async def health(_request: web.Request) -> web.Response:
-    """It is up."""
+    """Say that it is up."""
     return web.Response(text="ok")
 
 
 async def session(app: web.Application) -> AsyncIterator[None]:
-    """One client session for all requests, without a limit of connections."""
+    """Hold one client session for all requests, without a limit of connections."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as client:
         app[SESSION] = client
@@ -44,7 +44,7 @@ async def session(app: web.Application) -> AsyncIterator[None]:
 
 
 def application(backend: str) -> web.Application:
-    """The pass-through to a backend's url."""
+    """Return the pass-through to a backend's url."""
     app = web.Application(client_max_size=64 << 20)
     app[BACKEND] = backend
     app.cleanup_ctx.append(session)
@@ -54,7 +54,7 @@ def application(backend: str) -> web.Application:
 
 
 async def main(port: int, backend: str) -> None:
-    """Serve for ever."""
+    """Serve forever."""
     runner = web.AppRunner(application(backend), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()

@@ -1,17 +1,20 @@
 """The load generator: a process of its own, on raw sockets, cheap enough to share a core with the backend.
 
-`python -m bench.caller SPEC` with a JSON `Spec`; prints a JSON `Tally`.
+`python -m bench.caller` is a worker (`testkit.workers`): its order is a `Spec`, its result a `Tally`. It is not the
+load of `testkit.load`, which checks every answer and needs ten times as much CPU per call.
 """
 
 import asyncio
 import random
 import re
-import sys
 from time import monotonic, monotonic_ns
 from typing import Literal, cast
 
 import msgspec
 import uvloop
+
+from testkit.quantiles import median_and_p99
+from testkit.workers import ordered, report
 
 TOKEN = b" a token @"
 _STAMP = re.compile(rb"@(\d+)@")
@@ -32,7 +35,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         mode: `load`: `connections` callers, each with one call after the other, for `seconds`;
             `once`: each of `connections` makes one call, started over `ramp` seconds;
             `paired`: one caller, `calls` times one call to each port, in random order;
-            `hold`: as `once`, then the connections stay open until stdin ends.
+            `hold`: as `once`, then the connections stay open until the worker is to finish.
         ports: where to; all but `paired` use the first only.
         seconds: of load.
         connections: callers.
@@ -111,7 +114,7 @@ class Caller(asyncio.Protocol):
         self._first = 0.0
 
     async def call(self) -> float:
-        """Make a call; the seconds it took, or to the first token of a stream.
+        """Make a call; return the seconds it took, or those to the first token of a stream.
 
         Raises:
             Lost: it did not end well.
@@ -122,20 +125,16 @@ class Caller(asyncio.Protocol):
         self._transport.write(self._request)
         return await self._ended
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._transport.close()
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """A call under way is lost."""
+        """Give up the call under way."""
         self._lose(f"the connection was lost: {exc}")
 
     def data_received(self, data: bytes) -> None:
-        """A part of the answer."""
+        """Take a part of the answer."""
         if self._head is not None:
             self._head += data
             end = self._head.find(b"\r\n\r\n")
@@ -161,7 +160,7 @@ class Caller(asyncio.Protocol):
                 self._end()
 
     def _look_at_events(self, data: bytes) -> None:
-        """Count content events, also one that two reads have cut apart."""
+        """Count content events, even one that two reads cut apart."""
         joined = self._tail + data
         count = joined.count(TOKEN)
         self._tail = joined[1 - len(TOKEN) :]
@@ -200,7 +199,7 @@ class Callers:
         self._lags: list[int] = []
 
     async def connect(self, port: int) -> Caller:
-        """A new connection."""
+        """Open a new connection."""
         headers = dict(zip(self.spec.ports, self.spec.headers, strict=False)).get(port, {})
         content = request(self.spec, headers)
         _, caller = await asyncio.get_running_loop().create_connection(
@@ -209,7 +208,7 @@ class Callers:
         return caller
 
     async def load(self) -> None:
-        """One call after the other on each connection until the time is over."""
+        """Make one call after the other on each connection until the time is over."""
         callers = [await self.connect(self.spec.ports[0]) for _ in range(self.spec.connections)]
         start = monotonic()
         end = start + self.spec.seconds
@@ -226,26 +225,24 @@ class Callers:
         await asyncio.wait_for(asyncio.gather(*map(loop, callers)), self.spec.seconds + LAST_CALLS)
         self.tally.seconds = self.spec.seconds
 
-    async def once(self) -> list[Caller]:
-        """Each connection makes one call."""
+    async def once(self) -> None:
+        """Make one call on each connection, and leave it open."""
         start = monotonic()
         spec = self.spec
 
-        async def one(number: int) -> Caller:
+        async def one(number: int) -> None:
             await asyncio.sleep(spec.ramp * number / spec.connections)
             caller = await self.connect(spec.ports[0])
             took = await self._one(caller)
             if took is not None:
                 self.times.append(took)
                 self.tally.calls += 1
-            return caller
 
-        callers = await asyncio.wait_for(asyncio.gather(*map(one, range(spec.connections))), LAST_CALLS + spec.ramp)
+        await asyncio.wait_for(asyncio.gather(*map(one, range(spec.connections))), LAST_CALLS + spec.ramp)
         self.tally.seconds = monotonic() - start
-        return callers
 
     async def paired(self) -> None:
-        """One call to each port per round: what moves all of them cancels out."""
+        """Make one call to each port in each round: what moves all of them cancels out."""
         callers = [await self.connect(port) for port in self.spec.ports]
         for caller in callers:
             for _ in range(20):
@@ -269,14 +266,14 @@ class Callers:
             return None
 
     def finish(self) -> Tally:
-        """The tally, with its percentiles."""
-        self.tally.p50, self.tally.p99 = percentiles([took * 1000 for took in self.times])
-        self.tally.lag_p50, self.tally.lag_p99 = percentiles([lag / 1e6 for lag in self._lags])
+        """Return the tally, with its percentiles."""
+        self.tally.p50, self.tally.p99 = median_and_p99([took * 1000 for took in self.times])
+        self.tally.lag_p50, self.tally.lag_p99 = median_and_p99([lag / 1e6 for lag in self._lags])
         return self.tally
 
 
 def body(spec: Spec) -> bytes:
-    """The body of a call."""
+    """Return the body of a call."""
     document: dict[str, object] = {"model": "demo-model", "temperature": 0.5}
     if spec.stream:
         document["stream"] = True
@@ -290,43 +287,26 @@ def body(spec: Spec) -> bytes:
 
 
 def request(spec: Spec, headers: dict[str, str]) -> bytes:
-    """The bytes of a call."""
+    """Return the bytes of a call."""
     content = body(spec)
     lines = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(content))} | headers
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content
 
 
-def percentiles(values: list[float]) -> tuple[float, float]:
-    """The 50th and the 99th; 0 of nothing."""
-    if not values:
-        return 0.0, 0.0
-    values.sort()
-    return values[len(values) // 2], values[min(len(values) - 1, len(values) * 99 // 100)]
-
-
-async def run(spec: Spec) -> Tally:
-    """Do it."""
-    callers = Callers(spec)
-    if spec.mode == "load":
-        await callers.load()
-    elif spec.mode == "paired":
-        await callers.paired()
-    else:
-        held = await callers.once()
-        if spec.mode == "hold":
-            print("ready", flush=True)
-            await asyncio.to_thread(sys.stdin.read)
-        for caller in held:
-            caller.close()
-    return callers.finish()
-
-
-def main() -> None:
-    """Run the spec in the first argument."""
-    tally = uvloop.run(run(msgspec.json.decode(sys.argv[1], type=Spec)))
-    print(msgspec.json.encode(tally).decode())
+async def main() -> None:
+    """Do what the order says, and report what came of it."""
+    async with ordered() as (order, finish):
+        callers = Callers(msgspec.json.decode(order, type=Spec))
+        if callers.spec.mode == "hold":
+            await callers.once()
+            report()
+            await finish.wait()
+        else:
+            report()
+            await {"load": callers.load, "once": callers.once, "paired": callers.paired}[callers.spec.mode]()
+        report(msgspec.json.encode(callers.finish()))
 
 
 if __name__ == "__main__":
-    main()
+    uvloop.run(main())

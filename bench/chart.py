@@ -69,7 +69,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 def draw(result: Result) -> str:
-    """The chart as SVG."""
+    """Return the chart as SVG."""
     figures = Figures(result.samples)
     parts: list[str] = []
     y = 8

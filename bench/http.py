@@ -13,7 +13,7 @@ class Incoming:
         self._need = 0
 
     def take(self, data: bytes) -> tuple[bytes, bytes] | None:
-        """The head and the body of a request, once it is whole."""
+        """Return the head and the body of a request, once it is whole."""
         self._buffer = buffer = self._buffer + data if self._buffer else data
         if len(buffer) < self._need:
             return None

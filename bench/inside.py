@@ -26,7 +26,8 @@ import uvloop
 from bench import bare
 from bench.backend import DEFAULT_ANSWER, HEAD, LAST, ROLE, content_event
 from bench.caller import Spec, body
-from bench.processes import BenchError, Cores, python, tool
+from bench.machine import BenchError, Cores, tool
+from testkit.processes import python
 
 SLICE = 4000
 """Requests between two looks at the clock; a stream counts as many as it has events, by twenties."""

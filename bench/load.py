@@ -1,21 +1,22 @@
 """Load on a system, and what it cost the system."""
 
+import asyncio
 import shutil
-import subprocess
-import time
-from contextlib import contextmanager
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from time import monotonic
 
 import msgspec
 
 from bench.caller import Spec, Tally, body
-from bench.processes import LOOPBACK, BenchError, Cores, on_cores, python
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from bench.systems import System
+from bench.machine import BenchError, Cores
+from bench.systems import System
+from testkit.completions import CHAT_PATH
+from testkit.ports import LOOPBACK
+from testkit.processes import clean_environment, spawn
+from testkit.workers import Worker
 
 SETTLE = 0.8
 """Seconds after the load until the CPU time is read: what was put off, such as exports, counts too."""
@@ -44,8 +45,8 @@ class Sample(msgspec.Struct, kw_only=True):
     values: dict[str, float]
 
 
-def aimed(spec: Spec, *systems: "System") -> Spec:
-    """The spec with the ports and headers of these systems."""
+def aimed(spec: Spec, *systems: System) -> Spec:
+    """Return the spec with the ports and headers of these systems."""
     return msgspec.structs.replace(
         spec, ports=[system.port for system in systems], headers=[system.headers for system in systems]
     )
@@ -61,66 +62,71 @@ class Load:
 
     @property
     def generator(self) -> str:
-        """Who makes the load of unstreamed calls."""
+        """What makes the load of unstreamed calls."""
         return "wrk" if self._wrk else "bench.caller"
 
-    def on(self, system: "System", spec: Spec) -> tuple[Tally, dict[str, float]]:
-        """Put load on a system: the tally, and what it cost: `cpu` in `seconds`, `rss` in MB at the end."""
+    async def on(self, system: System, spec: Spec) -> tuple[Tally, dict[str, float]]:
+        """Put load on a system.
+
+        Returns:
+            The tally, and what it cost: `cpu` seconds in `seconds`, and `rss` in MB at the end.
+        """
         spec = aimed(spec, system)
-        before, started = system.process.cpu(), time.monotonic()
-        child = self._start(system, spec)
-        if spec.mode == "load":
-            time.sleep(max(0.0, spec.seconds - BEFORE_THE_END))
-        rss = system.process.rss()
-        tally = self._tally(child)
-        rss = max(rss, system.process.rss())
-        time.sleep(SETTLE)
-        system.process.check_alive()
-        return tally, {"cpu": system.process.cpu() - before, "seconds": time.monotonic() - started, "rss": rss}
-
-    def at_rest(self, system: "System") -> float:
-        """The part of a core that a system uses without load."""
-        before, started = system.process.cpu(), time.monotonic()
-        time.sleep(REST)
-        return (system.process.cpu() - before) / (time.monotonic() - started)
-
-    def call(self, spec: Spec) -> Tally:
-        """Run the caller on whatever ports the spec names."""
-        return self._tally(self._run(python("bench.caller", msgspec.json.encode(spec).decode())))
-
-    @contextmanager
-    def held(self, spec: Spec) -> "Iterator[None]":
-        """Hold connections open for a while, each after one call."""
-        child = self._run(python("bench.caller", msgspec.json.encode(spec).decode()))
+        before, started = system.cpu(), monotonic()
+        loading = asyncio.create_task(self._loaded(system, spec))
         try:
-            if child.stdout is None or child.stdout.readline() != b"ready\n":
-                raise BenchError(f"the connections to be held could not be made: {spec}")
-            yield
-            tally = self._tally(child)
-            if tally.failed:
-                raise BenchError(f"{tally.failed} of the held connections failed: {tally.problem}")
+            if spec.mode == "load":
+                await asyncio.wait([loading], timeout=spec.seconds - BEFORE_THE_END)
+            rss = system.rss()
+            tally = await loading
         finally:
-            child.kill()
-            child.communicate()
+            loading.cancel()
+        rss = max(rss, system.rss())
+        await asyncio.sleep(SETTLE)
+        system.process.check()
+        return tally, {"cpu": system.cpu() - before, "seconds": monotonic() - started, "rss": rss}
 
-    def _start(self, system: "System", spec: Spec) -> "subprocess.Popen[bytes]":
-        """Unstreamed load by wrk where it is installed."""
+    async def at_rest(self, system: System) -> float:
+        """Return the part of a core that a system uses without load."""
+        before, started = system.cpu(), monotonic()
+        await asyncio.sleep(REST)
+        return (system.cpu() - before) / (monotonic() - started)
+
+    async def call(self, spec: Spec) -> Tally:
+        """Run the caller on whatever ports the spec names."""
+        async with self._caller(spec) as worker:
+            return await _tally(worker)
+
+    @asynccontextmanager
+    async def held(self, spec: Spec) -> AsyncIterator[None]:
+        """Hold connections open for a while, each after one call."""
+        async with self._caller(spec) as worker:
+            yield
+            worker.finish()
+            tally = await _tally(worker)
+        if tally.failed:
+            raise BenchError(f"{tally.failed} of the held connections failed: {tally.problem}")
+
+    def _caller(self, spec: Spec) -> Worker:
+        return Worker("bench.caller", msgspec.json.encode(spec), cores=self._cores.others)
+
+    async def _loaded(self, system: System, spec: Spec) -> Tally:
+        """Load a system with unstreamed calls by wrk where that is installed, else by the caller."""
         if self._wrk is None or spec.mode != "load" or spec.stream:
-            return self._run(python("bench.caller", msgspec.json.encode(spec).decode()))
+            return await self.call(spec)
         prompt = self._folder / "prompt.json"
         prompt.write_bytes(body(spec))
         headers = [part for name, value in system.headers.items() for part in ("-H", f"{name}: {value}")]
-        url = f"http://{LOOPBACK}:{system.port}/v1/chat/completions"
+        url = f"http://{LOOPBACK}:{system.port}{CHAT_PATH}"
         options = ["-t1", f"-c{spec.connections}", f"-d{spec.seconds:g}s", "--timeout", "60s", "--latency"]
-        return self._run([self._wrk, *options, "-s", str(SCRIPT), *headers, url, "--", str(prompt)])
+        command = [self._wrk, *options, "-s", str(SCRIPT), *headers, url, "--", str(prompt)]
+        wrk = await spawn(command, env=clean_environment({}), stdout=PIPE, cores=self._cores.others)
+        output, _ = await wrk.communicate()
+        if wrk.returncode:
+            raise BenchError(f"wrk ended with exit code {wrk.returncode}")
+        return msgspec.json.decode(output.splitlines()[-1], type=Tally)
 
-    def _run(self, argv: list[str]) -> "subprocess.Popen[bytes]":
-        with on_cores(self._cores.others):
-            return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def _tally(self, child: "subprocess.Popen[bytes]") -> Tally:
-        output, errors = child.communicate()
-        lines = output.splitlines()
-        if child.returncode or not lines:
-            raise BenchError(f"the load generator failed:\n{errors.decode(errors='replace')[-2000:]}")
-        return msgspec.json.decode(lines[-1], type=Tally)
+async def _tally(worker: Worker) -> Tally:
+    results = [result async for result in worker.results()]
+    return msgspec.json.decode(results[-1], type=Tally)

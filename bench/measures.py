@@ -2,17 +2,16 @@
 
 import statistics
 import sys
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from bench.caller import Spec, Tally, percentiles
+from bench.caller import Spec, Tally
 from bench.load import Load, Sample, aimed
 from bench.systems import BARE, ENVOY, GATEWAY, LITELLM, NGINX, OURS, PORTKEY, SAMPLED, UNTRACED, Bench, System
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from testkit.quantiles import median_and_p99
 
 EVERYONE = [BARE, GATEWAY, SAMPLED, NGINX, ENVOY, LITELLM, PORTKEY]
 SIZES = (1_000, 30_000, 300_000, 1_000_000)
@@ -70,8 +69,8 @@ class Session:
         self.samples: list[Sample] = []
         self.problems: list[str] = []
 
-    def turns(self, systems: list[System]) -> "Iterator[Turn]":
-        """Each system once per round, in alternating order."""
+    def turns(self, systems: list[System]) -> Iterator[Turn]:
+        """Yield each system once per round, in alternating order."""
         for number in range(min(self.plan.rounds, 3)):
             for system in systems[::-1] if number % 2 else systems:
                 yield Turn(system, number)
@@ -82,21 +81,21 @@ class Session:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"{measure} | {setting} | {system} | round {number + 1} | {shown}", file=sys.stderr, flush=True)
 
-    def run(self, system: System, spec: Spec) -> tuple[Tally, dict[str, float]]:
-        """Load on a system; what failed is remembered."""
-        tally, cost = self.load.on(system, spec)
+    async def run(self, system: System, spec: Spec) -> tuple[Tally, dict[str, float]]:
+        """Put load on a system, and remember what failed."""
+        tally, cost = await self.load.on(system, spec)
         if tally.failed or not tally.calls:
             self.complain(system, tally)
         return tally, cost
 
-    def warm(self, systems: list[System], *, stream: bool = False) -> list[System]:
-        """First calls, which may take long, and a first load on each; those that answer."""
+    async def warm(self, systems: list[System], *, stream: bool = False) -> list[System]:
+        """Make first calls, which may take long, and a first load on each; return the systems that answer."""
         good = []
         first = Spec(mode="once", connections=4, stream=stream, events=FAST_EVENTS)
         for system in systems:
-            tally, _ = self.load.on(system, first)
+            tally, _ = await self.load.on(system, first)
             if tally.calls:
-                self.load.on(
+                await self.load.on(
                     system, msgspec.structs.replace(first, mode="load", seconds=self.plan.seconds, connections=32)
                 )
                 good.append(system)
@@ -110,18 +109,18 @@ class Session:
         self.problems.append(f"{system.name}: {tally.failed} calls failed, {tally.calls} did not ({why})")
 
 
-def throughput(session: Session) -> None:
-    """Unstreamed calls with 1, 32 and 256 connections: requests/s, times, CPU per request, memory, spans."""
+async def throughput(session: Session) -> None:
+    """Measure unstreamed calls with 1, 32 and 256 connections: requests/s, times, CPU per request, memory, spans."""
     plan = session.plan
     names = [*EVERYONE, UNTRACED]
-    with session.bench.static_backend() as ports, session.bench.systems(names, ports) as systems:
-        good = session.warm(systems)
+    async with session.bench.static_backend() as ports, session.bench.systems(names, ports) as systems:
+        good = await session.warm(systems)
         for number in range(plan.rounds):
             for connections in (1, 32, 256):
                 for system in good[::-1] if number % 2 else good:
                     before = system.spans()
                     spec = Spec(mode="load", seconds=plan.seconds, connections=connections)
-                    tally, cost = session.run(system, spec)
+                    tally, cost = await session.run(system, spec)
                     calls = max(tally.calls, 1)
                     spans = {"spans": (system.spans() - before) / calls} if system.name in OURS else {}
                     session.add(
@@ -138,39 +137,39 @@ def throughput(session: Session) -> None:
                     )
 
 
-def overhead(session: Session) -> None:
-    """Added time of an unstreamed call: the paired difference to a direct one."""
-    with session.bench.static_backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
-        good = session.warm(systems)
-        _pairs(session, "overhead", ports[0], good, Spec(mode="paired", calls=session.plan.pairs))
+async def overhead(session: Session) -> None:
+    """Measure the added time of an unstreamed call: the paired difference to a direct one."""
+    async with session.bench.static_backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
+        good = await session.warm(systems)
+        await _pairs(session, "overhead", ports[0], good, Spec(mode="paired", calls=session.plan.pairs))
 
 
-def first_token(session: Session) -> None:
-    """Added time to the first token of a stream: the paired difference to a direct one."""
-    with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
-        good = session.warm(systems, stream=True)
+async def first_token(session: Session) -> None:
+    """Measure the added time to the first token of a stream: the paired difference to a direct one."""
+    async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
+        good = await session.warm(systems, stream=True)
         spec = Spec(mode="paired", calls=session.plan.pairs, stream=True, events=3, pause=5)
-        _pairs(session, "first token", ports[0], good, spec)
+        await _pairs(session, "first token", ports[0], good, spec)
 
 
-def _pairs(session: Session, measure: str, backend: int, systems: list[System], spec: Spec) -> None:
+async def _pairs(session: Session, measure: str, backend: int, systems: list[System], spec: Spec) -> None:
     for number in range(min(session.plan.rounds, 3)):
         all_of_them = aimed(spec, *systems)
         direct_first = msgspec.structs.replace(
             all_of_them, ports=[backend, *all_of_them.ports], headers=[{}, *all_of_them.headers]
         )
-        tally = session.load.call(direct_first)
+        tally = await session.load.call(direct_first)
         direct = tally.pairs[0]
         for system, times in zip(systems, tally.pairs[1:], strict=True):
-            p50, p99 = percentiles([mine - base for mine, base in zip(times, direct, strict=True)])
+            p50, p99 = median_and_p99([mine - base for mine, base in zip(times, direct, strict=True)])
             session.add(measure, "1 connection", system.name, number, added_p50=p50, added_p99=p99)
         session.add(measure, "1 connection", "(direct)", number, p50=statistics.median(direct))
 
 
-def streams(session: Session) -> None:
-    """Streams of 50 events without pauses: streams/s, CPU per stream."""
-    with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
-        for system, number in session.turns(session.warm(systems, stream=True)):
+async def streams(session: Session) -> None:
+    """Measure streams of 50 events without pauses: streams/s, CPU per stream."""
+    async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
+        for system, number in session.turns(await session.warm(systems, stream=True)):
             for connections in (1, 32):
                 spec = Spec(
                     mode="load",
@@ -179,7 +178,7 @@ def streams(session: Session) -> None:
                     stream=True,
                     events=FAST_EVENTS,
                 )
-                tally, cost = session.run(system, spec)
+                tally, cost = await session.run(system, spec)
                 calls = max(tally.calls, 1)
                 session.add(
                     "streams",
@@ -191,11 +190,11 @@ def streams(session: Session) -> None:
                 )
 
 
-def slow_streams(session: Session) -> None:
-    """Many streams side by side with a pause between events: CPU per event, how late events are, memory."""
+async def slow_streams(session: Session) -> None:
+    """Measure many slow streams at once: CPU per event, how late events are, memory."""
     plan = session.plan
-    with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
-        good = session.warm(systems, stream=True)
+    async with session.bench.backend() as ports, session.bench.systems(EVERYONE, ports) as systems:
+        good = await session.warm(systems, stream=True)
         for count, pause, names in (
             (FEW_STREAMS, 20, EVERYONE),
             (plan.many, 50, [BARE, GATEWAY, SAMPLED, NGINX, ENVOY]),
@@ -211,7 +210,7 @@ def slow_streams(session: Session) -> None:
                     events=int(plan.slow * 1000 / pause),
                     pause=pause,
                 )
-                tally, cost = session.run(system, spec)
+                tally, cost = await session.run(system, spec)
                 session.add(
                     "slow streams",
                     count_of(count, "stream"),
@@ -225,50 +224,52 @@ def slow_streams(session: Session) -> None:
                 )
 
 
-def idle_connections(session: Session) -> None:
-    """CPU per request while other callers' connections, and as many to the backend, are open and idle."""
-    with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
-        for system, number in session.turns(session.warm(systems)):
-            _cost(session, "idle connections", "1", Turn(system, number), Spec(mode="load"))
+async def idle_connections(session: Session) -> None:
+    """Measure CPU per request while other callers' connections, and as many to the backend, are open and idle."""
+    async with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
+        for system, number in session.turns(await session.warm(systems)):
+            await _cost(session, "idle connections", "1", Turn(system, number), Spec(mode="load"))
             if not session.plan.many:
                 continue
             held = Spec(mode="hold", connections=session.plan.many, ramp=1.0, pause=2000, events=100)
-            with session.load.held(aimed(held, system)):
-                _cost(session, "idle connections", str(session.plan.many), Turn(system, number), Spec(mode="load"))
+            async with session.load.held(aimed(held, system)):
+                await _cost(
+                    session, "idle connections", str(session.plan.many), Turn(system, number), Spec(mode="load")
+                )
 
 
-def backends(session: Session) -> None:
-    """CPU per request with 1 and with 50 backends."""
+async def backends(session: Session) -> None:
+    """Measure CPU per request with 1 and with 50 backends."""
     bench = session.bench
-    with (
+    async with (
         bench.static_backend(50) as ports,
         bench.systems([GATEWAY], ports[:1]) as one,
         bench.systems([GATEWAY], ports) as many,
     ):
         settings = {system.port: setting for systems, setting in ((one, "1"), (many, "50")) for system in systems}
-        good = session.warm([*one, *many])
+        good = await session.warm([*one, *many])
         # Probes cost the same each second, whatever the load: they are told apart from the cost of a request.
-        at_rest = {system.port: session.load.at_rest(system) for system in good}
+        at_rest = {system.port: await session.load.at_rest(system) for system in good}
         for turn in session.turns(good):
             port = turn.system.port
-            _cost(session, "backends", settings[port], turn, Spec(mode="load"), at_rest=at_rest[port])
+            await _cost(session, "backends", settings[port], turn, Spec(mode="load"), at_rest=at_rest[port])
 
 
-def sizes(session: Session) -> None:
-    """CPU per request with prompts, and with answers, of 1 KB to 1 MB."""
-    with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
-        for system, number in session.turns(session.warm(systems)):
+async def sizes(session: Session) -> None:
+    """Measure CPU per request with prompts, and with answers, of 1 KB to 1 MB."""
+    async with session.bench.backend() as ports, session.bench.systems([BARE, GATEWAY], ports) as systems:
+        for system, number in session.turns(await session.warm(systems)):
             for size in SIZES:
-                _cost(session, "prompt bytes", f"{size:,}", Turn(system, number), Spec(mode="load", prompt=size))
+                await _cost(session, "prompt bytes", f"{size:,}", Turn(system, number), Spec(mode="load", prompt=size))
             for size in SIZES:
-                _cost(session, "answer bytes", f"{size:,}", Turn(system, number), Spec(mode="load", events=size))
+                await _cost(session, "answer bytes", f"{size:,}", Turn(system, number), Spec(mode="load", events=size))
 
 
-def _cost(
+async def _cost(
     session: Session, measure: str, setting: str, turn: Turn, spec: Spec, *, at_rest: float | None = None
 ) -> None:
     spec = msgspec.structs.replace(spec, seconds=session.plan.seconds, connections=32)
-    tally, cost = session.run(turn.system, spec)
+    tally, cost = await session.run(turn.system, spec)
     cpu = cost["cpu"] - (at_rest or 0.0) * cost["seconds"]
     values = {"rps": tally.calls / tally.seconds, "cpu_us": cpu / max(tally.calls, 1) * 1e6}
     if at_rest is not None:
@@ -276,15 +277,15 @@ def _cost(
     session.add(measure, setting, turn.system.name, turn.number, **values)
 
 
-def memory(session: Session) -> None:
-    """Memory after a tenth of the requests, and after all of them."""
+async def memory(session: Session) -> None:
+    """Measure memory after a tenth of the requests, and after all of them."""
     wanted = session.plan.requests
-    with session.bench.static_backend() as ports, session.bench.systems([GATEWAY], ports) as systems:
-        for system in session.warm(systems):
+    async with session.bench.static_backend() as ports, session.bench.systems([GATEWAY], ports) as systems:
+        for system in await session.warm(systems):
             done = 0
             for goal in (wanted // 10, wanted):
                 while done < goal:
-                    tally, cost = session.run(
+                    tally, cost = await session.run(
                         system, Spec(mode="load", seconds=session.plan.seconds * 5, connections=32)
                     )
                     done += tally.calls
@@ -294,11 +295,11 @@ def memory(session: Session) -> None:
 
 
 def count_of(number: int, what: str) -> str:
-    """`1 stream`, `2 streams`."""
+    """Return a number and its noun: `1 stream`, `2 streams`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[[Session], Awaitable[None]]] = {
     "throughput": throughput,
     "overhead": overhead,
     "first-token": first_token,

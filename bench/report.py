@@ -22,15 +22,15 @@ class Figures:
         self._samples = samples
 
     def settings(self, measure: str) -> list[str]:
-        """The settings of a measure, in the order they were run."""
+        """Return the settings of a measure, in the order in which they were run."""
         return list(dict.fromkeys(sample.setting for sample in self._samples if sample.measure == measure))
 
     def systems(self, measure: str) -> list[str]:
-        """The systems of a measure."""
+        """Return the systems of a measure."""
         return list(dict.fromkeys(sample.system for sample in self._samples if sample.measure == measure))
 
     def values(self, measure: str, setting: str, system: str, name: str) -> dict[int, float]:
-        """A figure in each round."""
+        """Return a figure in each round."""
         return {
             sample.round: sample.values[name]
             for sample in self._samples
@@ -38,18 +38,18 @@ class Figures:
         }
 
     def median(self, measure: str, setting: str, system: str, name: str) -> float | None:
-        """A figure's median; None without one."""
+        """Return a figure's median; None without one."""
         values = self.values(measure, setting, system, name)
         return statistics.median(values.values()) if values else None
 
     def ratios(self, measure: str, setting: str, name: str, system: str, other: str) -> list[float]:
-        """A figure relative to another system's, in each round that has both."""
+        """Return a figure relative to another system's, in each round that has both."""
         mine = self.values(measure, setting, system, name)
         theirs = self.values(measure, setting, other, name)
         return [mine[number] / theirs[number] for number in mine if theirs.get(number)]
 
     def between(self, measure: str, setting: str, base: str, system: str) -> float | None:
-        """How the CPU time per request of one setting relates to another's, round by round."""
+        """Return the CPU time per request of one setting relative to another's: the median of the rounds."""
         mine = self.values(measure, setting, system, "cpu_us")
         theirs = self.values(measure, base, system, "cpu_us")
         ratios = [mine[number] / theirs[number] for number in mine if theirs.get(number)]
@@ -73,17 +73,17 @@ class Goal(NamedTuple):
 
 
 def at_least(limit: float) -> "Callable[[float], bool]":
-    """Whether a value reaches a limit."""
+    """Return a check that a value reaches a limit."""
     return lambda value: value >= limit
 
 
 def at_most(limit: float) -> "Callable[[float], bool]":
-    """Whether a value stays within a limit."""
+    """Return a check that a value stays within a limit."""
     return lambda value: value <= limit
 
 
 def goals(figures: Figures) -> list[Goal]:
-    """The goals, and what was measured."""
+    """Return the goals, and what was measured."""
 
     def ratio(name: str, wanted: str, good: "Callable[[float], bool]", ratios: list[float]) -> Goal:
         if not ratios:
@@ -151,7 +151,7 @@ def goals(figures: Figures) -> list[Goal]:
 
 
 def _slopes(figures: Figures, measure: str) -> float | None:
-    """The CPU time per byte from 300 KB to 1 MB, relative to the one from 1 KB to 300 KB."""
+    """Return the CPU time per byte from 300 KB to 1 MB, relative to the one from 1 KB to 300 KB."""
     costs = [figures.median(measure, f"{size:,}", GATEWAY, "cpu_us") for size in (1_000, 300_000, 1_000_000)]
     small, middle, large = costs
     if small is None or middle is None or large is None or middle <= small:
@@ -180,7 +180,7 @@ RATIO_OF = ("rps", "streams_s", "cpu_us", "added_p50")
 
 
 def tables(figures: Figures, measures: Sequence[str]) -> str:
-    """A table per measure: medians, the spread of the first figure, its ratio to bare aiohttp."""
+    """Return a table per measure: medians, the spread of the first figure, its ratio to bare aiohttp."""
     return "\n".join(_table(figures, measure) for measure in measures if figures.settings(measure))
 
 
@@ -213,7 +213,7 @@ def _table(figures: Figures, measure: str) -> str:
 
 
 def grid(rows: list[list[str]]) -> str:
-    """Columns side by side: the first two to the left, figures to the right; a markdown table too."""
+    """Align columns, the first two to the left, figures to the right; the result is a Markdown table, too."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -232,7 +232,7 @@ def grid(rows: list[list[str]]) -> str:
 
 
 def goals_table(found: list[Goal]) -> str:
-    """The goals as a table."""
+    """Return the goals as a table."""
     words = {True: "met", False: "NOT MET", None: "not measured"}
     rows = [["goal", "wanted", "measured", ""]]
     return grid(rows + [[goal.name, goal.wanted, goal.measured, words[goal.met]] for goal in found])

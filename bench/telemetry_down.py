@@ -6,18 +6,24 @@ turn, in alternating order; each run is compared with the one of the same round 
 """
 
 import argparse
-import re
+import asyncio
 import socket
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack, closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
-from bench.caller import Spec, percentiles
+from bench.caller import Spec
 from bench.load import Load, aimed
-from bench.processes import LOOPBACK, BenchError, Cores, fetch, free_ports, python
-from bench.systems import GATEWAY, Bench, Site, Start, System, gateway
+from bench.machine import BenchError, Cores
+from bench.systems import GATEWAY, Bench, Site, System, gateway
+from testkit.exposition import Exposition
+from testkit.http import ask
+from testkit.otlp import Sink
+from testkit.ports import LOOPBACK, free_port
+from testkit.processes import ProcessError
+from testkit.quantiles import median_and_p99
 
 UP = "up"
 GOAL = 5.0
@@ -32,38 +38,44 @@ class Figures:
         self.p99: list[float] = []
 
     def add(self, p50: float, p99: float) -> None:
-        """One more run."""
+        """Add a run."""
         self.p50.append(p50)
         self.p99.append(p99)
 
 
 def shift(here: list[float], there: list[float]) -> float:
-    """By how many per cent `here` is above `there`: the median of the rounds."""
+    """Return by how many per cent `here` is above `there`: the median of the rounds."""
     return statistics.median(100 * (one / other - 1) for one, other in zip(here, there, strict=True))
 
 
-def start(bench: Bench, stack: ExitStack, backends: list[int], collectors: dict[str, int]) -> list[System]:
-    """One gateway for each place where spans can go."""
+async def start(bench: Bench, stack: AsyncExitStack, backends: list[int], sink: Sink, silent: int) -> list[System]:
+    """Start one gateway for each place where spans can go; at the port `silent` they get no answer."""
+    urls = {
+        UP: sink.url,
+        f"{UP} again": sink.url,
+        "refused": f"http://{LOOPBACK}:{free_port()}",
+        "black-holed": f"http://{LOOPBACK}:{silent}",
+    }
     systems = []
-    for state, collector in collectors.items():
-        (port,) = free_ports(1)
+    for state, url in urls.items():
         name = state.replace(" ", "-")
         folder = bench.folder / name
         folder.mkdir()
-        sink = f"http://{LOOPBACK}:{collector}"
-        site = Site(name=name, port=port, backends=backends, sink=sink, folder=folder)
-        process = bench.process(stack, name, gateway(site), port, measured=True, folder=folder)
-        systems.append(System(state, port, process, {}, sink))
+        site = Site(name=name, port=free_port(), backends=backends, sink=url, folder=folder)
+        process = await bench.process(stack, name, gateway(site), site.port, measured=True, folder=folder)
+        systems.append(System(state, site.port, process, {}, sink))
     return systems
 
 
-def loaded(load: Load, systems: list[System], *, rounds: int, seconds: float, connections: int) -> dict[str, Figures]:
-    """Each gateway in turn under load."""
+async def loaded(
+    load: Load, systems: list[System], *, rounds: int, seconds: float, connections: int
+) -> dict[str, Figures]:
+    """Put each gateway under load, in turn."""
     found = {system.name: Figures() for system in systems}
     spec = Spec(mode="load", seconds=seconds, connections=connections)
     for number in range(-1, rounds):  # the first round warms up
         for system in systems[::-1] if number % 2 else systems:
-            tally = load.call(aimed(spec, system))
+            tally = await load.call(aimed(spec, system))
             if tally.failed:
                 raise BenchError(f"{system.name}: {tally.failed} calls failed: {tally.problem}")
             if number >= 0:
@@ -72,25 +84,24 @@ def loaded(load: Load, systems: list[System], *, rounds: int, seconds: float, co
     return found
 
 
-def paired(load: Load, systems: list[System], *, rounds: int, calls: int) -> dict[str, Figures]:
-    """One caller, one call to each gateway after the other."""
+async def paired(load: Load, systems: list[System], *, rounds: int, calls: int) -> dict[str, Figures]:
+    """Let one caller call each gateway after the other."""
     found = {system.name: Figures() for system in systems}
     for _ in range(rounds):
-        tally = load.call(aimed(Spec(mode="paired", calls=calls), *systems))
+        tally = await load.call(aimed(Spec(mode="paired", calls=calls), *systems))
         for system, times in zip(systems, tally.pairs, strict=True):
-            found[system.name].add(*percentiles(times))
+            found[system.name].add(*median_and_p99(times))
     return found
 
 
-def dropped(system: System) -> int:
-    """Spans that the gateway says it has lost."""
-    text = fetch(f"http://{LOOPBACK}:{system.port}/metrics").decode()
-    found = re.search(r"^gateway_telemetry_dropped_spans_total (\S+)", text, flags=re.MULTILINE)
-    return int(float(found[1])) if found else -1
+async def dropped(system: System) -> int:
+    """Return the number of spans that the gateway says it has lost."""
+    answer = await ask(f"http://{LOOPBACK}:{system.port}/metrics")
+    return int(Exposition.parse(answer.body.decode()).value("gateway_telemetry_dropped_spans_total"))
 
 
 def table(title: str, found: dict[str, Figures]) -> float:
-    """Print a table; the worst shift of the p99 among the dead collectors, in per cent."""
+    """Print a table; return the worst shift of the p99 among the dead collectors, in per cent."""
     print(f"\n{title}\n\n| collector | p50 ms | p99 ms | p50 shift | p99 shift |\n| --- | --- | --- | --- | --- |")
     reference = found[UP]
     shifts = {}
@@ -103,36 +114,42 @@ def table(title: str, found: dict[str, Figures]) -> float:
     return max(moved for state, moved in shifts.items() if not state.startswith(UP))
 
 
-def main() -> int:
-    """1 when a dead collector moved the p99 by more than the goal."""
-    parser = argparse.ArgumentParser(prog="python -m bench.telemetry_down", description="What a dead collector costs.")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each load")
-    parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--calls", type=int, default=1000, help="of each paired round, to each gateway")
-    asked = parser.parse_args()
+async def measure(asked: argparse.Namespace, folder: Path) -> float:
+    """Measure and print; return the worst shift of the p99, in per cent."""
     cores = Cores.of_this_machine()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(socket.create_server((LOOPBACK, 0), backlog=1024)) as silent,
-        ExitStack() as stack,
-    ):
-        bench = Bench([GATEWAY], cores, Path(folder))
-        load = Load(cores, bench.folder)
-        backends = stack.enter_context(bench.backend())
-        sink, refused = free_ports(2)
-        bench.process(stack, "sink", Start(argv=python("bench.sink", str(sink)), ready="/"), sink)
-        collectors = {UP: sink, f"{UP} again": sink, "refused": refused, "black-holed": silent.getsockname()[1]}
-        systems = start(bench, stack, backends, collectors)
-        under_load = loaded(load, systems, rounds=asked.rounds, seconds=asked.seconds, connections=asked.connections)
-        alone = paired(load, systems, rounds=asked.rounds, calls=asked.calls)
+    bench, load = Bench([GATEWAY], cores, folder), Load(cores, folder)
+    async with AsyncExitStack() as stack:
+        silent = stack.enter_context(closing(socket.create_server((LOOPBACK, 0), backlog=1024)))
+        backends = await stack.enter_async_context(bench.backend())
+        sink = await stack.enter_async_context(bench.sink("sink"))
+        systems = await start(bench, stack, backends, sink, silent.getsockname()[1])
+        under_load = await loaded(
+            load, systems, rounds=asked.rounds, seconds=asked.seconds, connections=asked.connections
+        )
+        alone = await paired(load, systems, rounds=asked.rounds, calls=asked.calls)
         worst = max(
             table(f"{asked.connections} connections, {asked.rounds} rounds of {asked.seconds:g} s", under_load),
             table(f"one connection, {asked.rounds} rounds of {asked.calls} calls", alone),
         )
         print("\n| collector | spans dropped | RSS MB |\n| --- | --- | --- |")
         for system in systems:
-            print(f"| {system.name} | {dropped(system):,} | {system.process.rss():.1f} |")
+            print(f"| {system.name} | {await dropped(system):,} | {system.rss():.1f} |")
+    return worst
+
+
+def main() -> int:
+    """Return the exit code: 1: a dead collector moved the p99 by more than the goal; 2: nothing was measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench.telemetry_down", description="What a dead collector costs.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each load")
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--calls", type=int, default=1000, help="of each paired round, to each gateway")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            worst = asyncio.run(measure(parser.parse_args(), Path(folder)))
+    except (BenchError, ProcessError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     print(f"\nthe p99 moved by at most {worst:+.1f} % (goal: less than {GOAL:g} %)")
     return int(worst >= GOAL)
 

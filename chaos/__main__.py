@@ -15,15 +15,15 @@ import aiohttp
 
 from chaos.experiment import Experiment, ExperimentError, load_experiments
 from chaos.gameday import Played, play
-from chaos.processes import ProcessFailed
 from chaos.report import report
 from chaos.stages import SERVICES, ComposeStage, LocalStage, RemoteStage, Stage, published, running
+from testkit.processes import ProcessError
 
 CONTROL = "http://127.0.0.1:8002"
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
     parser.add_argument("experiments", nargs="*", help="names of ours, or YAML files of your own; none: all of ours")
     parser.add_argument("--list", action="store_true", help="tell what there is, and stop")
@@ -62,7 +62,12 @@ class GameDay:
         self.results: list[Played] = []
 
     async def run(self) -> None:
-        """Play them. Raises: ProcessFailed: there are no containers; ExperimentError: nothing can be played."""
+        """Play them.
+
+        Raises:
+            ProcessError: There are no containers.
+            ExperimentError: Nothing can be played.
+        """
         _end_in_order()
         await self._choose()
         seconds = sum(experiment.steady_state.seconds for experiment in self._experiments.values())
@@ -120,7 +125,7 @@ class GameDay:
         self._options.out.write_text(page, encoding="utf-8")
 
     def _command(self, names: list[str]) -> str:
-        """What repeats this; a key is left out."""
+        """Return the command that repeats this, without the key."""
         options = self._options
         words = [*names, "--seed", str(self._seed)]
         words += ["--compose"] if options.compose else ["--target", options.target] if options.target else []
@@ -131,7 +136,7 @@ class GameDay:
 
 
 def _end_in_order() -> None:
-    """SIGINT and SIGTERM put everything back before the program ends; a second one ends it at once."""
+    """Let SIGINT and SIGTERM put everything back before the program ends; a second one ends it at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def stop() -> None:
@@ -146,13 +151,13 @@ def _end_in_order() -> None:
 
 
 def tell(line: str) -> None:
-    """Live progress; nobody has to read it."""
+    """Print progress; it does not matter whether it is read."""
     with contextlib.suppress(BrokenPipeError):
         print(line, flush=True)
 
 
 def show(experiments: dict[str, Experiment]) -> None:
-    """`--list`."""
+    """Print the list for `--list`."""
     for name, experiment in experiments.items():
         where = "anywhere"
         if reason := experiment.obstacle(RemoteStage.actions, experiment.system.mocks, experiment.system.mocks):
@@ -165,14 +170,18 @@ def show(experiments: dict[str, Experiment]) -> None:
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Experiment]:
-    """What is to be played. Raises: ExperimentError."""
+    """Read what is to be played.
+
+    Raises:
+        ExperimentError: The command line or a definition is wrong.
+    """
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise ExperimentError(f"--out {options.out}: no file can be written there")
     return load_experiments(options.experiments)
 
 
 def run() -> int:
-    """The exit code: 0: every promise was kept, 1: one was not, or not seen; 2: nothing to play; 130: stopped."""
+    """Return the exit code: 0: every promise was kept; 1: one was not; 2: nothing could be played; 130: stopped."""
     options = arguments()
     try:
         experiments = prepare(options)
@@ -181,7 +190,7 @@ def run() -> int:
             return 0
         game_day = GameDay(options, experiments)
         asyncio.run(game_day.run())
-    except (ExperimentError, ProcessFailed) as error:
+    except (ExperimentError, ProcessError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):

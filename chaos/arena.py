@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import aiohttp
-
 from chaos.counts import Books, reconcile
-from chaos.load import Call, Load, Plan, now
-from chaos.processes import LOOPBACK, POLL, Collector, Gateway, Mock
+from chaos.load import Load, Plan
+from chaos.processes import Gateway, Mock
 from chaos.proxy import Network, Proxy
+from testkit import usage
+from testkit.load import Call, now
+from testkit.otlp import Sink
+from testkit.polling import until
+from testkit.ports import LOOPBACK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,7 +71,7 @@ class Arena:
         mock: further environment of the mock models.
         proxied: whether each replica stands behind a `Proxy`.
         named: whether the (one) replica is reached by a host name; see `resolve`.
-        collected: whether the gateways send their spans to a `Collector`.
+        collected: whether the gateways send their spans to a `Sink`.
     """
 
     def __init__(
@@ -97,8 +100,7 @@ class Arena:
         self.proxies: list[Proxy] = []
         self.gateways: list[Gateway] = []
         self.folder: Path
-        self.session: aiohttp.ClientSession
-        self.collector: Collector
+        self.collector: Sink
         self._before: list[Vitals] = []
 
     @property
@@ -130,7 +132,7 @@ class Arena:
         await self._stack.aclose()
 
     def load(self, rate: float, *, on_call: "Callable[[Call], None] | None" = None, **plan: Any) -> Load:  # noqa: ANN401
-        """A load on the gateways; `plan` is further fields of `Plan`."""
+        """Return a load on the gateways, to be entered; `plan` is further fields of `Plan`."""
         fields: dict[str, Any] = {
             "urls": [gateway.url for gateway in self.gateways],
             "pids": [gateway.pid for gateway in self.gateways],
@@ -140,7 +142,7 @@ class Arena:
         return Load(Plan(rate=rate, seed=self.seed, **(fields | plan)), on_call=on_call)
 
     def resolve(self, address: str | None) -> None:
-        """What the host name of the backend resolves to; None: it does not."""
+        """Let the host name of the backend resolve to an address; None: to nothing."""
         names = {HOST_NAME: address} if address is not None else {}
         draft = self.folder / "names.draft"
         draft.write_text(json.dumps(names), encoding="utf-8")
@@ -148,42 +150,37 @@ class Arena:
 
     async def add_mock(self, *, host: str = LOOPBACK, port: int | None = None) -> Mock:
         """Start one more mock model, which no gateway knows of yet."""
-        mock = Mock(
-            f"mock-{len(self.mocks) + 1}",
-            self._mock_env,
-            folder=self.folder,
-            session=self.session,
-            host=host,
-            port=port,
-        )
+        mock = Mock(f"mock-{len(self.mocks) + 1}", self.folder, self._mock_env, host=host, port=port)
         self.mocks.append(mock)
         self._stack.push_async_callback(mock.kill)
         await mock.start()
         return mock
 
     async def answers(self, mock: Mock, seconds: float = 10.0) -> float:
-        """Wait until a mock model answers its probe; the instant at which it did. Raises: ProcessFailed."""
+        """Wait until a mock model answers its probe, and return the instant at which it did."""
         await mock.ready(seconds)
         return now()
 
     async def idle(self, seconds: float = 10.0) -> None:
-        """Wait until no gateway that runs has anything under way. Raises: TimeoutError."""
+        """Wait until no gateway that runs has anything under way."""
         names = (
             "gateway_in_flight_requests",
             "gateway_queued_requests",
             "gateway_backend_in_flight",
             "gateway_buffered_bytes",
         )
-        async with asyncio.timeout(seconds):
-            for gateway in self.gateways:
-                while gateway.running:
-                    metrics = await gateway.metrics()
-                    if not any(metrics.value(name) for name in names):
-                        break
-                    await asyncio.sleep(POLL)
+
+        async def is_idle(gateway: Gateway) -> bool:
+            if not gateway.running:
+                return True
+            metrics = await gateway.metrics()
+            return not any(metrics.value(name) for name in names)
+
+        for gateway in self.gateways:
+            await until(lambda: is_idle(gateway), f"{gateway.name} is idle", seconds=seconds)  # noqa: B023 - awaited
 
     async def books(self, calls: "Sequence[Call]") -> Books:
-        """The three counts; the gateways have served `calls` and nothing else."""
+        """Return the three counts; the gateways have served `calls` and nothing else."""
         await self.idle()
         backends = {f"backend-{number}": mock.arrivals() for number, mock in enumerate(self.mocks, 1)}
         if self._named:
@@ -191,7 +188,7 @@ class Arena:
         return reconcile(calls, [await gateway.counted() for gateway in self.gateways], backends)
 
     async def leaks(self, seconds: float = 15.0) -> list[str]:
-        """What a gateway still holds after everything has ended; a line each. Ends the mock models.
+        """Return what a gateway still holds after everything has ended, a line each; this ends the mock models.
 
         Without them no connection to a backend is kept, and open files are comparable with the beginning.
         """
@@ -210,8 +207,9 @@ class Arena:
         return found
 
     async def vitals(self, gateway: Gateway) -> Vitals:
-        """What it holds now."""
-        return Vitals(gateway.open_files().total(), await gateway.tasks(), gateway.threads(), gateway.memory())
+        """Return what a gateway holds now."""
+        files = usage.open_files(gateway.pid).total()
+        return Vitals(files, await gateway.tasks(), usage.threads(gateway.pid), gateway.memory())
 
     async def _held(self, number: int, before: Vitals) -> list[str]:
         gateway = self.gateways[number]
@@ -231,9 +229,6 @@ class Arena:
     async def _start(self) -> None:
         stack = self._stack
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
-        connector = aiohttp.TCPConnector(force_close=True)
-        timeout = aiohttp.ClientTimeout(total=5)
-        self.session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
         mocks, gateways = self._numbers
         await asyncio.gather(*(self.add_mock() for _ in range(mocks)))
         self.mocks.sort(key=lambda mock: mock.name)
@@ -245,13 +240,13 @@ class Arena:
         self.resolve(LOOPBACK)
         env = self._gateway_env | self._backends()
         if self._collected:
-            self.collector = Collector("collector", folder=self.folder, session=self.session)
+            self.collector = Sink("collector", self.folder)
             stack.push_async_callback(self.collector.kill)
             await self.collector.start()
             env["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collector.url
         names = self.folder / "names.json" if self._named else None
         for number in range(gateways):
-            gateway = Gateway(f"gateway-{number + 1}", env, folder=self.folder, session=self.session, names=names)
+            gateway = Gateway(f"gateway-{number + 1}", self.folder, env, names=names)
             stack.push_async_callback(gateway.kill)
             self.gateways.append(gateway)
         await asyncio.gather(*(gateway.start() for gateway in self.gateways))

@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
-if TYPE_CHECKING:
-    from chaos.load import Call
+from testkit.exposition import Exposition, Labels
+from testkit.load import Call
 
 UNSURE = frozenset(
     """
@@ -20,32 +18,10 @@ UNSURE = frozenset(
 NEVER_TOOK = frozenset({"refused"})
 """Outcomes of calls no gateway took."""
 LEFT = "client_closed_request"
-Labels = tuple[tuple[str, str], ...]
-
-
-@dataclass
-class Exposition:
-    """The samples of a `/metrics` document."""
-
-    samples: dict[tuple[str, Labels], float] = field(default_factory=dict)
-
-    def value(self, name: str, **labels: str) -> float:
-        """The sum of all samples of that name which carry these labels."""
-        wanted = labels.items()
-        return sum(value for (key, have), value in self.samples.items() if key == name and wanted <= set(have))
-
-    def by(self, name: str, *labels: str) -> Counter[tuple[str, ...]]:
-        """The samples of that name, added up by these labels."""
-        result: Counter[tuple[str, ...]] = Counter()
-        for (key, have), value in self.samples.items():
-            if key == name:
-                given = dict(have)
-                result[tuple(given.get(label, "") for label in labels)] += int(value)
-        return +result
 
 
 def from_log(lines: Iterable[Mapping[str, Any]]) -> Exposition:
-    """What the metrics would say of the prompts in a gateway's log: for a gateway that has ended."""
+    """Return what the metrics of a gateway that has ended would say of the prompts in its log."""
     counted: Counter[tuple[str, Labels]] = Counter()
     for line in lines:
         counted["gateway_requests_total", (("outcome", line["outcome"]),)] += 1
@@ -53,17 +29,6 @@ def from_log(lines: Iterable[Mapping[str, Any]]) -> Exposition:
             labels = (("backend", one["backend"]), ("outcome", one["outcome"]))
             counted["gateway_attempts_total", labels] += 1
     return Exposition({key: float(number) for key, number in counted.items()})
-
-
-def parse(text: str) -> Exposition:
-    """Read Prometheus' text form."""
-    return Exposition(
-        {
-            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-    )
 
 
 @dataclass
@@ -92,7 +57,7 @@ class Books:
 
 
 def reconcile(
-    calls: Sequence["Call"], gateway: Iterable[Exposition], journals: Mapping[str, Iterable[Mapping[str, Any]]]
+    calls: Sequence[Call], gateway: Iterable[Exposition], journals: Mapping[str, Iterable[Mapping[str, Any]]]
 ) -> Books:
     """Compare the counts, to the last one.
 
@@ -105,13 +70,13 @@ def reconcile(
     differences: list[str] = []
     taken = [call for call in calls if call.outcome not in NEVER_TOOK]
     seen = Counter(_word(call) for call in taken)
-    counted = _sum(exposition.by("gateway_requests_total", "outcome") for exposition in gateway)
-    requests = Counter({outcome: number for (outcome,), number in counted.items()})
+    requests = sum((one.by("gateway_requests_total", "outcome") for one in gateway), Counter[str]())
     seen["gateway_draining"] += sum(call.drained for call in calls)
-    _compare("requests", +seen, +requests, differences)
+    _compare("requests", +seen, requests, differences)
 
     told: Counter[tuple[str, ...]] = Counter((one.backend, one.outcome) for call in taken for one in call.tries)
-    metered = _sum(exposition.by("gateway_attempts_total", "backend", "outcome") for exposition in gateway)
+    by_backend = (one.by_labels("gateway_attempts_total", "backend", "outcome") for one in gateway)
+    metered = sum(by_backend, Counter[tuple[str, ...]]())
     known = Counter(told)
     left = [call for call in taken if call.outcome == "left"]
     if left:  # they were not told: what the gateway counted beyond the others' is theirs
@@ -136,18 +101,11 @@ def reconcile(
     unsure = sum(number for (_, outcome), number in metered.items() if outcome in UNSURE)
     if not 0 <= never <= unsure:
         differences.append(f"{metered.total()} attempts, {total} arrivals, but {unsure} that may not have arrived")
-    return Books((+seen, +requests), (told, metered), total, never, differences)
+    return Books((+seen, requests), (told, metered), total, never, differences)
 
 
-def _word(call: "Call") -> str:
+def _word(call: Call) -> str:
     return LEFT if call.outcome == "left" else call.outcome
-
-
-def _sum(counters: Iterable[Counter[tuple[str, ...]]]) -> Counter[tuple[str, ...]]:
-    total: Counter[tuple[str, ...]] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
 
 
 def _compare(what: str, callers: Counter[Any], gateway: Counter[Any], differences: list[str]) -> None:
@@ -158,8 +116,8 @@ def _compare(what: str, callers: Counter[Any], gateway: Counter[Any], difference
     ]
 
 
-def _compare_call(call: "Call", arrived: Mapping[str, Counter[str]]) -> list[str]:
-    """Each attempt that was answered has arrived; none has arrived twice."""
+def _compare_call(call: Call, arrived: Mapping[str, Counter[str]]) -> list[str]:
+    """Check that each attempt that was answered has arrived, and that no attempt has arrived twice."""
     differences = []
     for name, numbers in arrived.items():
         made = [one.outcome for one in call.tries if one.backend == name]

@@ -91,7 +91,7 @@ class Promise(Struct, frozen=True):
             raise ValueError("a promise has exactly one of at_most and at_least")
 
     def kept(self, value: float | None) -> bool:
-        """Whether the measured value keeps it; a value that could not be measured does not."""
+        """Tell whether the measured value keeps it; a value that could not be measured does not."""
         if value is None:
             return False
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
@@ -184,7 +184,7 @@ class Experiment(Struct, frozen=True, kw_only=True):
         return any(step.do == "network" for step in self.steps)
 
     def obstacle(self, actions: frozenset[str], mocks: int, controls: int) -> str | None:
-        """Why it cannot be played on a stack that runs already; None: it can.
+        """Return why it cannot be played on a stack that runs already; None: it can.
 
         Args:
             actions: what can be done there.
@@ -204,7 +204,7 @@ class Experiment(Struct, frozen=True, kw_only=True):
 
 
 def load_experiments(names: list[str]) -> dict[str, Experiment]:
-    """Those of `names` (of ours, or paths of files of one's own), by name; all of ours when there are none.
+    """Read those that are named (ours, or files by their paths); all of ours when no name is given.
 
     Raises:
         ExperimentError: there is no such experiment, or its definition is wrong.
@@ -214,7 +214,7 @@ def load_experiments(names: list[str]) -> dict[str, Experiment]:
 
 
 def read(path: Path) -> Experiment:
-    """Read one definition. Raises: ExperimentError."""
+    """Read one definition."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from chaos.counts import parse
-from chaos.load import Call, Load, Plan, now, summary
+from chaos.load import Load, Plan
 from chaos.measures import Findings, Sample, measured
-from chaos.processes import ProcessFailed
 from chaos.promises import Verdict
+from testkit.exposition import Exposition
+from testkit.load import Call, now, summary
+from testkit.processes import ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +29,15 @@ STEADY = 1.0
 PATIENCE = 10.0
 """Seconds beyond deadline and open breakers in which the steady state must be there, or back."""
 ROUTE = "/v1/chat/completions"
+REVIVING = frozenset({"start", "thaw"})
+"""Actions after which a backend answers its own health probe again: from then on its recovery counts."""
 
 
 class NotSteady(Exception):
     """The gateway is not as it should be before anything is done to it."""
 
 
-TROUBLE = (ProcessFailed, NotSteady, TimeoutError, aiohttp.ClientError, OSError, RuntimeError, ValueError)
+TROUBLE = (ProcessError, NotSteady, TimeoutError, aiohttp.ClientError, OSError, RuntimeError, ValueError)
 """What keeps one experiment from being played to its end, and the others not."""
 
 
@@ -117,7 +120,11 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
 
 
 async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> str:
-    """Version and mode of the gateway. Raises: NotSteady, aiohttp.ClientError."""
+    """Return version and mode of the gateway.
+
+    Raises:
+        NotSteady: It is something else, or has too few backends.
+    """
     timeout = aiohttp.ClientTimeout(total=5)
     try:
         async with session.get(f"{url}/health", timeout=timeout) as response:
@@ -135,7 +142,7 @@ async def _introduce(url: str, mocks: int, session: aiohttp.ClientSession) -> st
 
 
 async def _steady(load: Load, url: str, session: aiohttp.ClientSession) -> str | None:
-    """Wait for a second of nothing but good calls, as long as open breakers and one deadline take; None: it came not.
+    """Wait for a second of nothing but good calls, as long as open breakers and a deadline take; None: there was none.
 
     An idle gateway whose breaker is half open lets one call through and refuses those beside it: so the first calls
     need not be good, but a second of them must be.
@@ -156,13 +163,13 @@ async def _steady(load: Load, url: str, session: aiohttp.ClientSession) -> str |
 
 
 def _seen(calls: "Sequence[Call]") -> str:
-    """What became of calls, for people."""
+    """Describe what became of calls."""
     flaw = next((f"; {call.flaw}" for call in calls if call.flaw), "")
     return f"{summary(calls) or 'no call has ended'}{flaw}"
 
 
 def _good(call: Call) -> bool:
-    """Callers leave only where the definition says so."""
+    """Tell whether a call is as good as it can be: callers leave only where the definition says so."""
     return call.outcome in {"ok", "left"} and call.flaw is None
 
 
@@ -171,10 +178,14 @@ async def _take(steps: "Sequence[Step]", stage: "Stage", findings: Findings, tel
         await asyncio.sleep(max(0.0, findings.began + step.at - now()))
         _mark(str(step), findings, tell)
         await stage.do(step)
+        if step.do in REVIVING:
+            await stage.revived(step.mock)
+            findings.revivals.append(now() - findings.began)
+            _mark(f"mock-{step.mock} answers", findings, tell)
 
 
 async def _roll_back(played: Played, stage: "Stage", tell: "Tell") -> None:
-    """Every step is tried, whatever became of those before it."""
+    """Try every step, whatever became of those before it."""
     for step in played.experiment.rollback:
         _mark(f"rollback: {step}", played.findings, tell)
         try:
@@ -214,7 +225,7 @@ async def _look(url: str, began: float, session: aiohttp.ClientSession) -> Sampl
     async with session.get(f"{url}/health", timeout=timeout) as response:
         document: dict[str, Any] = await response.json()
     async with session.get(f"{url}/metrics", timeout=timeout) as response:
-        metrics = parse(await response.text())
+        metrics = Exposition.parse(await response.text())
     backends = document["downstream"]["backends"]
     return Sample(
         at=now() - began,

@@ -32,7 +32,11 @@ class FileResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """The address of a name. Raises: OSError, as aiohttp's own resolver does."""
+        """Return the address of a name.
+
+        Raises:
+            OSError: There is none.
+        """
         address = json.loads(self._file.read_text(encoding="utf-8")).get(host)
         if address is None:
             raise OSError(None, f"no such name: {host}")
@@ -41,7 +45,7 @@ class FileResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 def main() -> int:
@@ -62,7 +66,7 @@ def main() -> int:
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all: somebody waits for the file to appear."""
+    """Write a file whole or not at all: a test waits for it to appear."""
     draft = file.with_suffix(".draft")
     draft.write_text(text, encoding="utf-8")
     draft.replace(file)

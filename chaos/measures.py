@@ -1,14 +1,10 @@
 """What a game day measures: numbers over a span of an experiment, by the names that definitions use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from chaos.promises import quantile
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from chaos.load import Call
+from testkit.load import Call
+from testkit.quantiles import quantile
 
 
 @dataclass(frozen=True)
@@ -31,60 +27,80 @@ class Sample:
 
 @dataclass
 class Findings:
-    """What an experiment left behind. `began` is time zero: the instant at which the steady state was there."""
+    """What an experiment left behind.
+
+    Attributes:
+        began: Time zero: the instant at which the steady state was there.
+        calls: All of the load.
+        samples: What was seen of the gateway.
+        marks: What was done, and when, in seconds since time zero.
+        revivals: When a backend that was started or thawed answered its own health probe, in seconds since time zero.
+    """
 
     began: float
-    calls: "list[Call]" = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     marks: list[tuple[float, str]] = field(default_factory=list)
+    revivals: list[float] = field(default_factory=list)
 
-    def sent(self, since: float, until: float) -> "list[Call]":
-        """The calls sent in that span (seconds since time zero)."""
+    def sent(self, since: float, until: float) -> list[Call]:
+        """Return the calls sent in that span (seconds since time zero)."""
         return [call for call in self.calls if since <= call.started - self.began < until]
 
+    def revived(self, since: float, until: float) -> float:
+        """Return when the first backend that was started in that span answered its own health probe.
 
-def _number(calls: "list[Call]", wanted: "Callable[[Call], bool]") -> float | None:
+        How long its start takes is the machine's affair, not the gateway's. Where none was started it is `since`.
+        """
+        return min((at for at in self.revivals if since <= at < until), default=since)
+
+
+def _number(calls: list[Call], wanted: Callable[[Call], bool]) -> float | None:
     return sum(map(wanted, calls)) if calls else None
 
 
-def _cut_short(call: "Call") -> bool:
-    """An answer began and did not end as it should; a connection that was reset without one byte is none."""
+def _cut_short(call: Call) -> bool:
+    """Tell whether an answer began and did not end as it should; a connection reset without one byte is no answer."""
     return call.status is not None and call.flaw is not None
 
 
-def _share_good(calls: "list[Call]") -> float | None:
+def _share_good(calls: list[Call]) -> float | None:
     return sum(call.outcome == "ok" for call in calls) / len(calls) if calls else None
 
 
-def _over(calls: "list[Call]") -> float | None:
+def _over(calls: list[Call]) -> float | None:
     return max(0.0, *(call.over for call in calls)) if calls else None
 
 
-def _p99(calls: "list[Call]") -> float | None:
+def _p99(calls: list[Call]) -> float | None:
     return quantile([call.seconds for call in calls], 0.99) if calls else None
 
 
 def _recovery(findings: Findings, since: float, until: float) -> float | None:
-    """Seconds from `since` to the end of the first good answer to a call sent after it."""
+    """Return the seconds to the end of the first good answer to a call sent after `since`.
+
+    They count from `since`, or from when a backend started after it answered its own health probe.
+    """
     ends = [call.ended - findings.began for call in findings.sent(since, until) if call.outcome == "ok"]
-    return min(ends) - since if ends else None
+    return max(0.0, min(ends) - findings.revived(since, until)) if ends else None
 
 
 def _recovery_past_open(findings: Findings, since: float, until: float) -> float | None:
-    """The same, but from the end of the breaker's open time, if one runs.
+    """Return the same, but from the end of the breaker's open time, if one is running.
 
     It may also have been opened after `since`, by an attempt that was under way then: at most a deadline later.
     """
     recovery = _recovery(findings, since, until)
     if recovery is None:
         return None
-    settled = since + max(call.deadline for call in findings.calls)
+    start = findings.revived(since, until)
+    settled = start + max(call.deadline for call in findings.calls)
     ends = [one.at + one.retry_in for one in findings.samples if since <= one.at <= settled and one.retry_in]
-    return max(0.0, recovery - max([0.0, *(end - since for end in ends)]))
+    return max(0.0, recovery - max([0.0, *(end - start for end in ends)]))
 
 
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
-    """From the gateway's own counters, between the last look before `since` (the fault's burst counts) and `until`."""
+    """Return it by the gateway's counters, from the last sample before `since`: the burst of a fault counts."""
     before = [sample for sample in findings.samples if sample.at <= since]
     span = [*before[-1:], *(sample for sample in findings.samples if since < sample.at < until)]
     if len(span) < 2 or span[-1].requests <= span[0].requests or span[-1].attempts < span[0].attempts:
@@ -92,7 +108,7 @@ def _attempts_per_request(findings: Findings, since: float, until: float) -> flo
     return (span[-1].attempts - span[0].attempts) / (span[-1].requests - span[0].requests)
 
 
-MEASURES: "dict[str, Callable[[Findings, float, float], float | None]]" = {
+MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {
     "share_good": lambda f, since, until: _share_good(f.sent(since, until)),
     "failures": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome != "ok"),
     "ill_formed": lambda f, since, until: _number(f.sent(since, until), lambda call: call.flaw is not None),
@@ -111,7 +127,7 @@ COUNTS = frozenset({"failures", "ill_formed", "cut_short", "hung"})
 
 
 def measured(name: str, findings: Findings, since: float, until: float) -> tuple[float | None, str]:
-    """The value, and the same for people."""
+    """Return the value, and the same as text."""
     value = MEASURES[name](findings, since, until)
     if value is None:
         return None, "not measured"

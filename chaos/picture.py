@@ -5,14 +5,14 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from chaos.promises import quantile
+from testkit.quantiles import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from chaos.gameday import Played
-    from chaos.load import Call
     from chaos.measures import Findings
+    from testkit.load import Call
 
 BUCKET = 0.5
 """Seconds per column."""
@@ -41,13 +41,13 @@ class Axis:
     last: float
 
     def x(self, at: float) -> float:
-        """Where an instant is."""
+        """Return where an instant is."""
         at = min(max(at, self.first), self.last)
         return LEFT + (at - self.first) * (WIDTH - LEFT - RIGHT) / (self.last - self.first)
 
 
 def picture(played: "Played") -> str:
-    """The SVG element."""
+    """Return the SVG element."""
     findings = played.findings
     axis = _axis(findings, played.experiment.steady_state.seconds)
     columns = _columns(findings, axis)
@@ -86,7 +86,7 @@ def _axis(findings: "Findings", seconds: float) -> Axis:
 
 
 def _columns(findings: "Findings", axis: Axis) -> "dict[int, list[Call]]":
-    """The calls by the column (counted from time zero) in which they ended."""
+    """Sort calls into columns (counted from time zero) by when they ended."""
     columns: dict[int, list[Call]] = {
         column: [] for column in range(int(axis.first // BUCKET), int(axis.last // BUCKET) + 1)
     }
@@ -96,7 +96,7 @@ def _columns(findings: "Findings", axis: Axis) -> "dict[int, list[Call]]":
 
 
 def _labels(marks: list[tuple[float, str]], axis: Axis) -> tuple[str, float]:
-    """What was done, in as many rows as it takes for no label to touch another one; and the room they need."""
+    """Write what was done, in as many rows as it takes for labels not to touch; return them and the room they need."""
     rows: list[float] = []
     places = []
     for at, text in sorted(marks):
@@ -109,7 +109,7 @@ def _labels(marks: list[tuple[float, str]], axis: Axis) -> tuple[str, float]:
 
 
 def _instants(marks: list[tuple[float, str]], axis: Axis, height: float) -> str:
-    """When something was done: a line across a panel."""
+    """Draw a line across a panel for each instant at which something was done."""
     xs = [axis.x(at) for at, _ in marks]
     return "".join(
         f"<line x1='{x:.1f}' x2='{x:.1f}' y1='0' y2='{height:.0f}' stroke='#223' stroke-dasharray='3 3'/>" for x in xs
@@ -117,7 +117,7 @@ def _instants(marks: list[tuple[float, str]], axis: Axis, height: float) -> str:
 
 
 def _bars(columns: "dict[int, list[Call]]", axis: Axis) -> tuple[str, float]:
-    """Calls per second, by outcome."""
+    """Draw calls per second, by outcome."""
     highest = max(1, *map(len, columns.values()))
     parts = [_scale(highest / BUCKET)]
     for column, calls in columns.items():
@@ -132,7 +132,7 @@ def _bars(columns: "dict[int, list[Call]]", axis: Axis) -> tuple[str, float]:
 
 
 def _lines(columns: "dict[int, list[Call]]", axis: Axis) -> tuple[str, float]:
-    """Percentiles of the time callers waited."""
+    """Draw percentiles of the time for which callers waited."""
     latencies = {column: [call.seconds for call in calls] for column, calls in columns.items() if calls}
     highest = max([0.01, *map(max, latencies.values())])
     parts = [_scale(highest)]
@@ -143,7 +143,7 @@ def _lines(columns: "dict[int, list[Call]]", axis: Axis) -> tuple[str, float]:
 
 
 def _rates(findings: "Findings", axis: Axis) -> tuple[str, float]:
-    """Attempts and requests per second, from the gateway's counters."""
+    """Draw attempts and requests per second, from the gateway's counters."""
     rates = [
         (after.at, (after.attempts - before.attempts) / span, (after.requests - before.requests) / span)
         for before, after in pairwise(findings.samples[::2])
@@ -156,7 +156,7 @@ def _rates(findings: "Findings", axis: Axis) -> tuple[str, float]:
 
 
 def _breakers(findings: "Findings", axis: Axis) -> tuple[str, float]:
-    """A strip per replica, coloured by the state of its breaker from one look to the next."""
+    """Draw a strip per replica, coloured by the state of its breaker."""
     names = sorted({name for sample in findings.samples for name in sample.breakers})
     parts = []
     for row, name in enumerate(names):
@@ -183,7 +183,7 @@ def _at(y: float, content: str) -> str:
 
 
 def _scale(highest: float) -> str:
-    """The ends of a panel's scale, and its base."""
+    """Draw the ends of a panel's scale, and its base."""
     return (
         _text(LEFT - 6, FONT - 2, f"{highest:.3g}", anchor="end")
         + _text(LEFT - 6, HEIGHT, "0", anchor="end")

@@ -1,14 +1,14 @@
 """Promises: each looks at what was measured and gives a verdict with its numbers."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from chaos.load import PROMISED, Call, summary
+from chaos.counts import Books
+from testkit.load import Call, summary
+from testkit.quantiles import quantile
 
-if TYPE_CHECKING:
-    from chaos.counts import Books
-
+PROMISED = 0.1
+"""Seconds after its deadline by which a call must have ended."""
 SHOWN = 3
 """Examples in a verdict."""
 
@@ -25,14 +25,8 @@ class Verdict:
         return f"{'kept  ' if self.kept else 'BROKEN'}  {self.promise}: {self.measured}"
 
 
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which that share of them lies; 0 for none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
-
-
 def in_time(calls: Sequence[Call]) -> Verdict:
-    """No caller waits longer than its deadline and 100 ms."""
+    """Judge that no caller waits longer than its deadline and 100 ms."""
     over = max((call.over for call in calls), default=0.0)
     hung = sum(call.outcome == "hung" for call in calls)
     longest = max((call.seconds for call in calls), default=0.0)
@@ -47,7 +41,7 @@ def in_time(calls: Sequence[Call]) -> Verdict:
 
 
 def well_formed(calls: Sequence[Call]) -> Verdict:
-    """Every call ends with a whole, right answer, an error document, or one error event."""
+    """Judge that every call ends with a whole, right answer, an error document, or one error event."""
     flawed = [call for call in calls if call.flaw or call.outcome in {"broken", "reset", "hung"}]
     doubled = [call for call in calls if call.error_events > 1]
     examples = "".join(f"; {call.id} ({call.outcome}): {call.flaw}" for call in flawed[:SHOWN])
@@ -58,8 +52,8 @@ def well_formed(calls: Sequence[Call]) -> Verdict:
     )
 
 
-def agree(books: "Books") -> Verdict:
-    """Callers, gateway and journal count the same."""
+def agree(books: Books) -> Verdict:
+    """Judge that callers, gateway and journal count the same."""
     return Verdict(
         "callers, gateway and journal agree to the last call",
         "; ".join([str(books), *books.differences[:SHOWN]]),
@@ -68,7 +62,7 @@ def agree(books: "Books") -> Verdict:
 
 
 def nothing_held(leaks: Sequence[str]) -> Verdict:
-    """Everything was given back."""
+    """Judge that everything was given back."""
     return Verdict(
         "open files, connections, slots, tasks and threads are back where they were",
         "; ".join(leaks) or "they are",
@@ -77,17 +71,17 @@ def nothing_held(leaks: Sequence[str]) -> Verdict:
 
 
 def at_most(promise: str, value: float, limit: float, unit: str = "") -> Verdict:
-    """A number that must not be larger."""
+    """Judge a number that must not be larger."""
     return Verdict(f"{promise} <= {limit:g}{unit}", f"{value:.4g}{unit}", value <= limit)
 
 
 def at_least(promise: str, value: float, limit: float, unit: str = "") -> Verdict:
-    """A number that must not be smaller."""
+    """Judge a number that must not be smaller."""
     return Verdict(f"{promise} >= {limit:g}{unit}", f"{value:.4g}{unit}", value >= limit)
 
 
 def quantile_at_most(promise: str, values: Sequence[float], share: float, limit: float, unit: str = "") -> Verdict:
-    """A quantile that must not be larger; broken when there was nothing to measure."""
+    """Judge a quantile that must not be larger; broken when there was nothing to measure."""
     value = quantile(values, share)
     return Verdict(
         f"{promise} <= {limit:g}{unit}", f"{value:.4g}{unit} of {len(values)}", bool(values) and value <= limit
@@ -95,29 +89,29 @@ def quantile_at_most(promise: str, values: Sequence[float], share: float, limit:
 
 
 def all_good(calls: Sequence[Call], what: str = "callers") -> Verdict:
-    """Nobody saw a failure."""
+    """Judge that nobody saw a failure."""
     bad = sum(call.outcome != "ok" for call in calls)
     return Verdict(f"no failure for {what}", f"{len(calls)} calls: {summary(calls)}", bool(calls) and not bad)
 
 
 def fails_as(calls: Sequence[Call], allowed: Collection[tuple[int, str]]) -> Verdict:
-    """Some calls fail, so that the fault was felt, and each of them with one of these (status, outcome)."""
+    """Judge that some calls fail, so that the fault was felt, and each of them with one of these (status, outcome)."""
     seen = {(call.status, call.outcome) for call in calls if call.outcome != "ok"}
     kinds = ", ".join(f"{status} {outcome}" for status, outcome in sorted(allowed))
     return Verdict(f"calls fail, and only with {kinds}", f"{summary(calls)}", bool(seen) and seen <= set(allowed))
 
 
 def attempts_at_most(promise: str, calls: Sequence[Call], limit: float) -> Verdict:
-    """Attempts per request; broken when nothing was sent."""
+    """Judge the attempts per request; broken when nothing was sent."""
     value = attempts_per_request(calls)
     return Verdict(f"{promise} <= {limit:g}", f"{value:.4g} of {len(calls)} calls", bool(calls) and value <= limit)
 
 
 def attempts_per_request(calls: Sequence[Call]) -> float:
-    """Attempts that the gateway made, per call."""
+    """Return the attempts that the gateway made, per call."""
     return sum(len(call.tries) for call in calls) / len(calls) if calls else 0.0
 
 
 def share_good(calls: Sequence[Call]) -> float:
-    """The part of the calls that was answered."""
+    """Return the part of the calls that was answered."""
     return sum(call.outcome == "ok" for call in calls) / len(calls) if calls else 0.0

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from enum import Enum
 
-from chaos.processes import LOOPBACK, free_port
+from testkit.ports import LOOPBACK, free_port
 
 
 class Network(Enum):
@@ -77,7 +77,7 @@ class Proxy:
         self._fillers.clear()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, until either side closes it, or the network loses it."""
+        """Pass on one connection, until either side closes it or the network loses it."""
         task = asyncio.current_task()
         if task is not None:
             self._passing.add(task)
@@ -107,7 +107,7 @@ class Proxy:
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, lost: asyncio.Event) -> None:
-    """One direction. A lost connection reads on, so that the kernel sees its end, and passes nothing, not even that."""
+    """Pass on one direction. A lost connection reads on, so that the kernel sees its end, and passes on nothing."""
     try:
         while data := await source.read(65_536):
             if not lost.is_set():

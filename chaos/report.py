@@ -35,7 +35,7 @@ svg {{ display: block; width: 100%; min-width: {WIDTH * READABLE / FONT:.0f}px; 
 
 
 def report(results: "Sequence[Played]", *, chosen: int, where: str, when: str, command: str) -> str:
-    """The page, as HTML.
+    """Return the page, as HTML.
 
     Args:
         results: one for each experiment so far.
@@ -85,7 +85,7 @@ def _section(number: int, played: "Played") -> str:
 
 
 def _environment(played: "Played") -> str:
-    """What somebody needs to see the same again."""
+    """Describe what it takes to see the same again."""
     settings = " ".join(f"{key}={value}" for key, value in sorted(played.settings.items()))
     return (
         f"<p class='small'>Load: {escape(str(played.experiment.steady_state))}; seed {played.seed}. "

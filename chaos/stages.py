@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
+import os
+from asyncio.subprocess import PIPE
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 
-from chaos import REPOSITORY
 from chaos.arena import GATEWAY, MOCK, Arena
 from chaos.experiment import ACTIONS
-from chaos.processes import ProcessFailed
 from chaos.proxy import Network
+from testkit.processes import ProcessError, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 SERVICES = ("mock-model", "mock-model-b")
 """The mock models of compose.yaml, from number 1."""
 DOCKER_SECONDS = 60.0
-RESTORE_SECONDS = 20.0
-"""Until a mock model that was started again must have taken its script back."""
+REVIVAL_SECONDS = 20.0
+"""Until a mock model that was started again must answer."""
 
 
 class Stage(Protocol):
-    """A gateway, and what can be done to it and to its backends. `begin`, any number of `do`, `end`.
+    """A gateway, and what can be done to it and to its backends: `begin`, any number of `do`, `end`.
+
+    Each may raise `ProcessError` or `aiohttp.ClientError`.
 
     Attributes:
         key: for the gateway, or None.
@@ -42,13 +45,16 @@ class Stage(Protocol):
         """Of the gateway."""
 
     async def begin(self) -> None:
-        """Make it ready, and remember how it was. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Make it ready, and remember how it was."""
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Do what the step says."""
+
+    async def revived(self, mock: int) -> None:
+        """Wait until that mock model, started or thawed, answers its own health probe."""
 
     async def end(self) -> None:
-        """Leave it as `begin` found it. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Leave it as `begin` found it."""
 
 
 class LocalStage:
@@ -71,7 +77,7 @@ class LocalStage:
         return self._arena.gateway.url
 
     async def begin(self) -> None:
-        """Start everything. Raises: ProcessFailed."""
+        """Start everything."""
         await self._stack.enter_async_context(self._arena)
         plan = self._arena.load(1.0).plan
         self.plan = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens}
@@ -81,7 +87,7 @@ class LocalStage:
         await self._stack.aclose()
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed."""
+        """Do what the step says."""
         mock = self._arena.mocks[step.mock - 1]
         if step.do == "faults":
             await mock.faults(*step.faults)
@@ -104,6 +110,10 @@ class LocalStage:
             await self._arena.gateway.stop()
             await self._arena.gateway.start()
 
+    async def revived(self, mock: int) -> None:
+        """Wait until that mock model answers its own health probe."""
+        await self._arena.mocks[mock - 1].ready()
+
 
 class RemoteStage:
     """A gateway that runs already, and the control ports of its mock models, whose scripts are put back at the end."""
@@ -121,40 +131,51 @@ class RemoteStage:
         self._changed: set[int] = set()
 
     async def begin(self) -> None:
-        """Remember the scripts. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Remember the scripts."""
         self._found = [await self._control("GET", control) for control in self._controls]
         self._changed.clear()
 
     async def end(self) -> None:
-        """Put back the scripts of those that were touched. Raises: ProcessFailed."""
+        """Put back the scripts of those that were touched."""
         for number in sorted(self._changed):
             if number <= len(self._controls):
-                await self._put_back(self._controls[number - 1], self._found[number - 1])
+                await self._insist("PUT", number, self._found[number - 1])
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Do what the step says."""
         self._changed.add(step.mock)
         await self._control("PUT", self._controls[step.mock - 1], list(step.faults))
 
-    async def _put_back(self, control: str, script: Any) -> None:  # noqa: ANN401
+    async def revived(self, mock: int) -> None:
+        """Wait until that mock model answers at its control port, if that is known: its health port is not published.
+
+        Raises:
+            ProcessError: It does not.
+        """
+        if mock <= len(self._controls):
+            await self._insist("GET", mock)
+
+    async def _insist(self, method: str, mock: int, script: Any = None) -> None:  # noqa: ANN401
+        """Call the control API of a mock model that may just be starting, until it answers."""
+        control = self._controls[mock - 1]
         trouble: Exception | None = None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RESTORE_SECONDS):
+            async with asyncio.timeout(REVIVAL_SECONDS):
                 while True:
                     try:
-                        await self._control("PUT", control, script)
+                        await self._control(method, control, script)
                     except (aiohttp.ClientError, TimeoutError) as error:
                         trouble = error
                         await asyncio.sleep(0.2)
                     else:
                         return
-        raise ProcessFailed(f"the script at {control} could not be put back: {trouble}")
+        raise ProcessError(f"the mock model at {control} does not answer: {trouble}")
 
     async def _control(self, method: str, control: str, body: Any = None) -> Any:  # noqa: ANN401
         url, timeout = f"{control}/faults", aiohttp.ClientTimeout(total=5)
         async with self._session.request(method, url, json=body, timeout=timeout) as response:
             if not response.ok:
-                raise ProcessFailed(f"{method} {url}: {response.status} {await response.text()}")
+                raise ProcessError(f"{method} {url}: {response.status} {await response.text()}")
             return await response.json()
 
 
@@ -169,7 +190,7 @@ class ComposeStage(RemoteStage):
         self._paused: set[str] = set()
 
     async def end(self) -> None:
-        """Containers first: a script can be put back to one that runs. Raises: ProcessFailed."""
+        """Start containers first: a script can be put back only to one that runs."""
         for service in sorted(self._paused):
             await self._thaw(service)
         for service in sorted(self._stopped):
@@ -177,7 +198,7 @@ class ComposeStage(RemoteStage):
         await super().end()
 
     async def do(self, step: "Step") -> None:
-        """Do what the step says. Raises: ProcessFailed, aiohttp.ClientError."""
+        """Do what the step says."""
         service = SERVICES[step.mock - 1]
         if step.do in RemoteStage.actions:
             await super().do(step)
@@ -217,44 +238,45 @@ class ComposeStage(RemoteStage):
 
 
 async def compose(*args: str) -> str:
-    """Run `docker compose ARGS` and give what it printed. Raises: ProcessFailed with its last line."""
+    """Run `docker compose ARGS` and return what it printed.
+
+    Raises:
+        ProcessError: It failed; the text is its last line.
+    """
     command = ("docker", "compose", "--profile", "*", *args)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=REPOSITORY,
-            process_group=0,
-        )
+        process = await spawn(command, env=os.environ, stdout=PIPE, stderr=PIPE)
     except OSError as error:
-        raise ProcessFailed(f"docker: {error.strerror}") from None
+        raise ProcessError(f"docker: {error.strerror}") from None
     ending = asyncio.ensure_future(process.communicate())
     try:
         async with asyncio.timeout(DOCKER_SECONDS):
             output, errors = await asyncio.shield(ending)
     except TimeoutError:
         process.kill()
-        raise ProcessFailed(f"docker compose {' '.join(args)}: nothing for {DOCKER_SECONDS:g} s") from None
+        raise ProcessError(f"docker compose {' '.join(args)}: nothing for {DOCKER_SECONDS:g} s") from None
     except asyncio.CancelledError:
         await ending  # what was begun is known to be done, so that it can be undone
         raise
     if process.returncode:
         last = errors.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ProcessFailed(f"docker compose {' '.join(args)}: {last or process.returncode}")
+        raise ProcessError(f"docker compose {' '.join(args)}: {last or process.returncode}")
     return output.decode(errors="replace").strip()
 
 
 async def running(services: "Sequence[str]") -> list[str]:
-    """Those of them that have a container which runs. Raises: ProcessFailed."""
+    """Return those services that have a running container."""
     names = (await compose("ps", "--services", "--status", "running")).split()
     return [service for service in services if service in names]
 
 
 async def published(service: str, port: int) -> str:
-    """The address under which a container's port is published. Raises: ProcessFailed."""
+    """Return the address under which a container's port is published.
+
+    Raises:
+        ProcessError: It is not published.
+    """
     address = await compose("port", service, str(port))
     if not address.rpartition(":")[2].isdecimal():
-        raise ProcessFailed(f"docker compose port {service} {port}: {address or 'it is not published'}")
+        raise ProcessError(f"docker compose port {service} {port}: {address or 'it is not published'}")
     return f"http://{address}"

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 
-from chaos.load import Call, good, now, sent_between
 from chaos.processes import Gateway
 from chaos.promises import (
     Verdict,
@@ -15,6 +14,7 @@ from chaos.promises import (
     quantile_at_most,
     share_good,
 )
+from testkit.load import Call, good, now, sent_between
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 RATE = 40.0

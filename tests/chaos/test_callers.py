@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from chaos.arena import Arena
-from chaos.load import Call, now, sent_between
 from chaos.promises import Verdict, all_good, at_most
+from testkit.load import Call, now, sent_between
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 ENDLESS = {"MOCK_TOKENS": "500", "MOCK_TOKEN_INTERVAL": "0.02"}
@@ -18,7 +18,7 @@ def left_behind(arena: Arena, calls: list[Call]) -> tuple[int, float]:
     to_monotonic = time.monotonic() - time.time()
     ids: dict[int, str] = {}
     ended: dict[str, float] = {}
-    lines: list[dict[str, Any]] = arena.mock.lines()
+    lines: list[dict[str, Any]] = arena.mock.journal_lines()
     for line in lines:
         if line["event"] == "arrived":
             ids[line["call"]] = line["request_id"]

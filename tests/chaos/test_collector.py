@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chaos.arena import Arena
-from chaos.load import Call, now, sent_between
-from chaos.promises import Verdict, all_good, at_least, at_most, quantile
+from chaos.promises import Verdict, all_good, at_least, at_most
+from testkit.load import Call, now, sent_between
+from testkit.quantiles import quantile
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
 RATE = 30.0

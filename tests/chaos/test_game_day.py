@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from chaos import REPOSITORY
+from testkit import REPOSITORY
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.http import ask
+from testkit.processes import python, spawn
 from tests.chaos.verdict import StartArena
 
 KEPT = """
@@ -89,7 +92,7 @@ OVERLAPS = """
 
 
 def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "chaos", *map(str, words)]
+    return python("chaos", *map(str, words))
 
 
 def game_day(folder: Path, definition: str) -> tuple["subprocess.CompletedProcess[str]", Path]:
@@ -147,20 +150,17 @@ async def test_a_stack_that_runs_already_gets_its_script_back(start_arena: Start
     """The definition has no rollback; the mock model's own script is back, and a fault that was used up stays so."""
     arena = await start_arena()
     await arena.mock.faults({"kind": "html", "times": 1}, {"kind": "reset", "match": {"model": "other"}})
-    control = f"http://127.0.0.1:{arena.mock.control_port}"
-    prompt = {"messages": [{"role": "user", "content": "Hello"}]}
-    async with arena.session.post(f"{arena.mock.url}/v1/chat/completions", json=prompt) as response:
-        assert response.content_type == "text/html"
-    async with arena.session.get(f"{control}/faults") as response:
-        before = await response.json()
+    control = arena.mock.control_url
+    answer = await ask(arena.mock.url + CHAT_PATH, method="POST", body=CHAT)
+    assert answer.headers["content-type"].startswith("text/html")
+    before = (await arena.mock.control("GET", "/faults")).json
     experiment, page = tmp_path / "mine.yaml", tmp_path / "report.html"
     experiment.write_text(NO_ROLLBACK, encoding="utf-8")
     words = command(experiment, "--target", arena.gateway.url, "--mock-control", control, "--out", page)
-    process = await asyncio.create_subprocess_exec(*words, cwd=REPOSITORY, stdout=-1, stderr=-2, process_group=0)
+    process = await spawn(words, env=os.environ, stdout=PIPE, stderr=STDOUT)
     async with asyncio.timeout(90):
         said = (await process.communicate())[0].decode()
-    async with arena.session.get(f"{control}/faults") as response:
-        after = await response.json()
+    after = (await arena.mock.control("GET", "/faults")).json
 
     assert process.returncode == 0, said
     assert "mock-1: status" in said
@@ -174,7 +174,7 @@ async def test_ctrl_c_ends_in_order_and_leaves_a_report(tmp_path: Path) -> None:
     (tmp_path / "third.yaml").write_text(KEPT, encoding="utf-8")
     page = tmp_path / "report.html"
     words = command(*(tmp_path / f"{name}.yaml" for name in ("first", "second", "third")), "--out", page)
-    process = await asyncio.create_subprocess_exec(*words, cwd=REPOSITORY, stdout=-1, stderr=-2, process_group=0)
+    process = await spawn(words, env=os.environ, stdout=PIPE, stderr=STDOUT)
     assert process.stdout is not None
     said = ""
     async with asyncio.timeout(90):

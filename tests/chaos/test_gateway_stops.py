@@ -2,8 +2,8 @@
 
 import asyncio
 
-from chaos.load import now, sent_between
 from chaos.promises import Verdict, all_good, at_least, at_most
+from testkit.load import now, sent_between
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
 LONG = {"MOCK_TOKENS": "40", "MOCK_TOKEN_INTERVAL": "0.05"}

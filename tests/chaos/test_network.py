@@ -2,10 +2,10 @@
 
 import asyncio
 
-from chaos.load import now, sent_between
-from chaos.processes import LOOPBACK
 from chaos.promises import Verdict, all_good, at_most, attempts_at_most, fails_as
 from chaos.proxy import Network
+from testkit.load import now, sent_between
+from testkit.ports import LOOPBACK
 from tests.chaos.verdict import StartArena, nothing_is_lost, probed_well, recovers
 
 RATE = 30.0

@@ -3,9 +3,9 @@
 import asyncio
 from itertools import pairwise
 
-from chaos.load import Call, good, now, sent_between
 from chaos.processes import Gateway
 from chaos.promises import Verdict, all_good, at_least, at_most, attempts_at_most, fails_as, quantile_at_most
+from testkit.load import Call, good, now, sent_between
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}

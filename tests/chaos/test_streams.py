@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from chaos.load import Call
 from chaos.promises import Verdict, all_good, at_most
+from testkit.load import Call
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
 PATIENT = {"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"}

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from chaos.arena import Arena
 from chaos.counts import Books
-from chaos.load import Call, Load, good, now, summary
 from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
+from testkit.load import Call, Load, good, now, summary
 
 StartArena = Callable[..., Awaitable[Arena]]
 RECOVERY = 1.0
@@ -32,12 +33,16 @@ async def nothing_is_lost(arena: Arena, calls: Sequence[Call], *verdicts: Verdic
 async def probed_well(gateway: Gateway, since: float) -> float:
     """Wait for a good probe of the backend after `since`; the instant. For faults that may swallow a probe."""
     async with asyncio.timeout(20):
-        while True:
-            probe = (await gateway.health())["downstream"]["backends"][0]["probe"]
-            at: float = now() - probe["seconds_ago"]
-            if probe["ok"] and at >= since:
-                return at
+        while (at := good_probe(await gateway.health(), since)) is None:  # noqa: ASYNC110 - the instant is wanted
             await asyncio.sleep(0.02)
+    return at
+
+
+def good_probe(health: dict[str, Any], since: float) -> float | None:
+    """When the gateway's last probe of the first backend was made, if it was good and after `since`."""
+    probe = health["downstream"]["backends"][0]["probe"]
+    at: float = now() - probe["seconds_ago"]
+    return at if probe["ok"] and at >= since else None
 
 
 async def recovers(load: Load, since: float, within: float = RECOVERY) -> Verdict:

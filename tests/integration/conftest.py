@@ -1,14 +1,19 @@
 """The gateway and the mock model on real sockets, in the test's own event loop."""
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
-from opentelemetry.sdk.trace.export import SpanExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
@@ -17,12 +22,15 @@ from gateway.config import load_routing
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
+from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from tests.integration.backends_raw import StartRaw, raw_backends
 from tests.integration.collector import Collector
-from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock
+from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock, patient
+from tests.integration.recorder import Recorder, recording
+from tests.integration.traced import Stack, StartStack, routes
 
 
 @pytest.fixture
@@ -41,6 +49,19 @@ async def start_mock() -> AsyncIterator[StartMock]:
 async def mock(start_mock: StartMock) -> MockModel:
     """One mock model, without delays."""
     return await start_mock()
+
+
+@pytest.fixture
+async def slow_mock(start_mock: StartMock) -> MockModel:
+    """Each token on its own, so that what follows the first one comes after commit."""
+    return await start_mock(mock_token_interval=0.03)
+
+
+@pytest.fixture
+async def recorder() -> AsyncIterator[Recorder]:
+    """A backend that keeps what it received."""
+    async with recording() as one:
+        yield one
 
 
 @pytest.fixture
@@ -87,3 +108,37 @@ async def start_gateway(
         return Gateway(client, app[PARTS], exporter, log)
 
     return start
+
+
+@pytest.fixture
+async def start_stack(collector: Collector, start_gateway: StartGateway) -> AsyncIterator[StartStack]:
+    """Start a traced gateway before a traced mock model, or `backends`, or (a folder for `fallback`) two targets."""
+    async with AsyncExitStack() as stack:
+
+        async def start_mock(**settings: Any) -> MockModel:  # noqa: ANN401
+            provider = TracerProvider(resource=Resource({"service.name": "mock-model"}), shutdown_on_exit=False)
+            exporter = OTLPSpanExporter(endpoint=collector.endpoint)
+            provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=20))
+            stack.push_async_callback(asyncio.to_thread, provider.shutdown)
+            defaults = {"port": 0, "control_port": 0, "mock_ttft": 0, "mock_token_interval": 0}
+            mock = MockModel(MockSettings(**(defaults | settings)), tracer_provider=provider)
+            return await stack.enter_async_context(mock)
+
+        async def start(
+            *backends: str,
+            fallback: Path | None = None,
+            mock_settings: dict[str, Any] | None = None,
+            **settings: Any,  # noqa: ANN401
+        ) -> Stack:
+            count = 2 if fallback else 0 if backends else 1
+            mocks = [await start_mock(**(mock_settings or {})) for _ in range(count)]
+            if fallback:
+                settings["gateway_config"] = routes(fallback, *(mock.url for mock in mocks))
+            else:
+                backends = backends or tuple(mock.url for mock in mocks)
+            settings.setdefault("gateway_backoff_initial", 0.01)
+            exporter = OtlpHttpExporter(endpoint=collector.endpoint)
+            gateway = await patient(start_gateway)(*backends, exporter=exporter, **settings)
+            return Stack(gateway, collector, mocks)
+
+        yield start

@@ -1,9 +1,9 @@
-"""What the integration tests hold in their hands: a gateway that runs, and an answer of it."""
+"""A gateway that runs in the test's own event loop."""
 
 import io
-import json
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,8 +16,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from gateway.app import Parts, runner_of
 from mock_model.serve import MockModel
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.http import Answer
 
-CHAT = {"model": "demo-model", "messages": [{"role": "user", "content": "Say something."}]}
+KEY = "gw-key-1"
+REFUSED = "http://127.0.0.1:1"
+"""A backend's url at which nothing listens."""
+EXPLAINING = {"x-request-id", "x-trace-id", "x-gateway-attempts", "server-timing"}
+"""The headers of every answer of `/v1`."""
 
 
 class GatewayServer(BaseTestServer):
@@ -58,12 +64,12 @@ class Gateway:
         """The real SDK, without retries of its own; close it, or use `async with`."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="sk-test", max_retries=0)
 
-    async def chat(self, **changes: Any) -> "Answer":  # noqa: ANN401
+    async def chat(self, **changes: Any) -> Answer:  # noqa: ANN401
         """Post a chat prompt; `headers` and `path` are the request's, all else is the body's."""
         headers = changes.pop("headers", {})
-        path = changes.pop("path", "/v1/chat/completions")
+        path = changes.pop("path", CHAT_PATH)
         async with self.client.post(path, json=CHAT | changes, headers=headers) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return await Answer.of(response)
 
     def limit_send_buffers(self, size: int) -> int:
         """The kernel holds about `size` bytes for each caller who is connected now; how many those are."""
@@ -93,44 +99,17 @@ class Gateway:
             return await response.text()
 
 
-class Answer:
-    """A whole answer."""
+async def get(gateway: Gateway, path: str, **headers: str) -> Answer:
+    """GET a path."""
+    async with gateway.client.get(path, headers=headers) as response:
+        return await Answer.of(response)
 
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = {name.lower(): value for name, value in headers.items()}
-        self.body = body
 
-    @property
-    def error(self) -> dict[str, Any]:
-        """The envelope's inside."""
-        document: dict[str, Any] = json.loads(self.body)["error"]
-        return document
-
-    @property
-    def attempts(self) -> int:
-        """As `x-gateway-attempts` has it."""
-        return int(self.headers["x-gateway-attempts"])
-
-    @property
-    def timing(self) -> list[tuple[str, str, float]]:
-        """`server-timing`, in order: name, description, milliseconds."""
-        entries = []
-        for entry in self.headers["server-timing"].split(", "):
-            name, *parameters = entry.split(";")
-            values = dict(parameter.split("=", 1) for parameter in parameters)
-            entries.append((name, values.get("desc", "").strip('"'), float(values["dur"])))
-        return entries
-
-    @property
-    def outcomes(self) -> list[str]:
-        """Of each attempt: the replica and what became of it."""
-        return [text for name, text, _ in self.timing if name.startswith("attempt-")]
-
-    @property
-    def backoffs(self) -> list[float]:
-        """Each sleep between attempts, in milliseconds."""
-        return [milliseconds for name, _, milliseconds in self.timing if name.startswith("backoff-")]
+def config(folder: Path, text: str) -> Path:
+    """Write a configuration for `GATEWAY_CONFIG`."""
+    file = folder / "gateway.yaml"
+    file.write_text(text)
+    return file
 
 
 def prefer(gateway: Gateway, replica: str) -> None:
@@ -141,3 +120,12 @@ def prefer(gateway: Gateway, replica: str) -> None:
 
 StartMock = Callable[..., Awaitable[MockModel]]
 StartGateway = Callable[..., Awaitable[Gateway]]
+
+
+def patient(start: StartGateway) -> StartGateway:
+    """The same with a connect timeout that even a busy machine does not reach."""
+
+    async def start_patient(*backends: Any, **settings: Any) -> Gateway:  # noqa: ANN401
+        return await start(*backends, **{"gateway_connect_timeout": 30, **settings})
+
+    return start_patient

@@ -1,84 +1,63 @@
-"""`python -m gateway` and `python -m mock_model` as real processes."""
+"""`python -m gateway` and `python -m mock_model` as a container runs them: by their environment alone."""
 
 import asyncio
-import os
 import re
-import signal
-import sys
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parents[2]
+from testkit.polling import until
+from testkit.processes import Process, python
+
 PATIENCE = 50.0
-"""Seconds for a process to come up or to end; far above what a busy machine needs."""
+"""Seconds for a process to come up or to end: far more than a busy machine needs."""
 _ADDRESS = re.compile(r"(?:listens on|the API is at) (http://[^\s/,\"]+)")
 
 
-class Process:
-    """A process under way.
+class Program(Process):
+    """A program that says where it listens.
 
     Attributes:
-        url: where it listens, without a trailing slash; empty until `up`.
+        url: Where it listens, without a trailing slash; empty until `up`.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._errors = b""
+    def __init__(self, module: str, environment: dict[str, str], folder: Path) -> None:
+        super().__init__(module, python(module), env=environment, folder=folder, ready_url="")
+        self.errors = folder / f"{module}.errors"
         self.url = ""
 
     async def up(self) -> None:
         """Wait until it says where it listens."""
-        stderr = self._process.stderr
-        assert stderr is not None
-        async with asyncio.timeout(PATIENCE):
-            while not self.url:
-                line = await stderr.readline()
-                self._errors += line
-                assert line, f"it ended: {self._errors.decode()}"
-                found = _ADDRESS.search(line.decode())
-                self.url = found.group(1).replace("0.0.0.0", "127.0.0.1") if found else ""
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        self._process.send_signal(number)
+        def listens() -> bool:
+            self.check()
+            found = _ADDRESS.search(self.errors.read_text())
+            self.url = found[1].replace("0.0.0.0", "127.0.0.1") if found else ""
+            return bool(found)
+
+        await until(listens, f"{self.name} listens", seconds=PATIENCE)
 
     async def end(self) -> tuple[int, str, str]:
         """Wait for its end: the exit code, and all it wrote to stdout and to stderr."""
         async with asyncio.timeout(PATIENCE):
-            output, errors = await self._process.communicate()
-        assert self._process.returncode is not None
-        return self._process.returncode, output.decode(), (self._errors + errors).decode()
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has."""
-        return self._process.returncode is not None
-
-    async def kill(self) -> None:
-        """Whatever it does."""
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.communicate()
+            code = await self.wait()
+        return code, self.output.read_text(), self.errors.read_text()
 
 
 @asynccontextmanager
-async def running(module: str = "gateway", **environment: str) -> AsyncIterator[Process]:
+async def running(module: str = "gateway", **environment: str) -> AsyncIterator[Program]:
     """Start it; it is killed at the end if it still runs."""
-    base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    process = Process(
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, cwd=ROOT, env={**base, **environment}, stdout=PIPE, stderr=PIPE
-        )
-    )
-    try:
-        yield process
-    finally:
-        await process.kill()
+    with TemporaryDirectory() as folder:
+        program = Program(module, environment, Path(folder))
+        try:
+            await program.start(wait=False)
+            yield program
+        finally:
+            await program.kill()
 
 
 async def run(module: str = "gateway", **environment: str) -> tuple[int, str, str]:
     """Start it and wait for its end: exit code, stdout, stderr."""
-    async with running(module, **environment) as process:
-        return await process.end()
+    async with running(module, **environment) as program:
+        return await program.end()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+STREAM = b'data: {"id": "1", "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'
 ANSWER = b'{"id": "chatcmpl-1", "object": "chat.completion", "choices": []}'
 
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import until
 from tests.integration.backends_raw import StartRaw
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
-from tests.integration.wire import dial, post, until
+from tests.integration.wire import dial, post
 
 PROMISE = 0.05
 """Seconds within which a full queue says so."""

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
-from tests.integration.gateways import Answer, Gateway, StartGateway
-from tests.integration.wire import BODY, chunked, dial, post, until
+from testkit.http import Answer
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.wire import BODY, chunked, dial, post, send
 
 MARK = "m4rk3d"
 """A word of the caller's that no answer to bad input and no log line may hold."""
@@ -52,13 +54,6 @@ async def check_unharmed(gateway: Gateway, mock: MockModel, caplog: pytest.LogCa
     assert mock.journal.total == 1
     assert gateway.parts.admission.in_flight == 0
     assert gateway.parts.byte_budget.held == 0
-
-
-async def send(gateway: Gateway, data: bytes) -> Answer:
-    """One request on a connection of its own."""
-    async with dial(gateway.url) as wire:
-        await wire.send(data)
-        return await wire.answer()
 
 
 def changed(**changes: Any) -> bytes:  # noqa: ANN401

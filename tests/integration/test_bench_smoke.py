@@ -8,15 +8,20 @@ import msgspec
 import pytest
 
 from bench.chart import Result
-from bench.processes import ROOT
 from bench.systems import BARE, GATEWAY
+from testkit import REPOSITORY
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bench pins processes and reads /proc")
 def test_a_quick_bench_measures_and_saves_what_it_measured(tmp_path: Path) -> None:
     options = ["--quick", "--only", "first-token", "--systems", BARE, GATEWAY, "--results", str(tmp_path)]
     bench = subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-m", "bench", *options], cwd=ROOT, capture_output=True, text=True, check=False, timeout=55
+        [sys.executable, "-m", "bench", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=55,
     )
     assert bench.returncode == 0, bench.stderr
     assert "added time to first token / bare's" in bench.stdout

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.http import Answer
+from testkit.polling import until
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk
-from tests.integration.gateways import Answer, Gateway, StartGateway, StartMock, prefer
+from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
 from tests.integration.stopwatch import Stopwatch
-from tests.integration.wire import until
 
 FAIL = {"kind": "status", "with": {"status": 500}}
 LONG = 600

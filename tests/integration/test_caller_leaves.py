@@ -9,11 +9,14 @@ import pytest
 
 from gateway.policy.breaker import State
 from mock_model.serve import MockModel
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.exposition import Exposition
+from testkit.polling import PATIENCE, until
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk, full_backlog
-from tests.integration.gateways import CHAT, Gateway, StartGateway, StartMock
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
 from tests.integration.test_sdk import MESSAGES
-from tests.integration.wire import PATIENCE, Wire, dial, post, until
+from tests.integration.wire import Wire, dial, post
 
 AT_ONCE = 1.0
 """Seconds; promised are 0.1."""
@@ -45,13 +48,11 @@ async def left(gateway: Gateway, *callers: Wire) -> None:
 
 async def assert_nobodys_failure(gateway: Gateway, *, callers: int = 1, status: int = 499) -> None:
     """As callers who left it is counted, and the backend is as good as before."""
-    samples = dict(line.rsplit(" ", 1) for line in (await gateway.metrics()).splitlines() if not line.startswith("#"))
-    labels = f'{{outcome="client_closed_request",route="/v1/chat/completions",status="{status}"}}'
-    assert {name: value for name, value in samples.items() if name.startswith(REQUESTS)} == {
-        REQUESTS + labels: f"{callers}.0"
-    }
-    assert samples["gateway_client_disconnects_total"] == f"{callers}.0"
-    assert samples["gateway_in_flight_requests"] == samples["gateway_queued_requests"] == "0.0"
+    metrics = Exposition.parse(await gateway.metrics())
+    labels = ("outcome", "client_closed_request"), ("route", CHAT_PATH), ("status", str(status))
+    assert {key: value for key, value in metrics.samples.items() if key[0] == REQUESTS} == {(REQUESTS, labels): callers}
+    assert metrics.only("gateway_client_disconnects_total") == callers
+    assert metrics.only("gateway_in_flight_requests") == metrics.only("gateway_queued_requests") == 0
     document = await gateway.health()
     assert (document["status"], document["in_flight"], document["queued"]) == ("ok", 0, 0)
     backend = document["downstream"]["backends"][0]

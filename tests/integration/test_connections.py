@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from testkit.completions import CHAT
+from testkit.polling import until
 from tests.integration.backends_raw import RawCall, StartRaw
-from tests.integration.gateways import CHAT, StartGateway, StartMock
-from tests.integration.wire import dial, post, until
+from tests.integration.gateways import StartGateway, StartMock
+from tests.integration.wire import dial, post
 
 STREAMED = json.dumps(CHAT | {"stream": True}).encode()
 

@@ -2,13 +2,10 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -19,21 +16,16 @@ from gateway.server.aiohttp_protocol import LAST_ANSWERS
 from gateway.server.listener import drain
 from gateway.telemetry.tracing import LAST_EXPORT
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import (
-    ANSWER,
-    END,
-    STREAM_HEAD,
-    RawBackend,
-    RawCall,
-    StartRaw,
-    chunk,
-    event,
-)
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway
-from tests.integration.sse import DONE, Events
-from tests.integration.wire import PATIENCE, Wire, dial, post, until
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.http import Answer, ask
+from testkit.polling import PATIENCE, until
+from testkit.sse import DONE, Events
+from tests.integration import processes
+from tests.integration.backends_raw import ANSWER, END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, event
+from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.processes import Program
+from tests.integration.wire import Wire, dial, post
 
-ROOT = Path(__file__).parents[2]
 LONG = 600.0
 SHORT = 0.3
 INTERPRETER = 8.0
@@ -90,57 +82,53 @@ class Gated:
 
 
 class Process:
-    """`python -m gateway`, as a container runs it.
+    """A gateway as a process.
 
     Attributes:
-        log: what it said after its start, once it has ended.
+        log: What it wrote to stderr, once it has ended.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int, session: aiohttp.ClientSession) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, program: Program) -> None:
+        self.url = program.url
         self.log = ""
-        self._process = process
-        self._session = session
+        self._program = program
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
-        self._process.send_signal(number)
+        self._program.signal(number)
 
     async def exit_code(self, seconds: float = PATIENCE) -> int:
         """Wait until it has ended by itself."""
-        assert self._process.stderr is not None
         async with asyncio.timeout(seconds):
-            self.log = (await self._process.stderr.read()).decode()
-            return await self._process.wait()
+            code, _, self.log = await self._program.end()
+        return code
 
-    async def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> Answer:
-        async with asyncio.timeout(PATIENCE), self._session.post(self.url + path, json=body) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+    async def post(self, body: dict[str, Any], path: str = CHAT_PATH) -> Answer:
+        return await ask(self.url + path, method="POST", body=body, seconds=PATIENCE)
 
     async def get(self, path: str) -> Answer:
-        async with asyncio.timeout(PATIENCE), self._session.get(self.url + path) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+        return await ask(self.url + path, seconds=PATIENCE)
 
     async def health(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads((await self.get("/health")).body)
+        document: dict[str, Any] = (await self.get("/health")).json
         return document
 
     async def not_ready(self) -> Answer:
         """The answer of `/readyz` once the signal has been seen."""
         async with asyncio.timeout(PATIENCE):
-            while (answer := await self.get("/readyz")).status == 200:  # noqa: ASYNC110
+            while (answer := await self.get("/readyz")).status == 200:  # noqa: ASYNC110 - the answer is wanted
                 await asyncio.sleep(0.01)
         return answer
 
     async def queued(self, requests: int) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while (await self.health())["queued"] < requests:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        async def enough() -> bool:
+            return bool((await self.health())["queued"] >= requests)
+
+        await until(enough, f"{requests} requests are queued")
 
 
 @asynccontextmanager
 async def running(backend: RawBackend, **settings: object) -> AsyncIterator[Process]:
     """A process that serves; each request of the test opens a connection of its own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "OTEL_"))}
     own = {
         "HOST": "127.0.0.1",
         "PORT": "0",
@@ -148,25 +136,9 @@ async def running(backend: RawBackend, **settings: object) -> AsyncIterator[Proc
         "GATEWAY_SHUTDOWN_GRACE": LONG,
         **settings,
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", cwd=ROOT, env=inherited | {name: str(value) for name, value in own.items()},
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        port = 0
-        async with asyncio.timeout(30):
-            while not port:
-                line = (await process.stderr.readline()).decode()
-                assert line, "the gateway has ended"
-                if "listens on http://127.0.0.1:" in line:
-                    port = int(line.partition("http://127.0.0.1:")[2].partition(",")[0])
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-            yield Process(process, port, session)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    async with processes.running(**{name: str(value) for name, value in own.items()}) as program:
+        await program.up()
+        yield Process(program)
 
 
 def assert_draining(answer: Answer) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.http import Answer
+from testkit.polling import until
 from tests.integration.backends_raw import RawCall, raw_backends
-from tests.integration.gateways import Answer, Gateway, StartGateway, StartMock
-from tests.integration.wire import dial, post, until
+from tests.integration.gateways import Gateway, StartGateway, StartMock
+from tests.integration.wire import dial, post
 
 QUICK = {"gateway_backoff_initial": 0.01, "gateway_backoff_max": 0.01}
 HANG = {"kind": "hang_before_headers"}

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.sse import Events
 from tests.integration.backends_raw import RawCall, StartRaw
-from tests.integration.gateways import CHAT, Answer, StartGateway, StartMock, prefer
-from tests.integration.sse import Events
+from tests.integration.gateways import StartGateway, StartMock, prefer
 
 QUICK: dict[str, Any] = {"gateway_backoff_initial": 0.01, "gateway_backoff_max": 0.01}
 FAIL = {"kind": "status", "with": {"status": 500}}
@@ -330,7 +331,7 @@ routes:
 """
     )
     gateway = await start_gateway(gateway_config=config)
-    answer: Answer = await gateway.chat(headers={"authorization": "Bearer of-the-caller"})
+    answer = await gateway.chat(headers={"authorization": "Bearer of-the-caller"})
     assert answer.status == 200
     assert first.calls[0].headers["authorization"] == "Bearer one"
     assert second.calls[0].headers["authorization"] == "Bearer two"

@@ -25,9 +25,10 @@ from gateway.record import Record
 from gateway.server.aiohttp_protocol import Protocol
 from gateway.server.stream_writer import StreamWriter
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.polling import until
 from tests.integration.backends_raw import STREAM_HEAD, RawCall, StartRaw, chunk
-from tests.integration.collector import until
-from tests.integration.gateways import CHAT, Gateway, GatewayServer, StartGateway, StartMock
+from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock
 from tests.integration.wire import chunked, dial, post
 
 PER_REQUEST = (Call, Lease, Prompt, Record, Share, StreamRelay, StreamWriter)

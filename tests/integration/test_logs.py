@@ -14,8 +14,9 @@ import pytest
 from gateway.record import Record
 from gateway.telemetry.logs import MAX_WAITING, OWN_PER_SECOND, JsonFormatter, RateLimit, RequestLog, setup_logs
 from mock_model.serve import MockModel
-from tests.integration.collector import patient, until
-from tests.integration.gateways import CHAT, Gateway, StartGateway
+from testkit.completions import CHAT
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway, patient
 
 LONG = 3600.0
 SECRET = "a secret nobody may read"

@@ -8,11 +8,13 @@ from typing import Any
 import aiohttp
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse
 
 from mock_model.serve import MockModel
-from tests.integration.collector import patient, until
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway
+from testkit.completions import CHAT
+from testkit.exposition import Exposition
+from testkit.http import Answer
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway, patient
 
 LONG = 3600.0
 CHAT_PATH = "/v1/chat/completions"
@@ -38,29 +40,6 @@ def start_gateway(start_gateway: StartGateway) -> StartGateway:
     return patient(start_gateway)
 
 
-class Numbers:
-    """What `/metrics` said."""
-
-    def __init__(self, text: str) -> None:
-        self.samples = [sample for family in parse(text) for sample in family.samples]
-
-    def value(self, name: str, **labels: str) -> float | None:
-        """One number; None where it is not told."""
-        found = [sample.value for sample in self.samples if sample.name == name and sample.labels == labels]
-        assert len(found) <= 1, f"{name} is told twice"
-        return found[0] if found else None
-
-    def by(self, name: str, *labels: str) -> dict[Any, float]:
-        """The numbers of one metric that are not 0, by these labels."""
-        return {
-            tuple(sample.labels[label] for label in labels)
-            if len(labels) > 1
-            else sample.labels[labels[0]]: sample.value
-            for sample in self.samples
-            if sample.name == name and sample.value
-        }
-
-
 async def openmetrics(gateway: Gateway) -> list[Any]:
     """The samples of the newer format, with their exemplars."""
     async with gateway.client.get("/metrics", headers={"accept": OPENMETRICS}) as response:
@@ -69,8 +48,8 @@ async def openmetrics(gateway: Gateway) -> list[Any]:
     return [sample for family in families for sample in family.samples]
 
 
-async def numbers(gateway: Gateway) -> Numbers:
-    return Numbers(await gateway.metrics())
+async def numbers(gateway: Gateway) -> Exposition:
+    return Exposition.parse(await gateway.metrics())
 
 
 async def abandoned(gateway: Gateway, mock: MockModel) -> None:
@@ -129,14 +108,14 @@ async def test_a_mix_of_requests_is_counted_exactly(mock: MockModel, start_gatew
         ("/", "200", "ok"): 1.0,
         ("/v1/models", "405", "method_not_allowed"): 1.0,
     }
-    assert found.by("gateway_requests_total", "route", "status", "outcome") == requests
+    assert found.by_labels("gateway_requests_total", "route", "status", "outcome") == requests
     routes: Counter[str] = Counter()
     for (route, _, _), count in requests.items():
         routes[route] += int(count)
     assert found.by("gateway_request_duration_seconds_count", "route") == routes
     assert found.by("gateway_time_to_first_token_seconds_count", "route") == {CHAT_PATH: 3}
 
-    attempts = found.by("gateway_attempts_total", "backend", "outcome")
+    attempts = found.by_labels("gateway_attempts_total", "backend", "outcome")
     assert attempts == {
         ("backend-1", "ok"): 8,
         ("backend-1", "status_500"): 4,
@@ -147,14 +126,14 @@ async def test_a_mix_of_requests_is_counted_exactly(mock: MockModel, start_gatew
     await mock.settled()
     assert sum(attempts.values()) == mock.journal.total
     assert sum(int(answer.headers["x-gateway-attempts"]) for answer in answers) + 1 == mock.journal.total
-    assert found.value("gateway_retries_allowed_total", backend="backend-1") == 4
-    assert found.value("gateway_retries_refused_total", backend="backend-1") == 0
-    assert found.value("gateway_client_disconnects_total") == 1
-    assert found.value("gateway_in_flight_requests") == 0
-    assert found.value("gateway_queued_requests") == 0
-    assert found.value("gateway_backend_in_flight", backend="backend-1") == 0
-    assert found.value("gateway_buffered_bytes") == 0
-    assert found.value("gateway_telemetry_dropped_spans_total") == 0
+    assert found.only("gateway_retries_allowed_total", backend="backend-1") == 4
+    assert found.only("gateway_retries_refused_total", backend="backend-1") == 0
+    assert found.only("gateway_client_disconnects_total") == 1
+    assert found.only("gateway_in_flight_requests") == 0
+    assert found.only("gateway_queued_requests") == 0
+    assert found.only("gateway_backend_in_flight", backend="backend-1") == 0
+    assert found.only("gateway_buffered_bytes") == 0
+    assert found.only("gateway_telemetry_dropped_spans_total") == 0
 
     usages = [usage(answer) for answer in answers]
     assert found.by("gateway_tokens_total", "direction") == {
@@ -181,15 +160,15 @@ async def test_every_promised_number_is_there_from_the_start(mock: MockModel, st
         family = name.removesuffix("_count")
         assert f"# TYPE {family} " in await gateway.metrics(), name
     for replica in ("backend-1", "backend-2"):
-        assert found.value("gateway_breaker_state", backend=replica) == 0
-        assert found.value("gateway_retries_allowed_total", backend=replica) == 0
-        assert found.value("gateway_retries_refused_total", backend=replica) == 0
+        assert found.only("gateway_breaker_state", backend=replica) == 0
+        assert found.only("gateway_retries_allowed_total", backend=replica) == 0
+        assert found.only("gateway_retries_refused_total", backend=replica) == 0
         for state in ("closed", "half_open", "open"):
-            assert found.value("gateway_breaker_transitions_total", backend=replica, to=state) == 0
+            assert found.only("gateway_breaker_transitions_total", backend=replica, to=state) == 0
     for reason in ("queue_full", "queue_timeout", "memory"):
-        assert found.value("gateway_shed_requests_total", reason=reason) == 0
+        assert found.only("gateway_shed_requests_total", reason=reason) == 0
     for direction in ("input", "output"):
-        assert found.value("gateway_tokens_total", direction=direction) == 0
+        assert found.only("gateway_tokens_total", direction=direction) == 0
     for name in (
         "gateway_in_flight_requests",
         "gateway_queued_requests",
@@ -199,7 +178,7 @@ async def test_every_promised_number_is_there_from_the_start(mock: MockModel, st
         "gateway_event_loop_lag_seconds",
         "gateway_queue_wait_seconds_count",
     ):
-        assert found.value(name) == 0, name
+        assert found.only(name) == 0, name
 
 
 async def test_labels_are_those_of_the_contract(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -208,10 +187,10 @@ async def test_labels_are_those_of_the_contract(mock: MockModel, start_gateway: 
     found = await numbers(gateway)
 
     for name, labels in PROMISED.items():
-        seen = [set(sample.labels) for sample in found.samples if sample.name == name]
+        seen = [set(dict(labels)) for found_name, labels in found.samples if found_name == name]
         assert seen, name
         assert all(names == labels for names in seen), name
-    assert all(sample.name.startswith("gateway_") for sample in found.samples)
+    assert all(name.startswith("gateway_") for name, _ in found.samples)
 
 
 async def test_requests_under_way_and_queued_are_told(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -229,16 +208,16 @@ async def test_requests_under_way_and_queued_are_told(mock: MockModel, start_gat
     await until(lambda: not len(gateway.parts.in_flight))
     idle = await numbers(gateway)
 
-    assert busy.value("gateway_in_flight_requests") == 1
-    assert busy.value("gateway_queued_requests") == 1
-    assert busy.value("gateway_backend_in_flight", backend="backend-1") == 1
-    assert (busy.value("gateway_buffered_bytes") or 0) > 0
+    assert busy.only("gateway_in_flight_requests") == 1
+    assert busy.only("gateway_queued_requests") == 1
+    assert busy.only("gateway_backend_in_flight", backend="backend-1") == 1
+    assert (busy.only("gateway_buffered_bytes") or 0) > 0
     assert refused.error["code"] == "gateway_overloaded"
     assert idle.by("gateway_shed_requests_total", "reason") == {"queue_full": 1}
-    assert idle.value("gateway_in_flight_requests") == 0
-    assert idle.value("gateway_queued_requests") == 0
-    assert idle.value("gateway_queue_wait_seconds_count") == 1
-    assert idle.value("gateway_client_disconnects_total") == 2
+    assert idle.only("gateway_in_flight_requests") == 0
+    assert idle.only("gateway_queued_requests") == 0
+    assert idle.only("gateway_queue_wait_seconds_count") == 1
+    assert idle.only("gateway_client_disconnects_total") == 2
     assert mock.journal.total == 1
 
 
@@ -258,7 +237,7 @@ async def test_each_reason_for_refusing_load_is_counted(mock: MockModel, start_g
 
     assert [large.error["code"], late.error["code"]] == ["gateway_overloaded"] * 2
     assert found.by("gateway_shed_requests_total", "reason") == {"memory": 1, "queue_timeout": 1}
-    assert (found.value("gateway_queue_wait_seconds_sum") or 0) >= 0.19
+    assert (found.only("gateway_queue_wait_seconds_sum") or 0) >= 0.19
 
 
 async def test_breakers_and_refused_retries_are_told(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -271,22 +250,22 @@ async def test_breakers_and_refused_retries_are_told(mock: MockModel, start_gate
     )
     mock.set_faults([{"kind": "status", "with": {"status": 500}, "times": 2}])
     (replica,) = gateway.parts.pool.replicas
-    states = [(await numbers(gateway)).value("gateway_breaker_state", backend="backend-1")]
+    states = [(await numbers(gateway)).only("gateway_breaker_state", backend="backend-1")]
     for _ in range(2):
         await gateway.chat()
     opened = await numbers(gateway)
-    refused = opened.value("gateway_retries_refused_total", backend="backend-1")
+    refused = opened.only("gateway_retries_refused_total", backend="backend-1")
     await until(lambda: replica.breaker.state == "half_open")
-    states.append((await numbers(gateway)).value("gateway_breaker_state", backend="backend-1"))
+    states.append((await numbers(gateway)).only("gateway_breaker_state", backend="backend-1"))
     await gateway.chat()
     found = await numbers(gateway)
-    states.append(found.value("gateway_breaker_state", backend="backend-1"))
+    states.append(found.only("gateway_breaker_state", backend="backend-1"))
 
     assert states == [0, 1, 0]
     assert opened.by("gateway_breaker_transitions_total", "to")["open"] == 1
     assert found.by("gateway_breaker_transitions_total", "to") == {"open": 1, "half_open": 1, "closed": 1}
     assert refused == 2
-    assert found.value("gateway_retries_allowed_total", backend="backend-1") == 0
+    assert found.only("gateway_retries_allowed_total", backend="backend-1") == 0
     assert found.by("gateway_attempts_total", "outcome") == {"status_500": 2, "ok": 1}
     assert mock.journal.total == 3
 
@@ -301,8 +280,8 @@ async def test_an_open_breaker_is_2(start_gateway: StartGateway) -> None:
     await gateway.chat()
     found = await numbers(gateway)
 
-    assert found.value("gateway_breaker_state", backend="backend-1") == 2
-    assert found.value("gateway_backend_probe_ok", backend="backend-1") == 0
+    assert found.only("gateway_breaker_state", backend="backend-1") == 2
+    assert found.only("gateway_backend_probe_ok", backend="backend-1") == 0
     assert found.by("gateway_attempts_total", "outcome") == {"connection_error": 1}
 
 
@@ -387,9 +366,9 @@ async def test_no_label_value_comes_from_a_caller(mock: MockModel, start_gateway
         writer.close()
     found = await numbers(gateway)
 
-    said = {value for sample in found.samples for value in sample.labels.values()}
+    said = {value for _, labels in found.samples for _, value in labels}
     assert not [value for value in said if evil in value.lower() or "propfind" in value.lower()]
-    assert {sample.labels["route"] for sample in found.samples if sample.name == "gateway_requests_total"} <= {
+    assert {dict(labels)["route"] for name, labels in found.samples if name == "gateway_requests_total"} <= {
         CHAT_PATH,
         "other",
         "/",

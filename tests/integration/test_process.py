@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,15 @@ from openai import AsyncOpenAI
 
 from gateway.__main__ import main
 from mock_model.serve import MockModel
+from testkit.polling import until
 from tests.integration.processes import run, running
-from tests.integration.recorder import Recorder, recording
-from tests.integration.wire import dial, post, until
+from tests.integration.recorder import Recorder
+from tests.integration.wire import dial, post
 
 LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
 SECRET = "a prompt nobody may read"
 MESSAGES: Any = [{"role": "user", "content": SECRET}]
 BODY = json.dumps({"model": "demo-model", "messages": MESSAGES}).encode()
-
-
-@pytest.fixture
-async def recorder() -> AsyncIterator[Recorder]:
-    async with recording() as one:
-        yield one
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,7 +61,7 @@ async def test_a_second_signal_ends_the_grace(mock: MockModel) -> None:
                 await other.send(b"GET /health HTTP/1.1\r\nhost: gateway\r\nconnection: keep-alive\r\n\r\n")
                 answer = await other.answer()
                 draining = json.loads(answer.body)["draining"]
-            assert not gateway.ended
+            assert gateway.running
             gateway.signal(signal.SIGINT)
             answer = await wire.answer()
             assert (answer.status, answer.error["code"]) == (503, "gateway_draining")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.http import Answer
+from testkit.sse import Events
 from tests.integration.backends_raw import ANSWER, RawCall, StartRaw, chunk, full_backlog
-from tests.integration.gateways import Answer, Gateway, StartGateway, StartMock, prefer
-from tests.integration.sse import Events
+from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
 
 AT_ONCE, BACKOFF, NOT = "at once", "backoff", "not"
 QUICK: dict[str, Any] = {

@@ -11,8 +11,8 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from mock_model.serve import MockModel
+from testkit.polling import until
 from tests.integration.gateways import Gateway, StartGateway
-from tests.integration.wire import until
 
 MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 TOOL: Any = {

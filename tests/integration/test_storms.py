@@ -12,8 +12,10 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from mock_model.serve import MockModel
-from tests.integration.gateways import CHAT, Gateway, StartGateway
-from tests.integration.wire import dial, post, until
+from testkit.completions import CHAT
+from testkit.polling import until
+from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.wire import dial, post
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
 RETRIES = 2

@@ -2,17 +2,13 @@
 
 import asyncio
 import gc
-import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 from opentelemetry.sdk.trace import ReadableSpan
@@ -24,10 +20,14 @@ from gateway.telemetry import tracing
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
-from tests.integration.collector import Collector, patient, until
-from tests.integration.gateways import CHAT, Gateway, StartGateway
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.exposition import Exposition
+from testkit.http import ask
+from testkit.polling import until
+from tests.integration.collector import Collector
+from tests.integration.gateways import Gateway, StartGateway, patient
+from tests.integration.processes import running
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 0.4
 """Seconds an export may take in these tests."""
 STOP = tracing.LAST_EXPORT + 3.0
@@ -73,12 +73,9 @@ async def all_is_well(gateway: Gateway, mock: MockModel, requests: int = 20) -> 
 async def told(gateway: Gateway) -> tuple[str, dict[str, Any], float]:
     """What `/health` says of the whole and of telemetry, and the number of lost spans in `/metrics`."""
     health = await gateway.health()
-    (line,) = (
-        line
-        for line in (await gateway.metrics()).splitlines()
-        if line.startswith("gateway_telemetry_dropped_spans_total ")
-    )
-    return health["status"], health["telemetry"], float(line.split()[1])
+    dropped = Exposition.parse(await gateway.metrics()).only("gateway_telemetry_dropped_spans_total")
+    assert dropped is not None
+    return health["status"], health["telemetry"], dropped
 
 
 async def lost(gateway: Gateway, spans: int) -> None:
@@ -284,7 +281,6 @@ async def test_a_process_stops_in_time_while_the_collector_is_silent(
     mock: MockModel, black_hole: int, protocol: str
 ) -> None:
     environment = {
-        **os.environ,
         "HOST": "127.0.0.1",
         "PORT": "0",
         "APP_MODE": "prod",
@@ -293,31 +289,13 @@ async def test_a_process_stops_in_time_while_the_collector_is_silent(
         "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
         "OTEL_EXPORTER_OTLP_TIMEOUT": "120",
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", cwd=ROOT, env=environment,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        port = 0
-        async with asyncio.timeout(30):
-            while not port:
-                line = (await process.stderr.readline()).decode()
-                assert line, "the gateway has ended"
-                if "listens on http://127.0.0.1:" in line:
-                    port = int(line.partition("http://127.0.0.1:")[2].partition(",")[0])
-        async with aiohttp.ClientSession() as session:
-            for _ in range(20):
-                async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT) as response:
-                    assert response.status == 200
-        process.send_signal(signal.SIGTERM)
+    async with running(**environment) as gateway:
+        await gateway.up()
+        for _ in range(20):
+            assert (await ask(gateway.url + CHAT_PATH, method="POST", body=CHAT)).status == 200
+        gateway.signal(signal.SIGTERM)
         async with asyncio.timeout(25):  # far less than the export under way may take
-            await process.stderr.read()
-            code = await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+            code = await gateway.wait()
 
     assert code == 0
 

@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
-from tests.integration.backends_raw import (
-    END,
-    STREAM_HEAD,
-    RawBackend,
-    RawCall,
-    StartRaw,
-    chunk,
-    full_backlog,
-)
-from tests.integration.gateways import CHAT, Answer, Gateway, StartGateway, StartMock
-from tests.integration.sse import Events
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import until
+from testkit.sse import Events
+from tests.integration.backends_raw import END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, full_backlog
+from tests.integration.gateways import Gateway, StartGateway, StartMock
 from tests.integration.stopwatch import Stopwatch
-from tests.integration.wire import Wire, dial, post, until
+from tests.integration.wire import Wire, dial, post
 
 PROMISE = 0.1
 """Seconds by which a request may outlive its deadline."""

@@ -15,9 +15,10 @@ from openai import AsyncOpenAI, InternalServerError
 from gateway.settings import load_otel, needs_requests
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
 from tests.integration.collector import Collector
-from tests.integration.gateways import CHAT, StartGateway
-from tests.integration.processes import Process, running
+from tests.integration.gateways import StartGateway
+from tests.integration.processes import Program, running
 from tests.integration.tls import tls_before
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -64,7 +65,7 @@ def gateway_before(url: str, **environment: str) -> Any:  # noqa: ANN401
     return running(HOST="127.0.0.1", PORT="0", GATEWAY_BACKEND_URLS=url, GATEWAY_CONNECT_TIMEOUT="30", **environment)
 
 
-def sdk(gateway: Process) -> AsyncOpenAI:
+def sdk(gateway: Program) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=0)
 
 

@@ -3,14 +3,15 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
-from tests.integration.gateways import CHAT, Answer
+from testkit.completions import CHAT
+from testkit.http import Answer
+from testkit.polling import PATIENCE
+from tests.integration.gateways import Gateway
 
-PATIENCE = 20.0
-"""Seconds for anything that has to come; far above what a busy machine needs."""
 BODY = json.dumps(CHAT).encode()
 
 
@@ -99,11 +100,11 @@ async def dial(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[
             await writer.wait_closed()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that no event tells of. Raises: TimeoutError."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+async def send(gateway: Gateway, data: bytes) -> Answer:
+    """Send bytes on a connection of their own; the answer."""
+    async with dial(gateway.url) as wire:
+        await wire.send(data)
+        return await wire.answer()
 
 
 def post(body: bytes = BODY, headers: Mapping[str, str] | None = None, *, path: str = "/v1/chat/completions") -> bytes:

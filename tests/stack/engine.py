@@ -4,31 +4,32 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from gateway import __version__
+from testkit import REPOSITORY
+from testkit.completions import CHAT_PATH, prompt
+from testkit.http import Answer
+from testkit.polling import wait_for
+from testkit.ports import free_ports
+from testkit.traces import Span, read_json_spans
 
-ROOT = Path(__file__).parents[2]
 PROJECT = "llm-gateway-test"
 SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
 BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "MODEL_NAME")
 """Variables of the caller's shell that would change the stack under test."""
-
-T = TypeVar("T")
 
 
 def docker(*args: str, env: Mapping[str, str] | None = None, seconds: float = 120, complaints: bool = False) -> str:
     """Run `docker ARGS` and return what it printed, its `complaints` too. Raises: AssertionError with its stderr."""
     done = subprocess.run(  # noqa: S603
         ["docker", *args],  # noqa: S607
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=env,
         capture_output=True,
         text=True,
@@ -51,59 +52,6 @@ def why_no_engine() -> str | None:
     return None
 
 
-def wait_for(check: Callable[[], T], what: str, seconds: float, every: float = 0.1) -> T:
-    """Call `check` until it returns something true, and return that. Raises: AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
-    seen: object = None
-    while True:
-        try:
-            seen = result = check()
-            if result:
-                return result
-        except (OSError, http.client.HTTPException, AssertionError, KeyError, ValueError) as error:
-            seen = error
-        assert time.monotonic() < end, f"not within {seconds} s: {what}; last seen: {seen!r}"
-        time.sleep(every)
-
-
-class Answer(NamedTuple):
-    """An answer, read to its end."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    seconds: float
-
-    @property
-    def json(self) -> Any:  # noqa: ANN401
-        return json.loads(self.body)
-
-    @property
-    def error(self) -> dict[str, Any]:
-        """The error of an answer that must be a well-formed one."""
-        assert self.headers["content-type"].startswith("application/json"), self
-        (key,) = self.json
-        assert key == "error", self
-        error: dict[str, Any] = self.json["error"]
-        assert error.keys() == {"message", "type", "param", "code"}, self
-        return error
-
-    @property
-    def events(self) -> list[Any]:
-        """The data of each event of a stream: parsed, but for `[DONE]`."""
-        assert self.headers["content-type"].startswith("text/event-stream"), self
-        data = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
-        return [item if item == "[DONE]" else json.loads(item) for item in data]
-
-    @property
-    def text(self) -> str:
-        """The completion's text, streamed or not."""
-        if self.headers["content-type"].startswith("application/json"):
-            return str(self.json["choices"][0]["message"]["content"])
-        chunks = [event for event in self.events if event != "[DONE]" and event.get("choices")]
-        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-
-
 def call(
     method: str,
     url: str,
@@ -122,21 +70,7 @@ def call(
         connection.request(method, target, data, {"content-type": "application/json", **(headers or {})})
         response = connection.getresponse()
         received = response.read()
-        names = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, names, received, time.monotonic() - started)
-
-
-def prompt(text: str = "Say something.", *, stream: bool = False, **more: object) -> dict[str, Any]:
-    """The body of a chat completion."""
-    return {"model": "demo-model", "messages": [{"role": "user", "content": text}], "stream": stream, **more}
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        return Answer(response.status, dict(response.getheaders()), received, time.monotonic() - started)
 
 
 @dataclass
@@ -190,7 +124,7 @@ class Stack:
     def ask(self, body: object = None, *, seconds: float = 10, **headers: str) -> Answer:
         """Post a prompt through the published port; `x_request_timeout="2"` becomes a header."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        url = self.url("GATEWAY_PORT", "/v1/chat/completions")
+        url = self.url("GATEWAY_PORT", CHAT_PATH)
         return call("POST", url, prompt() if body is None else body, named, seconds)
 
     def gateway(self, path: str) -> Answer:
@@ -206,12 +140,12 @@ class Stack:
         """Replace the mock model's script of faults."""
         self.control("PUT", "/faults", list(faults))
 
-    def spans(self, trace_id: str) -> "list[Span]":
+    def spans(self, trace_id: str) -> list[Span]:
         """The spans that Jaeger's query API has for a trace, so far."""
         answer = call("GET", self.url("JAEGER_PORT", f"/api/v3/traces/{trace_id}"))
-        return list(read_spans(answer.json)) if answer.status == 200 else []
+        return list(read_json_spans(answer.json["result"])) if answer.status == 200 else []
 
-    def wait_for_spans(self, trace_id: str, services: list[str]) -> "list[Span]":
+    def wait_for_spans(self, trace_id: str, services: list[str]) -> list[Span]:
         """The spans of a trace as soon as Jaeger has one for each of `services` (sorted, repeated if several)."""
 
         def complete() -> list[Span]:
@@ -231,41 +165,3 @@ class Stack:
             every=0.25,
         )
         self.control("DELETE", "/journal")
-
-
-class Span(NamedTuple):
-    """What a test asks of a span."""
-
-    service: str
-    name: str
-    kind: str
-    span_id: str
-    parent_id: str
-    attributes: dict[str, Any]
-    failed: bool
-
-
-KINDS = {1: "internal", 2: "server", 3: "client"}
-
-
-def read_spans(document: Any) -> Iterator[Span]:  # noqa: ANN401
-    """The spans of an OTLP document in JSON."""
-    for resource in document["result"]["resourceSpans"]:
-        service = read_attributes(resource["resource"]["attributes"])["service.name"]
-        for scope in resource["scopeSpans"]:
-            for span in scope["spans"]:
-                kind = KINDS[span["kind"]]
-                attributes = read_attributes(span.get("attributes", []))
-                failed = span.get("status", {}).get("code") == 2
-                yield Span(
-                    service, span["name"], kind, span["spanId"], span.get("parentSpanId", ""), attributes, failed
-                )
-
-
-def read_attributes(attributes: list[dict[str, Any]]) -> dict[str, Any]:
-    """`[{"key": k, "value": {"intValue": "1"}}]` -> `{k: 1}`."""
-    read: dict[str, Any] = {}
-    for attribute in attributes:
-        ((kind, value),) = attribute["value"].items()
-        read[attribute["key"]] = int(value) if kind == "intValue" else value
-    return read

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.stack.engine import Stack, prompt, wait_for
+from testkit.completions import prompt
+from testkit.polling import wait_for
+from tests.stack.engine import Stack
 
 
 def fault(kind: str, **details: object) -> dict[str, Any]:
@@ -95,9 +97,9 @@ def attempts_at_the_model(stack: Stack) -> int:
 def test_a_fault_before_the_first_byte_is_a_whole_error(stack: Stack, case: Case) -> None:
     stack.script(case.fault)
     answer = stack.ask(prompt(stream=case.stream))
-    assert (answer.status, answer.error["code"]) == (case.status, case.code), answer
+    assert (answer.status, answer.own_error["code"]) == (case.status, case.code), answer
     if case.status != 400:
-        assert answer.error["param"] == case.param
+        assert answer.own_error["param"] == case.param
     assert case.attempts <= attempts_at_the_model(stack) <= case.attempts + case.again
     assert answer.headers.items() >= case.headers.items()
     assert "x-trace-id" in answer.headers
@@ -168,7 +170,7 @@ def test_an_overloaded_model_answers_some_and_turns_away_the_others(stack: Stack
         answers = list(callers.map(lambda _: stack.ask(), range(16)))
     assert {answer.status for answer in answers} == {200, 429}
     turned_away = [answer for answer in answers if answer.status == 429]
-    assert {(answer.error["code"], answer.headers["retry-after"]) for answer in turned_away} == {
+    assert {(answer.own_error["code"], answer.headers["retry-after"]) for answer in turned_away} == {
         ("rate_limit_exceeded", str(HOUR))
     }
     journal = stack.control("GET", "/journal").json["calls"]
@@ -181,7 +183,7 @@ def test_a_model_that_crashes_under_a_prompt_is_back_soon(stack: Stack) -> None:
     stack.script({**fault("crash"), "times": 1})
     answer = stack.ask()
     if answer.status != 200:  # the further attempts came while the container was away: refused, or into the void
-        error = answer.status, answer.error["code"], answer.error["param"]
+        error = answer.status, answer.own_error["code"], answer.own_error["param"]
         assert error in {(502, "backend_connection_error", None), (504, "backend_timeout", "connect")}
     wait_for(lambda: stack.ask().status == 200, "a prompt is answered again", 10)
     assert stack.inspect("mock-model")["RestartCount"] == restarts + 1

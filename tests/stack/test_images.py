@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gateway import __version__
-from tests.stack.engine import PROJECT, ROOT, Stack, docker
+from testkit import REPOSITORY as ROOT
+from tests.stack.engine import PROJECT, Stack, docker
 
 OURS = {service: f"llm-gateway/{service}:{__version__}" for service in ("gateway", "mock-model")}
 COLLECTOR = "otel/opentelemetry-collector-contrib:0.155.0"

@@ -30,7 +30,7 @@ def locked_stack(stack: Stack, tmp_path: Path) -> Iterator[Stack]:
 
 def test_a_gateway_with_keys_asks_for_one(locked_stack: Stack) -> None:
     refused = locked_stack.ask()
-    assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
+    assert (refused.status, refused.own_error["code"]) == (401, "invalid_api_key")
     assert locked_stack.ask(authorization="Bearer wrong").status == 401
     assert locked_stack.ask(authorization=f"Bearer {CALLERS_KEY}").status == 200
     assert locked_stack.gateway("/livez").status == 200

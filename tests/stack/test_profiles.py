@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from chaos.load import now
 from chaos.promises import Verdict, in_time, well_formed
+from testkit.load import now
+from testkit.polling import wait_for
 from tests.chaos.verdict import keep
-from tests.stack.engine import Stack, call, wait_for
+from tests.stack.engine import Stack, call
 from tests.stack.load import load
 
 

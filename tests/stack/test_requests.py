@@ -5,7 +5,10 @@ import secrets
 import subprocess
 import sys
 
-from tests.stack.engine import PROJECT, ROOT, SERVICES, Stack, call, docker, prompt, wait_for
+from testkit import REPOSITORY
+from testkit.completions import prompt
+from testkit.polling import wait_for
+from tests.stack.engine import PROJECT, SERVICES, Stack, call, docker
 
 
 def test_all_are_healthy(stack: Stack) -> None:
@@ -52,13 +55,13 @@ def test_json_ends_at_the_same_depth_on_the_image_s_interpreter(stack: Stack) ->
 def test_a_prompt_is_one_trace_over_both_services(stack: Stack) -> None:
     trace_id = stack.ask().headers["x-trace-id"]
     spans = stack.wait_for_spans(trace_id, ["gateway", "gateway", "mock-model"])
-    (request,) = [span for span in spans if span.service == "gateway" and span.kind == "server"]
-    (attempt,) = [span for span in spans if span.service == "gateway" and span.kind == "client"]
+    (request,) = [span for span in spans if span.service == "gateway" and span.kind == "SERVER"]
+    (attempt,) = [span for span in spans if span.service == "gateway" and span.kind == "CLIENT"]
     (model,) = [span for span in spans if span.service == "mock-model"]
     assert request.name == "POST /v1/chat/completions"
     assert request.parent_id == ""
     assert attempt.parent_id == request.span_id
-    assert (model.parent_id, model.kind) == (attempt.span_id, "server")
+    assert (model.parent_id, model.kind) == (attempt.span_id, "SERVER")
     assert not any(span.failed for span in spans)
     assert "http.request.resend_count" not in attempt.attributes
 
@@ -68,7 +71,7 @@ def test_a_caller_s_trace_is_joined(stack: Stack) -> None:
     answer = stack.ask(traceparent=f"00-{trace_id}-{span_id}-01")
     assert answer.headers["x-trace-id"] == trace_id
     spans = stack.wait_for_spans(trace_id, ["gateway", "gateway", "mock-model"])
-    assert [span.parent_id for span in spans if span.kind == "server" and span.service == "gateway"] == [span_id]
+    assert [span.parent_id for span in spans if span.kind == "SERVER" and span.service == "gateway"] == [span_id]
 
 
 def test_a_failing_then_good_attempt_shows_as_two_attempt_spans(stack: Stack) -> None:
@@ -76,8 +79,8 @@ def test_a_failing_then_good_attempt_shows_as_two_attempt_spans(stack: Stack) ->
     answer = stack.ask()
     assert (answer.status, answer.headers["x-gateway-attempts"]) == (200, "2")
     spans = stack.wait_for_spans(answer.headers["x-trace-id"], [*["gateway"] * 3, *["mock-model"] * 2])
-    (request,) = [span for span in spans if span.service == "gateway" and span.kind == "server"]
-    attempts = [span for span in spans if span.service == "gateway" and span.kind == "client"]
+    (request,) = [span for span in spans if span.service == "gateway" and span.kind == "SERVER"]
+    attempts = [span for span in spans if span.service == "gateway" and span.kind == "CLIENT"]
     first, second = sorted(attempts, key=lambda span: span.attributes.get("http.request.resend_count", 0))
     assert first.parent_id == second.parent_id == request.span_id
     assert (first.failed, first.attributes["http.response.status_code"]) == (True, 503)
@@ -90,7 +93,7 @@ def test_a_failing_then_good_attempt_shows_as_two_attempt_spans(stack: Stack) ->
 def test_make_trace_prints_the_answer_and_where_its_trace_is(stack: Stack) -> None:
     run = subprocess.run(
         [sys.executable, "tools/trace.py", "--stream", "Hello"],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=stack.env,
         capture_output=True,
         text=True,

@@ -5,25 +5,15 @@ import subprocess
 from typing import Any, cast
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from bench.backend import HEAD, LAST, ROLE, content_event
 from bench.caller import Caller, Lost, Spec, Tally
 from bench.http import Incoming
 from bench.load import Sample
-from bench.processes import ROOT, python
 from bench.report import Figures, goals
-from bench.sink import count
 from bench.systems import BARE, GATEWAY
-
-
-def test_the_sink_counts_the_spans_of_every_resource_and_scope() -> None:
-    span = Span(name="a", trace_id=b"\x01" * 16, start_time_unix_nano=2**60, flags=257)
-    scopes = [ScopeSpans(spans=[span, span]), ScopeSpans(spans=[span]), ScopeSpans()]
-    export = ExportTraceServiceRequest(resource_spans=[ResourceSpans(scope_spans=scopes) for _ in range(100)])
-    assert count(export.SerializeToString()) == 300
-    assert count(b"") == 0
+from testkit import REPOSITORY
+from testkit.processes import python
 
 
 def test_a_request_is_whole_however_it_is_cut() -> None:
@@ -84,7 +74,7 @@ def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
 @pytest.mark.parametrize("events", ["0", "5"])
 def test_the_way_inside_the_process_is_measured(folder: str, events: str) -> None:
     asked = python("bench.inside", "--child", "--calls", "64", "--events", events, "--traced", folder)
-    done = subprocess.run(asked, cwd=ROOT, input="\n\n", capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
+    done = subprocess.run(asked, cwd=REPOSITORY, input="\n\n", capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert all(float(line) > 0 for line in done.stdout.split()), done.stdout
     assert len(done.stdout.split()) == 2, done.stdout

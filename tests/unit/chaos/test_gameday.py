@@ -14,7 +14,8 @@ from aiohttp.test_utils import TestServer
 from chaos.__main__ import run
 from chaos.experiment import Experiment, Step, read
 from chaos.gameday import Played, play
-from chaos.processes import ProcessFailed, free_port
+from testkit.ports import free_port
+from testkit.processes import ProcessError
 
 DEFINITION = """
 title: A title
@@ -47,10 +48,13 @@ class FakeStage:
     async def do(self, step: Step) -> None:
         self.done.append(step.do)
 
+    async def revived(self, mock: int) -> None:
+        self.done.append(f"mock-{mock} answers")
+
     async def end(self) -> None:
         self.done.append("end")
         if self._trouble:
-            raise ProcessFailed(self._trouble)
+            raise ProcessError(self._trouble)
 
 
 @pytest.fixture
@@ -137,16 +141,45 @@ async def test_nothing_is_done_to_a_gateway_that_is_not_well(
     assert result.findings.calls
 
 
+async def test_a_backend_that_is_started_is_waited_for_and_its_answer_is_remembered(
+    definition: Path, aiohttp_server: Callable[..., Awaitable[TestServer]]
+) -> None:
+    class Slow(FakeStage):
+        async def revived(self, mock: int) -> None:
+            await asyncio.sleep(0.2)
+            await super().revived(mock)
+
+    async def good(request: web.Request) -> web.Response:
+        headers = {"x-request-id": request.headers["x-request-id"], "x-gateway-attempts": "0"}
+        return web.json_response({"choices": [{"text": "words"}]}, headers=headers)
+
+    steps = "{at: 0.1, do: start}, {at: 0.2, do: heal}"
+    definition.write_text(DEFINITION.replace("{at: 0.5, do: heal}", steps))  # noqa: ASYNC240
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_post("/v1/chat/completions", good)
+    server = await aiohttp_server(app)
+    stage = Slow(str(server.make_url("/")).rstrip("/"))
+    result = await played(read(definition), stage)
+
+    assert result.passed, (result.problem, result.verdicts)
+    assert stage.done == ["begin", "start", "mock-1 answers", "heal", "heal", "end"]
+    (revival,) = result.findings.revivals
+    assert revival >= 0.3
+    assert [text for _, text in result.findings.marks][:2] == ["start mock-1", "mock-1 answers"]
+
+
 async def test_what_could_not_be_put_back_is_a_problem(experiment: Experiment) -> None:
     result = await played(experiment, FakeStage(f"http://127.0.0.1:{free_port()}", trouble="the script is lost"))
 
-    assert "not left as it was found: ProcessFailed: the script is lost" in str(result.problem)
+    assert "not left as it was found: ProcessError: the script is lost" in str(result.problem)
 
 
 async def test_a_stack_that_does_not_start_is_a_problem(experiment: Experiment) -> None:
     class Broken(FakeStage):
         async def begin(self) -> None:
-            raise ProcessFailed("gateway-1 does not serve")
+            raise ProcessError("gateway-1 does not serve")
 
     assert "gateway-1 does not serve" in str((await played(experiment, Broken("http://127.0.0.1:9"))).problem)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from chaos.load import Call
 from chaos.measures import MEASURES, Findings, Sample, measured
+from testkit.load import Call
 
 
 def call(*, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None) -> Call:
@@ -65,6 +65,29 @@ def test_measures_look_at_their_span(measure: str, since: float, until: float, v
 def test_nothing_is_measured_where_nothing_was_sent(measure: str) -> None:
     assert measured(measure, findings(), 6, 9) == (None, "not measured")
     assert measured(measure, Findings(0.0), 0, 9) == (None, "not measured")
+
+
+@pytest.mark.parametrize(
+    ("revivals", "since", "recovery", "past_open"),
+    [
+        ([], 1, 1.75, 1.0),
+        ([2.0], 1, 0.75, 0.75),  # a start of a second does not count; the open time ended before it
+        ([1.5], 1, 1.25, 1.0),
+        ([2.7], 1, 0.05, 0.05),
+        ([2.9], 1, 0.0, 0.0),  # another replica answered meanwhile
+        ([0.5], 1, 1.75, 1.0),  # before it
+        ([9.5], 1, 1.75, 1.0),  # after its end
+        ([2.0, 1.5], 1, 1.25, 1.0),
+    ],
+)
+def test_recovery_counts_from_the_moment_a_started_backend_answers_its_own_probe(
+    revivals: list[float], since: float, recovery: float, past_open: float
+) -> None:
+    found = findings()
+    found.revivals = revivals
+
+    assert MEASURES["recovery_seconds"](found, since, 9) == pytest.approx(recovery)
+    assert MEASURES["recovery_seconds_past_open"](found, since, 9) == pytest.approx(past_open)
 
 
 def test_counters_that_began_anew_are_not_measured() -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from chaos.experiment import Experiment, read
 from chaos.gameday import Played
-from chaos.load import Call
 from chaos.measures import Findings, Sample
 from chaos.picture import FONT, LETTER, picture
 from chaos.promises import Verdict
 from chaos.report import report
+from testkit.load import Call
 
 DEFINITION = """
 title: A title

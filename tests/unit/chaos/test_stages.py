@@ -10,8 +10,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from chaos.experiment import Step
-from chaos.processes import ProcessFailed
 from chaos.stages import ComposeStage, RemoteStage, published, running
+from testkit.processes import ProcessError
 
 FOUND = [{"kind": "html", "match": {"model": "other"}, "used": 3}]
 DOCKER = """#!/bin/sh
@@ -41,17 +41,22 @@ class Control:
         app.router.add_post("/crash", self._crash)
         return app
 
-    async def _get(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.script)
+    async def _get(self, request: web.Request) -> web.Response:
+        return self._refuse(request) or web.json_response(self.script)
 
     async def _put(self, request: web.Request) -> web.Response:
-        if self.refuses:
-            self.refuses -= 1
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response()
+        if refused := self._refuse(request):
+            return refused
         self.script, self.put = await request.json(), self.put + 1
         return web.json_response(self.script)
+
+    def _refuse(self, request: web.Request) -> web.Response | None:
+        if not self.refuses:
+            return None
+        self.refuses -= 1
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
 
     async def _crash(self, _request: web.Request) -> web.Response:
         self.crashes += 1
@@ -119,11 +124,28 @@ async def test_a_mock_model_that_is_still_starting_gets_its_script_back(control:
     assert control.script == FOUND
 
 
+async def test_a_mock_model_that_was_started_is_waited_for_at_its_control_port(control: Control, url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        stage = ComposeStage("http://127.0.0.1:9", [url], session, None)
+        control.refuses = 3
+        await stage.revived(1)
+        assert control.refuses == 0
+        await stage.revived(2)  # its control port is not known
+
+
+async def test_a_mock_model_that_never_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos.stages.REVIVAL_SECONDS", 0.3)
+    async with aiohttp.ClientSession() as session:
+        stage = ComposeStage("http://127.0.0.1:9", ["http://127.0.0.1:9"], session, None)
+        with pytest.raises(ProcessError, match=r"the mock model at http://127\.0\.0\.1:9 does not answer: "):
+            await stage.revived(1)
+
+
 async def test_a_control_port_of_something_else_is_told(aiohttp_server: Callable[..., Awaitable[TestServer]]) -> None:
     server = await aiohttp_server(web.Application())
     async with aiohttp.ClientSession() as session:
         stage = RemoteStage("http://127.0.0.1:9", [str(server.make_url("/"))], session, None)
-        with pytest.raises(ProcessFailed, match=r"GET http://127\.0\.0\.1:\d+/faults: 404"):
+        with pytest.raises(ProcessError, match=r"GET http://127\.0\.0\.1:\d+/faults: 404"):
             await stage.begin()
 
 
@@ -165,13 +187,13 @@ async def test_what_compose_refuses_is_told_by_its_last_line(url: str, docker_lo
     async with aiohttp.ClientSession() as session:
         stage = ComposeStage("http://127.0.0.1:9", [url], session, None)
         await stage.begin()
-        with pytest.raises(ProcessFailed, match="docker compose pause mock-model-b: no such service: mock-model-b"):
+        with pytest.raises(ProcessError, match="docker compose pause mock-model-b: no such service: mock-model-b"):
             await stage.do(Step("freeze", mock=2))
 
 
 async def test_published_ports_and_running_services_are_asked_for(docker_log: Path) -> None:
     assert await published("gateway", 8000) == "http://127.0.0.1:18000"
-    with pytest.raises(ProcessFailed, match="docker compose port otel-collector 1: it is not published"):
+    with pytest.raises(ProcessError, match="docker compose port otel-collector 1: it is not published"):
         await published("otel-collector", 1)
     assert await running(["mock-model", "mock-model-b"]) == ["mock-model"]
 
@@ -179,5 +201,5 @@ async def test_published_ports_and_running_services_are_asked_for(docker_log: Pa
 async def test_without_docker_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    with pytest.raises(ProcessFailed, match="docker: No such file"):
+    with pytest.raises(ProcessError, match="docker: No such file"):
         await published("gateway", 8000)

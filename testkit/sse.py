@@ -1,9 +1,28 @@
-"""A stream as its caller sees it."""
+"""Server-sent events, as the caller of a stream reads them."""
 
 import json
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any, NamedTuple
 
 DONE = b"data: [DONE]\n\n"
+
+
+class Event(NamedTuple):
+    """An event of one line of data, as all events of these APIs are."""
+
+    name: str
+    data: str
+
+
+async def read_events(lines: AsyncIterable[bytes]) -> AsyncIterator[Event]:
+    """Read a stream's events as its lines come in."""
+    name = ""
+    async for line in lines:
+        if line.startswith(b"event: "):
+            name = line[7:].decode().strip()
+        elif line.startswith(b"data: "):
+            yield Event(name, line[6:].decode().strip())
+            name = ""
 
 
 class Events:
@@ -20,6 +39,7 @@ class Events:
 
     @property
     def comments(self) -> list[bytes]:
+        """The comments."""
         return [event for event in self.all if event.startswith(b":")]
 
     @property
@@ -29,17 +49,17 @@ class Events:
 
     @property
     def documents(self) -> list[Any]:
-        """The data of each event, but for `[DONE]`."""
+        """The data of each event except `[DONE]`."""
         return [json.loads(event.partition(b"data: ")[2]) for event in self.data if event != DONE]
 
     @property
     def errors(self) -> list[dict[str, Any]]:
-        """What stands under `error` in the events that have it."""
+        """The value of `error` in each event that has one."""
         return [document["error"] for document in self.documents if document.get("error") is not None]
 
     @property
     def text(self) -> str:
-        """The words of the first choice."""
+        """The text of the first choice."""
         return "".join(
             choice["delta"].get("content") or ""
             for document in self.documents
@@ -48,7 +68,7 @@ class Events:
         )
 
     def only_error(self) -> dict[str, Any]:
-        """The error of a stream that failed: exactly one, as the last event, and no `[DONE]`."""
+        """Return the error of a stream that failed: exactly one, as the last event, and no `[DONE]`."""
         assert self.done == 0, "a failed stream says [DONE]"
         assert len(self.errors) == 1, f"{len(self.errors)} error events"
         error: dict[str, Any] = self.documents[-1]["error"]

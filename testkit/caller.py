@@ -1,34 +1,34 @@
-"""`python -m chaos.caller`: the load. A plan on stdin; on stdout an empty line, then one line per call."""
+"""`python -m testkit.caller`: the worker behind `testkit.load`. Its order is a list of plans, each result a call."""
 
 import asyncio
 import json
 import re
-import sys
 from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from itertools import count
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 import uvloop
 
-from chaos.load import Call, Plan, Try
-from mock_model.draws import fingerprint
-from mock_model.text import Writer
+from testkit.completions import LAST_RESPONSES, RESPONSES_PATH, prompt, text_in, text_of
+from testkit.http import ERROR_KEYS
+from testkit.load import Call, Plan, Try
+from testkit.sse import Event, read_events
+from testkit.usage import run_delay
+from testkit.workers import ordered, report
 
-COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
-LAST_RESPONSES = frozenset({"response.completed", "response.incomplete"})
-"""The ends of a whole stream of responses, which has no `[DONE]`."""
 PATIENCE = 10.0
 """Seconds after its deadline at which a call counts as hung."""
 TICK = 0.01
+"""Seconds between two measurements of lag."""
 KEPT = 30.0
 """Seconds for which lag is remembered."""
 EDGE = 0.3
 """Seconds after a call's beginning and before its deadline in which the gateway must run for the deadline's sake."""
-ERROR_KEYS = {"message", "type", "param", "code"}
 OWN_CODES = frozenset(
     """
     invalid_json invalid_request invalid_api_key not_found model_not_found method_not_allowed request_timeout
@@ -40,53 +40,48 @@ OWN_CODES = frozenset(
 TRY = re.compile(r'attempt-\d+;desc="(\S+) (\S+)"')
 SDK_STATUSES = frozenset({408, 409, 429})
 SDK_PATIENCE = 60.0
-"""Seconds; a longer Retry-After the OpenAI SDKs do not obey."""
+"""Seconds; the OpenAI SDKs do not obey a longer Retry-After."""
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+Expect = Callable[[bytes], str | None]
+"""Returns the text that must answer a request with this body; None: any text is right."""
 
 
 class Lag:
-    """How long the machine kept this process and the gateways from running, measured all the time.
+    """For how long the machine kept this process and the gateways from running, measured all the time.
 
-    This process: how late its timers are. A gateway: the run delay of its main thread, from Linux's schedstat.
+    This process: how late its timers are. A gateway: the run delay of its main thread.
     """
 
-    def __init__(self, pids: list[int]) -> None:
-        self._pids = pids
+    def __init__(self) -> None:
         self._late: deque[tuple[float, float]] = deque()
-        self._delays: deque[tuple[float, list[float]]] = deque()
+        self._delays: deque[tuple[float, dict[int, float]]] = deque()
 
-    async def watch(self) -> None:
+    async def watch(self, pids: set[int]) -> None:
         """Measure until cancelled."""
         while True:
             due = monotonic() + TICK
             await asyncio.sleep(TICK)
             now = monotonic()
             self._late.append((now, now - due))
-            self._delays.append((now, [_run_delay(pid) for pid in self._pids]))
+            self._delays.append((now, {pid: run_delay(pid) for pid in pids}))
             while self._late[0][0] < now - KEPT:
                 self._late.popleft()
                 self._delays.popleft()
 
-    def of(self, call: Call) -> float:
-        """What of it touches a call: ours at worst, and the gateway's at the call's beginning and end."""
+    def of(self, call: Call, pids: list[int]) -> float:
+        """Return what of it affects a call: ours at worst, and the gateway's at the call's beginning and end."""
         own = max((late for at, late in self._late if at >= call.started), default=0.0)
-        if call.gateway is None or call.gateway >= len(self._pids):
+        if call.gateway is None or call.gateway >= len(pids):
             return own
+        pid = pids[call.gateway]
         begun = min(call.started + EDGE, call.ended)
         nearly = max(call.started + call.deadline - EDGE, begun)
-        return own + self._delay(call.gateway, call.started, begun) + self._delay(call.gateway, nearly, call.ended)
+        return own + self._delay(pid, call.started, begun) + self._delay(pid, nearly, call.ended)
 
-    def _delay(self, gateway: int, start: float, end: float) -> float:
-        values = [delays[gateway] for at, delays in self._delays if start - 2 * TICK <= at <= end + 2 * TICK]
+    def _delay(self, pid: int, start: float, end: float) -> float:
+        values = [delays[pid] for at, delays in self._delays if start - 2 * TICK <= at <= end + 2 * TICK]
         return max(values) - min(values) if values else 0.0
-
-
-def _run_delay(pid: int) -> float:
-    """Seconds the main thread of a process was ready to run and did not; 0 where that cannot be known."""
-    try:
-        with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:  # noqa: PTH123 - a hundred times a second
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
 
 
 @dataclass
@@ -97,8 +92,8 @@ class Error:
     param: str | None
 
 
-def error_in(document: Any) -> Error | None:  # noqa: ANN401
-    """The error of a document in OpenAI's form; None when it is none."""
+def error_in(document: Any) -> Error | None:  # noqa: ANN401 - any JSON
+    """Return the error of a document in OpenAI's form; None when it is none."""
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict) and error.keys() == ERROR_KEYS and error["code"] and error["message"]:
         return Error(str(error["code"]), error["param"])
@@ -108,41 +103,31 @@ def error_in(document: Any) -> Error | None:  # noqa: ANN401
 class Caller:
     """Sends the calls of a plan."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, expect: Expect, lag: Lag) -> None:
         self._plan = plan
-        self._lag = Lag(plan.pids)
-        self._writer = None if plan.mock_seed is None else Writer(plan.mock_seed, plan.mock_tokens)
+        self._expect = expect
+        self._lag = lag
         self._session: aiohttp.ClientSession
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Send until told to stop, then wait for every answer."""
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as self._session:
-            watching = asyncio.create_task(self._lag.watch())
-            sys.stdout.buffer.write(b"\n")
-            sys.stdout.buffer.flush()
-            async with asyncio.TaskGroup() as tasks:
-                await self._send_all(tasks, stop)
-            watching.cancel()
-
-    async def _send_all(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+    async def run(self, finish: asyncio.Event) -> None:
+        """Send until it is time to finish, then wait for every answer."""
         plan = self._plan
-        start = monotonic()
-        for tick in count():
-            due = start + tick * plan.burst / plan.rate
-            wait = due - monotonic()
-            if wait > 0:
-                try:
-                    async with asyncio.timeout(wait):
-                        await stop.wait()
-                except TimeoutError:
-                    pass
-            if stop.is_set():
+        connector = aiohttp.TCPConnector(limit=0, force_close=not plan.keep_alive)
+        async with aiohttp.ClientSession(connector=connector) as self._session, asyncio.TaskGroup() as tasks:
+            if plan.rate:
+                async for number, due in _ticks(plan, finish):
+                    tasks.create_task(self._send(number, due))
+            numbers = count()
+            for _ in range(plan.callers):
+                tasks.create_task(self._loop(numbers, finish))
+
+    async def _loop(self, numbers: "count[int]", finish: asyncio.Event) -> None:
+        """One call after the other."""
+        while not finish.is_set():
+            number = next(numbers)
+            if self._plan.total is not None and number >= self._plan.total:
                 return
-            for number in range(tick * plan.burst, (tick + 1) * plan.burst):
-                if plan.total is not None and number >= plan.total:
-                    return
-                tasks.create_task(self._send(number, due))
+            await self._send(number, monotonic())
 
     async def _send(self, number: int, due: float) -> None:
         kind = self._plan.kinds[number % len(self._plan.kinds)]
@@ -154,16 +139,15 @@ class Caller:
             call.late = call.started - due
             await self._one(call, number)
             call.ended = monotonic()
-            call.lag = self._lag.of(call) if call.seconds > call.deadline else 0.0
-            sys.stdout.buffer.write(msgspec.json.encode(call) + b"\n")
-            sys.stdout.buffer.flush()
+            call.lag = self._lag.of(call, self._plan.pids) if call.seconds > call.deadline else 0.0
+            report(msgspec.json.encode(call))
             wait = _sdk_waits(call, again)
             if wait is None or again == self._plan.sdk_retries:
                 return
             await asyncio.sleep(wait)
 
     async def _one(self, call: Call, number: int) -> None:
-        """To one gateway after the other, until one takes it."""
+        """Try one gateway after the other, until one takes it."""
         urls = self._plan.urls
         try:
             async with asyncio.timeout(call.deadline + PATIENCE):
@@ -187,7 +171,7 @@ class Caller:
                 self._session.post(url + plan.path, data=body, headers=self._headers(call)) as response,
             ):
                 _read_headers(call, response)
-                expected = self._expected(body)
+                expected = self._expect(body)
                 if response.content_type == "text/event-stream":
                     await Reading(call, plan, expected).read(response)
                 else:
@@ -205,12 +189,9 @@ class Caller:
 
     def _body(self, call: Call, number: int) -> bytes:
         plan = self._plan
-        document = {"model": plan.model} | _prompt(
-            plan.path, f"Prompt {plan.prefix}-{plan.seed}-{number}: say something.", plan.max_tokens
-        )
-        if call.kind == "stream":
-            document["stream"] = True
-        return json.dumps(document).encode()
+        text = f"Prompt {plan.prefix}-{plan.seed}-{number}: say something.".ljust(plan.characters, ".")
+        stream = {"stream": True} if call.kind == "stream" else {}
+        return json.dumps(prompt(plan.path, text, model=plan.model, limit=plan.max_tokens, **stream)).encode()
 
     def _headers(self, call: Call) -> dict[str, str]:
         headers = {"content-type": "application/json", "x-request-id": call.id, "x-request-timeout": f"{call.deadline}"}
@@ -218,45 +199,29 @@ class Caller:
             headers["authorization"] = f"Bearer {self._plan.key}"
         return headers | self._plan.headers
 
-    def _expected(self, body: bytes) -> str | None:
-        """What the mock model says to it."""
-        if self._writer is None:
-            return None
-        return self._writer.write(fingerprint(self._plan.path, body), 0, self._plan.max_tokens).text
 
-
-def _prompt(path: str, text: str, limit: int | None) -> dict[str, Any]:
-    """The fields that carry it, and the limit of the answer, in the API of that path."""
-    asked: dict[str, Any]
-    if path == RESPONSES:
-        asked, name = {"input": text}, "max_output_tokens"
-    elif path == COMPLETIONS:
-        asked, name = {"prompt": text}, "max_tokens"
-    else:
-        asked, name = {"messages": [{"role": "user", "content": text}]}, "max_tokens"
-    return asked if limit is None else asked | {name: limit}
-
-
-def _text(document: Any) -> str | None:  # noqa: ANN401
-    """What a whole answer says; None when it says nothing."""
-    if document.get("object") == "response":
-        return "".join(part["text"] for item in document["output"] for part in item["content"])
-    for choice in document.get("choices") or ():
-        text: str = choice["text"] if "text" in choice else choice["message"]["content"]
-        return text
-    return None
-
-
-def _piece(document: Any) -> str:  # noqa: ANN401
-    """What an event of a stream adds to the text."""
-    if document.get("type") == "response.output_text.delta":
-        return str(document["delta"])
-    choices = document.get("choices") or ()
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+async def _ticks(plan: Plan, finish: asyncio.Event) -> AsyncIterator[tuple[int, float]]:
+    """Yield the number of each call when it is due, and the instant at which it was; until it is time to finish."""
+    start = monotonic()
+    for tick in count():
+        due = start + tick * plan.burst / plan.rate
+        wait = due - monotonic()
+        if wait > 0:
+            try:
+                async with asyncio.timeout(wait):
+                    await finish.wait()
+            except TimeoutError:
+                pass
+        if finish.is_set():
+            return
+        for number in range(tick * plan.burst, (tick + 1) * plan.burst):
+            if plan.total is not None and number >= plan.total:
+                return
+            yield number, due
 
 
 def _read_headers(call: Call, response: aiohttp.ClientResponse) -> None:
-    """What the gateway tells about the call before its body."""
+    """Read what the gateway says about the call before its body."""
     headers = response.headers
     call.status = response.status
     call.tries = [Try(backend=b, outcome=o) for b, o in TRY.findall(headers.get("server-timing", ""))]
@@ -268,11 +233,11 @@ def _read_headers(call: Call, response: aiohttp.ClientResponse) -> None:
 
 
 def _judge(call: Call, body: bytes, expected: str | None) -> None:
-    """A whole answer."""
+    """Judge a whole answer."""
     document = json.loads(body)
     if call.status == 200:
         call.outcome = "ok"
-        text = _text(document)
+        text = text_of(document)
         if text is None or (expected is not None and text != expected):
             call.flaw = f"a wrong answer: {body[:200]!r}"
         return
@@ -293,22 +258,18 @@ class Reading:
         self._call = call
         self._expected = expected
         self._leave_after = plan.leave_after
-        self._error_name = "error" if plan.path == RESPONSES else ""
+        self._error_name = "error" if plan.path == RESPONSES_PATH else ""
         self._text = ""
         self._last = ""
         self._whole = False
         self._error: Error | None = None
 
     async def read(self, response: aiohttp.ClientResponse) -> None:
-        """To its end, or until the caller leaves."""
-        call, name = self._call, ""
+        """Read it to its end, or until the caller leaves."""
+        call = self._call
         try:
-            async for line in response.content:
-                if line.startswith(b"event: "):
-                    name = line[7:].decode().strip()
-                elif line.startswith(b"data: "):
-                    self._see(name, line[6:].decode().strip())
-                    name = ""
+            async for event in read_events(response.content):
+                self._see(event)
                 if self._leave_after is not None and call.events >= self._leave_after:
                     call.outcome = "left"
                     response.close()
@@ -321,26 +282,26 @@ class Reading:
         if call.outcome != "left":
             self._judge()
 
-    def _see(self, name: str, data: str) -> None:
+    def _see(self, event: Event) -> None:
         call = self._call
         if call.first is None:
             call.first = monotonic()
         if call.error_events:
             call.flaw = "an event after the error"
-        self._last, self._whole = data, data == "[DONE]"
+        self._last, self._whole = event.data, event.data == "[DONE]"
         if self._whole:
             call.events += 1
             return
-        document = json.loads(data)
+        document = json.loads(event.data)
         if "error" in document:
             self._error = error_in(document)
             call.error_events += 1
-            if not name == document.get("type", "") == self._error_name:
-                call.flaw = f"an error event of another API: {name} {data[:200]}"
+            if not event.name == document.get("type", "") == self._error_name:
+                call.flaw = f"an error event of another API: {event.name} {event.data[:200]}"
             return
         call.events += 1
         self._whole = document.get("type") in LAST_RESPONSES
-        self._text += _piece(document)
+        self._text += text_in(document)
 
     def _judge(self) -> None:
         call, error = self._call, self._error
@@ -357,14 +318,14 @@ class Reading:
 
 
 def _word(error: Error) -> str:
-    """The outcome of the attempt that an error event is about."""
+    """Return the outcome of the attempt that an error event is about."""
     if error.code == "backend_timeout":
         return f"{error.param}_timeout"
     return {"backend_invalid_response": "invalid_response", "gateway_draining": "cancelled"}.get(error.code, error.code)
 
 
 def _sdk_waits(call: Call, again: int) -> float | None:
-    """Seconds until an OpenAI SDK would send the call again; None: it would not."""
+    """Return the seconds until an OpenAI SDK would send the call again; None: it would not."""
     if call.status is None or call.status < 400 or call.should_retry == "false":
         return None
     if call.status not in SDK_STATUSES and call.status < 500:
@@ -373,22 +334,28 @@ def _sdk_waits(call: Call, again: int) -> float | None:
     return asked if 0 < asked <= SDK_PATIENCE else 0.5 * 2**again
 
 
-async def main() -> None:
-    """Read the plan, send, stop when stdin says so or ends."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    plan = msgspec.json.decode(await reader.readline(), type=Plan)
-    stop = asyncio.Event()
+async def serve(kind: type[AnyPlan], expecting: Callable[[AnyPlan], Expect]) -> None:
+    """Take plans of this kind, and send what they say.
 
-    async def listen() -> None:
-        await reader.readline()
-        stop.set()
+    Args:
+        kind: How plans are read.
+        expecting: Returns, for a plan, what knows the right text of each answer.
+    """
+    async with ordered() as (order, finish):
+        plans: list[AnyPlan] = msgspec.json.decode(order, type=list[kind])  # type: ignore[valid-type]
+        lag = Lag()
+        watching = asyncio.create_task(lag.watch({pid for plan in plans for pid in plan.pids}))
+        report()
+        async with asyncio.TaskGroup() as tasks:
+            for plan in plans:
+                tasks.create_task(Caller(plan, expecting(plan), lag).run(finish))
+        watching.cancel()
 
-    listening = asyncio.create_task(listen())
-    await Caller(plan).run(stop)
-    listening.cancel()
+
+def main() -> None:
+    """Send; any text is a right answer."""
+    uvloop.run(serve(Plan, lambda _plan: lambda _body: None))
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    main()

@@ -1,0 +1,129 @@
+"""Odd, but legal requests."""
+
+import json
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+
+import pytest
+
+from mock_model.serve import MockModel
+from testkit.completions import CHAT, CHAT_PATH
+from tests.integration.gateways import StartGateway
+from tests.integration.recorder import ANSWER, STREAM, Recorder
+from tests.integration.wire import BODY, dial, post, send
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda data: data.replace(b"HTTP/1.1", b"HTTP/1.0"), id="HTTP/1.0"),
+        pytest.param(lambda data: data.replace(b"/v1", b"http://elsewhere:1/v1", 1), id="absolute form"),
+        pytest.param(lambda data: data.replace(b"/v1/chat", b"/%761/chat", 1), id="escaped"),
+        pytest.param(lambda data: data.replace(b"completions ", b"completions?api-version=1 "), id="with a query"),
+        pytest.param(lambda data: b"\r\n" + data, id="after an empty line"),
+        pytest.param(
+            lambda data: data.replace(b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 1),
+            id="asking for a websocket",
+        ),
+        pytest.param(
+            lambda data: data.replace(
+                b"\r\n\r\n",
+                b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n\r\n",
+                1,
+            ),
+            id="asking for HTTP/2",
+        ),
+    ],
+)
+async def test_an_odd_but_legal_request_is_answered(
+    recorder: Recorder, start_gateway: StartGateway, change: Callable[[bytes], bytes]
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    answer = await send(gateway, change(post()))
+    assert (answer.status, answer.body) == (200, ANSWER)
+    assert [(seen.path, seen.body) for seen in recorder.seen] == [(CHAT_PATH, BODY)]
+
+
+@pytest.mark.parametrize("path", [b"/v1/chat%2Fcompletions", b"/v1/chat%2fcompletions", b"/v1//chat/completions"])
+async def test_a_path_that_only_looks_like_one_of_ours_is_unknown(
+    recorder: Recorder, start_gateway: StartGateway, path: bytes
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    answer = await send(gateway, post().replace(b"/v1/chat/completions", path, 1))
+    assert answer.status == 404
+    assert recorder.seen == []
+
+
+async def test_the_media_type_of_an_answer_survives_an_odd_parameter(
+    recorder: Recorder, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    recorder.headers = [("content-type", 'application/json; note="\xe9"')]
+    answer = await send(gateway, post())
+    assert (answer.status, answer.body) == (200, ANSWER)
+    assert {name.lower(): value for name, value in answer.headers.items()}["content-type"] == "application/json"
+
+
+async def test_requests_sent_in_a_row_without_waiting_are_answered_in_order(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    async with dial(gateway.url) as wire:
+        streamed = json.dumps(CHAT | {"stream": True}).encode()
+        await wire.send(post() + post(b"") + post(streamed) + post())
+        answers = [await wire.answer() for _ in range(4)]
+    assert [answer.status for answer in answers] == [200, 400, 200, 200]
+    assert answers[2].body.endswith(b"data: [DONE]\n\n")
+    assert answers[0].body == answers[3].body
+    assert [call.ended for call in mock.journal.calls] == ["complete"] * 3
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "told"),
+    [
+        ("1.1", None, None),
+        ("1.1", "keep-alive", None),
+        ("1.1", "close", "close"),
+        ("1.0", None, None),
+        ("1.0", "keep-alive", "keep-alive"),
+    ],
+)
+async def test_a_whole_answer_has_the_head_that_its_http_version_asks_for(
+    recorder: Recorder, start_gateway: StartGateway, version: str, asked: str | None, told: str | None
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    connection = f"\r\nconnection: {asked}" if asked else ""
+    request = post().replace(b"HTTP/1.1", f"HTTP/{version}{connection}".encode(), 1)
+    async with dial(gateway.url) as wire:
+        await wire.send(request)
+        answer = await wire.answer()
+        stays = told != "close" and (version, asked) != ("1.0", None)
+        if stays:
+            await wire.send(request)
+            assert (await wire.answer()).body == ANSWER
+        else:
+            assert await wire.rest() == b""
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+
+    assert (answer.status, answer.body) == (200, ANSWER)
+    assert headers.get("connection") == told
+    assert headers["content-length"] == str(len(ANSWER))
+    assert headers["content-type"] == "application/json"
+    assert parsedate_to_datetime(headers["date"])
+    assert {"x-request-id", "x-trace-id", "x-gateway-attempts", "x-gateway-backend", "server-timing", "server"} <= set(
+        headers
+    )
+
+
+async def test_a_caller_of_http_1_0_gets_a_stream_that_ends_with_its_connection(
+    recorder: Recorder, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    recorder.headers = [("content-type", "text/event-stream")]
+    recorder.pieces = [STREAM, b"data: [DONE]\n\n"]
+    async with dial(gateway.url) as wire:
+        await wire.send(post(json.dumps(CHAT | {"stream": True}).encode()).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        status, headers = await wire.head()
+        assert status == 200
+        assert "transfer-encoding" not in {name.lower() for name in headers}
+        assert await wire.rest() == b"".join(recorder.pieces)

@@ -1,0 +1,221 @@
+"""When the first byte of a stream goes out: at its first words, when it is whole, or as a heartbeat before that."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from mock_model.serve import MockModel
+from testkit.sse import DONE, Events
+from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw, event
+from tests.integration.gateways import StartGateway, StartMock
+from tests.integration.streaming import (
+    FINISH,
+    LATE,
+    QUICK,
+    RESPONSE,
+    ROLE,
+    SHORT,
+    WHOLE,
+    WORD,
+    Caller,
+    chat_straight,
+    fault,
+    named,
+    once,
+    settled,
+    streaming,
+)
+
+# A stream held until it is whole
+
+
+@pytest.mark.parametrize("by", ["header", "setting"])
+@pytest.mark.parametrize("failing", LATE, ids=named)
+async def test_a_stream_held_until_it_is_whole_is_tried_again(
+    mock: MockModel, start_gateway: StartGateway, by: str, failing: dict[str, Any]
+) -> None:
+    gateway = await start_gateway(mock, gateway_stream_commit="complete" if by == "setting" else "first_token", **QUICK)
+    expected = await chat_straight(mock)
+    mock.set_faults([once(failing)])
+    answer = await gateway.chat(stream=True, headers={"x-gateway-commit": "complete"} if by == "header" else {})
+    assert (answer.status, answer.body) == (200, expected)
+    assert answer.headers["x-gateway-attempts"] == "2"
+    await mock.settled()
+    assert [call.ended for call in mock.journal.calls][1:] == ["complete"]
+    await settled(gateway)
+
+
+async def test_the_header_wins_over_the_setting(slow_mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(slow_mock, gateway_stream_commit="complete", **QUICK)
+    slow_mock.set_faults([once(fault("cut", after_events=4))])
+    answer = await gateway.chat(stream=True, headers={"x-gateway-commit": "first_token"})
+    Events(answer.body).only_error()
+    assert slow_mock.journal.total == 1
+
+
+async def test_a_stream_held_until_it_is_whole_falls_back_from_a_stall(
+    start_mock: StartMock, start_gateway: StartGateway
+) -> None:
+    mocks = [await start_mock(), await start_mock()]
+    gateway = await start_gateway(*mocks, gateway_stream_commit="complete", gateway_idle_timeout=SHORT, **QUICK)
+    expected = await chat_straight(mocks[0])
+    mocks[0].set_faults([fault("stall", after_events=4)])
+    for _ in range(4):
+        answer = await gateway.chat(stream=True)
+        assert (answer.status, answer.body) == (200, expected)
+        assert answer.headers["x-gateway-backend"] == "backend-2"
+    assert mocks[1].journal.total == 4
+
+
+async def test_a_held_stream_that_always_fails_is_a_plain_error(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_stream_commit="complete", gateway_max_attempts=2, **QUICK)
+    mock.set_faults([fault("cut", after_events=4)])
+    answer = await gateway.chat(stream=True)
+    assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
+    assert mock.journal.total == 2
+    await settled(gateway)
+
+
+async def test_a_held_stream_larger_than_an_answer_may_be_is_not_tried_again(
+    start_mock: StartMock, start_gateway: StartGateway
+) -> None:
+    mock = await start_mock(mock_tokens=400)
+    gateway = await start_gateway(mock, gateway_stream_commit="complete", gateway_max_answer_bytes=2_000)
+    answer = await gateway.chat(stream=True)
+    assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
+    await mock.settled()
+    assert mock.journal.total == 1
+    await settled(gateway)
+
+
+# Heartbeats
+
+
+async def test_there_are_no_heartbeats_by_default(start_mock: StartMock, start_gateway: StartGateway) -> None:
+    mock = await start_mock(mock_ttft=0.5)
+    gateway = await start_gateway(mock)
+    expected = await chat_straight(mock)
+    assert (await gateway.chat(stream=True)).body == expected
+
+
+async def test_heartbeats_before_and_after_commit(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def slow(call: RawCall) -> None:
+        for piece in (ROLE + WORD, FINISH + DONE):
+            await seen.acquire()
+            if piece.startswith(ROLE):
+                await call.send(STREAM_HEAD)
+            await call.events(piece)
+        await call.send(END)
+
+    seen = asyncio.Semaphore(0)
+    gateway = await start_gateway((await start_raw(slow)).url, gateway_heartbeat=0.1)
+    async with streaming(gateway) as caller:
+        assert caller.response.status == 200
+        assert caller.response.content_type == "text/event-stream"
+        assert "x-gateway-backend" not in caller.response.headers, "not known when the headers went out"
+        assert [(await caller.next())[:1], (await caller.next())[:1]] == [b":", b":"]
+        seen.release()
+        events = [await caller.next()]
+        while events[-1] != WORD:
+            events.append(await caller.next())
+        assert [piece for piece in events if piece[:1] != b":"] == [ROLE, WORD]
+        assert [(await caller.next())[:1], (await caller.next())[:1]] == [b":", b":"]
+        seen.release()
+        assert Events(await caller.rest()).data == [FINISH, DONE]
+
+
+async def test_after_a_heartbeat_it_may_still_be_tried_again(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def recover(call: RawCall) -> None:
+        if call.number == 1:
+            await seen.wait()
+            call.reset()
+            return
+        await call.send(STREAM_HEAD)
+        await call.events(WHOLE)
+        await call.send(END)
+
+    seen = asyncio.Event()
+    backend = await start_raw(recover)
+    gateway = await start_gateway(backend.url, gateway_heartbeat=0.1, **QUICK)
+    async with streaming(gateway) as caller:
+        assert (await caller.next()).startswith(b":")
+        seen.set()
+        events = Events(await caller.rest())
+    assert b"".join(events.data) == WHOLE
+    assert len(backend.calls) == 2
+
+
+async def test_after_a_heartbeat_a_failure_is_an_error_event(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def fail(call: RawCall) -> None:
+        await seen.wait()
+        call.reset()
+
+    seen = asyncio.Event()
+    backend = await start_raw(fail)
+    gateway = await start_gateway(backend.url, gateway_heartbeat=0.1, gateway_max_attempts=2, **QUICK)
+    async with streaming(gateway) as caller:
+        assert (await caller.next()).startswith(b":")
+        seen.set()
+        events = Events(await caller.rest())
+    assert events.only_error()["code"] == "backend_connection_error"
+    assert len(events.data) == 1
+    assert len(backend.calls) == 2
+
+
+async def test_after_a_heartbeat_a_backend_s_own_error_answer_is_the_error_event(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    own = {"message": "Bad prompt.", "type": "invalid_request_error", "param": "messages", "code": "bad_prompt"}
+
+    async def refuse(call: RawCall) -> None:
+        await seen.wait()
+        await call.answer(json.dumps({"error": own}, indent=2).encode(), status="400 Bad Request")
+
+    seen = asyncio.Event()
+    backend = await start_raw(refuse)
+    gateway = await start_gateway(backend.url, gateway_heartbeat=0.1)
+    async with streaming(gateway) as caller:
+        assert (await caller.next()).startswith(b":")
+        seen.set()
+        events = Events(await caller.rest())
+    assert events.only_error() == own
+    assert len(backend.calls) == 1
+
+
+async def test_after_a_heartbeat_responses_fail_with_the_first_number(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    async def fail(call: RawCall) -> None:
+        await seen.wait()
+        if call.number == 2:
+            await call.send(STREAM_HEAD)
+            await call.events(event({"type": "response.created", "sequence_number": 0, "response": {}}))
+        call.close()
+
+    seen = asyncio.Event()
+    backend = await start_raw(fail)
+    for attempts in (1, 2):
+        gateway = await start_gateway(backend.url, gateway_heartbeat=0.1, gateway_max_attempts=attempts, **QUICK)
+        seen.clear()
+        backend.calls.clear()
+        async with gateway.client.post("/v1/responses", json=RESPONSE | {"stream": True}) as response:
+            caller = Caller(response)
+            assert (await caller.next()).startswith(b":")
+            seen.set()
+            events = Events(await caller.rest())
+        events.only_error()
+        assert events.documents[-1]["type"] == "error"
+        assert events.documents[-1]["sequence_number"] == 0, "the caller has seen none"
+        assert len(backend.calls) == attempts
+
+
+async def test_heartbeats_are_for_streams_only(start_mock: StartMock, start_gateway: StartGateway) -> None:
+    mock = await start_mock()
+    mock.set_faults([fault("latency", delay=0.5), fault("status", status=500)])
+    gateway = await start_gateway(mock, gateway_heartbeat=0.1)
+    answer = await gateway.chat()
+    assert answer.status == 200
+    assert json.loads(answer.body)["object"] == "chat.completion"
+    assert answer.headers["content-type"] == "application/json"
