@@ -37,7 +37,7 @@ test: $(DEV) ## Run the unit and integration tests (ARGS are pytest's). Needs Py
 	$(PYTHON) -m pytest $(ARGS)
 
 test-3.14: ## Run the same tests on Python 3.14, in a container of the images' base. Needs Docker
-	docker build --build-arg PYTHON_IMAGE --build-arg PIP_INDEX_URL -f docker/test.Dockerfile -t llm-gateway/test .
+	DOCKER_BUILDKIT=1 docker build --build-arg PYTHON_IMAGE --build-arg PIP_INDEX_URL -f docker/test.Dockerfile -t llm-gateway/test .
 	docker run --rm --init llm-gateway/test python -m pytest $(ARGS)
 
 check: $(DEV) ## Lint, check the format and the types. Needs Python
