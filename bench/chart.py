@@ -1,4 +1,4 @@
-"""The chart for the README, drawn from a result: `python -m bench.chart RESULT.json [CHART.svg]`."""
+"""The chart of docs/performance.md, drawn from a result: `python -m bench.chart RESULT.json [CHART.svg]`."""
 
 import sys
 from pathlib import Path
