@@ -17,11 +17,11 @@ CRASHED = 70
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT; the exit code."""
+    """Run until SIGTERM or SIGINT; return the exit code."""
     try:
         settings = read_settings()
-    except SettingsError as exc:
-        return _give_up(str(exc), BAD_SETTING)
+    except SettingsError as error:
+        return _give_up(str(error), BAD_SETTING)
     start_logging(settings.level, settings.app_mode)
     return uvloop.run(_run(settings))
 
@@ -32,16 +32,16 @@ async def _run(settings: Settings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     try:
         mock = MockModel(settings, crash=lambda: os._exit(CRASHED))
-    except OSError as exc:
+    except OSError as error:
         value = str(settings.mock_journal_file)
         return _give_up(
-            f"MOCK_JOURNAL_FILE={value!r} is not allowed: it must be a file that can be written ({exc.strerror})",
+            f"MOCK_JOURNAL_FILE={value!r} is not allowed: it must be a file that can be written ({error.strerror})",
             BAD_SETTING,
         )
     try:
         await mock.start()
-    except OSError as exc:
-        return _give_up(str(exc.strerror or exc), NO_PORT)
+    except OSError as error:
+        return _give_up(str(error.strerror or error), NO_PORT)
     await stopped.wait()
     await mock.stop()
     return 0

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-# Answers carry a fixed date, so that the same request gives the same bytes.
 CREATED = 1_767_225_600
+"""Unix time; fixed, so that the same request gives the same bytes."""
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -31,16 +31,16 @@ DONE = Event(b"data: [DONE]\n\n", "done")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a call is answered with, if no fault comes between.
+    """The answer to a call that no fault spoils.
 
     Attributes:
-        status: Of the answer; not 200 if the request is wrong.
-        body: The JSON of an unstreamed answer, else empty.
-        events: The events of a streamed answer, else empty.
-        steps: Decoding steps, the first included: what the time of an answer depends on.
-        input_tokens: Tokens of the prompt.
-        output_tokens: Tokens of all choices.
-        finish_reasons: One for each choice.
+        status: of the answer; not 200 if the request is wrong.
+        body: the JSON of an unstreamed answer, else empty.
+        events: the events of a streamed answer, else empty.
+        steps: decoding steps, the first included; the time of an answer depends on them.
+        input_tokens: tokens of the prompt.
+        output_tokens: tokens of all choices.
+        finish_reasons: one for each choice.
     """
 
     status: int = 200
@@ -63,15 +63,15 @@ class Answer:
 
 
 def data_event(payload: Mapping[str, Any], part: Part, *, step: bool = False) -> Event:
-    """An event without a name, as chat completions and completions have it."""
+    """Return an event without a name, as chat completions and completions have it."""
     return Event(b"data: " + _encode(payload) + b"\n\n", part, step)
 
 
 def named_event(payload: Mapping[str, Any], part: Part, *, step: bool = False) -> Event:
-    """An event that carries its `type` as its name too, as responses has it."""
+    """Return an event that carries its `type` as its name too, as responses has it."""
     return Event(b"event: " + payload["type"].encode() + b"\ndata: " + _encode(payload) + b"\n\n", part, step)
 
 
 def document(payload: Mapping[str, Any] | msgspec.Struct) -> bytes:
-    """The JSON of an unstreamed answer."""
+    """Return the JSON of an unstreamed answer."""
     return _encode(payload)

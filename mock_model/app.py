@@ -1,4 +1,4 @@
-"""The API: routes, and the way of a call through fault, journal, metrics and span."""
+"""The API: its routes, and the way of a call: script of faults, journal, metrics, span."""
 
 import asyncio
 import logging
@@ -31,14 +31,14 @@ from mock_model.tracing import describe, start_span
 
 MAX_BODY = 256 * 2**20
 OK = Answer(body=b'{"status":"ok"}')
-# The route that spans and metrics give for a call below `/v1` that has none.
 STRAY = "/v1/*"
+"""The route in spans and metrics of a call below `/v1` whose path is unknown."""
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger("mock_model")
 
 
 class Request(Protocol):
-    """What the bodies of all operations have in common."""
+    """What all request bodies have in common."""
 
     model: str | None
 
@@ -47,7 +47,7 @@ class Request(Protocol):
         """Whether the answer is to be streamed."""
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
-        """What the model says to it."""
+        """Return the model's answer."""
 
 
 Understand = Callable[[bytes, str], Order]
@@ -77,7 +77,7 @@ class Api:
         self.stopping = False
 
     def create_app(self) -> web.Application:
-        """The application that serves it."""
+        """Return the application that serves it."""
         app = web.Application(middlewares=[openai_errors, self._strays], client_max_size=MAX_BODY)
         app.router.add_get(HEALTH, self._health)
         # No HEAD: most faults write a body, which must not follow its headers.
@@ -98,13 +98,13 @@ class Api:
         def understand(body: bytes, mark: str) -> Order:
             try:
                 request = decode(decoder, body)
-            except InvalidRequest as exc:
-                return self._misfit(body, exc)
+            except InvalidRequest as error:
+                return self._misfit(body, error)
             model = request.model or self._model_name
             try:
                 answer = request.answer(model, mark, self._writer)
-            except InvalidRequest as exc:
-                answer = _refusal(exc)
+            except InvalidRequest as error:
+                answer = _refusal(error)
             return Order(answer, request.model, model, bool(request.stream))
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -113,7 +113,7 @@ class Api:
         return handle
 
     def _misfit(self, body: bytes, error: InvalidRequest) -> Order:
-        """A request that is refused; who asks for which model is told all the same."""
+        """Return the order of a request that is refused; the model it names is noted all the same."""
         seen = glance(body)
         if seen is None:
             return Order(_refusal(error))
@@ -130,7 +130,7 @@ class Api:
         )
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        """Answer a probe; it is neither journaled nor traced."""
+        """Answer a probe; it is neither in the journal nor traced."""
         call = Call(request, machine=self._machine, journal=self._journal)
         mark = fingerprint(HEALTH, b"")
         call.take(Order(OK), mark, self._script.count(mark))
@@ -138,7 +138,7 @@ class Api:
 
     @web.middleware
     async def _strays(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let calls below `/v1` that have no route be journaled as the others are; faults are not for them."""
+        """Note calls to unknown paths below `/v1` in the journal like all others; no fault applies to them."""
         error = request.match_info.http_exception
         if error is None or not f"{request.path}/".startswith("/v1/"):
             return await handler(request)
@@ -151,7 +151,7 @@ class Api:
     async def _handle(
         self, request: web.Request, route: str, operation: str | None, understand: Understand
     ) -> web.StreamResponse:
-        """Let the fault or the model answer, and keep the books."""
+        """Answer by a fault or by the model; note it in journal, metrics and span."""
         call = Call(request, machine=self._machine, journal=self._journal)
         span = start_span(self._tracer, request, route, operation)
         self._metrics.arrive()
@@ -161,8 +161,8 @@ class Api:
         except (asyncio.CancelledError, ConnectionError):
             call.end("fault" if self.stopping else "caller_left")
             raise
-        except web.HTTPException as exc:
-            call.status = exc.status
+        except web.HTTPException as error:
+            call.status = error.status
             call.end("complete")
             raise
         finally:
@@ -172,7 +172,7 @@ class Api:
             span.end()
 
     async def _read(self, call: Call, request: web.Request, understand: Understand) -> Fault | None:
-        """Read the body, and see what the call asks for and which fault it gets."""
+        """Read the body; decide what the call asks for and which fault applies."""
         fault = None
         try:
             body = await request.read()
@@ -182,10 +182,10 @@ class Api:
             if fault is not None:
                 call.entry.fault = fault.kind
                 self._metrics.begin_fault(fault.kind)
-        except web.RequestPayloadError as exc:
-            raise web.HTTPBadRequest from exc
+        except web.RequestPayloadError as error:
+            raise web.HTTPBadRequest from error
         finally:
-            # Only now: the line in the journal's file tells the fault, and is written once.
+            # Only now: the line in the journal's file names the fault, and is written once.
             self._journal.arrive(call.entry)
         return fault
 

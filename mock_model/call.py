@@ -1,4 +1,4 @@
-"""One call: what it asks for, its good answer, and the means of sending it or of failing to."""
+"""One call: what it asks for, its good answer, and how that is sent, or not."""
 
 import asyncio
 import socket
@@ -16,24 +16,24 @@ from mock_model.journal import Ended, Entry, Journal, clip
 from mock_model.machine import Machine, Released
 from mock_model.order import Order
 
-# Time for a caller to read what was sent before a reset makes its kernel or client library throw it away.
 SETTLE = 0.02
+"""Seconds before a reset, for the caller to read what was sent: its kernel may throw unread bytes away."""
 
 
 class Call:
-    """A call under way; until its body was read, it asks for nothing.
+    """A call under way; until its body has been read, it asks for nothing.
 
     Attributes:
-        path: Of the URL.
-        model: The one that answers, or None.
-        stream: Whether the answer is streamed.
-        fingerprint: Equal for calls with the same path and body.
-        occurrence: How many calls with this fingerprint came before it.
-        answer: What it is answered with if no fault comes between.
-        entry: Its place in the journal.
-        machine: What it stands on.
-        start: When its body was read (until then: when it came), in seconds of the monotonic clock.
-        status: Of the answer, as soon as there is one.
+        path: of the URL.
+        model: the one that answers, or None.
+        stream: whether the answer is streamed.
+        fingerprint: equal for calls with the same path and body.
+        occurrence: how many calls with this fingerprint came before it.
+        answer: the good one.
+        entry: its place in the journal.
+        machine: the one it runs on.
+        start: instant of the monotonic clock, seconds: when its body had been read; until then, when it came.
+        status: of the answer, as soon as there is one.
     """
 
     def __init__(self, request: web.BaseRequest, *, machine: Machine, journal: Journal) -> None:
@@ -68,10 +68,8 @@ class Call:
         self.entry.model = None if order.asked is None else clip(order.asked)
         self.start = monotonic()
 
-    # The good answer
-
     async def serve(self, answer: Answer | None = None, *, content_type: str | None = None) -> web.StreamResponse:
-        """Send the good answer, or a changed one in its place, at the model's pace."""
+        """Send the good answer, or another one in its place, at the model's pace."""
         answer = self.answer if answer is None else answer
         if answer.events:
             response = await self.begin(content_type)
@@ -123,12 +121,10 @@ class Call:
             self.entry.events_sent += 1
 
     async def finish(self, response: web.StreamResponse, ended: Ended) -> web.StreamResponse:
-        """End an answer as HTTP has it."""
+        """End an answer properly."""
         self.end(ended)
         await response.write_eof()
         return response
-
-    # Other answers, and ways of not answering
 
     def reply(
         self,
@@ -138,7 +134,7 @@ class Call:
         content_type: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> web.Response:
-        """A whole answer."""
+        """Return a whole answer."""
         self.status = status
         merged = self._headers()
         merged["Content-Type"] = content_type or JSON
@@ -154,11 +150,11 @@ class Call:
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> web.Response:
-        """An error in OpenAI's form."""
+        """Return an error in OpenAI's form."""
         return self.reply(status, envelope(status, message, param=param, code=code), headers=headers)
 
     async def hang(self) -> web.StreamResponse:
-        """Send nothing more until the caller leaves; if the mock stops or is reset before that, hang up."""
+        """Send nothing more until the caller leaves, or the mock model stops or is reset."""
         with suppress(Released):
             await self.machine.wait()
         return self.hang_up()

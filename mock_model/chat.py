@@ -61,7 +61,7 @@ class Choice:
         return "length" if self.passage.cut else "stop"
 
     def message(self) -> dict[str, Any]:
-        """The choice in an unstreamed answer."""
+        """Return the choice in an unstreamed answer."""
         message: dict[str, Any] = {"role": "assistant", "content": self.passage.text, "refusal": None}
         if self.tool is not None:
             function = {"name": self.tool.name, "arguments": self.passage.text}
@@ -70,13 +70,13 @@ class Choice:
         return {"index": self.index, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
 
     def opening(self) -> dict[str, Any]:
-        """The delta that comes before any token."""
+        """Return the delta that comes before any token."""
         if self.tool is None:
             return {"role": "assistant", "content": "", "refusal": None}
         return {"role": "assistant", "content": None, "refusal": None}
 
     def deltas(self) -> Iterator[dict[str, Any]]:
-        """One delta for each token."""
+        """Return one delta for each token."""
         if self.tool is None:
             for token in self.passage.tokens:
                 yield {"content": token}
@@ -102,7 +102,7 @@ class ChatRequest(msgspec.Struct):
     response_format: ResponseFormat | None = None
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
-        """What the model says to it."""
+        """Return the model's answer."""
         choices = [self._choice(index, fingerprint, writer) for index in range(self.n or 1)]
         output_tokens = sum(len(choice.passage.tokens) for choice in choices)
         input_tokens = count_tokens(text for message in self.messages for text in texts_in(message.content))
@@ -142,7 +142,7 @@ class ChatRequest(msgspec.Struct):
         return Choice(index, passage, tool, writer.name("call_", fingerprint, index))
 
     def _tool(self) -> Function | None:
-        """The tool to call, if any."""
+        """Return the tool to call, if any."""
         functions = {tool.function.name: tool.function for tool in self.tools or () if tool.function is not None}
         name = chosen(self.tool_choice, list(functions), answered=self.messages[-1].role == "tool")
         return None if name is None else functions[name]

@@ -17,10 +17,10 @@ MAX_CHOICES = 2048
 
 
 def split(prompt: Any) -> list[str | list[int]]:  # noqa: ANN401
-    """The prompts (or inputs) in a value that holds one or several, as texts or as tokens.
+    """Return the prompts (or inputs) in a value that holds one or several, as texts or as tokens.
 
     Raises:
-        ValueError: It mixes them, or holds none.
+        ValueError: it mixes them, or holds none.
     """
     if isinstance(prompt, str):
         return [prompt]
@@ -35,7 +35,7 @@ def split(prompt: Any) -> list[str | list[int]]:  # noqa: ANN401
 
 
 def tokens_of(prompts: list[str | list[int]]) -> int:
-    """The tokens of prompts, which may be tokens already."""
+    """Return the tokens of prompts, which may be tokens already."""
     return sum(count_tokens((prompt,)) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
 
 
@@ -51,11 +51,11 @@ class CompletionRequest(msgspec.Struct):
     echo: bool | None = None
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
-        """What the model says to it: `n` choices for each prompt."""
+        """Return the model's answer: `n` choices for each prompt."""
         try:
             prompts = split("<|endoftext|>" if self.prompt is None else self.prompt)
-        except ValueError as exc:
-            raise InvalidRequest(f"prompt: {exc}", param="prompt") from None
+        except ValueError as error:
+            raise InvalidRequest(f"prompt: {error}", param="prompt") from None
         echoed = [prompt for prompt in prompts for _ in range(self.n or 1)]
         if len(echoed) > MAX_CHOICES:
             raise InvalidRequest(f"prompt: more than {MAX_CHOICES} choices", param="prompt")

@@ -1,4 +1,4 @@
-"""The control API: faults, journal, metrics, and the two buttons."""
+"""The control API: faults, journal, metrics, reset and crash."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,12 +15,12 @@ from mock_model.script import Script, ScriptError
 
 MAX_BODY = 4 * 2**20
 
-# Lets the answer to `POST /crash` reach the caller.
 CRASH_DELAY = 0.05
+"""Seconds before a crash, for the answer to `POST /crash` to reach the caller."""
 
 
 class Control:
-    """What a test turns; on a port of its own, so that it is never published with the API."""
+    """What a test controls; on a port of its own, so that it is never published with the API."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Control:
         self._crash = crash
 
     def create_app(self) -> web.Application:
-        """The application that serves it."""
+        """Return the application that serves it."""
         app = web.Application(middlewares=[openai_errors], client_max_size=MAX_BODY)
         app.router.add_get("/faults", self._get_faults)
         app.router.add_put("/faults", self._put_faults)
@@ -56,10 +56,10 @@ class Control:
     async def _put_faults(self, request: web.Request) -> web.Response:
         try:
             self._script.replace(msgspec.json.decode(await request.read()))
-        except ScriptError as exc:
-            return _json(envelope(400, str(exc), param=exc.where, code="invalid_faults"), status=400)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return _json(envelope(400, f"the script is not JSON: {exc}", code="invalid_json"), status=400)
+        except ScriptError as error:
+            return _json(envelope(400, str(error), param=error.where, code="invalid_faults"), status=400)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return _json(envelope(400, f"the script is not JSON: {error}", code="invalid_json"), status=400)
         return await self._get_faults(request)
 
     async def _delete_faults(self, _request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""From the bytes of a body to a typed request, or to an error that says what is wrong with it."""
+"""Reads the body of a request, or says what is wrong with it."""
 
 import re
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class Glance(msgspec.Struct):
-    """The fields that say which call this is, whatever they hold."""
+    """The fields by which a call is known, of any type."""
 
     model: Any = None
     stream: Any = None
@@ -30,7 +30,7 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def glance(body: bytes) -> Glance | None:
-    """What a body that is no good request says of itself, or None if it is no JSON object."""
+    """Return what a bad request says about itself; None when it is not a JSON object."""
     try:
         return _glance.decode(body)
     except _NOT_JSON:
@@ -38,16 +38,16 @@ def glance(body: bytes) -> Glance | None:
 
 
 def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
-    """The request in a body.
+    """Return the request in a body.
 
     Raises:
-        InvalidRequest: It is not JSON, or a field has a wrong type; `param` names it.
+        InvalidRequest: it is not JSON, or a field has a wrong type; `param` names it.
     """
     try:
         return decoder.decode(body)
-    except msgspec.ValidationError as exc:
-        text = str(exc)
+    except msgspec.ValidationError as error:
+        text = str(error)
         found = _MISSING.search(text) or _PATH.search(text)
         raise InvalidRequest(text, param=found and found[1]) from None
-    except _NOT_JSON as exc:
-        raise InvalidRequest(f"the body is not JSON: {exc}", code="invalid_json") from None
+    except _NOT_JSON as error:
+        raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None

@@ -19,7 +19,7 @@ MAX_INPUTS = 2048
 
 
 def vector(seed: int, item: str | list[int], dimensions: int) -> list[float]:
-    """The embedding of one input, of length 1: the same wherever the input stands."""
+    """Return the embedding of one input, a vector of length 1: the same wherever the input stands."""
     raw = stream(seed, "embedding", item, length=2 * dimensions)
     numbers = [number + 0.5 for number in struct.unpack(f"<{dimensions}h", raw)]
     norm = sqrt(sum(number * number for number in numbers))
@@ -40,11 +40,11 @@ class EmbeddingRequest(msgspec.Struct):
         return False
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:  # noqa: ARG002
-        """One embedding for each input."""
+        """Return one embedding for each input."""
         try:
             inputs = split(self.input)
-        except ValueError as exc:
-            raise InvalidRequest(f"input: {exc}", param="input") from None
+        except ValueError as error:
+            raise InvalidRequest(f"input: {error}", param="input") from None
         if len(inputs) > MAX_INPUTS:
             raise InvalidRequest(f"input: more than {MAX_INPUTS} inputs", param="input")
         data = []

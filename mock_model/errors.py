@@ -4,7 +4,7 @@ import msgspec
 
 
 class InvalidRequest(Exception):
-    """The request cannot be answered: 400, or the status given."""
+    """The request cannot be answered: 400, or another status."""
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = "invalid_request", status: int = 400
@@ -20,13 +20,13 @@ _SERVER_ERROR = 500
 
 
 def error_type(status: int) -> str:
-    """The `type` that goes with a status."""
+    """Return the `type` that goes with a status."""
     if status >= _SERVER_ERROR:
         return "server_error"
     return _TYPES.get(status, "invalid_request_error")
 
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> bytes:
-    """The body of an error answer."""
+    """Return the body of an error answer."""
     error = {"message": message, "type": error_type(status), "param": param, "code": code}
     return msgspec.json.encode({"error": error})

@@ -1,6 +1,6 @@
 """Every way in which the mock model can fail, one class each.
 
-A fault decides which calls it suits, and sends (or does not send) the answer. Durations are float seconds.
+A fault decides which calls it can apply to, and how they are answered, if at all. Durations are float seconds.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# No control characters, but tabs inside.
 HEADER_VALUE = re.compile(r"(?!\t)[^\x00-\x08\x0a-\x1f\x7f-\x9f]*(?<!\t)")
-# They say where an answer ends.
+"""No control characters, except tabs inside."""
 FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})
+"""These say where an answer ends."""
 
 PAGE = (
     b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\n"
@@ -42,11 +42,11 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     kind: ClassVar[str]
 
     def suits(self, call: Call) -> bool:  # noqa: ARG002
-        """Whether the fault can show in such a call; one that cannot is not used up by it."""
+        """Return whether the fault would show in the call; a call in which it would not does not use it up."""
         return True
 
     def wrong(self) -> tuple[str, str] | None:
-        """The parameter that cannot be used, and why not, if any."""
+        """Return a parameter that cannot be used and the reason, or None."""
         return None
 
     async def apply(self, call: Call) -> web.StreamResponse:
@@ -68,7 +68,7 @@ class Status(Fault):
     Attributes:
         status: 200 to 599.
         body: JSON; a text is sent as it stands, as text/plain. Without it: an error in OpenAI's form.
-        headers: Further headers, such as `retry-after`; not those that say where the answer ends.
+        headers: further headers, such as `retry-after`; not those that say where the answer ends.
     """
 
     kind = "status"
@@ -77,14 +77,14 @@ class Status(Fault):
     headers: dict[str, str | int | float] = {}
 
     def wrong(self) -> tuple[str, str] | None:
-        """A header that cannot be sent, or would break the framing of the answer."""
+        """Return a header that cannot be sent, or would break the framing of the answer."""
         for name, value in self.headers.items():
             if not HEADER_NAME.fullmatch(name):
-                return "headers", f"{name!r} is no name of a header"
+                return "headers", f"{name!r} is not a header name"
             if name.lower() in FRAMING:
-                return "headers", f"{name} would break the framing of the answer, which is what short_body is for"
+                return "headers", f"{name} would break the framing of the answer; use short_body for that"
             if not HEADER_VALUE.fullmatch(str(value)):
-                return "headers", f"the value of {name} has control characters in it"
+                return "headers", f"the value of {name} holds control characters"
         return None
 
     async def apply(self, call: Call) -> web.StreamResponse:
@@ -106,8 +106,8 @@ class Latency(Fault):
     """A good answer that comes late.
 
     Attributes:
-        delay: Before anything is sent.
-        jitter: The delay is drawn between `delay - jitter` and `delay + jitter`.
+        delay: before anything is sent.
+        jitter: the delay is drawn between `delay - jitter` and `delay + jitter`.
     """
 
     kind = "latency"
@@ -146,7 +146,7 @@ class SlowFirstToken(Fault):
     """A good answer whose first token comes late: a stream's headers and opening events are in time.
 
     Attributes:
-        delay: Before the first token; of an unstreamed answer, before the body.
+        delay: before the first token; of an unstreamed answer, before the body.
     """
 
     kind = "slow_first_token"
@@ -170,17 +170,17 @@ class SlowFirstToken(Fault):
 
 
 class Stall(Fault):
-    """A stream that stops and stays open; of an unstreamed answer, half of the body comes.
+    """A stream that stops and stays open; of an unstreamed answer half of the body is sent.
 
     Attributes:
-        after_events: How many events come; a stream that has fewer is spared.
+        after_events: how many events are sent; does not apply to a stream that has fewer.
     """
 
     kind = "stall"
     after_events: Count = 1
 
     def suits(self, call: Call) -> bool:
-        """Whether the answer is long enough."""
+        """Return whether the answer is long enough."""
         return not _streamed(call) or self.after_events <= len(call.answer.events)
 
     async def apply(self, call: Call) -> web.StreamResponse:
@@ -196,11 +196,11 @@ class Stall(Fault):
 
 
 class Cut(Fault):
-    """A stream that ends too early; of an unstreamed answer, half of the body comes.
+    """A stream that ends too early; of an unstreamed answer half of the body is sent.
 
     Attributes:
-        after_events: How many whole events come; a stream in which nothing is missing then is spared.
-        how: `end`: the answer ends as HTTP has it, so that only its meaning is cut; `reset`: by TCP RST.
+        after_events: how many whole events are sent; does not apply to a stream in which nothing would be missing.
+        how: `end`: the HTTP answer ends properly, and only its content is cut; `reset`: by TCP RST.
         where: `between` two events, `inside_event` (half of the next one comes too) or `inside_character` (the next one
             comes up to the middle of a UTF-8 sequence in its text).
     """
@@ -211,7 +211,7 @@ class Cut(Fault):
     where: Literal["between", "inside_event", "inside_character"] = "between"
 
     def suits(self, call: Call) -> bool:
-        """Whether there is something to cut: a reset shows after the last event too."""
+        """Return whether something would be missing; a reset shows after the last event too."""
         whole = len(call.answer.events)
         shows_at_the_end = self.how == "reset" and self.where == "between"
         return not _streamed(call) or self.after_events < whole or (shows_at_the_end and self.after_events == whole)
@@ -243,14 +243,14 @@ class Cut(Fault):
 
 
 class _Edited(Fault):
-    """A stream some of whose events are left out or put in."""
+    """A stream with events left out or added."""
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """The events that are sent."""
+        """Return the events that are sent."""
         raise NotImplementedError
 
     def suits(self, call: Call) -> bool:
-        """Whether it is a stream, and one that would change."""
+        """Return whether it is a stream that would change."""
         return _streamed(call) and tuple(self.edit(call.answer.events)) != call.answer.events
 
     async def apply(self, call: Call) -> web.StreamResponse:
@@ -264,7 +264,7 @@ class NoDone(_Edited):
     kind = "no_done"
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """All but `[DONE]`."""
+        """Return all but `[DONE]`."""
         return (event for event in events if event.part != "done")
 
 
@@ -274,42 +274,42 @@ class NoFinish(_Edited):
     kind = "no_finish"
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """All but the finish."""
+        """Return all but the finish."""
         return (event for event in events if event.part != "finish")
 
 
 class MalformedEvent(_Edited):
-    """A stream with one event more, whose data is no JSON; the rest comes as usual.
+    """A stream with one more event, whose data is not JSON; the rest is sent as usual.
 
     Attributes:
-        after_events: How many good events come before it; it comes before the last one at the latest.
+        after_events: how many good events come before it; at the latest it is the last but one.
     """
 
     kind = "malformed_event"
     after_events: Count = 1
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """The events with the bad one between."""
+        """Return the events with the bad one between."""
         place = min(self.after_events, len(events) - 1)
         return (*events[:place], Event(MALFORMED, "closing"), *events[place:])
 
 
 class ContentType(Fault):
-    """A good answer under a wrong name; one whose name it is already is spared.
+    """A good answer with a wrong `Content-Type`.
 
     Attributes:
-        value: The `Content-Type` that is sent.
+        value: what is sent; does not apply to an answer that has this type anyway.
     """
 
     kind = "content_type"
     value: Annotated[str, Meta(pattern=r"\A[\x20-\x7e]+\Z")]
 
     def suits(self, call: Call) -> bool:
-        """Whether the name is wrong."""
+        """Return whether the type is wrong for the answer."""
         return self.value != call.answer.content_type
 
     async def apply(self, call: Call) -> web.StreamResponse:
-        """Serve it under that name."""
+        """Serve it with that type."""
         return await call.serve(replace(call.answer), content_type=self.value)
 
 
@@ -326,7 +326,7 @@ class Html(Fault):
 
 
 class NotJson(Fault):
-    """A 200 that says it is JSON and is not, streamed or not."""
+    """A 200 whose type says JSON and whose body is not, streamed or not."""
 
     kind = "not_json"
 
@@ -338,10 +338,10 @@ class NotJson(Fault):
 
 
 class ShortBody(Fault):
-    """A `Content-Length` that promises the whole answer, and a connection that closes before it came.
+    """A `Content-Length` that promises the whole answer, and a connection that closes before it has been sent.
 
     Attributes:
-        bytes: How many bytes of the body are sent; half of it if not given; at least one is always missing.
+        bytes: how many bytes of the body are sent; by default half of it; at least one is always missing.
     """
 
     kind = "short_body"
@@ -358,11 +358,11 @@ class ShortBody(Fault):
 
 
 class Drip(Fault):
-    """A good answer that comes a few bytes at a time.
+    """A good answer, a few bytes at a time.
 
     Attributes:
-        bytes: In each piece.
-        interval: Between two pieces.
+        bytes: in each piece.
+        interval: between two pieces.
     """
 
     kind = "drip"
@@ -386,7 +386,7 @@ class Drip(Fault):
 
     @staticmethod
     def _ends(answer: Answer) -> list[int]:
-        """Where each event ends in the content, the first at the end of the list."""
+        """Return where each event ends in the content, the first at the end of the list."""
         ends, position = [], 0
         for event in answer.events:
             position += len(event.data)
@@ -405,10 +405,10 @@ class Reset(Fault):
 
 
 class Refuse(Fault):
-    """The call is reset, and nobody listens on the port for a while, so that further connections are refused.
+    """The call is reset, and for a while nobody listens on the port: further connections are refused.
 
     Attributes:
-        seconds: Until the port is open again.
+        seconds: until the port is open again.
     """
 
     kind = "refuse"
@@ -424,9 +424,9 @@ class Overload(Fault, dict=True):
     """A model that turns calls away when it is full: those that find a place are answered as usual.
 
     Attributes:
-        capacity: Calls that are answered at a time.
-        queue: Further calls that wait for a place.
-        retry_after: What the others are told, in seconds; None: nothing.
+        capacity: calls that are answered at a time.
+        queue: further calls that wait for a place.
+        retry_after: what the others are told, in seconds; None: nothing.
         status: 503 or 429.
     """
 
@@ -461,7 +461,7 @@ class Crash(Fault):
     kind = "crash"
 
     async def apply(self, call: Call) -> web.StreamResponse:
-        """End it; where a test put something else in its place, the connection closes."""
+        """End it; in a test that replaces the crash, the connection is closed."""
         call.end("fault")
         call.machine.crash()
         return call.hang_up()

@@ -1,4 +1,4 @@
-"""What calls came and how they ended: the newest in memory, all of them in a file if one is named."""
+"""Which calls came and how they ended: the newest in memory, all of them in a file if one is named."""
 
 import logging
 import os
@@ -14,23 +14,23 @@ Ended = Literal["complete", "fault", "caller_left"]
 CAPACITY = 10_000
 MAX_TEXT = 256
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger("mock_model")
 
 
 class Entry(msgspec.Struct):
     """One call.
 
     Attributes:
-        time: When it came, in seconds since 1970.
-        path: Of its URL, clipped as the other texts of callers are.
-        model: The name it asked for, or None.
-        request_id: Its `x-request-id`, or None.
-        traceparent: As it came, or None.
-        fingerprint: Equal for calls with the same path and body; empty if the body did not come whole.
-        fault: The kind of the fault that was applied, or None.
-        ended: `complete` (the caller got a whole answer, also a late or an error answer that no fault made), `fault`
-            (a fault, or the end of this process, spoiled it), `caller_left`; None while it is under way.
-        events_sent: Server-sent events that went out whole, `[DONE]` included.
+        time: when it came, seconds since the epoch.
+        path: of its URL, clipped as the other texts of callers are.
+        model: the name it asked for, or None.
+        request_id: its `x-request-id`, or None.
+        traceparent: as it came, or None.
+        fingerprint: the same for calls with the same path and body; empty when the body was cut off.
+        fault: the kind of the fault that was applied, or None.
+        ended: `complete` (the caller got the whole answer, late ones and errors for wrong requests included), `fault`
+            (a fault or the end of this process spoiled it), `caller_left`; None while it is under way.
+        events_sent: server-sent events that went out whole, `[DONE]` included.
     """
 
     time: float
@@ -74,7 +74,7 @@ class _Ended(msgspec.Struct, tag_field="event", tag="ended"):
 
 
 def clip(text: str) -> str:
-    """A text of a caller, not longer than the journal keeps it."""
+    """Return a caller's text, cut to what the journal keeps of it."""
     return text[:MAX_TEXT].encode(errors="replace").decode()
 
 
@@ -95,11 +95,11 @@ class Journal:
 
     @property
     def dropped(self) -> int:
-        """Calls that are counted in `total` and no longer kept."""
+        """Calls counted in `total` and no longer kept."""
         return self.total - len(self.calls)
 
     def arrive(self, entry: Entry) -> None:
-        """Note a call that came: when its body was read, or could not be."""
+        """Note a call once its body has been read, or could not be."""
         self.total += 1
         self.calls.append(entry)
         if self._file is not None:
@@ -119,7 +119,7 @@ class Journal:
             )
 
     def end(self, entry: Entry, ended: Ended) -> None:
-        """Note how a call ended; only the first word counts."""
+        """Note how a call ended; only the first report counts."""
         if entry.ended is not None:
             return
         entry.ended = ended
@@ -133,7 +133,7 @@ class Journal:
         self.calls.clear()
 
     def document(self) -> bytes:
-        """The journal as JSON."""
+        """Return the journal as JSON."""
         return self._encode({"total": self.total, "dropped": self.dropped, "calls": list(self.calls)})
 
     def close(self) -> None:
@@ -147,6 +147,6 @@ class Journal:
             return
         try:
             os.write(self._file.fileno(), self._encode(line) + b"\n")
-        except OSError as exc:
-            log.error("the journal file cannot be written, it ends here: %s", exc)  # noqa: TRY400
+        except OSError as error:
+            _log.error("cannot write the journal file; it ends here: %s", error)
             self.close()

@@ -11,11 +11,11 @@ from aiohttp import web
 BACKLOG = 1024
 RETRY = 0.05
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger("mock_model")
 
 
 class Listener:
-    """Listens on one address, and again on the same port after it was closed."""
+    """Listens on one address, and again on the same port after it has been closed."""
 
     def __init__(self, runner: web.AppRunner, host: str, port: int) -> None:
         self.port = port
@@ -33,17 +33,17 @@ class Listener:
         """Listen.
 
         Raises:
-            OSError: The address cannot be had.
+            OSError: the address is taken or not ours.
         """
         if self._site is not None:
             return
         site = web.TCPSite(self._runner, self._host, self.port, backlog=BACKLOG)
         try:
             await site.start()
-        except OSError as exc:
+        except OSError as error:
             await site.stop()
-            reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
-            raise OSError(exc.errno, f"cannot listen on {self._host}:{self.port}: {reason}") from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            raise OSError(error.errno, f"cannot listen on {self._host}:{self.port}: {reason}") from None
         self._site = site
         self.port = site.port
 
@@ -56,7 +56,7 @@ class Listener:
             self._runner.server.pre_shutdown()
 
     async def refuse(self, seconds: float) -> None:
-        """Close now, and open again after so many seconds."""
+        """Close now, and open again after `seconds`."""
         await self.close()
         self._replace_change(self._reopen(seconds))
 
@@ -97,6 +97,6 @@ class Listener:
         while not self.is_open:
             try:
                 await self.open()
-            except OSError as exc:
-                log.warning("port %d cannot be had again yet: %s", self.port, exc)
+            except OSError as error:
+                _log.warning("port %d is not free again yet: %s", self.port, error)
                 await asyncio.sleep(RETRY)

@@ -8,18 +8,17 @@ from time import monotonic
 
 from mock_model.draws import draw
 
-# A batch at full size makes each decoding step take this many times as long as a batch of one.
 FULL_LOAD_FACTOR = 2.0
-
-# Seconds of work after which a call looks anew at how many others there are.
+"""How many times as long a decoding step takes at full capacity as for a single call."""
 SLICE = 0.02
+"""Seconds of work after which a call looks again how many others there are."""
 
 
 class Load:
     """The calls that are being answered, and those that wait for a place.
 
-    With a `capacity`, at most so many calls are answered at a time, the others wait in the order they came, and each
-    answer takes longer the more there are. Without one (0), each call is answered as if it were alone.
+    At most `capacity` calls are answered at a time; the others wait in the order in which they came. The more there
+    are, the longer each answer takes. With capacity 0 each call is answered as if it were alone.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -35,7 +34,7 @@ class Load:
         return 1.0 + (FULL_LOAD_FACTOR - 1.0) * (self.running - 1) / (self.capacity - 1)
 
     async def work(self, seconds: float) -> None:
-        """Take the time of so many seconds of work: longer the more calls there are, from moment to moment."""
+        """Take the time of `seconds` of work: the more calls there are at a moment, the longer."""
         due = monotonic()
         while seconds > 0:
             part = min(seconds, SLICE) if self.capacity > 1 else seconds
@@ -66,10 +65,10 @@ class Pace:
     """The time of each decoding step, in seconds.
 
     Attributes:
-        seed: Decides the jitter.
-        first_token: Until the first token.
-        interval: Between two tokens.
-        jitter: The part of a wait, 0 to 1, by which it may be shorter or longer.
+        seed: decides the jitter.
+        first_token: until the first token.
+        interval: between two tokens.
+        jitter: the share of a wait, 0 to 1, by which it may be shorter or longer.
     """
 
     seed: int
@@ -78,14 +77,14 @@ class Pace:
     jitter: float
 
     def wait(self, fingerprint: str, occurrence: int, step: int) -> float:
-        """The time before token number `step` (from 0) of a call, without load."""
+        """Return the time before token number `step` (from 0) of a call, without load."""
         base = self.interval if step else self.first_token
         if not base or not self.jitter:
             return base
         return base * (1 + self.jitter * (2 * draw(self.seed, "pace", fingerprint, occurrence, step) - 1))
 
     def total(self, fingerprint: str, occurrence: int, steps: int) -> float:
-        """The time of an unstreamed answer of so many tokens, without load."""
+        """Return the time of an unstreamed answer of `steps` tokens, without load."""
         if not steps:
             return 0.0
         if not self.jitter:

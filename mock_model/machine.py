@@ -1,4 +1,4 @@
-"""What every call stands on: the model's pace and load, and the switches that faults turn."""
+"""What all calls share: the model's pace and load, and what faults switch."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,7 +8,7 @@ from mock_model.load import Load, Pace
 
 
 class Released(Exception):
-    """The call shall wait no longer: it is to be hung up on."""
+    """The call must not wait any longer: its connection is closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,11 @@ class Machine:
     """The machine the model runs on.
 
     Attributes:
-        seed: Decides every draw.
-        pace: The time of each decoding step.
-        load: The calls that are being answered.
-        refuse: Stops listening for so many seconds.
-        crash: Ends the process, or what stands for it in a test.
+        seed: decides every draw.
+        pace: the time of each decoding step.
+        load: the calls that are being answered.
+        refuse: stops listening for some seconds.
+        crash: ends the process; a test may replace it.
     """
 
     seed: int
@@ -31,10 +31,10 @@ class Machine:
     _waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
     async def wait(self, seconds: float | None = None) -> None:
-        """Wait so many seconds for a fault's sake, or for ever.
+        """Wait `seconds`, or for ever, because a fault says so.
 
         Raises:
-            Released: `release` was called meanwhile.
+            Released: `release` was called.
         """
         future = asyncio.get_running_loop().create_future()
         self._waiting.add(future)
@@ -46,7 +46,7 @@ class Machine:
             raise Released
 
     def release(self) -> None:
-        """Let every call go that a fault makes wait now."""
+        """Let go of every call that a fault makes wait."""
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)

@@ -12,7 +12,7 @@ DURATIONS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56,
 
 
 class Metrics:
-    """What is counted; a registry of its own, so that several mock models can live in one process."""
+    """All metrics, in a registry of their own: several mock models can live in one process."""
 
     def __init__(self, load: Load) -> None:
         self._registry = CollectorRegistry()
@@ -42,7 +42,7 @@ class Metrics:
         self._in_flight.set_function(lambda: self.in_flight)
 
     def arrive(self) -> None:
-        """Count a call that came."""
+        """Count a call that has come."""
         self.in_flight += 1
 
     def begin_fault(self, kind: str) -> None:
@@ -50,7 +50,7 @@ class Metrics:
         self._faults.labels(kind).inc()
 
     def end(self, call: Call, route: str) -> None:
-        """Count a call that ended."""
+        """Count a call that has ended."""
         self.in_flight -= 1
         entry = call.entry
         key = (route, entry.ended or "fault")
@@ -67,5 +67,5 @@ class Metrics:
             self._output.inc(call.answer.output_tokens)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text form."""
+        """Return all metrics in Prometheus' text form."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Errors that the HTTP server finds by itself (no such path, wrong method, too large a body), in OpenAI's form."""
+"""Errors that the HTTP server itself finds (unknown path, wrong method, body too large), in OpenAI's form."""
 
 from collections.abc import Awaitable, Callable
 
@@ -17,7 +17,7 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Answer with an envelope where the server would answer with plain text."""
     try:
         return await handler(request)
-    except web.HTTPException as exc:
-        body = envelope(exc.status, f"{exc.reason}: {request.method} {request.path}", code=_CODES.get(exc.status))
-        headers = {name: value for name, value in exc.headers.items() if name.lower() == "allow"}
-        return web.Response(status=exc.status, body=body, content_type=JSON, headers=headers)
+    except web.HTTPException as error:
+        body = envelope(error.status, f"{error.reason}: {request.method} {request.path}", code=_CODES.get(error.status))
+        headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
+        return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)

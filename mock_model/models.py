@@ -8,10 +8,10 @@ def _model(name: str) -> dict[str, object]:
 
 
 def list_models(name: str) -> Answer:
-    """The one model there is."""
+    """Return a list of one model."""
     return Answer(body=document({"object": "list", "data": [_model(name)]}))
 
 
 def retrieve_model(name: str) -> Answer:
-    """A model; every name has one."""
+    """Return the model of that name; there is one for every name."""
     return Answer(body=document(_model(name)))

@@ -1,4 +1,4 @@
-"""What a caller wants, as far as it could be understood."""
+"""What a call asks for."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from mock_model.answer import Answer
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is known of a call once its body was read.
+    """What is known of a call once its body has been read.
 
     Attributes:
-        answer: What it is answered with if no fault comes between.
-        asked: The model it names, or None.
-        model: The model that answers: the one it names or, where it names none, the default; None if the call is not
+        answer: the good one.
+        asked: the model it names, or None.
+        model: the model that answers: the one it names or, where it names none, the default; None if the call is not
             for a model.
-        stream: Whether it asks for a streamed answer.
+        stream: whether it asks for a streamed answer.
     """
 
     answer: Answer

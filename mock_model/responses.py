@@ -27,7 +27,7 @@ class TextOptions(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the model puts out: a text, or the arguments for a function."""
+    """What the model produces: a text, or the arguments of a function."""
 
     id: str
     call_id: str
@@ -35,7 +35,7 @@ class Item:
     function: str | None
 
     def value(self, status: str, text: str | None = None) -> dict[str, Any]:
-        """The item in a response; its text is left out while it is being written (None)."""
+        """Return the item in a response; its text is left out while it is being written (None)."""
         if self.function is not None:
             call = {"call_id": self.call_id, "name": self.function, "arguments": text or ""}
             return {"id": self.id, "type": "function_call", "status": status, **call}
@@ -44,7 +44,7 @@ class Item:
 
     @staticmethod
     def part(text: str) -> dict[str, Any]:
-        """A text as a part of the content."""
+        """Return a text as a part of the content."""
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
@@ -66,7 +66,7 @@ class ResponseRequest(msgspec.Struct):
     previous_response_id: str | None = None
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
-        """What the model says to it."""
+        """Return the model's answer."""
         item = self._item(fingerprint, writer)
         cut = item.function is None and item.passage.cut
         input_tokens = count_tokens(texts_in([self.instructions, self.input]))
@@ -110,7 +110,7 @@ class ResponseRequest(msgspec.Struct):
         return Item(writer.name("msg_", fingerprint), call_id, passage, None)
 
     def _tool(self) -> dict[str, Any] | None:
-        """The function to call, if any."""
+        """Return the function to call, if any."""
         functions = {str(tool.get("name")): tool for tool in self.tools or () if tool.get("type") == "function"}
         last = self.input[-1] if isinstance(self.input, list) and self.input else None
         answered = isinstance(last, dict) and last.get("type") == "function_call_output"

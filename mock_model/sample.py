@@ -7,7 +7,7 @@ _PLAIN: dict[str, Any] = {"string": "text", "integer": 1, "number": 1.5, "boolea
 
 
 def sample(schema: Any, root: Any = None, depth: int = 0) -> Any:  # noqa: ANN401
-    """A value for `schema`, always the same; what the schema says in ways not known here gives an empty object."""
+    """Return a value for `schema`, always the same; an empty object where the schema is not understood."""
     root = schema if root is None else root
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
         return {}

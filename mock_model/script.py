@@ -1,4 +1,4 @@
-"""The script of faults: which call gets which."""
+"""The script of faults: which of them applies to a call."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from mock_model.faults import KINDS, Fault
 
 HEALTH = "/health"
 MAX_ENTRIES = 1000
-# So many different bodies are told apart when occurrences are counted; the oldest is forgotten first.
 MAX_FINGERPRINTS = 100_000
+"""Bodies told apart when occurrences are counted; the oldest is forgotten first."""
 
 _FIELD = re.compile(r"(?:unknown|required) field `([^`]+)`")
 
 
 class ScriptError(ValueError):
-    """A script cannot be used; the text names the entry and the key, `where` is its path in the list."""
+    """A script cannot be used. The text names the entry and the key; `where` is its path in the list."""
 
     def __init__(self, message: str, where: str | None) -> None:
         super().__init__(message)
@@ -29,14 +29,14 @@ class ScriptError(ValueError):
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which calls an entry is for; what is not given matches all."""
+    """Which calls an entry is for; what is left out matches all."""
 
     model: str | None = None
     path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/health)\Z")] | None = None
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
-        """Whether the call is one of them; `/health` must be named."""
+        """Return whether the call is one of them; only a path that names `/health` matches it."""
         return (
             (call.path == self.path if self.path is not None else call.path != HEALTH)
             and (self.model is None or call.model == self.model)
@@ -45,7 +45,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An entry as it is written."""
+    """An entry as it was put."""
 
     kind: str
     with_: dict[str, Any] = msgspec.field(name="with", default_factory=dict)
@@ -56,7 +56,7 @@ class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
 
 
 class Line:
-    """One entry of the script, ready for use, and how often it was used."""
+    """One entry of the script, checked, and how often it has been used."""
 
     def __init__(self, number: int, entry: _Entry, fault: Fault) -> None:
         self.fault = fault
@@ -64,7 +64,7 @@ class Line:
         self._entry = entry
 
     def takes(self, call: Call, seed: int) -> bool:
-        """Whether the call gets this fault; it is used up by that."""
+        """Return whether the fault applies to the call; then it counts as used."""
         entry = self._entry
         if entry.times is not None and entry.used >= entry.times:
             return False
@@ -79,7 +79,7 @@ class Line:
         return True
 
     def document(self) -> dict[str, Any]:
-        """The entry as it was written, and `used`."""
+        """Return the entry as it was put, and `used`."""
         document: dict[str, Any] = msgspec.to_builtins(self._entry)
         return {**document, "used": self._entry.used}
 
@@ -87,8 +87,8 @@ class Line:
 class Script:
     """An ordered list of faults. The first that matches a call, and is not used up, applies.
 
-    Whether a `rate` applies depends on the seed, the line's number, the call's fingerprint and how many calls with this
-    fingerprint came since the script was put in place; not on the order of other calls.
+    Whether a `rate` applies depends on the seed, the number of the entry, the call's fingerprint and how many calls
+    with this fingerprint have come since the script was put; not on the order of other calls.
     """
 
     def __init__(self, seed: int) -> None:
@@ -100,10 +100,10 @@ class Script:
         return len(self._lines)
 
     def replace(self, entries: Any) -> None:  # noqa: ANN401
-        """Put another script in place, and begin to count anew.
+        """Replace the script, and count from 0 again.
 
         Raises:
-            ScriptError: It cannot be used; the one in place stays.
+            ScriptError: it cannot be used; the one before stays.
         """
         if not isinstance(entries, list):
             raise ScriptError("the script must be a list of faults", None)
@@ -113,15 +113,15 @@ class Script:
         self._seen.clear()
 
     def clear(self) -> None:
-        """Remove every fault, and begin to count anew."""
+        """Remove every fault, and count from 0 again."""
         self.replace([])
 
     def document(self) -> list[dict[str, Any]]:
-        """The script as it was put, each entry with how often it was `used`; it can be put again."""
+        """Return the script as it was put, each entry with how often it was `used`; it can be put again."""
         return [line.document() for line in self._lines]
 
     def count(self, fingerprint: str) -> int:
-        """How many calls with this fingerprint came before; this one is counted too."""
+        """Count a call; return how many with its fingerprint came before."""
         occurrence = self._seen.get(fingerprint, 0)
         self._seen[fingerprint] = occurrence + 1
         self._seen.move_to_end(fingerprint)
@@ -130,7 +130,7 @@ class Script:
         return occurrence
 
     def choose(self, call: Call) -> Fault | None:
-        """The fault for a call, if it gets one."""
+        """Return the fault that applies to a call, or None."""
         return next((line.fault for line in self._lines if line.takes(call, self._seed)), None)
 
 
@@ -140,16 +140,16 @@ def _line(number: int, value: Any) -> Line:  # noqa: ANN401
     name = f'fault {where} ("{kind}")' if isinstance(kind, str) else f"fault {where}"
     try:
         entry = msgspec.convert(value, _Entry)
-    except msgspec.ValidationError as exc:
-        raise _error(name, where, exc) from None
+    except msgspec.ValidationError as error:
+        raise _error(name, where, error) from None
     if entry.kind not in KINDS:
         raise ScriptError(f"{name}: kind must be one of {', '.join(KINDS)}", f"{where}.kind")
     if entry.times is not None and entry.rate is not None:
-        raise ScriptError(f"{name}: times and rate exclude each other", f"{where}.rate")
+        raise ScriptError(f"{name}: give times or rate, not both", f"{where}.rate")
     try:
         fault = msgspec.convert(entry.with_, KINDS[entry.kind])
-    except msgspec.ValidationError as exc:
-        raise _error(name, f"{where}.with", exc) from None
+    except msgspec.ValidationError as error:
+        raise _error(name, f"{where}.with", error) from None
     if (wrong := fault.wrong()) is not None:
         raise ScriptError(f"{name}: with.{wrong[0]}: {wrong[1]}", f"{where}.with.{wrong[0]}")
     for key in fault.__struct_fields__:
@@ -159,8 +159,8 @@ def _line(number: int, value: Any) -> Line:  # noqa: ANN401
     return Line(number, entry, fault)
 
 
-def _error(name: str, where: str, exc: msgspec.ValidationError) -> ScriptError:
-    text, _, path = str(exc).partition(" - at `$")
+def _error(name: str, where: str, error: msgspec.ValidationError) -> ScriptError:
+    text, _, path = str(error).partition(" - at `$")
     path = path.removesuffix("`")
     field = _FIELD.search(text)
     if field is not None:

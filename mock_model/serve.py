@@ -1,4 +1,4 @@
-"""A mock model that is up: both ports, for `python -m mock_model` and for tests in the same process."""
+"""A running mock model: both ports, for `python -m mock_model` and for tests in the same process."""
 
 import asyncio
 import logging
@@ -20,11 +20,12 @@ from mock_model.settings import Settings
 from mock_model.text import Writer
 from mock_model.tracing import build_provider, flush_and_stop
 
-# What a call that is being answered may still take once the mock model stops.
 GRACE = 0.2
+"""Seconds that a call under way has left when the mock model stops."""
 POLL = 0.005
+"""Seconds."""
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger("mock_model")
 
 
 class MockModel:
@@ -39,11 +40,11 @@ class MockModel:
     ```
 
     Attributes:
-        faults: The script of faults.
-        journal: The calls that came.
-        crash: What `POST /crash` and the fault `crash` do. Without one given, what a caller sees of a crash: every
-            connection is dropped and the API's port refuses, until `revive` or `reset`.
-        tracer_provider: Where spans go; made from the settings if none is given, and only then stopped with the model.
+        faults: the script of faults.
+        journal: of the calls.
+        crash: what `POST /crash` and the fault `crash` do. By default what a caller sees of a crash: every connection
+            is dropped and the API's port refuses, until `revive` or `reset`.
+        tracer_provider: where spans go; by default made from the settings, and stopped with the mock model.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class MockModel:
         """Listen on both ports.
 
         Raises:
-            OSError: One of them cannot be had; nothing is left open.
+            OSError: one of them is taken; nothing is left open.
         """
         try:
             await self._control_runner.setup()
@@ -129,10 +130,10 @@ class MockModel:
         except BaseException:
             await self.stop()
             raise
-        log.info("the API is at %s/v1, the control API at %s", self.url, self.control_url)
+        _log.info("the API is at %s/v1, the control API at %s", self.url, self.control_url)
 
     async def stop(self) -> None:
-        """Hang up on everyone and close; spans are flushed, for at most two seconds."""
+        """Close every connection and both ports; spans are flushed, for at most 2 s."""
         self._api.stopping = True
         await self._listener.settle()
         await self._listener.close()
@@ -144,10 +145,10 @@ class MockModel:
             await asyncio.to_thread(flush_and_stop, self.tracer_provider)
 
     def set_faults(self, faults: Sequence[dict[str, Any]]) -> None:
-        """Put another script in place, as `PUT /faults` does.
+        """Replace the script, as `PUT /faults` does.
 
         Raises:
-            ScriptError: It cannot be used.
+            ScriptError: it cannot be used.
         """
         self.faults.replace(list(faults))
 
@@ -174,18 +175,18 @@ class MockModel:
         await self._listener.revive()
 
     async def called(self, total: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109
-        """Wait until so many calls are in the journal.
+        """Wait until `total` calls are in the journal.
 
         Raises:
-            TimeoutError: They are not after so many seconds.
+            TimeoutError: they are not after `timeout` seconds.
         """
         await _until(lambda: self.journal.total >= total, timeout)
 
     async def settled(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
-        """Wait until no call is under way; the journal is final then.
+        """Wait until no call is under way: then the journal is final.
 
         Raises:
-            TimeoutError: One still is after so many seconds.
+            TimeoutError: one still is after `timeout` seconds.
         """
         await _until(lambda: not self._metrics.in_flight, timeout)
 
@@ -200,7 +201,7 @@ async def _until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def _shown(host: str) -> str:
-    """A bind address as a client on this machine calls it."""
+    """Return the host by which a client on this machine reaches a bind address."""
     if host in {"0.0.0.0", "::"}:
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""What the environment may say, checked at the start."""
+"""The settings, read from the environment and checked at the start."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,7 @@ PROTOCOLS = "http/protobuf or grpc"
 
 
 class SettingsError(Exception):
-    """A setting has no usable value; the text is one line that names it, its value and what is allowed."""
+    """A setting cannot be used. The text is one line with its name, its value and what is allowed."""
 
 
 class Settings(BaseSettings):
@@ -85,15 +85,15 @@ class Settings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """Settings from the environment.
+    """Return settings from the environment.
 
     Raises:
-        SettingsError: The first variable that cannot be used.
+        SettingsError: a variable cannot be used.
     """
     try:
         return Settings()  # type: ignore[call-arg,unused-ignore]
-    except ValidationError as exc:
-        error = exc.errors()[0]
-        name = str(error["loc"][0]).lower()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).lower()
         allowed = Settings.model_fields[name].description
-        raise SettingsError(f"{name.upper()}={error['input']!r} is not allowed: it must be {allowed}") from None
+        raise SettingsError(f"{name.upper()}={first['input']!r} is not allowed: it must be {allowed}") from None

@@ -9,7 +9,7 @@ import msgspec
 from mock_model.draws import stream
 from mock_model.sample import sample
 
-# Some words are not ASCII, so that a relay that cuts bytes inside a character is found out.
+# Some words are not ASCII: they show a relay that cuts inside a character.
 VOCABULARY = tuple(
     """
     the a one some every and or but then while near over under after before with without from into toward
@@ -25,7 +25,7 @@ VOCABULARY = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What the model writes for one choice: its tokens, and whether a limit cut it."""
+    """What the model writes for one choice: its tokens, and whether a limit ended it."""
 
     tokens: list[str]
     cut: bool
@@ -38,18 +38,18 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Writes what the model says: the same for the same seed, request and choice.
+    """Writes the answers: the same for the same seed, request and choice.
 
     Attributes:
-        seed: Decides every word.
-        length: Tokens of a text that no limit cuts.
+        seed: decides every word.
+        length: tokens of a text that no limit ends.
     """
 
     seed: int
     length: int
 
     def write(self, fingerprint: str, choice: int, limit: int | None) -> Passage:
-        """A text of at most `limit` tokens."""
+        """Return a text of at most `limit` tokens."""
         count = self.length if limit is None else min(limit, self.length)
         numbers = stream(self.seed, fingerprint, choice, length=count)
         tokens = [" " + VOCABULARY[number % len(VOCABULARY)] for number in numbers]
@@ -57,27 +57,27 @@ class Writer:
         return Passage(tokens, cut=count < self.length)
 
     def write_json(self, schema: Any, limit: int | None = None) -> Passage:  # noqa: ANN401
-        """JSON that fits a schema, in at most `limit` tokens."""
+        """Return JSON that fits a schema, in at most `limit` tokens."""
         tokens = fragments(msgspec.json.encode(sample(schema)).decode())
         return Passage(tokens[:limit], cut=limit is not None and limit < len(tokens))
 
     def name(self, prefix: str, *parts: object) -> str:
-        """An id such as `call_6f1e...`."""
+        """Return an id such as `call_6f1e...`."""
         return prefix + stream(self.seed, "id", prefix, *parts, length=12).hex()
 
 
 def fragments(text: str, size: int = 6) -> list[str]:
-    """A text that is no prose (JSON) as tokens of `size` characters."""
+    """Return JSON in tokens of `size` characters."""
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def count_tokens(texts: Iterable[str]) -> int:
-    """The tokens of a prompt, by the usual rule of four characters each; at least one."""
+    """Return the number of tokens of a prompt, four characters each; at least one."""
     return max(1, -(-sum(map(len, texts)) // 4))
 
 
 def texts_in(value: Any) -> Iterable[str]:  # noqa: ANN401
-    """Every `text` and `content` inside the messages or items of a request."""
+    """Return every `text` and `content` inside the messages or items of a request."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Which function a caller wants called."""
+"""Which function the model calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,15 @@ from mock_model.errors import InvalidRequest
 
 
 def chosen(choice: str | dict[str, Any] | None, names: Sequence[str], *, answered: bool) -> str | None:
-    """The function to call, or None: the one that is asked for, else the first that is allowed.
+    """Return the function to call, or None: the one that is asked for, else the first that is allowed.
 
     Args:
-        choice: `tool_choice`, as chat completions and responses have it: both put the same in different places.
-        names: Of the functions there are.
-        answered: Whether the caller gives the result of a function: unless it names one again, it gets a text.
+        choice: `tool_choice` of chat completions or responses, which say the same in different places.
+        names: of the functions there are.
+        answered: whether the caller sends the result of a function: unless it names one again, it gets a text.
 
     Raises:
-        InvalidRequest: A function is asked for that is not there.
+        InvalidRequest: it names an unknown function.
     """
     kind = choice.get("type") if isinstance(choice, dict) else None
     if isinstance(choice, dict) and kind in ("function", None):

@@ -25,7 +25,7 @@ _W3C = TraceContextTextMapPropagator()
 
 
 def build_provider(settings: Settings) -> TracerProvider:
-    """A provider that exports by OTLP to the endpoint of the environment; without one, nothing is recorded."""
+    """Return a provider that exports by OTLP to the endpoint of the environment; without one nothing is recorded."""
     provider = TracerProvider(
         sampler=None if settings.exports_traces else ALWAYS_OFF,
         resource=Resource.create({"service.name": settings.otel_service_name}),
@@ -50,14 +50,14 @@ def _exporter(protocol: str) -> SpanExporter:
 
 
 def flush_and_stop(provider: TracerProvider, timeout: float = FLUSH) -> None:
-    """Export what is left and stop, in at most `timeout` seconds, whatever the collector does."""
+    """Export what is left and stop, within `timeout` seconds whatever the collector does."""
     thread = threading.Thread(target=provider.shutdown, name="stop-tracing", daemon=True)
     thread.start()
     thread.join(timeout)
 
 
 def start_span(tracer: Tracer, request: web.Request, route: str, operation: str | None) -> Span:
-    """The span of a call, begun before its body is read."""
+    """Return the span of a call, begun before its body is read."""
     attributes: dict[str, AttributeValue] = {
         "http.request.method": request.method,
         "http.route": route,
@@ -76,7 +76,7 @@ def start_span(tracer: Tracer, request: web.Request, route: str, operation: str 
 
 
 def describe(span: Span, call: Call) -> None:
-    """Put on the span what the call was and how it ended; none of its texts."""
+    """Note on the span what was asked for and how it ended, but no text."""
     if not span.is_recording():
         return
     entry, answer = call.entry, call.answer

@@ -114,7 +114,7 @@ def test_a_file_that_can_no_longer_be_written_ends_no_call(caplog: pytest.LogCap
 
     assert journal.total == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "the journal file cannot be written, it ends here: [Errno 28] No space left on device"
+        "cannot write the journal file; it ends here: [Errno 28] No space left on device"
     ]
 
 

@@ -191,7 +191,7 @@ def test_the_document_can_be_put_again_and_goes_on() -> None:
         ({"kind": "reset", "times": 0}, "[1].times", ["times", ">= 1"]),
         ({"kind": "reset", "times": 1.5}, "[1].times", ["times"]),
         ({"kind": "reset", "rate": 1.5}, "[1].rate", ["rate", "<= 1"]),
-        ({"kind": "reset", "rate": 0.5, "times": 1}, "[1].rate", ["times and rate"]),
+        ({"kind": "reset", "rate": 0.5, "times": 1}, "[1].rate", ["times or rate"]),
         ({"kind": "reset", "match": {"modell": "x"}}, "[1].match.modell", ["match", "modell"]),
         ({"kind": "reset", "match": {"path": "/v2"}}, "[1].match.path", ["match.path"]),
         ({"kind": "reset", "with": {"x": 1}}, "[1].with.x", ["with", "`x`"]),
