@@ -64,13 +64,24 @@ class Parts:
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
             queue_timeout=settings.gateway_queue_timeout,
+            max_buffered=settings.gateway_max_buffered_bytes,
         )
         self.byte_budget = ByteBudget(settings.gateway_max_buffered_bytes)
-        self.pool = Pool(routing, settings, clock=clock, rng=rng, breaker_changed=self._breaker_changed)
+        self.pool = Pool(
+            routing,
+            settings,
+            clock=clock,
+            rng=rng,
+            waiting=self.admission.waiting,
+            breaker_changed=self._breaker_changed,
+            cooldown_begun=telemetry.cooldown_begun,
+            released=telemetry.released,
+        )
         forwarder = Forwarder(
             admission=self.admission,
             policy=RetryPolicy(settings, rng),
             attempts=Attempts(settings, client=client, clock=clock, rng=rng),
+            repeats=self.pool.repeats,
             clock=clock,
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,

@@ -19,6 +19,7 @@
     |- DeadlineExceeded              504     deadline_exceeded
     |- Refusal                       503     no attempt was made; says when to try again
     |  |- BackendUnavailable                 backend_unavailable
+    |  |- BackendRateLimited      429        backend_rate_limited
     |  |- GatewayOverloaded                  gateway_overloaded
     |  `- GatewayDraining                    gateway_draining
     `- BackendError                          how one attempt failed, and what follows
@@ -28,14 +29,18 @@
        |  `- StaleConnection         502     a kept-alive connection died before a byte of the answer
        |- InvalidResponse            502     backend_invalid_response   cut or unreadable
        |  |- AnswerTooLarge          502     larger than GATEWAY_MAX_ANSWER_BYTES
-       |  `- ErrorEvent              502     the backend ended its stream with an error event
+       |  |- WrongForm               502     a stream where none was asked for, or the other way round
+       |  `- ErrorInside             502     a good status with an error inside: read, it is an error answer
        |- Silent                     504     backend_timeout, param first_token or answer
        |- Stalled                    504     backend_timeout, param idle
        |- AuthRefused                502     backend_auth_error         the backend's own 401 or 403
        `- ErrorAnswer                        the backend answered with an error: passed on unchanged
-          |- Overloaded              429 503
+          |- RateLimited             429, and 503 with a Retry-After: the replica is left alone
           |- ServerFault             408 5xx
-          |- Exhausted               4xx     quota spent, context too long: another target may answer
+          |- Exhausted               4xx     another target may answer
+          |  |- ContextTooLong
+          |  |- QuotaSpent
+          |  `- NoSuchModel
           `- Rejected                4xx     all others
 """
 
@@ -44,6 +49,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from gateway.dialects.error_words import ErrorWords
 
 
 def drop_frames(error: BaseException) -> None:
@@ -199,6 +206,13 @@ class BackendUnavailable(Refusal):
     code = "backend_unavailable"
 
 
+class BackendRateLimited(Refusal):
+    """Every replica that could answer has asked to be left alone."""
+
+    status = 429
+    code = "backend_rate_limited"
+
+
 class GatewayOverloaded(Refusal):
     """The queue or the byte budget is full, or the request queued too long; `reason` says which."""
 
@@ -229,6 +243,10 @@ class BackendError(GatewayError):
         falls_back: the next target is tried when this one has no attempts left.
         verdict: what the failure means to the breaker.
         unreachable: nothing listens there, so a good probe ends the breaker's open time early.
+        cools: the replica asked to be left alone; it is asked again when its cooldown is over.
+        avoided: it repeats by nature, so for a while the replica is asked for that model after all others.
+        outage: the backend cannot be used: the request may wait for the end of the outage.
+        event: the bytes of a backend's own error event, which goes on unchanged after commit, or None.
     """
 
     retried: ClassVar[bool] = True
@@ -237,6 +255,10 @@ class BackendError(GatewayError):
     free_elsewhere: ClassVar[bool] = False
     falls_back: ClassVar[bool] = True
     unreachable: ClassVar[bool] = False
+    cools: ClassVar[bool] = False
+    avoided: ClassVar[bool] = False
+    outage: bool = False
+    event: bytes | None = None
     verdict: Verdict = Verdict.FAILURE
 
 
@@ -248,6 +270,7 @@ class ConnectionFailed(BackendError):
     code = "backend_connection_error"
     at_once_elsewhere = True
     free_elsewhere = True
+    outage = True
 
 
 class Unreachable(ConnectionFailed):
@@ -272,6 +295,7 @@ class StaleConnection(ConnectionFailed):
     """A kept-alive connection was dead before the first byte of an answer; sent again once, at once, on a new one."""
 
     word = "stale_connection"
+    outage = False
     verdict = Verdict.NEITHER
 
 
@@ -289,14 +313,27 @@ class AnswerTooLarge(InvalidResponse):
     retried = False
 
 
-class ErrorEvent(InvalidResponse):
-    """The backend ended its stream with an error event: `event`, its bytes unchanged."""
+class ErrorInside(InvalidResponse):
+    """An error in an answer with a good status: `words`. A dialect makes an error answer of it (`read_error_inside`).
+
+    Attributes:
+        words: what it says.
+        event: the bytes of the event that holds it, or None.
+    """
 
     word = "error_event"
 
-    def __init__(self, event: bytes) -> None:
-        super().__init__("The backend ended its stream with an error.")
+    def __init__(self, words: "ErrorWords", event: bytes | None = None) -> None:
+        super().__init__("The backend sent an error with a good status.")
+        self.words = words
         self.event = event
+
+
+class WrongForm(InvalidResponse):
+    """A stream where none was asked for, or the other way round: it repeats by nature."""
+
+    same_replica = False
+    at_once_elsewhere = True
 
 
 class Silent(BackendError):
@@ -307,29 +344,35 @@ class Silent(BackendError):
     same_replica = False
     at_once_elsewhere = True
 
-    def __init__(self, message: str, *, timer: str) -> None:
+    def __init__(self, message: str, *, timer: str, alive: bool = False) -> None:
         super().__init__(message, param=timer)
         self.outcome = f"{timer}_timeout"
+        if alive:  # there were signs of life
+            self.verdict = Verdict.NEITHER
 
 
 class Stalled(BackendError):
-    """No byte of the body came for `GATEWAY_IDLE_TIMEOUT`."""
+    """No byte of the body came for `GATEWAY_IDLE_TIMEOUT`: the same replica is not asked again."""
 
     word = "idle_timeout"
     status = 504
     code = "backend_timeout"
+    same_replica = False
+    at_once_elsewhere = True
 
     def __init__(self, message: str) -> None:
         super().__init__(message, param="idle")
 
 
 class AuthRefused(BackendError):
-    """The backend refused the gateway's key (its 401 or 403)."""
+    """The backend refused the gateway's key (its 401 or 403): only another replica may follow."""
 
     word = "auth_error"
     status = 502
     code = "backend_auth_error"
-    retried = False
+    same_replica = False
+    at_once_elsewhere = True
+    avoided = True
     verdict = Verdict.SUCCESS
 
 
@@ -360,23 +403,54 @@ class ErrorAnswer(BackendError):
         self.outcome = f"status_{status}"
         if status not in BREAKER_STATUSES:
             self.verdict = Verdict.SUCCESS
+        self.outage = status in OUTAGE_STATUSES
 
 
 BREAKER_STATUSES = frozenset({500, 502, 503, 504})
+OUTAGE_STATUSES = frozenset({502, 503, 504})
 
 
-class Overloaded(ErrorAnswer):
-    """429 or 503: with a `Retry-After` another replica is tried at once, else like a server fault."""
+class RateLimited(ErrorAnswer):
+    """429, or 503 with a `Retry-After`: another replica is asked at once; this one when its cooldown is over."""
+
+    same_replica = False
+    at_once_elsewhere = True
+    cools = True
+
+    def __init__(
+        self, status: int, body: bytes | None, headers: "Mapping[str, str]", *, retry_after: float | None = None
+    ) -> None:
+        super().__init__(status, body, headers, retry_after=retry_after)
+        self.outage = False
 
 
 class ServerFault(ErrorAnswer):
-    """408, 500, 502, 504 and similar: tried again with backoff."""
+    """408, 500, 502, 503, 504 and similar: tried again with backoff."""
 
 
 class Exhausted(ErrorAnswer):
-    """The account's quota is spent, or the prompt is too long for the model: another target may answer."""
+    """Another target may answer."""
 
     retried = False
+
+
+class ContextTooLong(Exhausted):
+    """The prompt is too long for the model."""
+
+
+class QuotaSpent(Exhausted):
+    """The account's quota is spent."""
+
+    avoided = True
+
+
+class NoSuchModel(Exhausted):
+    """The replica does not know the model: another one may."""
+
+    retried = True
+    same_replica = False
+    at_once_elsewhere = True
+    avoided = True
 
 
 class Rejected(ErrorAnswer):

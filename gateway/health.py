@@ -155,6 +155,7 @@ def _backend(replica: "Replica", now: float, *, in_full: bool) -> dict[str, Any]
         "status": replica.status,
         "breaker": breaker.state.value,
         "retry_in_seconds": _rounded(breaker.retry_in),
+        "cooling_seconds": _rounded(replica.cooldown.left),
         "in_flight": replica.in_flight,
         "consecutive_failures": breaker.consecutive_failures,
         "last_success_seconds_ago": _rounded(now - replica.last_success if replica.last_success is not None else None),

@@ -20,8 +20,22 @@ TARGET_SKIPPED = "gateway.target_skipped"
 """The event of a target that was passed over."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
+COOLDOWN_BEGUN = "gateway.cooldown"
+"""The event of a replica that asked to be left alone."""
+BRIDGING, COOLDOWN = "bridging", "cooldown"
+"""What a request can wait for: the end of an outage, or of a cooldown."""
 MAX_COUNT = 2**63
 """A count of tokens is below it; a larger number is not a count."""
+
+
+@dataclass(slots=True, eq=False)
+class Wait:
+    """A wait of a request: its kind, the backend it waited for, and its two instants."""
+
+    kind: str
+    backend: str
+    began: float
+    ended: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +60,9 @@ class AttemptRecord:
         breaker: state of the breaker when it was sent.
         budget_left: retries left in the replica's budget when it was sent.
         deadline_left: seconds left of the deadline when it was sent.
-        decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `gave up: <why>`.
+        decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
+            `gave up: <why>`.
+        request_id: what the backend calls it, or None.
     """
 
     number: int
@@ -70,6 +86,7 @@ class AttemptRecord:
     budget_left: int = 0
     deadline_left: float = 0.0
     decision: str | None = None
+    request_id: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +101,7 @@ class Record:
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue.
+        waits: for the end of outages and cooldowns, in order.
         first_token: when the first content event arrived, or None.
         operation: `gen_ai.operation.name`, or None when it is no prompt.
         model: the model it was forwarded for; route: the route's pattern.
@@ -108,6 +126,7 @@ class Record:
     attempts: list[AttemptRecord] = field(default_factory=list)
     events: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     queued: float = 0.0
+    waits: list[Wait] = field(default_factory=list)
     ended: float | None = None
     first_token: float | None = None
     operation: str | None = None
@@ -136,9 +155,15 @@ class Record:
         """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
         return f"00-{self.trace_id:032x}-{span_id:016x}-{'01' if self.sampled else '00'}"
 
-    def skip_target(self, backend: str, now: float) -> None:
-        """Note that a target was passed over because the breakers of its replicas are open."""
-        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": "breaker"}))
+    def skip_target(self, backend: str, why: str, now: float) -> None:
+        """Note that a target was passed over: `breaker`, `cooldown` or `bridging`."""
+        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": why}))
+
+    def note_cooldown(self, now: float, backend: str, seconds: float) -> None:
+        """Note that an attempt began a cooldown of a replica."""
+        self.events.append(
+            (now, COOLDOWN_BEGUN, {"gateway.backend": backend, "gateway.cooldown_seconds": round(seconds, 3)})
+        )
 
     def note_breaker(self, now: float, backend: str, before: str, after: str) -> None:
         """Note that an attempt changed the state of a breaker."""
@@ -212,6 +237,11 @@ class Record:
         return self.attempts[-1]
 
     @property
+    def is_bridged(self) -> bool:
+        """Whether it waited for the end of an outage."""
+        return any(wait.kind == BRIDGING for wait in self.waits)
+
+    @property
     def backend(self) -> str | None:
         """The replica that answered, even if with an error; None when the last attempt got no answer."""
         if self.attempts and self.attempts[-1].status is not None:
@@ -223,8 +253,12 @@ class Record:
         return (self.ended if self.ended is not None else now) - self.started
 
     def server_timing(self, now: float) -> str:
-        """Return the `server-timing` header (W3C Server Timing), ms: queue, attempts with their outcomes, backoffs."""
+        """Return the `server-timing` header (W3C Server Timing), ms: queue, attempts, backoffs and waits."""
         parts = [f"queue;dur={self.queued * 1000:.1f}" if self.queued else "queue;dur=0.0"]
+        if self.waits:
+            for number, wait in enumerate(self.waits, 1):
+                waited = ((wait.ended if wait.ended is not None else now) - wait.began) * 1000
+                parts.append(f'{wait.kind}-{number};desc="{wait.backend}";dur={waited:.1f}')
         for attempt in self.attempts:
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")

@@ -113,6 +113,7 @@ class Settings(BaseSettings):
     gateway_idle_timeout: Seconds = 30
     gateway_body_timeout: Seconds = 30
     gateway_heartbeat: SecondsOrNone = 0
+    gateway_outage_wait: SecondsOrNone = 5
 
     gateway_max_attempts: Count = 3
     gateway_backoff_initial: SecondsOrNone = 0.1

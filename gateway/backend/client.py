@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT = 1.0
 """Seconds."""
+MAX_REQUEST_ID = 128
+"""Characters; a longer id of a backend is not passed on."""
 
 
 class HttpClient:
@@ -157,11 +159,12 @@ class Exchange:
         headers: of the answer.
     """
 
-    __slots__ = ("_connection", "_content", "headers", "status")
+    __slots__ = ("_connection", "_content", "_peeked", "headers", "status")
 
     def __init__(self, connection: "Connection", message: "RawResponseMessage", content: aiohttp.StreamReader) -> None:
         self._connection = connection
         self._content = content
+        self._peeked = b""
         self.status = message.code
         self.headers = message.headers
 
@@ -180,9 +183,21 @@ class Exchange:
             raise InvalidResponse("The backend's answer is compressed, although plain bytes were asked for.")
 
     @property
+    def request_id(self) -> str | None:
+        """What the backend calls the request: 1 to 128 visible ASCII characters, or None."""
+        given = self.headers.get("x-request-id") or self.headers.get("request-id") or ""
+        is_fit = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
+        return given if is_fit else None
+
+    async def peek(self) -> bytes:
+        """Return the first bytes of the body, which `read` returns again. Raises: as `read`."""
+        self._peeked = await self.read()
+        return self._peeked
+
+    @property
     def at_end(self) -> bool:
         """Whether the whole body has come and been read."""
-        return self._content.at_eof()
+        return self._content.at_eof() and not self._peeked
 
     def passed_headers(self) -> dict[str, str]:
         """Return the headers of the answer that pass to callers."""
@@ -194,6 +209,9 @@ class Exchange:
         Raises:
             InvalidResponse: the body was cut off.
         """
+        if self._peeked:
+            peeked, self._peeked = self._peeked, b""
+            return peeked
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, OSError):

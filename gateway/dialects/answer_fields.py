@@ -5,8 +5,9 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from gateway.dialects.json_text import NO_JSON, decode, decode_with
-from gateway.errors import InvalidResponse
+from gateway.dialects.error_words import read_words
+from gateway.dialects.json_text import NO_JSON, decode, decode_with, leniently
+from gateway.errors import ErrorInside, InvalidResponse, WrongForm
 
 NULL = msgspec.Raw(b"null")
 MAX_NAME = 256
@@ -30,32 +31,60 @@ _decode_only_error = msgspec.json.Decoder(_OnlyError).decode
 
 
 def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[[], T]) -> T:
-    """Check a whole answer: `application/json`, an object, without a non-null `error`.
+    """Check a whole answer: a JSON object, without a non-null `error`.
 
     Args:
-        content_type: the media type, in lower case.
+        content_type: the media type, in lower case; "" for none.
         body: its bytes.
         decode_typed: reads the fields that describe the answer.
         make_empty: makes the description of an answer whose fields have other types.
 
     Raises:
-        InvalidResponse: it is not a good answer.
+        InvalidResponse: it is not a good answer; WrongForm: it is a stream; ErrorInside: it is an error.
     """
-    if content_type != "application/json":
+    if content_type == "text/event-stream":
+        raise WrongForm("The backend's answer is a stream, although none was asked for.")
+    if not is_json(content_type) and content_type not in {"", "text/plain"}:
         raise InvalidResponse("The backend's answer is not application/json.")
     try:
-        try:
-            whole = decode_with(decode_typed, body)
-        except msgspec.ValidationError:
-            whole = make_empty()
-            whole.error = decode_with(_decode_only_error, body).error
+        whole = leniently(lambda text: _read(text, decode_typed, make_empty), body)
     except msgspec.ValidationError:
+        raise_error_inside(body)
         raise InvalidResponse("The backend's answer is not a JSON object.") from None
     except NO_JSON:
         raise InvalidResponse("The backend's answer is not JSON.") from None
     if whole.error is not NULL and bytes(whole.error) != b"null":
+        raise_error_inside(body)
         raise InvalidResponse("The backend's answer is an error with a good status.")
     return whole
+
+
+def is_json(content_type: str) -> bool:
+    """Return whether a media type is JSON's (RFC 6839: `+json`)."""
+    return content_type == "application/json" or content_type.endswith("+json")
+
+
+def raise_error_inside(body: bytes) -> None:
+    """Raise the error in an answer with a good status, if there is one.
+
+    Raises:
+        ErrorInside: there is.
+    """
+    try:
+        words = read_words(leniently(decode, body))
+    except NO_JSON:
+        return
+    if words is not None:
+        raise ErrorInside(words)
+
+
+def _read(body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[[], T]) -> T:
+    try:
+        return decode_with(decode_typed, body)
+    except msgspec.ValidationError:
+        whole = make_empty()
+        whole.error = decode_with(_decode_only_error, body).error
+        return whole
 
 
 def event_document(data: bytes) -> object:
@@ -65,7 +94,7 @@ def event_document(data: bytes) -> object:
         InvalidResponse: its data is not JSON.
     """
     try:
-        return decode(data)
+        return leniently(decode, data)
     except NO_JSON:
         raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
 

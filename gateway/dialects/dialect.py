@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 from gateway.errors import BackendError, GatewayError
 
 if TYPE_CHECKING:
+    from gateway.dialects.error_words import ErrorWords
     from gateway.record import Record
 
 
@@ -20,10 +21,12 @@ class Prompt:
         model: the model it names, or None.
         stream: whether it asks for a stream.
         choices: how many choices its answer has.
+        asks_usage: whether its stream is asked to end with the usage.
         max_tokens, temperature, top_p: as asked for, or None.
     """
 
     __slots__ = (
+        "asks_usage",
         "body",
         "choices",
         "dialect",
@@ -45,11 +48,13 @@ class Prompt:
         model: str | None,
         stream: bool = False,
         choices: int = 1,
+        asks_usage: bool = False,
         max_tokens: float | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
     ) -> None:
         self.dialect = dialect
+        self.asks_usage = asks_usage
         self.path = path
         self.operation = dialect.operations[path]
         self.body = body
@@ -104,17 +109,21 @@ class StreamState(Answer, Protocol):
 
     Attributes:
         content: the first content event has come.
-        complete: the answer is whole, whatever comes next.
-        ended: the last event of the stream has come.
+        finished: every choice asked for has a finish reason; the answer is whole once the stream has ended.
+        ended: the last event of the stream has come: a whole answer, if there was content.
+        awaits_usage: the usage was asked for, and has not come.
         error: the backend's error, when an event held one.
         text: the first words, kept only on request.
     """
 
     content: bool
-    complete: bool
+    finished: bool
     ended: bool
-    error: object | None
+    error: "ErrorWords | None"
     text: str | None
+
+    @property
+    def awaits_usage(self) -> bool: ...  # noqa: D102 - see the class
 
     @property
     def done_event(self) -> bytes | None:
@@ -164,6 +173,11 @@ class Dialect(Protocol):
             headers: those that pass to callers.
             retry_after: seconds that it asks to wait, or None.
         """
+
+    def read_error_inside(
+        self, words: "ErrorWords", headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an error inside an answer with a good status is; as `read_error` otherwise."""
 
     def error_body(self, error: GatewayError) -> bytes:
         """Return an error of the gateway as JSON."""

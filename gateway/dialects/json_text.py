@@ -22,6 +22,7 @@ _NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 _STRETCH = 4096
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_NOT_FINITE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|-?Infinity|NaN', re.DOTALL)
 _decode = msgspec.json.Decoder().decode
 _pass_over = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
@@ -60,6 +61,27 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
         value = decode_typed(_SURROGATE.sub(rb"\\ufffd", data))
     _check_depth(data)
     return value
+
+
+def leniently(read: Callable[[bytes], T], data: bytes) -> T:
+    """Return what `read` reads, with `NaN` and `Infinity` as null where it finds no JSON: Python's servers write them.
+
+    Raises:
+        NO_JSON: it is no JSON even so.
+    """
+    try:
+        return read(data)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if b"NaN" not in data and b"Infinity" not in data:
+            raise
+        return read(_NOT_FINITE.sub(_null, data))
+
+
+def _null(found: "re.Match[bytes]") -> bytes:
+    """Return a text as it is, a number that is not finite as null."""
+    return found[0] if found[0].startswith(b'"') else b"null"
 
 
 def check(data: bytes) -> None:

@@ -8,9 +8,9 @@ import re
 
 from gateway.errors import InvalidResponse
 
-MAX_EVENT = 1 << 20
-"""Bytes. A longer event is a failure, like a cut stream."""
-
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
+"""How a stream begins, after a byte order mark."""
 DONE = b"[DONE]"
 
 _END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -22,13 +22,17 @@ class EventSplitter:
 
     An event that has not ended stays inside: half an event never goes on.
 
+    Args:
+        limit: bytes; a longer event is a failure, like a cut stream.
+
     Attributes:
         waiting: bytes of the event that has not ended.
     """
 
-    __slots__ = ("_pieces", "waiting")
+    __slots__ = ("_limit", "_pieces", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._pieces: list[bytes] = []
         self.waiting = 0
 
@@ -36,11 +40,11 @@ class EventSplitter:
         """Return the events that `data` completes.
 
         Raises:
-            InvalidResponse: an event is longer than `MAX_EVENT`.
+            InvalidResponse: an event is longer than the limit.
         """
         if self._pieces:
             whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
-            if not whole_line and self.waiting + len(data) <= MAX_EVENT:
+            if not whole_line and self.waiting + len(data) <= self._limit:
                 self._pieces.append(data)  # joined when a line ends: small pieces of a large event stay cheap
                 self.waiting += len(data)
                 return []
@@ -53,15 +57,22 @@ class EventSplitter:
             events = [part + b"\n\n" for part in parts]
         self._pieces = [rest] if rest else []
         self.waiting = len(rest)
-        if len(data) > MAX_EVENT and max(map(len, [rest, *events])) > MAX_EVENT:
-            raise InvalidResponse(f"The backend sent an event longer than {MAX_EVENT} bytes.")
+        if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
+            raise InvalidResponse(f"The backend sent an event longer than {self._limit} bytes.")
         return events
 
-    def end(self) -> list[bytes]:
-        """Return what the end of the body completes: the event whose last CR could have been followed by an LF."""
+    def end(self, *, proper: bool) -> list[bytes]:
+        """Return what the end of the body completes: the event whose last CR could have been followed by an LF.
+
+        A proper end completes any last event; it gets the line ends that it lacks.
+        """
         rest = b"".join(self._pieces)
         self._pieces, self.waiting = [], 0
-        return [rest] if _END_OF_EVENT.search(rest) else []
+        if _END_OF_EVENT.search(rest):
+            return [rest]
+        if not proper or (data_of(rest) is None and error_of(rest) is None):
+            return []
+        return [rest + (b"\n" if rest.endswith((b"\n", b"\r")) else b"\n\n")]
 
 
 def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
@@ -79,7 +90,7 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
 def line_of(event: bytes) -> bytes | None:
     """Return the data of a single event of one line, which nearly every read of a stream is; None for all else."""
     plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
-    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 and len(event) <= MAX_EVENT else None
+    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 else None
 
 
 def data_of(event: bytes) -> bytes | None:
@@ -88,9 +99,24 @@ def data_of(event: bytes) -> bytes | None:
     if line is not None:
         return line
     lines = []
-    for line in _LINE.split(event):
+    for line in _LINE.split(event.removeprefix(BYTE_ORDER_MARK)):
         if line.startswith(b"data:"):
             lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
         elif line == b"data":
             lines.append(b"")
     return b"\n".join(lines) if lines else None
+
+
+def error_of(event: bytes) -> bytes | None:
+    """Return the value of an `error:` field, which llama.cpp wrote until autumn 2025; None when it has none."""
+    if b"error:" not in event:
+        return None
+    for line in _LINE.split(event.removeprefix(BYTE_ORDER_MARK)):
+        if line.startswith(b"error:"):
+            return line[6:].strip()
+    return None
+
+
+def begins_as_stream(data: bytes) -> bool:
+    """Return whether a body without a content type begins as a stream does."""
+    return data.removeprefix(BYTE_ORDER_MARK).startswith(BEGINNINGS)

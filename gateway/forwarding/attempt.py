@@ -4,16 +4,20 @@ from asyncio import CancelledError
 from time import time
 from typing import TYPE_CHECKING
 
+from gateway.dialects.answer_fields import is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
+from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
     BackendError,
     CallerLeft,
     DeadlineExceeded,
+    ErrorInside,
     GatewayError,
     InternalError,
     InvalidResponse,
     Silent,
     StaleConnection,
+    WrongForm,
     drop_frames,
 )
 from gateway.forwarding.call import WholeAnswer
@@ -29,8 +33,9 @@ if TYPE_CHECKING:
     from gateway.backend.client import Exchange, HttpClient
     from gateway.dialects.dialect import Answer
     from gateway.forwarding.call import Call, StreamSink
+    from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
-    from gateway.policy.replica import Lease, Replica
+    from gateway.policy.replica import Replica
     from gateway.record import Record
     from gateway.settings import Settings
 
@@ -94,8 +99,13 @@ class Attempts:
         except BackendError as failure:
             self._end(attempt, failure)
             before = replica.breaker.state
-            lease.fail(failure, f"{call.record.trace_id:032x}")
+            counted = replica in call.counted
+            lease.fail(failure, f"{call.record.trace_id:032x}", counted=counted, body=call.fingerprint)
+            call.counted.add(replica)
             self._note_breaker(call.record, replica, before)
+            if failure.cools:
+                left = (replica.cooldown.due(lease.model) or self._clock()) - self._clock()
+                call.record.note_cooldown(self._clock(), replica.name, left)
             drop_frames(failure)
             raise
         except BaseException as error:
@@ -122,6 +132,7 @@ class Attempts:
         with timer:
             exchange = await self._client.post(lease.replica, call.prompt.path, call.body, headers, fresh=fresh)
             attempt.status = exchange.status
+            attempt.request_id = exchange.request_id
             try:
                 if exchange.status >= 300:  # noqa: PLR2004
                     await self._read_error(call, exchange, timer)
@@ -129,6 +140,8 @@ class Attempts:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
                     await self._read_answer(call, exchange, timer)
+            except ErrorInside as error:
+                raise self._error_answer(call, exchange, error) from None
             finally:
                 exchange.close()
 
@@ -157,19 +170,52 @@ class Attempts:
         wait = retry_after(passed, self._wall_clock())
         raise call.prompt.dialect.read_error(exchange.status, body, passed, wait)
 
+    def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
+        """Return the error answer that an error inside a good answer is."""
+        passed = exchange.passed_headers()
+        wait = retry_after(passed, self._wall_clock())
+        failure = call.prompt.dialect.read_error_inside(error.words, passed, wait)
+        if call.committed:
+            failure.event = error.event
+            failure.outcome = error.outcome
+        return failure
+
+    async def _read_no_stream(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+        """Read an answer that is no stream, although one was asked for. Raises: the failure that it is."""
+        if not is_json(exchange.content_type):
+            raise InvalidResponse("The backend's answer is not text/event-stream.")
+        held = call.share.held
+        try:
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+            raise_error_inside(body)
+        finally:
+            call.share.give_back_to(held)
+        raise WrongForm("The backend's answer is not a stream, although one was asked for.")
+
     async def _relay_stream(
         self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
     ) -> None:
         """Hold a streamed answer until commit, then pass it on as it arrives."""
         exchange.check_plain()
-        if exchange.content_type != "text/event-stream":
-            raise InvalidResponse("The backend's answer is not text/event-stream.")
+        is_stream = exchange.content_type == "text/event-stream"
+        if not is_stream and not (exchange.content_type == "" and begins_as_stream(await exchange.peek())):
+            await self._read_no_stream(call, exchange, timer)
         state = call.prompt.dialect.stream_state(call.prompt, keep_text=self._keep_text)
-        relay = StreamRelay(exchange, state, timer, idle=self._idle_timeout, share=call.share, clock=self._clock)
+        relay = StreamRelay(
+            exchange,
+            state,
+            timer,
+            idle=self._idle_timeout,
+            max_event=self._max_answer,
+            share=call.share,
+            clock=self._clock,
+        )
         held = call.share.held
         try:
             due = call.record.attempt.started + self._first_token_timeout
-            events = await relay.until_first_content(due, self._first_token_timeout, self._max_answer)
+            events = await relay.until_first_content(
+                due, self._first_token_timeout, self._max_answer, lambda: call.may_go_elsewhere(lease.replica)
+            )
             call.record.first_token = self._clock()
             self._report(call.record, lease, lease.begin_answer)
             if call.hold_back:

@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.policy.fingerprints import fingerprint
+
 if TYPE_CHECKING:
     from gateway.dialects.dialect import Prompt, StreamState
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
+    from gateway.policy.pool import Target
+    from gateway.policy.replica import Replica
     from gateway.record import Record
 
 
@@ -53,17 +57,27 @@ class Call:
         deadline: of the whole request.
         record: what happens is noted in it.
         sink: where a stream goes; None when none was asked for.
+        caller: who asks: the key, else the address.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
         hold_back: whether a stream is sent only when it is complete.
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
+        targets: where it may go, in order; target: the one at hand.
+        failed_before: the replicas that failed the same request before; None when it is no repeat.
+        given_up: the replicas that are not asked again for it.
+        counted: those whose breaker has counted a failure of it.
     """
 
     __slots__ = (
+        "_fingerprint",
         "answer",
         "body",
+        "caller",
+        "counted",
         "deadline",
+        "failed_before",
+        "given_up",
         "headers",
         "hold_back",
         "model",
@@ -71,6 +85,8 @@ class Call:
         "record",
         "share",
         "sink",
+        "target",
+        "targets",
     )
 
     def __init__(
@@ -81,6 +97,8 @@ class Call:
         sink: StreamSink | None,
         *,
         model: str,
+        targets: "tuple[Target, ...]",
+        caller: str,
         share: "Share",
         headers: list[tuple[str, str]],
         hold_back: bool,
@@ -95,6 +113,27 @@ class Call:
         self.hold_back = hold_back
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
+        self.targets = targets
+        self.target = targets[0]
+        self.caller = caller
+        self.failed_before: frozenset[Replica] | None = None
+        self.given_up: set[Replica] = set()
+        self.counted: set[Replica] = set()
+        self._fingerprint: bytes | None = None
+
+    def fingerprint(self) -> bytes:
+        """Return what stands for its path and body."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.prompt.path, self.prompt.body)
+        return self._fingerprint
+
+    def may_go_elsewhere(self, replica: "Replica") -> bool:
+        """Return whether another replica could be asked in place of this one."""
+        return any(
+            other is not replica and other not in self.given_up and other.admits(target.model or self.model)
+            for target in self.targets[self.targets.index(self.target) :]
+            for other in target.replicas
+        )
 
     @property
     def committed(self) -> bool:

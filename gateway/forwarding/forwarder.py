@@ -1,4 +1,4 @@
-"""The way of a request, top to bottom: deadline > admission > target > retry > breaker > attempt."""
+"""The way of a request, top to bottom: deadline > admission > target > retry > breaker > attempt > wait."""
 
 from asyncio import CancelledError, sleep, to_thread
 from typing import TYPE_CHECKING
@@ -8,12 +8,16 @@ from tenacity import AsyncRetrying, retry_if_exception_type
 from gateway.dialects.model_field import with_model
 from gateway.errors import (
     BackendError,
+    BackendRateLimited,
     BackendUnavailable,
     CallerLeft,
     DeadlineExceeded,
+    GatewayDraining,
     GatewayOverloaded,
+    Refusal,
     drop_frames,
 )
+from gateway.forwarding.waits import Waits
 from gateway.policy.retry import Retry
 
 if TYPE_CHECKING:
@@ -22,13 +26,18 @@ if TYPE_CHECKING:
     from gateway.forwarding.attempt import Attempts
     from gateway.forwarding.call import Call
     from gateway.policy.admission import Admission
-    from gateway.policy.pool import Route, Target
-    from gateway.policy.replica import Lease
+    from gateway.policy.fingerprints import Repeats
+    from gateway.policy.lease import Lease
+    from gateway.policy.pool import Target
     from gateway.policy.retry import RetryPolicy
 
 LARGE_BODY = 65_536
 """Bytes; setting the model in a larger body takes milliseconds, and is done off the event loop."""
-END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayOverloaded: "memory"}
+END_WORDS: dict[type[BaseException], str] = {
+    DeadlineExceeded: "deadline",
+    GatewayOverloaded: "memory",
+    GatewayDraining: "draining",
+}
 
 
 class Forwarder:
@@ -38,6 +47,7 @@ class Forwarder:
         admission: of all requests.
         policy: of retries.
         attempts: makes the attempts.
+        repeats: the requests that failed lately.
         clock: seconds, monotonic.
         retry_allowed, retry_refused: called with the name of the replica that gets a retry, or whose budget refused it.
     """
@@ -48,6 +58,7 @@ class Forwarder:
         admission: "Admission",
         policy: "RetryPolicy",
         attempts: "Attempts",
+        repeats: "Repeats",
         clock: "Callable[[], float]",
         retry_allowed: "Callable[[str], None]",
         retry_refused: "Callable[[str], None]",
@@ -55,11 +66,12 @@ class Forwarder:
         self._admission = admission
         self._policy = policy
         self._attempts = attempts
+        self._repeats = repeats
         self._clock = clock
         self._retry_allowed = retry_allowed
         self._retry_refused = retry_refused
 
-    async def forward(self, call: "Call", route: "Route") -> None:
+    async def forward(self, call: "Call") -> None:
         """Get the call answered: `call.answer` is set, or its sink has received a complete stream.
 
         Raises:
@@ -76,61 +88,109 @@ class Forwarder:
             finally:
                 call.record.queued = self._clock() - queued_at
         try:
-            await self._try_targets(call, route)
-        except (DeadlineExceeded, GatewayOverloaded, CallerLeft, CancelledError) as error:
+            await self._answer(call)
+        except (DeadlineExceeded, GatewayOverloaded, GatewayDraining, CallerLeft, CancelledError) as error:
             call.record.give_up(END_WORDS.get(type(error), "cancelled"))
             raise
         finally:
             self._admission.leave()
 
-    async def _try_targets(self, call: "Call", route: "Route") -> None:
-        """Try each target in order, until one answers or a failure is final."""
+    async def _answer(self, call: "Call") -> None:
+        """Try the targets, then wait where waiting may help."""
+        if self._repeats:
+            self._repeats.expire()
+            call.failed_before = self._repeats.failed_by(call.caller, call.fingerprint()) if self._repeats else None
+        failure: BackendError | None = None
+        try:
+            if await self._try_targets(call):
+                return
+        except BackendError as error:
+            failure = error
+            drop_frames(error)
+        try:
+            await self._wait_and_try(call, failure)
+        except BackendError as error:
+            self._remember(call, error)
+            raise
+        finally:
+            failure = None
+
+    async def _try_targets(self, call: "Call") -> bool:
+        """Try each target in order, until one answers; return False when no attempt could be made.
+
+        Raises:
+            BackendError: the last failure.
+        """
         record = call.record
         failure: BackendError | None = None
         skipped: Target | None = None
-        for target in route.targets:
-            if failure is not None:
-                if call.deadline.left_to_commit() < self._policy.connect_timeout:
-                    record.stop_reason = "deadline"
-                    break
-                record.attempt.decision = "fallback"
-            replica = target.pick()
-            lease = replica.lease() if replica is not None else None
+        for target in _in_order(call):
+            if failure is not None and call.deadline.left_to_commit() < self._policy.connect_timeout:
+                record.stop_reason = "deadline"
+                break
+            lease = self._first_lease(call, target)
             if lease is None:
                 skipped = target
-                record.skip_target(target.backend, self._clock())
                 continue
-            record.fell_back = target is not route.targets[0]
+            if failure is not None:
+                record.attempt.decision = "fallback"
+            record.fell_back = target is not call.targets[0]
             try:
                 await self._try_target(call, target, lease)
             except BackendError as error:
                 failure = error
                 drop_frames(error)
                 if call.committed or not error.falls_back:
-                    break
+                    raise
             else:
                 record.stop_reason = None
-                return
+                return True
         if failure is None:
-            waits = [wait for target in route.targets if (wait := target.retry_in()) is not None]
-            raise BackendUnavailable(
-                "No backend can take the request now: their circuit breakers are open.",
-                retry_after=min(waits, default=1.0),
-            )
-        if skipped is route.targets[-1]:
+            return False
+        if skipped is call.targets[-1]:
             record.stop_reason = "breaker"  # one more target could have been asked, if its breakers were not open
-        record.attempt.decision = f"gave up: {record.stop_reason}"
         raise failure
 
-    async def _try_target(self, call: "Call", target: "Target", lease: "Lease") -> None:
-        """Make the first attempt at a target, and only when it fails set up further ones."""
+    def _first_lease(self, call: "Call", target: "Target") -> "Lease | None":
+        """Take a place for the first attempt at a target; None, noted, when it has none to give."""
+        model = target.model or call.model
+        outage = target.home.outage
+        if target.home.bridging and outage.is_bridged:
+            call.record.skip_target(target.backend, "bridging", self._clock())  # behind those who wait already
+            return None
+        without = [*call.given_up, *(call.failed_before or ())]
+        replica = (target.pick(model, without=without) if without else None) or target.pick(
+            model, without=call.given_up
+        )
+        lease = replica.lease(model) if replica is not None else None
+        if lease is None:
+            cools = target.cooling_until(model) is not None
+            call.record.skip_target(target.backend, "cooldown" if cools else "breaker", self._clock())
+            return None
+        lease.replica.budget.count_first()
+        return lease
+
+    async def _try_target(self, call: "Call", target: "Target", lease: "Lease", *, waited: bool = False) -> None:
+        """Make the first attempt at a target, and only when it fails set up further ones.
+
+        Args:
+            call: to be answered.
+            target: where.
+            lease: for the first attempt.
+            waited: whether it may wait again in place of a retry.
+
+        Raises:
+            BackendError: the last failure.
+        """
+        call.target = target
         try:
             await self._set_model(call, target)
-            lease.replica.budget.count_first()
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
             if call.committed:
                 call.record.stop_reason = "committed"
+                raise
+            if waited and (failure.outage or failure.cools):
                 raise
             await self._retry(call, target, lease, failure)
         finally:
@@ -141,8 +201,15 @@ class Forwarder:
     async def _retry(self, call: "Call", target: "Target", lease: "Lease", failure: BackendError) -> None:
         """Make further attempts within a target: decide, back off, take a place, try. Raises: the last failure."""
         record = call.record
-        retry = Retry(self._policy, target, call.deadline)
-        retry.count(lease.replica, failure)
+        retry = Retry(
+            self._policy,
+            target,
+            target.model or call.model,
+            call.deadline,
+            given_up=call.given_up,
+            is_repeat=call.failed_before is not None,
+        )
+        retry.count(lease.replica, failure, trial=lease.trial)
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(BackendError), stop=retry.is_over, reraise=True
@@ -159,7 +226,7 @@ class Forwarder:
                         await self._attempts.make(call, target, lease, backoff=backoff)
                     except BackendError as error:
                         failure = error
-                        retry.count(lease.replica, error)
+                        retry.count(lease.replica, error, trial=lease.trial)
                         if call.committed:
                             retry.stopped = "committed"
                         raise
@@ -170,6 +237,48 @@ class Forwarder:
             raise
         finally:
             drop_frames(failure)
+
+    async def _wait_and_try(self, call: "Call", failure: BackendError | None) -> None:
+        """Wait for the end of an outage or a cooldown, and try again, as long as that may help.
+
+        Raises:
+            BackendError: the last attempt's failure.
+            Refusal: no attempt was made.
+        """
+        record = call.record
+        waits = Waits(call, policy=self._policy, limit=self._admission.waiting, clock=self._clock)
+        while (place := await waits.next(failure)) is not None:
+            target, lease = place
+            if record.attempts:
+                record.attempt.decision = f"waited: {record.waits[-1].kind}"
+                self._retry_allowed(lease.replica.name)
+            record.fell_back = target is not call.targets[0]
+            try:
+                await self._try_target(call, target, lease, waited=True)
+            except BackendError as error:
+                failure = error
+                drop_frames(error)
+                if call.committed:
+                    break
+            else:
+                record.stop_reason = None
+                return
+            finally:
+                waits.end_trial()
+        if failure is None:
+            raise _refusal(call, self._clock())
+        if record.waits and (failure.outage or failure.cools) and not call.committed:
+            record.stop_reason = record.waits[-1].kind
+        record.attempt.decision = f"gave up: {record.stop_reason}"
+        raise failure
+
+    def _remember(self, call: "Call", failure: BackendError) -> None:
+        """Remember a request that failed after more than one attempt, so that its repeat is not multiplied."""
+        names = {attempt.backend for attempt in call.record.attempts if not attempt.resend}
+        if sum(not attempt.resend for attempt in call.record.attempts) < 2 or failure.unreachable:  # noqa: PLR2004
+            return
+        replicas = (replica for target in call.targets for replica in target.replicas)
+        self._repeats.add(call.caller, call.fingerprint(), frozenset(r for r in replicas if r.name in names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
         """Take the caller's bytes; set the model where the target names another or the caller named none.
@@ -187,3 +296,25 @@ class Forwarder:
             call.body = with_model(prompt.body, model)
         else:
             call.body = await to_thread(with_model, prompt.body, model)
+
+
+def _in_order(call: "Call") -> "tuple[Target, ...]":
+    """Return the targets of a call; those that only repeat a refusal come after all others."""
+    targets = call.targets
+    if len(targets) == 1:
+        return targets
+    return tuple(sorted(targets, key=lambda target: target.is_avoided(target.model or call.model)))
+
+
+def _refusal(call: "Call", now: float) -> Refusal:
+    """Return why no attempt was made."""
+    ends = [end for target in call.targets if (end := target.cooling_until(target.model or call.model)) is not None]
+    if ends:
+        return BackendRateLimited(
+            "Every backend that could answer has asked to be left alone for now.", retry_after=min(ends) - now
+        )
+    waits = [wait for target in call.targets if (wait := target.retry_in()) is not None]
+    return BackendUnavailable(
+        "No backend can take the request now: their circuit breakers are open, or they have failed for some seconds.",
+        retry_after=min(waits, default=1.0),
+    )

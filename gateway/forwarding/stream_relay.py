@@ -1,10 +1,13 @@
 """A backend's stream on its way to the caller: events in, checked, out. Here a stream is found cut."""
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway.dialects.server_sent_events import EventSplitter, data_of, line_of
-from gateway.errors import AnswerTooLarge, BackendError, ErrorEvent, InvalidResponse, Silent, Stalled, drop_frames
+from gateway.dialects.answer_fields import event_document
+from gateway.dialects.error_words import words_of
+from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
+from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -14,10 +17,10 @@ if TYPE_CHECKING:
     from gateway.forwarding.phase_timer import PhaseTimer
     from gateway.policy.byte_budget import Share
 
-LINGER = 1.0
-"""Seconds after the last finish reason for what may still come: a usage chunk, `[DONE]`, the end."""
-AFTER_DONE = 0.05
-"""Seconds after `[DONE]` for the end of the body, so that the connection to the backend can be kept."""
+AFTER_FINISH = 5.0
+"""Seconds without an event after the last finish reason that end a stream; each further event starts them anew."""
+AFTER_LAST = 0.05
+"""Seconds after the last event for the end of the body, so that the connection to the backend can be kept."""
 
 
 class StreamRelay:
@@ -28,6 +31,7 @@ class StreamRelay:
         state: how far the stream has come.
         timer: of the attempt.
         idle: seconds between two reads.
+        max_event: bytes.
         share: holds the bytes that wait for commit.
         clock: seconds, monotonic.
     """
@@ -39,6 +43,7 @@ class StreamRelay:
         timer: "PhaseTimer",
         *,
         idle: float,
+        max_event: int,
         share: "Share",
         clock: "Callable[[], float]",
     ) -> None:
@@ -48,39 +53,50 @@ class StreamRelay:
         self._idle = idle
         self._share = share
         self._clock = clock
-        self._splitter = EventSplitter()
+        self._splitter = EventSplitter(max_event)
         self._failure: BackendError | None = None
         self._half = 0  # bytes of an event that has not ended
+        self._at_end = False
 
-    async def until_first_content(self, due: float, seconds: float, limit: int) -> bytes:
+    async def until_first_content(
+        self, due: float, seconds: float, limit: int, may_go_elsewhere: "Callable[[], bool]"
+    ) -> bytes:
         """Return the events up to the first content event and all that arrived with it.
 
         Args:
             due: instant of the clock by which content must come.
-            seconds: the timeout behind `due`, for the message.
+            seconds: the timeout behind `due`. Where nobody else can be asked, signs of life start it anew.
             limit: bytes that are held at most.
+            may_go_elsewhere: whether somebody else can be asked.
 
         Raises:
             Silent: no content event by then.
             Stalled: nothing at all came for the idle timeout.
-            InvalidResponse: cut, or unreadable; AnswerTooLarge.
+            InvalidResponse: cut, or unreadable; AnswerTooLarge; ErrorInside.
         """
         held: list[bytes] = []
         size = 0
+        alive = False
         while not self._state.content:
             left = due - self._clock()
+            if left <= 0 and alive and not may_go_elsewhere():
+                due, left = self._clock() + seconds, seconds
             if left < self._idle:
-                self._timer.limit(left, lambda: no_first_token(seconds))
+                self._timer.limit(max(left, 0.0), partial(no_first_token, seconds, alive=alive))
             else:
                 self._timer.limit(self._idle, self._stalled)
-            events = self._checked_read(await self._exchange.read())
+            data = await self._exchange.read()
+            alive = alive or bool(data)
+            if data and not may_go_elsewhere():
+                due = self._clock() + seconds
+            events = self._checked_read(data)
             size += len(events)
             if size > limit:
                 raise AnswerTooLarge(f"The backend sent {limit} bytes without any content.")
             self._share.hold(len(events))
             held.append(events)
             self._raise_failure()
-            if self._state.ended and not self._state.content:
+            if (self._state.ended or self._at_end) and not self._state.content:
                 raise InvalidResponse("The backend's stream ended without content.")
         return b"".join(held)
 
@@ -107,56 +123,70 @@ class StreamRelay:
 
         Raises:
             Stalled: nothing came for the idle timeout.
-            InvalidResponse: cut, or unreadable; ErrorEvent: the backend sent an error.
+            InvalidResponse: cut, or unreadable; ErrorInside: the backend sent an error.
         """
-        while not self._state.complete and not self._state.ended:
+        while not (self._state.ended or self._state.finished or self._at_end):
             self._timer.limit(self._idle, self._stalled)
             events = self._checked_read(await self._exchange.read())
             self._timer.pause()
             if events:
                 await write(events)
             self._raise_failure()
-        if not self._state.complete:
-            raise InvalidResponse("The backend's stream ended before its answer was complete.")
         self._timer.pause()
-        await self._pass_on_rest(write)
-
-    async def _pass_on_rest(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
-        """Pass on what follows a complete answer within `LINGER`, then make sure that it ends with `[DONE]`."""
-        end = self._clock() + (AFTER_DONE if self._state.ended else LINGER)
-        while self._failure is None and not self._exchange.at_end:
-            try:
-                async with asyncio.timeout(end - self._clock()):
-                    events = self._checked_read(await self._exchange.read(), may_end=True)
-            except TimeoutError:
-                break
-            except InvalidResponse as cut:
-                drop_frames(cut)
-                break
-            if events:
-                await write(events)
-            if self._state.ended:
-                end = min(end, self._clock() + AFTER_DONE)
-        if events := self._checked(self._splitter.end()):
-            await write(events)
+        if not self._state.ended and not self._at_end:
+            await self._pass_on_after_finish(write)
+        self._raise_failure()
+        if self._state.ended:
+            await self._read_end()
+        elif not self._state.finished:
+            raise InvalidResponse("The backend's stream ended before its answer was complete.")
         done = self._state.done_event
         if not self._state.ended and done is not None:
             await write(done)
 
-    def _checked_read(self, data: bytes, *, may_end: bool = False) -> bytes:
+    async def _pass_on_after_finish(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
+        """Pass on what follows the last finish reason, until the stream ends in any way.
+
+        Usage that was asked for is waited for as long as for any other event.
+        """
+        while not (self._state.ended or self._at_end or self._failure is not None):
+            patience = self._idle if self._state.awaits_usage else AFTER_FINISH
+            try:
+                async with asyncio.timeout(patience):
+                    events = self._checked_read(await self._exchange.read())
+            except (TimeoutError, InvalidResponse) as end:
+                drop_frames(end)
+                events = self._checked(self._splitter.end(proper=False))
+                self._at_end = True
+            if events:
+                await write(events)
+
+    async def _read_end(self) -> None:
+        """Read the end of the body, and pass on nothing more: the last event has come."""
+        end = self._clock() + AFTER_LAST
+        while not (self._exchange.at_end or self._at_end):
+            try:
+                async with asyncio.timeout(end - self._clock()):
+                    if not await self._exchange.read():
+                        return
+            except (TimeoutError, InvalidResponse):
+                return
+
+    def _checked_read(self, data: bytes) -> bytes:
         """Return the events that a read completes, up to the first bad one, which sets `_failure`."""
         line = line_of(data) if not self._splitter.waiting else None
         if line is not None:
             return data if not self._state.ended and self._is_good(data, line) else b""
+        if not data:
+            self._at_end = True
         try:
-            events = self._splitter.feed(data) if data else self._splitter.end()
+            events = self._splitter.feed(data) if data else self._splitter.end(proper=True)
         except InvalidResponse as failure:
-            self._failure = failure
-            drop_frames(failure)
+            self._fail(failure)
             return b""
         if self._splitter.waiting != self._half:
             self._hold_half(self._splitter.waiting)
-        if not data and not events and not may_end:
+        if self._at_end and not events and not (self._state.finished or self._state.ended):
             raise InvalidResponse("The backend's stream was cut off.")
         return self._checked(events)
 
@@ -179,21 +209,35 @@ class StreamRelay:
 
     def _is_good(self, event: bytes, data: bytes | None) -> bool:
         if not data:  # a comment, or nothing that a reader would see
-            return True
+            return self._is_no_error(event)
         try:
             self._state.feed(data)
         except InvalidResponse as failure:
-            self._failure = failure
-            drop_frames(failure)
+            self._fail(failure)
             return False
         if self._state.error is not None:
-            self._failure = ErrorEvent(event)
+            self._fail(ErrorInside(self._state.error, event))
             return False
-        return self._state.complete or not self._state.ended
+        return self._state.content or not self._state.ended
+
+    def _is_no_error(self, event: bytes) -> bool:
+        """Return whether an event without data has no `error:` field either."""
+        error = error_of(event)
+        if error is None:
+            return True
+        try:
+            self._fail(ErrorInside(words_of(event_document(error), {})))
+        except InvalidResponse as failure:
+            self._fail(failure)
+        return False
+
+    def _fail(self, failure: InvalidResponse) -> None:
+        self._failure = failure
+        drop_frames(failure)
 
     def _raise_failure(self) -> None:
-        """Raise the failure found, unless the answer was already complete."""
-        if self._failure is not None and not self._state.complete:
+        """Raise the failure found, unless it only ends an answer that is whole already."""
+        if self._failure is not None and not (self._state.finished and not isinstance(self._failure, ErrorInside)):
             raise self._failure
 
     def _stalled(self) -> Stalled:
@@ -205,6 +249,6 @@ def stalled(seconds: float) -> Stalled:
     return Stalled(f"The backend stopped in the middle of its answer for {seconds:g} s.")
 
 
-def no_first_token(seconds: float) -> Silent:
-    """Return the failure of a stream without content."""
-    return Silent(f"The backend sent no content within {seconds:g} s.", timer="first_token")
+def no_first_token(seconds: float, *, alive: bool = False) -> Silent:
+    """Return the failure of a stream without content; `alive`: there were signs of life."""
+    return Silent(f"The backend sent no content within {seconds:g} s.", timer="first_token", alive=alive)

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 
 from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayOverloaded
+from gateway.policy.waiting_room import WaitingLimit
 
 
 class Admission:
@@ -14,15 +15,19 @@ class Admission:
     Attributes:
         in_flight: requests that have a slot.
         draining: whether the gateway is stopping.
+        waiting: the requests with a slot that wait for a backend; they take at most half of the slots and of the bytes.
     """
 
-    def __init__(self, *, max_in_flight: int, max_queue: int, queue_timeout: float) -> None:
+    def __init__(
+        self, *, max_in_flight: int, max_queue: int, queue_timeout: float, max_buffered: int = 1 << 28
+    ) -> None:
         self._max_in_flight = max_in_flight
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.in_flight = 0
         self.draining = False
+        self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
 
     @property
     def queued(self) -> int:
@@ -91,6 +96,7 @@ class Admission:
     def drain(self) -> None:
         """Refuse new and queued requests from now on; requests in flight continue."""
         self.draining = True
+        self.waiting.drain()
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():

@@ -21,11 +21,12 @@ class State(StrEnum):
 class Ticket:
     """An attempt that the breaker admitted. Its result counts only in the generation that admitted it."""
 
-    __slots__ = ("generation", "trial")
+    __slots__ = ("early", "generation", "trial")
 
-    def __init__(self, generation: int, *, trial: bool) -> None:
+    def __init__(self, generation: int, *, trial: bool, early: bool = False) -> None:
         self.generation = generation
         self.trial = trial
+        self.early = early
 
 
 class Breaker:
@@ -100,6 +101,21 @@ class Breaker:
         self._trial_out = True
         return Ticket(self._generation, trial=True)
 
+    def admit_trial(self) -> Ticket | None:
+        """Return a ticket for the trial of an outage: also while it is open, one at a time.
+
+        Its failure does not lengthen the open time.
+        """
+        if self.state is not State.OPEN:
+            ticket = self.admit()
+            if ticket is not None:
+                ticket.early = ticket.trial
+            return ticket
+        if self._trial_out:
+            return None
+        self._trial_out = True
+        return Ticket(self._generation, trial=True, early=True)
+
     def record_first_content(self, ticket: Ticket) -> None:
         """Close a half-open breaker: an answer has begun. Its ticket stays valid in the new generation."""
         if ticket.generation == self._generation and ticket.trial:
@@ -118,8 +134,11 @@ class Breaker:
         if ticket.generation != self._generation:
             return
         self.consecutive_failures += 1
-        if ticket.trial:
-            self._reopened += 1
+        if ticket.early and self._state is State.OPEN:
+            self._trial_out = False
+            self._probe_may_end = self._probe_may_end or unreachable
+        elif ticket.trial:
+            self._reopened += not ticket.early
             self._open(unreachable=unreachable)
         elif self.consecutive_failures >= self._limit:
             self._reopened = 0

@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
+from gateway.policy.cooldown import Cooldown
+from gateway.policy.fingerprints import Repeats
 from gateway.policy.replica import Replica
 from gateway.policy.retry_budget import RetryBudget
 
@@ -10,33 +13,71 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from random import Random
 
-    from gateway.config import ReplicaConfig, RouteConfig, Routing
+    from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
 
 
 class Target:
-    """A backend's replicas, and the model to ask them for; None keeps the caller's."""
+    """A backend, and the model to ask it for; None keeps the caller's.
 
-    __slots__ = ("_rng", "backend", "model", "replicas")
+    Attributes:
+        backend: its name; home: itself.
+        replicas: of the backend.
+    """
 
-    def __init__(self, backend: str, model: str | None, replicas: "tuple[Replica, ...]", rng: "Random") -> None:
-        self.backend = backend
+    __slots__ = ("_rng", "backend", "home", "model", "replicas")
+
+    def __init__(self, home: Backend, model: str | None, rng: "Random") -> None:
+        self.home = home
+        self.backend = home.name
         self.model = model
-        self.replicas = replicas
+        self.replicas = home.replicas
         self._rng = rng
 
-    def pick(self, *, without: "Collection[Replica]" = ()) -> Replica | None:
-        """Return the less busy of two random replicas that admit an attempt (the power of two choices), or None."""
+    def pick(self, model: str, *, without: "Collection[Replica]" = ()) -> Replica | None:
+        """Return a replica that admits an attempt for the model, or None.
+
+        It is the less busy of two random ones (the power of two choices). One that is avoided comes after all others.
+        """
         if len(self.replicas) > 2 and not without:  # noqa: PLR2004
             pair = self._rng.sample(self.replicas, 2)  # usually both admit, and the others need not be looked at
-            if pair[0].breaker.admits and pair[1].breaker.admits:
+            if all(replica.admits(model) and not replica.is_avoided(model) for replica in pair):
                 return self._less_busy(*pair)
-        free = [replica for replica in self.replicas if replica not in without and replica.breaker.admits]
+        free = [replica for replica in self.replicas if replica not in without and replica.admits(model)]
+        if len(free) > 1:
+            free = [replica for replica in free if not replica.is_avoided(model)] or free
         if len(free) > 2:  # noqa: PLR2004
             free = self._rng.sample(free, 2)
         if len(free) == 2:  # noqa: PLR2004
             return self._less_busy(*free)
         return free[0] if free else None
+
+    def is_avoided(self, model: str) -> bool:
+        """Return whether each replica that admits an attempt is avoided for the model."""
+        return all(replica.is_avoided(model) for replica in self.replicas if replica.admits(model))
+
+    def free_at(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
+        """Return the instant at which the first replica admits an attempt; None while all breakers are open."""
+        return min(
+            (
+                replica.cooldown.due(model) or replica.clock()
+                for replica in self.replicas
+                if replica not in without and replica.breaker.admits
+            ),
+            default=None,
+        )
+
+    def cooling_until(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
+        """Return the instant at which the first cooldown of a replica ends; None when none cools."""
+        return min(
+            (
+                due
+                for replica in self.replicas
+                if replica not in without and (due := replica.cooldown.due(model)) is not None
+            ),
+            default=None,
+        )
 
     def retry_in(self) -> float | None:
         """Return the seconds until a replica admits an attempt again; None when no breaker is open."""
@@ -64,6 +105,7 @@ class Pool:
 
     Attributes:
         default_model: the model of a request that names none.
+        repeats: the requests that failed lately.
         replicas: of all backends, in order.
         routes: the first one that matches wins.
     """
@@ -75,11 +117,26 @@ class Pool:
         *,
         clock: "Callable[[], float]",
         rng: "Random",
+        waiting: "WaitingLimit",
         breaker_changed: "Callable[[str, State, State], None]",
+        cooldown_begun: "Callable[[str, float], None]",
+        released: "Callable[[str, int], None]",
     ) -> None:
         self.default_model = settings.model_name
+        self.repeats = Repeats(clock)
 
-        def replica(config: "ReplicaConfig") -> Replica:
+        def backend(config: "BackendConfig") -> Backend:
+            home = Backend(
+                config.name,
+                outage_wait=settings.gateway_outage_wait,
+                limit=waiting,
+                clock=clock,
+                released=released,
+            )
+            home.replicas = tuple(replica(each, home) for each in config.replicas)
+            return home
+
+        def replica(config: "ReplicaConfig", home: Backend) -> Replica:
             breaker = Breaker(
                 failures=settings.gateway_breaker_failures,
                 open_seconds=settings.gateway_breaker_open_seconds,
@@ -88,16 +145,21 @@ class Pool:
                 draw=rng.random,
                 changed=lambda old, new: breaker_changed(config.name, old, new),
             )
+            cooldown = Cooldown(
+                clock=clock,
+                begun=lambda _model, seconds: cooldown_begun(config.name, seconds),
+                changed=home.cooldown_changed,
+            )
             budget = RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock)
-            return Replica(config, breaker=breaker, budget=budget, clock=clock)
+            return Replica(config, breaker=breaker, cooldown=cooldown, outage=home.outage, budget=budget, clock=clock)
 
-        backends = {backend.name: tuple(map(replica, backend.replicas)) for backend in routing.backends}
+        backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(target.backend, target.model, backends[target.backend], rng) for target in config.targets)
+            targets = (Target(backends[target.backend], target.model, rng) for target in config.targets)
             return Route(config.model, tuple(targets))
 
-        self.replicas = tuple(replica for replicas in backends.values() for replica in replicas)
+        self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))
 
     def route(self, model: str) -> Route | None:

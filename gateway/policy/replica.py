@@ -3,14 +3,27 @@
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
-from gateway.policy.breaker import Breaker, State, Ticket
+from gateway.errors import ErrorAnswer
+from gateway.policy.breaker import Breaker, State
+from gateway.policy.fingerprints import BadBodies
+from gateway.policy.lease import Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.config import ReplicaConfig
+    from gateway.errors import BackendError
+    from gateway.policy.cooldown import Cooldown
+    from gateway.policy.outage import Outage
     from gateway.policy.retry_budget import RetryBudget
+
+AVOIDED = 10.0
+"""Seconds for which a replica that refused our key, or does not know the model, comes after all others."""
+FAILURES_AVOIDED = 5
+"""Failures in a row, whatever their kind, after which a replica comes after all others for `AVOIDED_LIVELY`."""
+AVOIDED_LIVELY = 5.0
+"""Seconds."""
+MAX_MODELS = 1000
 
 
 class LastError:
@@ -37,7 +50,7 @@ class Probe:
 
 
 class Replica:
-    """One url of a backend, with its breaker, its retry budget and its recent past.
+    """One url of a backend, with its breaker, its cooldowns, its retry budget and its recent past.
 
     Attributes:
         name: as in `x-gateway-backend`.
@@ -51,7 +64,14 @@ class Replica:
     """
 
     def __init__(
-        self, config: "ReplicaConfig", *, breaker: Breaker, budget: "RetryBudget", clock: "Callable[[], float]"
+        self,
+        config: "ReplicaConfig",
+        *,
+        breaker: Breaker,
+        cooldown: "Cooldown",
+        outage: "Outage",
+        budget: "RetryBudget",
+        clock: "Callable[[], float]",
     ) -> None:
         parts = urlsplit(config.url)
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
@@ -66,13 +86,18 @@ class Replica:
         self.shown_url = self.origin + parts.path
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
+        self.cooldown = cooldown
+        self.outage = outage
         self.budget = budget
+        self.bad_bodies = BadBodies(clock)
         self.clock = clock
         self.in_flight = 0
         self.last_success: float | None = None
         self.last_error: LastError | None = None
         self.last_failed = False
         self.probe: Probe | None = None
+        self._failures = 0  # in a row
+        self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
 
     @property
     def status(self) -> str:
@@ -80,73 +105,57 @@ class Replica:
         state = self.breaker.state
         if state is State.OPEN or (self.probe is not None and not self.probe.ok):
             return "down"
-        if state is State.HALF_OPEN or self.last_failed:
+        if state is State.HALF_OPEN or self.last_failed or self.cooldown.left is not None:
             return "degraded"
         return "ok"
 
-    def lease(self) -> "Lease | None":
-        """Return a place for one attempt, or None when the breaker does not admit one."""
-        ticket = self.breaker.admit()
-        return Lease(self, ticket) if ticket is not None else None
+    def admits(self, model: str) -> bool:
+        """Return whether an attempt for the model may be made now: breaker and cooldown allow it."""
+        return self.breaker.admits and self.cooldown.due(model) is None
 
-
-class Lease:
-    """An attempt under way at a replica. Ends exactly once: `succeed`, `fail` or `release`."""
-
-    __slots__ = ("_over", "_ticket", "replica")
-
-    def __init__(self, replica: Replica, ticket: Ticket) -> None:
-        self.replica = replica
-        self._ticket = ticket
-        self._over = False
-        replica.in_flight += 1
-
-    @property
-    def trial(self) -> bool:
-        """Whether it is the one attempt that a half-open breaker admits."""
-        return self._ticket.trial
-
-    def begin_answer(self) -> None:
-        """Report the first content of an answer."""
-        if self._ticket.trial:
-            self.replica.breaker.record_first_content(self._ticket)
-
-    def succeed(self) -> None:
-        """Report a whole answer."""
-        if self._end():
-            self.replica.breaker.record_success(self._ticket)
-            self._note_success()
-
-    def fail(self, error: BackendError, trace_id: str) -> None:
-        """Report a failure; the error says what it means to the breaker."""
-        if not self._end():
-            return
-        replica = self.replica
-        if error.verdict is Verdict.FAILURE:
-            replica.breaker.record_failure(self._ticket, unreachable=error.unreachable)
-        elif error.verdict is Verdict.SUCCESS:
-            replica.breaker.record_success(self._ticket)
-        else:
-            replica.breaker.cancel(self._ticket)
-        if isinstance(error, Rejected):  # the request was wrong, the backend is well
-            self._note_success()
-            return
-        replica.last_failed = True
-        code = error.outcome if isinstance(error, ErrorAnswer) and error.body is not None else error.code
-        replica.last_error = LastError(code, error.message, replica.clock(), trace_id)
-
-    def release(self) -> None:
-        """Give the place back without a result."""
-        if self._end():
-            self.replica.breaker.cancel(self._ticket)
-
-    def _end(self) -> bool:
-        if self._over:
+    def is_avoided(self, model: str) -> bool:
+        """Return whether it is asked for the model only where no other replica or target can answer."""
+        if not self._avoided:
             return False
-        self._over = True
-        self.replica.in_flight -= 1
-        return True
+        now = self.clock()
+        return any(self._avoided.get(key, now) > now for key in (model, None))
 
-    def _note_success(self) -> None:
-        self.replica.last_success = self.replica.clock()
-        self.replica.last_failed = False
+    def lease(self, model: str) -> Lease | None:
+        """Return a place for one attempt, or None when breaker or cooldown do not admit one."""
+        if not self.admits(model):
+            return None
+        ticket = self.breaker.admit()
+        return Lease(self, model, ticket) if ticket is not None else None
+
+    def lease_trial(self, model: str) -> Lease | None:
+        """Return a place for the trial of an outage, which an open breaker admits too, one at a time."""
+        if self.cooldown.due(model) is not None:
+            return None
+        ticket = self.breaker.admit_trial()
+        return Lease(self, model, ticket) if ticket is not None else None
+
+    def note_success(self, model: str) -> None:
+        """Note an answer."""
+        self.last_success = self.clock()
+        self.last_failed = False
+        self._failures = 0
+        if self._avoided:
+            self._avoided.pop(model, None)
+            self._avoided.pop(None, None)
+
+    def note_failure(self, error: "BackendError", model: str, trace_id: str) -> None:
+        """Note a failure; what repeats by nature changes the order in which replicas are asked."""
+        now = self.clock()
+        self.last_failed = True
+        code = error.outcome if isinstance(error, ErrorAnswer) and error.body is not None else error.code
+        self.last_error = LastError(code, error.message, now, trace_id)
+        self._failures += 1
+        if error.avoided:
+            self._avoid(model, now + AVOIDED)
+        elif self._failures >= FAILURES_AVOIDED:
+            self._avoid(None, now + AVOIDED_LIVELY)
+
+    def _avoid(self, model: str | None, until: float) -> None:
+        self._avoided[model] = until
+        if len(self._avoided) > MAX_MODELS:
+            del self._avoided[next(iter(self._avoided))]

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 from tenacity import wait_exponential
 
-from gateway.errors import Overloaded
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
@@ -14,8 +12,9 @@ if TYPE_CHECKING:
 
     from gateway.errors import BackendError
     from gateway.policy.deadline import Deadline
+    from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
-    from gateway.policy.replica import Lease, Replica
+    from gateway.policy.replica import Replica
     from gateway.settings import Settings
 
 
@@ -42,17 +41,36 @@ class Retry:
 
     For each further attempt: `backoff` decides, the caller sleeps, `lease` takes the place.
 
+    Args:
+        policy: the numbers.
+        target: where the attempts are made.
+        model: what it is asked for.
+        deadline: of the request.
+        given_up: the replicas that are not asked again for this request; shared with its other targets.
+        is_repeat: whether the same request failed before: each replica is then asked once, without backoff.
+
     Attributes:
         stopped: why no further attempt follows, or None.
     """
 
-    def __init__(self, policy: RetryPolicy, target: "Target", deadline: "Deadline") -> None:
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        target: "Target",
+        model: str,
+        deadline: "Deadline",
+        *,
+        given_up: "set[Replica]",
+        is_repeat: bool = False,
+    ) -> None:
         self._policy = policy
         self._target = target
+        self._model = model
         self._deadline = deadline
+        self._given_up = given_up
+        self._is_repeat = is_repeat
         self._tried: list[Replica] = []  # those that failed, in order
-        self._silent: set[Replica] = set()  # those that must not be asked again
-        self._left_alone_until: dict[Replica, float] = {}  # before these instants they asked not to be asked
+        self._was_trial = False  # whether the latest attempt was the trial of a breaker
         self._next: Replica | None = None
         self._free = False  # whether the next attempt costs nothing of the budget
         self._due = 0.0  # when the next attempt is due
@@ -64,11 +82,12 @@ class Retry:
         """The replica whose budget refused the attempt that would have followed."""
         return self._refused or self._tried[-1]
 
-    def count(self, replica: "Replica", failure: "BackendError") -> None:
-        """Count a failed attempt."""
+    def count(self, replica: "Replica", failure: "BackendError", *, trial: bool) -> None:
+        """Count a failed attempt; `trial`: it was the one that an unwell breaker admits."""
         self._tried.append(replica)
-        if not failure.same_replica:
-            self._silent.add(replica)
+        self._was_trial = trial
+        if not (failure.same_replica or failure.cools):
+            self._given_up.add(replica)
 
     def backoff(self, failure: "BackendError", state: "RetryCallState") -> float:
         """Decide about the attempt after `failure`; return the seconds to wait before it.
@@ -91,7 +110,7 @@ class Retry:
             BackendError: `failure`, when breaker or budget refuse at the last moment.
         """
         replica = self._next or self._pick(without=self._tried) or self._pick(without=self._tried[-1:]) or self._pick()
-        lease = replica.lease() if replica is not None else None
+        lease = replica.lease(self._model) if replica is not None else None
         if lease is None:
             self.stopped = self._why_nobody() or "breaker"
             raise failure
@@ -111,17 +130,15 @@ class Retry:
             return self._stop(why)
         last = self._tried[-1]
         self._due = last.clock()
-        hint = failure.retry_after if isinstance(failure, Overloaded) else None
-        if hint is not None:
-            self._left_alone_until[last] = self._due + hint
-        if (failure.at_once_elsewhere or hint is not None) and self._goes_elsewhere(failure):
+        once = self._is_repeat and not (failure.unreachable or failure.cools)
+        if (failure.at_once_elsewhere or self._was_trial or once) and self._goes_elsewhere(failure):
             return 0.0
-        if not failure.same_replica:
-            self._refused = next(iter(self._candidates()), None)
-            return self._stop("budget" if self._refused is not None else "no other replica")
-        if hint is not None and hint > self._policy.retry_after_max:
-            return self._stop("retry-after")
-        seconds = hint if hint is not None else self._policy.backoff(state)
+        if not failure.same_replica or once:
+            self._refused = next((each for each in self._candidates() if each not in self._tried), None)
+            if self._refused is not None:
+                return self._stop("budget")
+            return self._stop("cooldown" if failure.cools else "repeat" if once else "no other replica")
+        seconds = self._policy.backoff(state)
         self._due += seconds
         why = self._why_nobody()
         return seconds if why is None else self._stop(why)
@@ -135,9 +152,9 @@ class Retry:
 
     def _goes_elsewhere(self, failure: "BackendError") -> bool:
         """Choose another replica for an attempt at once, if there is one."""
-        self._free = failure.free_elsewhere
+        self._free = failure.free_elsewhere or self._was_trial
         self._next = self._pick(without=self._tried)
-        if self._next is None and not failure.same_replica:
+        if self._next is None and not (failure.same_replica or self._is_repeat):
             self._next = self._pick()
         if self._next is None:
             self._free = False
@@ -148,15 +165,16 @@ class Retry:
         return [
             replica
             for replica in self._target.replicas
-            if replica not in self._silent
-            and self._left_alone_until.get(replica, self._due) <= self._due
+            if replica not in self._given_up
+            and (replica.cooldown.due(self._model) or 0.0) <= self._due
             and replica.breaker.admits
         ]
 
     def _pick(self, *, without: "Sequence[Replica]" = ()) -> "Replica | None":
         """Return one of the candidates that has a retry left, or needs none."""
         able = [replica for replica in self._candidates() if self._free or replica.budget.left()]
-        return self._target.pick(without=[r for r in self._target.replicas if r in without or r not in able])
+        others = [replica for replica in self._target.replicas if replica in without or replica not in able]
+        return self._target.pick(self._model, without=others)
 
     def _why_nobody(self) -> str | None:
         """Return why no replica could be asked when the next attempt is due, or None."""

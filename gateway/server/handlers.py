@@ -84,13 +84,22 @@ class Handlers:
                 )
             headers = forwarded_headers(request, record)
             call = Call(
-                prompt, deadline, record, writer, model=model, share=share, headers=headers, hold_back=hold_back
+                prompt,
+                deadline,
+                record,
+                writer,
+                model=model,
+                targets=route.targets,
+                caller=self._keys.caller(request),
+                share=share,
+                headers=headers,
+                hold_back=hold_back,
             )
             if writer is None:
-                await self._forwarder.forward(call, route)
+                await self._forwarder.forward(call)
                 return await self._send_whole(request, call)
             async with writer:
-                await self._forwarder.forward(call, route)
+                await self._forwarder.forward(call)
             del request[STREAM]
             return writer.response
 

@@ -26,6 +26,12 @@ class Keys:
         digest = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         return any([hmac.compare_digest(digest, known) for known in self._digests])  # all of them, always  # noqa: C419
 
+    def caller(self, request: "web.Request") -> str:
+        """Return who asks: the key, where keys are needed, else the address."""
+        if self._digests:
+            return request.headers.get("Authorization", "")
+        return request.remote or ""
+
     def check(self, request: "web.Request") -> None:
         """Refuse a request without a valid key. Raises: InvalidApiKey."""
         if not self.fit(request):

@@ -34,6 +34,8 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
     backend = record.backend
     if backend is not None:
         headers["x-gateway-backend"] = backend
+        if record.attempts[-1].request_id is not None:
+            headers["x-backend-request-id"] = record.attempts[-1].request_id
     return headers
 
 

@@ -1,12 +1,14 @@
 """The caller's side of a streamed answer: commit, events, heartbeats, and an end that is never silent."""
 
 import asyncio
+import socket
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, web
 
-from gateway.errors import CallerLeft, ErrorEvent, GatewayError
+from gateway.errors import BackendError, CallerLeft, GatewayError
 from gateway.server.responses import explaining
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from gateway.dialects.dialect import Dialect, StreamState
     from gateway.record import Record
 
+POLL = 0.005
+"""Seconds between two looks at whether the caller's side has taken the last event."""
 LAST_WORD = 0.05
 """Seconds that an error event may take to a caller who does not read; then the connection is aborted."""
 HEARTBEAT = b": waiting for the model\n\n"
@@ -121,22 +125,34 @@ class StreamWriter:
             raise CallerLeft from None
 
     async def end_with_error(self, error: GatewayError) -> web.StreamResponse:
-        """End with one error event; never waits longer than `LAST_WORD` for the caller."""
-        event = error.event if isinstance(error, ErrorEvent) else self._dialect.error_event(error, self._state)
+        """End with one error event, and then without the body's proper end.
+
+        Clients that skip events they do not know see it too. Never waits longer than `LAST_WORD` for the caller.
+        """
+        own = error.event if isinstance(error, BackendError) and self.committed else None
+        event = own or self._dialect.error_event(error, self._state)
         taken = False
         try:
-            taken = not self._ended and await self._end_with(event)
+            taken = not self._ended and await self._take_last(event)
         finally:
-            if not taken and self._request.transport is not None:
-                self._request.transport.abort()
+            transport = self._request.transport
+            if transport is not None:
+                if not taken:
+                    transport.abort()
+                elif self._chunked:
+                    transport.close()
+                else:
+                    _reset(transport)
         return self.response
 
-    async def _end_with(self, event: bytes) -> bool:
-        """Send the last event and the end; return whether the caller took them within `LAST_WORD`."""
+    async def _take_last(self, event: bytes) -> bool:
+        """Send the last event; return whether the caller's side took it within `LAST_WORD`."""
+        transport = self._request.transport
         try:
             async with asyncio.timeout(LAST_WORD):
                 await self.response.write(event)
-                await self.response.write_eof()
+                while transport is not None and transport.get_write_buffer_size():  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(POLL)
         except (TimeoutError, ConnectionError):
             return False
         return True
@@ -147,7 +163,12 @@ class StreamWriter:
             if self._response is not None:
                 return False
             response = web.StreamResponse(
-                headers={"cache-control": "no-cache", **headers, **explaining(self._record, self._clock())}
+                headers={
+                    "cache-control": "no-cache",
+                    "x-accel-buffering": "no",
+                    **headers,
+                    **explaining(self._record, self._clock()),
+                }
             )
             try:
                 await response.prepare(self._request)
@@ -168,3 +189,11 @@ class StreamWriter:
             opened = await self._open(HEARTBEAT, {"content-type": "text/event-stream"})
             if not opened and not self._ended:
                 await self.write(HEARTBEAT)
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Reset a connection whose bytes have been taken: before HTTP/1.1 its plain end is the proper end of a body."""
+    connection: socket.socket | None = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -116,14 +116,23 @@ class Telemetry:
         level = logging.INFO if new == "closed" else logging.WARNING
         _log.log(level, "breaker of %s: %s -> %s", backend, old.value, new.value)
 
+    def cooldown_begun(self, backend: str, seconds: float) -> None:
+        """Report that a replica asked to be left alone."""
+        _log.warning("cooldown of %s: %.3g s", backend, seconds)
+
+    def released(self, backend: str, number: int) -> None:
+        """Report that requests which waited for a backend go on."""
+        _log.info("%s answers again: %d waiting request(s) released", backend, number)
+
     def _worth_keeping(self, record: Record) -> bool:
         """Return whether a request failed, was retried, fell back or was slow: exported whatever the sampler said."""
         if self._keep_slow == "off":
             return False
-        return (
+        return bool(
             record.status >= 500  # noqa: PLR2004
             or record.outcome != "ok"
             or len(record.attempts) > 1
+            or record.waits
             or record.fell_back
             or record.seconds(0.0) > self._keep_slow
         )

@@ -145,12 +145,19 @@ def level_of(record: "Record") -> int:
     return logging.WARNING if failed else logging.INFO
 
 
-class _AttemptFields(msgspec.Struct):
+class _AttemptFields(msgspec.Struct, omit_defaults=True):
     backend: str
     outcome: str | None
     seconds: float
     backoff_seconds: float
     decision: str | None
+    request_id: str | None = None
+
+
+class _WaitFields(msgspec.Struct):
+    kind: str
+    backend: str
+    seconds: float
 
 
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -170,6 +177,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     model: str | None = None
     backend: str | None = None
     attempts: list[_AttemptFields]
+    waits: list[_WaitFields] | None = None
     skipped: list[str] | None = None
     stop_reason: str | None = None
     error: str | None = None
@@ -205,6 +213,7 @@ def _json_line(record: "Record", level: int) -> str:
                 _rounded((attempt.ended or attempt.started) - attempt.started),
                 _rounded(attempt.backoff),
                 attempt.decision,
+                attempt.request_id,
             )
             for attempt in record.attempts
         ],
@@ -216,6 +225,11 @@ def _json_line(record: "Record", level: int) -> str:
         trace_id=f"{record.trace_id:032x}",
         span_id=f"{record.span_id:016x}",
     )
+    if record.waits:
+        fields.waits = [
+            _WaitFields(wait.kind, wait.backend, _rounded((wait.ended or wait.began) - wait.began))
+            for wait in record.waits
+        ]
     if record.events:
         fields.skipped = [
             change["gateway.backend"] for _, name, change in record.events if name == TARGET_SKIPPED

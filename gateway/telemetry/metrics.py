@@ -25,6 +25,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Bucket bounds of durations."""
 BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 SHED_REASONS = ("queue_full", "queue_timeout", "memory")
+BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
+_BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
 OPENMETRICS = "application/openmetrics-text"
 OTHER = "other"
 """The `route` of a call to an unknown path."""
@@ -65,6 +67,11 @@ class Metrics:
         self._shed = Counter("gateway_shed_requests", "Requests refused at admission.", ["reason"], registry=registry)
         for reason in SHED_REASONS:
             self._shed.labels(reason)
+        self._bridged = Counter(
+            "gateway_bridged_requests", "Requests that waited for the end of an outage.", ["outcome"], registry=registry
+        )
+        for outcome in BRIDGED_OUTCOMES:
+            self._bridged.labels(outcome)
         self._disconnects = Counter("gateway_client_disconnects", "Callers who left early.", registry=registry)
         tokens = Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
         self._input_tokens = tokens.labels("input")
@@ -107,6 +114,8 @@ class Metrics:
             self._queue_wait.observe(record.queued)
         if record.shed is not None:
             self._shed.labels(record.shed).inc()
+        if record.waits and record.is_bridged:
+            self._bridged.labels(_BRIDGED.get(record.outcome, "failed")).inc()
         if record.outcome == "client_closed_request":
             self._disconnects.inc()
 
@@ -188,17 +197,23 @@ class _Parts:
         """Called for each exposition."""
         breakers = GaugeMetricFamily("gateway_breaker_state", "0 closed, 1 half open, 2 open.", labels=["backend"])
         probes = GaugeMetricFamily("gateway_backend_probe_ok", "Whether the last probe was good.", labels=["backend"])
+        cooling = GaugeMetricFamily(
+            "gateway_backend_cooling", "1 while a replica has asked to be left alone.", labels=["backend"]
+        )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
         for replica in self._pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
+            cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
             flying.add_metric([replica.name], replica.in_flight)
             if replica.probe is not None:
                 probes.add_metric([replica.name], int(replica.probe.ok))
         yield breakers
+        yield cooling
         yield probes
         yield flying
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
+        yield _gauge("gateway_waiting_requests", "Requests that wait for a backend.", len(self._admission.waiting))
         yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._byte_budget.held)
 
 

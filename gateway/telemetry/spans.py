@@ -53,7 +53,7 @@ def _server(record: "Record") -> SpanData:
     if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
         span.status = ERROR
         span.error = record.error_message
-    if record.events or record.first_token is not None or len(record.attempts) > 1:
+    if record.events or record.waits or record.first_token is not None or len(record.attempts) > 1:
         _describe_events(record, span)
     return span
 
@@ -159,6 +159,13 @@ def _describe_events(record: "Record", span: SpanData) -> None:
                 ("gateway.attempt", attempt.number),
             ]
             span.events.append((_instant(record, attempt.started - attempt.backoff), "gateway.backoff", slept))
+    for wait in record.waits:
+        waited: list[tuple[str, Value]] = [
+            ("gateway.wait", wait.kind),
+            ("gateway.backend", wait.backend),
+            ("gateway.wait_seconds", (wait.ended or wait.began) - wait.began),
+        ]
+        span.events.append((_instant(record, wait.began), "gateway.waited", waited))
     for moment, name, attributes in record.events:
         span.events.append((_instant(record, moment), name, list(attributes.items())))
     if record.first_token is not None:
@@ -189,6 +196,8 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
     own = span.own
     own.append(("gateway.retry_budget.left", attempt.budget_left))
     own.append(("gateway.deadline.left_seconds", attempt.deadline_left))
+    if attempt.request_id is not None:
+        own.append(("gateway.backend_request_id", attempt.request_id))
     if attempt.backoff:
         own.append(("gateway.backoff_seconds", attempt.backoff))
     if attempt.retry_after is not None:

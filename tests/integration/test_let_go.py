@@ -20,7 +20,7 @@ from gateway.dialects.dialect import Prompt
 from gateway.forwarding.call import Call
 from gateway.forwarding.stream_relay import StreamRelay
 from gateway.policy.byte_budget import Share
-from gateway.policy.replica import Lease
+from gateway.policy.lease import Lease
 from gateway.record import Record
 from gateway.server.aiohttp_protocol import Protocol
 from gateway.server.stream_writer import StreamWriter

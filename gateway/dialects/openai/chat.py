@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
+from gateway.dialects.error_words import ErrorWords
 from gateway.dialects.json_text import decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import ChoicesState, WholeAnswer, decode_whole_answer
@@ -104,6 +105,7 @@ class OpenAIChat:
             model=fields.model,
             stream=bool(fields.stream),
             choices=choices,
+            asks_usage=bool(fields.stream_options and fields.stream_options.include_usage),
             max_tokens=max_tokens,
             temperature=fields.temperature,
             top_p=fields.top_p,
@@ -111,7 +113,7 @@ class OpenAIChat:
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:
         """Return the state of a stream of choices."""
-        return ChoicesState(prompt.choices, keep_text=keep_text)
+        return ChoicesState(prompt.choices, asks_usage=prompt.asks_usage, keep_text=keep_text)
 
     def read_answer(self, content_type: str, body: bytes) -> WholeAnswer:
         """Check a whole answer."""
@@ -122,6 +124,12 @@ class OpenAIChat:
     ) -> BackendError:
         """Return the failure that an error answer is."""
         return errors.read_error(status, body, headers, retry_after)
+
+    def read_error_inside(
+        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an error inside a good answer is."""
+        return errors.read_error_inside(words, headers, retry_after)
 
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""

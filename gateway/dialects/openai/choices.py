@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
+from gateway.dialects.error_words import ErrorWords, read_words
 from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.server_sent_events import DONE
 
@@ -72,15 +73,20 @@ _decode_words = msgspec.json.Decoder(_Words).decode
 
 
 class ChoicesState:
-    """A stream of choices 0..n-1, each with a finish reason, then `[DONE]`."""
+    """A stream of choices 0..n-1, each with a finish reason, then `[DONE]`.
+
+    Some servers write a finish reason into every chunk, some none at all, and some ignore how many choices were asked
+    for: `[DONE]` is trusted.
+    """
 
     __slots__ = (
+        "_asks_usage",
         "_choices",
-        "_finished",
-        "complete",
+        "_reasons",
         "content",
         "ended",
         "error",
+        "finished",
         "input_tokens",
         "model",
         "output_tokens",
@@ -88,11 +94,12 @@ class ChoicesState:
         "text",
     )
 
-    def __init__(self, choices: int, *, keep_text: bool = False) -> None:
+    def __init__(self, choices: int, *, asks_usage: bool = False, keep_text: bool = False) -> None:
         self._choices = choices
-        self._finished: dict[int, str] = {}
-        self.content = self.complete = self.ended = False
-        self.error: object | None = None
+        self._asks_usage = asks_usage
+        self._reasons: dict[int, str] = {}
+        self.content = self.finished = self.ended = False
+        self.error: ErrorWords | None = None
         self.model: str | None = None
         self.response_id: str | None = None
         self.input_tokens: int | None = None
@@ -101,8 +108,14 @@ class ChoicesState:
 
     @property
     def finish_reasons(self) -> list[str]:
-        """In the order of the choices; `error` for a choice without one."""
-        return [self._finished.get(index, "error") for index in range(min(self._choices, MAX_CHOICES_SHOWN))]
+        """In the order of the choices; for a choice without one `error`, or `unknown` after `[DONE]`."""
+        missing = "unknown" if self.ended else "error"
+        return [self._reasons.get(index, missing) for index in range(min(self._choices, MAX_CHOICES_SHOWN))]
+
+    @property
+    def awaits_usage(self) -> bool:
+        """Whether the usage was asked for, and has not come."""
+        return self._asks_usage and self.output_tokens is None and self.input_tokens is None
 
     @property
     def done_event(self) -> bytes:
@@ -118,9 +131,11 @@ class ChoicesState:
             return
         chunk = event_document(data)
         if not isinstance(chunk, dict):
+            self.error = read_words(chunk) if isinstance(chunk, str) and not self.content else None
             return
-        if chunk.get("error") is not None:
-            self.error = chunk["error"]
+        error = chunk.get("error")
+        if (error is not None and error is not False) or (chunk.get("object") == "error" and "choices" not in chunk):
+            self.error = read_words(chunk)
             return
         if self.model is None:
             self.model = name(chunk.get("model"))
@@ -138,8 +153,8 @@ class ChoicesState:
             index = choice.get("index", 0)
             self.content = True
             if isinstance(index, int) and 0 <= index < self._choices:
-                self._finished[index] = str(reason)
-                self.complete = len(self._finished) == self._choices
+                self._reasons[index] = str(reason)
+                self.finished = len(self._reasons) == self._choices
         if not self.content or self.text is not None:
             delta = choice.get("delta")
             if choice.get("text") or (

@@ -5,48 +5,45 @@ from typing import Any
 
 import msgspec
 
-from gateway.dialects.json_text import NO_JSON, check, decode, decode_with
+from gateway.dialects.error_words import ErrorWords, Meaning, read_words
+from gateway.dialects.json_text import NO_JSON, check, decode
 from gateway.errors import (
     AuthRefused,
     BackendError,
+    ContextTooLong,
     ErrorAnswer,
-    Exhausted,
     GatewayError,
     InvalidResponse,
-    Overloaded,
+    NoSuchModel,
+    QuotaSpent,
+    RateLimited,
     Rejected,
     ServerFault,
 )
 
-EXHAUSTED_CODES = frozenset(
-    {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "context_length_exceeded"}
-)
+KINDS: dict[Meaning, type[ErrorAnswer]] = {
+    Meaning.CONTEXT: ContextTooLong,
+    Meaning.QUOTA: QuotaSpent,
+    Meaning.MODEL: NoSuchModel,
+    Meaning.CONTENT: Rejected,
+}
+"""What servers say of a request, whatever the status below 500."""
 UNREPEATABLE = frozenset({501, 505})
 """5xx that no repetition changes: not implemented, HTTP version not supported."""
 MAX_OWN_WORDS = 65_536
-"""Bytes of a backend's error answer that is taken apart for an error event."""
+"""Bytes of a backend's error answer that is taken apart."""
 encode = msgspec.json.encode
-
-
-class _ErrorDetail(msgspec.Struct):
-    code: str | int | float | bool | None = None
-    type: str | None = None
-
-
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorDetail | None = None
-
-
-_decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
 
 def envelope(error: GatewayError) -> dict[str, str | None]:
     """Return the inside of OpenAI's error envelope, all four keys."""
-    if error.status == 401:  # noqa: PLR2004
-        kind = "authentication_error"
-    else:
-        kind = "invalid_request_error" if error.status < 500 else "server_error"  # noqa: PLR2004
-    return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"message": error.message, "type": type_of(error.status), "param": error.param, "code": error.code}
+
+
+def type_of(status: int) -> str:
+    """Return the `type` of an error with this HTTP status."""
+    by_status = {401: "authentication_error", 429: "rate_limit_error"}
+    return by_status.get(status, "invalid_request_error" if status < 500 else "server_error")  # noqa: PLR2004
 
 
 def error_body(error: GatewayError) -> bytes:
@@ -66,29 +63,59 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str], retry_after
     """Return the failure that an answer with a status of 300 and above is (see `Dialect.read_error`)."""
     if status < 400:  # noqa: PLR2004
         return InvalidResponse(f"The backend answered {status}, which does not answer a prompt.")
-    if status in {401, 403}:
-        return AuthRefused(f"The backend refused the gateway's key ({status}).")
-    words = _error_words(body)
-    passed = body if words is not None else None
+    words = _words_in(body)
+    if words is not None:
+        passed: bytes | None = body
+    else:
+        passed = body if _is_json(body) else None
+    return _failure(status, words, passed, headers, retry_after)
+
+
+def read_error_inside(words: ErrorWords, headers: Mapping[str, str], retry_after: float | None) -> BackendError:
+    """Return the failure that an error inside a good answer is (see `Dialect.read_error_inside`)."""
+    document = words.document
+    if not (isinstance(document, dict) and isinstance(document.get("message"), str)):
+        document = {
+            "message": words.message or "The backend sent an error without a message.",
+            "type": next(iter(sorted(words.names)), type_of(words.status)),
+            "param": None,
+            "code": None,
+        }
+    headers = {name: value for name, value in headers.items() if name != "content-type"}
+    body = encode({"error": document})
+    return _failure(words.status, words, body, headers | {"content-type": "application/json"}, retry_after)
+
+
+def _failure(
+    status: int,
+    words: ErrorWords | None,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    retry_after: float | None,
+) -> BackendError:
+    meaning = words.meaning(status) if words is not None else None
     kind: type[ErrorAnswer] = Rejected
-    if status == 402 or (status < 500 and words and not EXHAUSTED_CODES.isdisjoint(words)):  # noqa: PLR2004
-        kind = Exhausted
-    elif status in {429, 503}:
-        kind = Overloaded
+    if status in {401, 403} and meaning is not Meaning.CONTENT:
+        return AuthRefused(f"The backend refused the gateway's key ({status}).")
+    if meaning is not None and status < 500:  # noqa: PLR2004
+        kind = KINDS[meaning]
+    elif status == 402:  # noqa: PLR2004
+        kind = QuotaSpent
+    elif status == 429 or (status == 503 and retry_after is not None):  # noqa: PLR2004
+        kind = RateLimited
     elif status == 408 or (status >= 500 and status not in UNREPEATABLE):  # noqa: PLR2004
         kind = ServerFault
-    return kind(status, passed, headers, retry_after=retry_after)
+    return kind(status, body, headers, retry_after=retry_after)
 
 
-def _error_words(body: bytes) -> list[str] | None:
-    """Return code and type of an error in OpenAI's form; none for other JSON, None for what is not JSON."""
+def _words_in(body: bytes) -> ErrorWords | None:
+    """Return what an error answer says; None for what is not JSON, holds no error, or is too large to look into."""
+    if len(body) > MAX_OWN_WORDS:
+        return None
     try:
-        error = decode_with(_decode_error, body).error
-    except msgspec.ValidationError:
-        return [] if _is_json(body) else None
+        return read_words(decode(body))
     except NO_JSON:
         return None
-    return [word for word in (error.code, error.type) if isinstance(word, str)] if error is not None else []
 
 
 def _is_json(body: bytes) -> bool:

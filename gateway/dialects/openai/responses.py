@@ -9,6 +9,7 @@ from msgspec import Struct
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
+from gateway.dialects.error_words import ErrorWords, read_words, words_of
 from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
@@ -88,10 +89,11 @@ class ResponseState:
 
     __slots__ = (
         "_status",
-        "complete",
+        "awaits_usage",
         "content",
         "ended",
         "error",
+        "finished",
         "input_tokens",
         "model",
         "output_tokens",
@@ -102,8 +104,8 @@ class ResponseState:
 
     def __init__(self, *, keep_text: bool = False) -> None:
         self._status = "error"
-        self.content = self.complete = self.ended = False
-        self.error: object | None = None
+        self.content = self.finished = self.ended = self.awaits_usage = False
+        self.error: ErrorWords | None = None
         self.sequence_number = 0
         self.model: str | None = None
         self.response_id: str | None = None
@@ -128,11 +130,12 @@ class ResponseState:
             self.content = True
             return
         if data.strip() == DONE:
-            self.ended = True
-            return
+            return  # not of this dialect: only the terminal event ends it
         event = event_document(data)
         if isinstance(event, dict):
             self._feed_event(event)
+        elif isinstance(event, str) and not self.content:
+            self.error = words_of(event, {})
 
     def _feed_event(self, event: dict[str, Any]) -> None:
         number = event.get("sequence_number")
@@ -140,18 +143,27 @@ class ResponseState:
             self.sequence_number = number + 1
         kind = event.get("type")
         if not isinstance(kind, str):
-            if event.get("error") is not None:
-                self.error = event["error"]
+            if event.get("error") is not None or event.get("object") == "error":
+                self.error = read_words(event)
             return
         if kind.endswith(".delta") or kind == "response.output_item.done":
             self.content = True
             if self.text is not None and kind == "response.output_text.delta":
                 self.text = (self.text + str(event.get("delta", "")))[:MAX_TEXT]
         elif kind == "error":
-            self.error = event.get("error") or {key: event.get(key) for key in ("code", "message", "param")}
+            own = event.get("error") or {key: event.get(key) for key in ("code", "message", "param")}
+            self.error = words_of(own, {})
         elif kind in TERMINAL:
-            self.content = self.complete = True
-            self._feed_response(kind, event.get("response"))
+            self._end(kind, event.get("response"))
+
+    def _end(self, kind: str, response: object) -> None:
+        """Take in the terminal event; a failure before any content is an error inside a good answer."""
+        error = response.get("error") if isinstance(response, dict) else None
+        if kind == "response.failed" and not self.content and error is not None:
+            self.error = words_of(error, {})
+            return
+        self.content = self.finished = self.ended = True
+        self._feed_response(kind, response)
 
     def _feed_response(self, kind: str, response: object) -> None:
         self._status = kind.removeprefix("response.")
@@ -198,6 +210,12 @@ class OpenAIResponses:
     ) -> BackendError:
         """Return the failure that an error answer is."""
         return errors.read_error(status, body, headers, retry_after)
+
+    def read_error_inside(
+        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
+    ) -> BackendError:
+        """Return the failure that an error inside a good answer is."""
+        return errors.read_error_inside(words, headers, retry_after)
 
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""

@@ -11,7 +11,8 @@ from gateway.headers import retry_after
 from gateway.policy.breaker import State
 from gateway.policy.pool import Pool, Target
 from gateway.policy.replica import Replica
-from gateway.settings import load
+from gateway.policy.waiting_room import WaitingLimit
+from gateway.settings import Settings, load
 
 
 class Clock:
@@ -51,7 +52,14 @@ def ignore(_backend: str, _old: State, _new: State) -> None:
     """Nobody listens to changes of breakers."""
 
 
-def pool(clock: Callable[[], float], backends: Mapping[str, int], rng: Random | None = None, **settings: float) -> Pool:
+def pool(
+    clock: Callable[[], float],
+    backends: Mapping[str, int],
+    rng: Random | None = None,
+    *,
+    waiting: WaitingLimit | None = None,
+    **settings: float,
+) -> Pool:
     """A pool with one route `*` over all backends in order; `backends` gives each name its number of replicas.
 
     Breakers open for exactly their open time.
@@ -61,15 +69,35 @@ def pool(clock: Callable[[], float], backends: Mapping[str, int], rng: Random | 
         for name, count in backends.items()
     )
     routes = (RouteConfig("*", tuple(TargetConfig(name, None) for name in backends)),)
-    made = Pool(Routing(configs, routes), load(**settings), clock=clock, rng=rng or Chance(), breaker_changed=ignore)
+    made = pool_of(Routing(configs, routes), load(**settings), clock, rng or Chance(), waiting)
     for replica in made.replicas:
         replica.breaker._draw = lambda: 0.5
     return made
 
 
+def pool_of(
+    routing: Routing,
+    settings: Settings,
+    clock: Callable[[], float],
+    rng: Random,
+    waiting: WaitingLimit | None = None,
+) -> Pool:
+    """A pool to which nobody listens."""
+    return Pool(
+        routing,
+        settings,
+        clock=clock,
+        rng=rng,
+        waiting=waiting or WaitingLimit(max_requests=1000, max_bytes=1 << 30),
+        breaker_changed=ignore,
+        cooldown_begun=lambda _backend, _seconds: None,
+        released=lambda _backend, _number: None,
+    )
+
+
 def target(clock: Callable[[], float], replicas: int, **settings: float) -> Target:
     """One target whose replicas are `a-1`, `a-2`, ..."""
-    return pool(clock, {"a": replicas}, None, **settings).routes[0].targets[0]
+    return pool(clock, {"a": replicas}, None, waiting=None, **settings).routes[0].targets[0]
 
 
 def trip(replica: Replica) -> None:

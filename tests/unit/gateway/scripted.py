@@ -35,6 +35,7 @@ class GoodAnswer:
 
     status = 200
     content_type = "application/json"
+    request_id: str | None = None
 
     def check_plain(self) -> None:
         """It is plain."""
@@ -118,8 +119,9 @@ def forward(
         read_timeout: of the OpenAI SDK, seconds.
         first: of two equally busy replicas the one that is asked first.
         seed: of all other chance.
-        settings: of the gateway, by the names of its fields.
+        settings: of the gateway, by the names of its fields; no outage is bridged unless they say so.
     """
+    settings = {"gateway_outage_wait": 0} | settings
 
     async def story(clock: Clock) -> Story:
         backends: dict[str, int] = {}
@@ -127,16 +129,17 @@ def forward(
             backend = name.split("-", 1)[0]
             backends[backend] = backends.get(backend, 0) + 1
         rng = Chance(*([] if first is None else [0.0 if first.endswith("-1") else 0.9]), seed=seed)
-        where = pool(clock, backends, rng, **settings)
+        admission = Admission(max_in_flight=2, max_queue=0, queue_timeout=1)
+        where = pool(clock, backends, rng, waiting=admission.waiting, **settings)
         replicas = {replica.name: replica for replica in where.replicas}
         prepare(replicas)
         client = ScriptedClient(script, clock)
-        admission = Admission(max_in_flight=1, max_queue=0, queue_timeout=1)
         made = load(**settings)
         forwarder = Forwarder(
             admission=admission,
             policy=RetryPolicy(made, rng),
             attempts=Attempts(made, client=client, clock=clock, rng=Chance()),
+            repeats=where.repeats,
             clock=clock,
             retry_allowed=lambda _name: None,
             retry_refused=lambda _name: None,
@@ -152,12 +155,14 @@ def forward(
                 record,
                 None,
                 model="m",
+                targets=where.routes[0].targets,
+                caller="somebody",
                 share=share,
                 headers=[],
                 hold_back=False,
             )
             try:
-                await forwarder.forward(call, where.routes[0])
+                await forwarder.forward(call)
             except GatewayError as failure:
                 error = failure
             assert (call.answer is None) == (error is not None)

@@ -16,10 +16,12 @@ from gateway.dialects.openai.responses import OpenAIResponses, WholeResponse
 from gateway.errors import (
     AuthRefused,
     BackendError,
+    ContextTooLong,
     ErrorAnswer,
     Exhausted,
     InvalidResponse,
-    Overloaded,
+    QuotaSpent,
+    RateLimited,
     Rejected,
     ServerFault,
     Verdict,
@@ -61,19 +63,19 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (304, InvalidResponse, Verdict.FAILURE),
         (400, Rejected, Verdict.SUCCESS),
         (401, AuthRefused, Verdict.SUCCESS),
-        (402, Exhausted, Verdict.SUCCESS),
+        (402, QuotaSpent, Verdict.SUCCESS),
         (403, AuthRefused, Verdict.SUCCESS),
         (404, Rejected, Verdict.SUCCESS),
         (408, ServerFault, Verdict.SUCCESS),
         (409, Rejected, Verdict.SUCCESS),
         (413, Rejected, Verdict.SUCCESS),
         (422, Rejected, Verdict.SUCCESS),
-        (429, Overloaded, Verdict.SUCCESS),
+        (429, RateLimited, Verdict.SUCCESS),
         (499, Rejected, Verdict.SUCCESS),
         (500, ServerFault, Verdict.FAILURE),
         (501, Rejected, Verdict.SUCCESS),
         (502, ServerFault, Verdict.FAILURE),
-        (503, Overloaded, Verdict.FAILURE),
+        (503, ServerFault, Verdict.FAILURE),
         (504, ServerFault, Verdict.FAILURE),
         (505, Rejected, Verdict.SUCCESS),
         (507, ServerFault, Verdict.SUCCESS),
@@ -98,12 +100,15 @@ def test_each_status_has_its_class_and_its_verdict(status: int, kind: type[Backe
     "word", ["insufficient_quota", "context_length_exceeded", "billing_hard_limit_reached", "credit_balance_exhausted"]
 )
 def test_a_spent_quota_or_a_prompt_too_long_may_do_at_another_target(field: str, status: int, word: str) -> None:
-    assert type(error_answer(status, error_body(**{field: word}), NEUTRAL)) is Exhausted
+    failure = error_answer(status, error_body(**{field: word}), NEUTRAL)
+
+    assert type(failure) is (ContextTooLong if word == "context_length_exceeded" else QuotaSpent)
+    assert isinstance(failure, Exhausted)
 
 
 def test_a_server_that_fails_is_not_exhausted_whatever_it_says() -> None:
     assert type(error_answer(500, error_body(code="insufficient_quota"), NEUTRAL)) is ServerFault
-    assert type(error_answer(503, error_body(code="insufficient_quota"), NEUTRAL)) is Overloaded
+    assert type(error_answer(503, error_body(code="insufficient_quota"), NEUTRAL)) is ServerFault
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff\xfe", b'{"error"', b"[" * 100_000])
@@ -203,7 +208,7 @@ def test_any_object_without_an_error_is_a_good_answer(body: bytes) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"[]", b"5", b'"x"', b"null", b"{", b"{} {}", b'{"a": NaN}', b'{"a": "\xff"}'),
+        *(b"", b"[]", b"5", b'"x"', b"null", b"{", b"{} {}", b'{"a": nan}', b'{"a": "\xff"}'),
         *(b'{"error": {}}', b'{"error": "x"}'),
         b'{"error": false}',
         b'{"choices": 5, "error": "x"}',
@@ -216,7 +221,14 @@ def test_what_is_no_good_answer(body: bytes) -> None:
             dialect.read_answer("application/json", body)
 
 
-@pytest.mark.parametrize("content_type", ["", "text/html", "text/event-stream", "application/jsonl"])
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/problem+json", "application/json"])
+@pytest.mark.parametrize("body", [b"{}", b'{"logprob": -Infinity, "a": [NaN, Infinity], "b": "NaN \\" Infinity"}'])
+def test_json_of_any_plausible_type_is_taken_and_numbers_that_are_not_finite(content_type: str, body: bytes) -> None:
+    for dialect in DIALECTS:
+        assert dialect.read_answer(content_type, body)
+
+
+@pytest.mark.parametrize("content_type", ["text/html", "text/event-stream", "application/jsonl"])
 def test_an_answer_of_another_type_is_none(content_type: str) -> None:
     for dialect in DIALECTS:
         with pytest.raises(InvalidResponse):

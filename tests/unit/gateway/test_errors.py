@@ -16,6 +16,7 @@ CODES = {
     *("invalid_json", "invalid_request", "invalid_api_key", "not_found", "model_not_found", "method_not_allowed"),
     *("request_timeout", "request_too_large", "unsupported_media_type", "headers_too_large", "internal_error"),
     *("backend_connection_error", "backend_invalid_response", "backend_auth_error", "backend_unavailable"),
+    "backend_rate_limited",
     *("gateway_overloaded", "gateway_draining", "backend_timeout", "deadline_exceeded", "client_closed_request"),
 }
 """Those of the contract, and the one for callers who left."""
@@ -92,6 +93,7 @@ def test_every_code_is_one_of_the_contract_and_every_one_is_used() -> None:
         (errors.InternalError, 500, "internal_error"),
         (errors.DeadlineExceeded, 504, "deadline_exceeded"),
         (errors.BackendUnavailable, 503, "backend_unavailable"),
+        (errors.BackendRateLimited, 429, "backend_rate_limited"),
         (errors.GatewayDraining, 503, "gateway_draining"),
         (errors.ConnectionFailed, 502, "backend_connection_error"),
         (errors.Unreachable, 502, "backend_connection_error"),
@@ -111,7 +113,8 @@ def test_an_error_has_the_status_and_the_code_of_the_contract(kind: type[Gateway
     assert set(body) == {"message", "type", "param", "code"}
     assert body["message"] == "words"
     assert body["code"] == code
-    expected = {401: "authentication_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
+    types = {401: "authentication_error", 429: "rate_limit_error"}
+    expected = types.get(status, "invalid_request_error" if status < 500 else "server_error")
     assert body["type"] == expected
 
 
@@ -133,20 +136,23 @@ def test_a_timeout_names_its_timer() -> None:
         (errors.StaleConnection, (True, True, True, True, True, Verdict.NEITHER, False)),
         (errors.InvalidResponse, (True, True, False, False, True, Verdict.FAILURE, False)),
         (errors.AnswerTooLarge, (False, True, False, False, True, Verdict.FAILURE, False)),
-        (errors.ErrorEvent, (True, True, False, False, True, Verdict.FAILURE, False)),
+        (errors.ErrorInside, (True, True, False, False, True, Verdict.FAILURE, False)),
         (errors.Silent, (True, False, True, False, True, Verdict.FAILURE, False)),
-        (errors.Stalled, (True, True, False, False, True, Verdict.FAILURE, False)),
-        (errors.AuthRefused, (False, True, False, False, True, Verdict.SUCCESS, False)),
-        (errors.Overloaded, (True, True, False, False, True, Verdict.FAILURE, False)),
+        (errors.Stalled, (True, False, True, False, True, Verdict.FAILURE, False)),
+        (errors.WrongForm, (True, False, True, False, True, Verdict.FAILURE, False)),
+        (errors.AuthRefused, (True, False, True, False, True, Verdict.SUCCESS, False)),
+        (errors.RateLimited, (True, False, True, False, True, Verdict.FAILURE, False)),
         (errors.ServerFault, (True, True, False, False, True, Verdict.FAILURE, False)),
-        (errors.Exhausted, (False, True, False, False, True, Verdict.FAILURE, False)),
+        (errors.ContextTooLong, (False, True, False, False, True, Verdict.FAILURE, False)),
+        (errors.QuotaSpent, (False, True, False, False, True, Verdict.FAILURE, False)),
+        (errors.NoSuchModel, (True, False, True, False, True, Verdict.FAILURE, False)),
         (errors.Rejected, (False, True, False, False, False, Verdict.FAILURE, False)),
     ],
 )
 def test_the_class_is_the_policy(kind: type[BackendError], policy: tuple[object, ...]) -> None:
     """Retried, on the same replica, at once elsewhere, free elsewhere, falls back, verdict, unreachable.
 
-    The verdict of an error answer hangs on its status as well: see test_classify.py.
+    The verdict of an error answer hangs on its status as well: see test_error_answers.py.
     """
     says = (kind.retried, kind.same_replica, kind.at_once_elsewhere, kind.free_elsewhere, kind.falls_back)
     assert (*says, kind.verdict, kind.unreachable) == policy

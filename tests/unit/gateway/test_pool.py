@@ -18,28 +18,42 @@ from gateway.errors import (
     Unreachable,
 )
 from gateway.policy.breaker import Breaker
+from gateway.policy.cooldown import Cooldown
+from gateway.policy.lease import Lease
+from gateway.policy.outage import Outage
 from gateway.policy.pool import Pool
-from gateway.policy.replica import Lease, Probe, Replica
+from gateway.policy.replica import Probe, Replica
 from gateway.policy.retry_budget import RetryBudget
 from gateway.settings import load
-from tests.unit.gateway.fakes import Chance, Clock, error_answer, ignore, pool, replica_config, target, trip
+from tests.unit.gateway.fakes import Chance, Clock, error_answer, pool, pool_of, replica_config, target, trip
 
 
 def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Replica:
     clock = clock or Clock()
     breaker = Breaker(failures=2, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
     budget = RetryBudget(ratio=0.2, floor=10, clock=clock)
-    return Replica(replica_config("a", url), breaker=breaker, budget=budget, clock=clock)
+    return Replica(
+        replica_config("a", url),
+        breaker=breaker,
+        cooldown=Cooldown(clock=clock),
+        outage=Outage(wait=5, clock=clock),
+        budget=budget,
+        clock=clock,
+    )
 
 
 def leased(of: Replica) -> Lease:
-    lease = of.lease()
+    lease = of.lease("m")
     assert lease is not None
     return lease
 
 
 def fail(of: Replica, error: BackendError) -> None:
-    leased(of).fail(error, "t" * 32)
+    end_with(leased(of), error)
+
+
+def end_with(lease: Lease, error: BackendError) -> None:
+    lease.fail(error, "t" * 32, counted=False, body=lambda: b"1")
 
 
 def test_of_two_replicas_the_one_with_less_in_flight_is_picked() -> None:
@@ -47,12 +61,12 @@ def test_of_two_replicas_the_one_with_less_in_flight_is_picked() -> None:
     of.replicas[0].in_flight = 3
     of.replicas[1].in_flight = 2
 
-    assert {of.pick() for _ in range(50)} == {of.replicas[1]}
+    assert {of.pick("m") for _ in range(50)} == {of.replicas[1]}
 
 
 def test_equally_loaded_replicas_are_picked_evenly() -> None:
     of = target(Clock(), 2)
-    picks = Counter(of.pick() for _ in range(1000))
+    picks = Counter(of.pick("m") for _ in range(1000))
 
     assert set(picks) == set(of.replicas)
     assert min(picks.values()) > 300  # 12 standard deviations from 500
@@ -62,7 +76,7 @@ def test_of_many_replicas_two_are_drawn_and_the_busiest_of_all_never_wins() -> N
     of = target(Clock(), 4)
     for number, each in enumerate(of.replicas):
         each.in_flight = number
-    picks = Counter(of.pick() for _ in range(2000))
+    picks = Counter(of.pick("m") for _ in range(2000))
 
     assert set(picks) == set(of.replicas[:3])  # the last one loses against each other
     assert picks[of.replicas[0]] > picks[of.replicas[1]] > picks[of.replicas[2]] > 100
@@ -84,7 +98,7 @@ def test_only_a_replica_that_would_be_admitted_and_is_not_left_out_is_picked(
         each for each, (is_open, left_out, _) in zip(of.replicas, replicas, strict=True) if not (is_open or left_out)
     ]
 
-    picked = of.pick(without=without)
+    picked = of.pick("m", without=without)
 
     assert picked in able if able else picked is None
 
@@ -93,14 +107,14 @@ def test_a_half_open_replica_whose_place_is_taken_is_not_picked() -> None:
     clock = Clock()
     of = target(clock, 1)
     trip(of.replicas[0])
-    assert of.pick() is None
+    assert of.pick("m") is None
     clock.forward(6)
-    assert of.pick() is of.replicas[0]
+    assert of.pick("m") is of.replicas[0]
     lease = leased(of.replicas[0])
-    assert of.pick() is None
-    assert of.replicas[0].lease() is None
+    assert of.pick("m") is None
+    assert of.replicas[0].lease("m") is None
     lease.release()
-    assert of.pick() is of.replicas[0]
+    assert of.pick("m") is of.replicas[0]
 
 
 def test_a_target_comes_back_with_its_first_replica() -> None:
@@ -119,7 +133,7 @@ def test_after_any_mix_of_outcomes_nothing_is_in_flight(ends: list[str]) -> None
     clock = Clock()
     of = replica(clock=clock)
     for end in ends:
-        lease = of.lease()
+        lease = of.lease("m")
         if lease is None:
             clock.forward(40)
             lease = leased(of)
@@ -127,9 +141,9 @@ def test_after_any_mix_of_outcomes_nothing_is_in_flight(ends: list[str]) -> None
         if end in {"succeed", "twice"}:
             lease.succeed()
         if end in {"fail", "twice"}:
-            lease.fail(ConnectionFailed("gone"), "t")
+            end_with(lease, ConnectionFailed("gone"))
         if end == "neither":
-            lease.fail(StaleConnection("dead"), "t")
+            end_with(lease, StaleConnection("dead"))
         lease.release()
         lease.release()
         assert of.in_flight == 0
@@ -141,7 +155,7 @@ def test_only_the_first_end_of_an_attempt_counts() -> None:
     of = replica()
     lease = leased(of)
     lease.succeed()
-    lease.fail(ConnectionFailed("gone"), "t")
+    end_with(lease, ConnectionFailed("gone"))
 
     assert of.breaker.consecutive_failures == 0
     assert of.last_error is None
@@ -258,7 +272,7 @@ def routed(tmp_path: Path) -> Pool:
         """)
     )
     settings = load(gateway_config=tmp_path / "gateway.yaml", model_name="n")
-    return Pool(load_routing(settings), settings, clock=Clock(), rng=Chance(), breaker_changed=ignore)
+    return pool_of(load_routing(settings), settings, Clock(), Chance())
 
 
 def test_the_first_route_that_matches_wins(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.server_sent_events import MAX_EVENT, EventSplitter, data_of
+from gateway.dialects.server_sent_events import EventSplitter, begins_as_stream, data_of, error_of
 from gateway.errors import InvalidResponse
 
+MAX_EVENT = 1 << 20
 LINE_ENDS = (b"\n", b"\r\n", b"\r")
 WORDS = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12).map(str.encode)
 FIELD = st.sampled_from([b"data: ", b"data:", b":", b": ", b"event: ", b"id: ", b"retry: ", b"", b"data"])
@@ -27,10 +28,10 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in zip([0, *places], [*places, len(data)], strict=True)]
 
 
-def feed(pieces: list[bytes]) -> list[bytes]:
-    splitter = EventSplitter()
+def feed(pieces: list[bytes], *, proper: bool = False) -> list[bytes]:
+    splitter = EventSplitter(MAX_EVENT)
     events = [event for piece in pieces for event in splitter.feed(piece)]
-    return [*events, *splitter.end()]
+    return [*events, *splitter.end(proper=proper)]
 
 
 def reference(data: bytes) -> list[bytes]:
@@ -80,23 +81,58 @@ def test_no_bytes_make_it_fail(pieces: list[bytes]) -> None:
 
 
 def test_half_an_event_never_goes_on() -> None:
-    splitter = EventSplitter()
+    splitter = EventSplitter(MAX_EVENT)
 
     assert splitter.feed(b"data: hel") == []
     assert splitter.feed(b"lo\n") == []
     assert splitter.feed(b"\ndata") == [b"data: hello\n\n"]
-    assert splitter.end() == []
+    assert splitter.end(proper=False) == []
+
+
+@pytest.mark.parametrize(
+    ("rest", "last"),
+    [
+        (b"data: a", b"data: a\n\n"),
+        (b"data: a\n", b"data: a\n\n"),
+        (b"data: a\r\n", b"data: a\r\n\n"),
+        (b"data: a\r", b"data: a\r\n"),
+        (b"data: a\r\r", b"data: a\r\r"),
+    ],
+)
+def test_the_last_event_may_lack_its_blank_line(rest: bytes, last: bytes) -> None:
+    assert feed([b"data: b\n\n", rest], proper=True) == [b"data: b\n\n", last]
+
+
+def test_a_byte_order_mark_before_the_first_event_is_no_part_of_a_line() -> None:
+    event = b"\xef\xbb\xbfdata: a\n\n"
+
+    assert feed([event[:2], event[2:]]) == [event]
+    assert data_of(event) == b"a"
+    assert begins_as_stream(event)
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        (b'error: {"code": 400}\n\n', b'{"code": 400}'),
+        (b"event: x\r\nerror:no\r\n\r\n", b"no"),
+        (b": error: x\n\n", None),
+        (b"data: error: x\n\n", None),
+    ],
+)
+def test_an_error_field(event: bytes, error: bytes | None) -> None:
+    assert error_of(event) == error
 
 
 def test_an_event_that_ends_with_a_bare_cr_waits_for_the_lf_that_may_follow() -> None:
     for after, first in ((b"\ndata: b", b"data: a\r\n\r\n"), (b"data: b", b"data: a\r\n\r")):
-        splitter = EventSplitter()
+        splitter = EventSplitter(MAX_EVENT)
         assert splitter.feed(b"data: a\r\n\r") == []
         assert splitter.feed(after) == [first]
-    splitter = EventSplitter()
+    splitter = EventSplitter(MAX_EVENT)
     assert splitter.feed(b"data: a\r\r") == []
-    assert splitter.end() == [b"data: a\r\r"]
-    assert splitter.end() == []
+    assert splitter.end(proper=False) == [b"data: a\r\r"]
+    assert splitter.end(proper=False) == []
 
 
 @pytest.mark.parametrize("line_end", LINE_ENDS)
@@ -112,7 +148,7 @@ def test_an_event_of_the_largest_size_passes_and_a_larger_one_fails(line_end: by
 
 
 def test_an_event_without_an_end_fails_at_the_limit_and_is_not_collected() -> None:
-    splitter = EventSplitter()
+    splitter = EventSplitter(MAX_EVENT)
     for _ in range(MAX_EVENT // 1024):
         assert splitter.feed(b"x" * 1024) == []
     with pytest.raises(InvalidResponse):

@@ -14,15 +14,16 @@ from gateway.errors import (
     AnswerTooLarge,
     BackendError,
     DeadlineExceeded,
-    ErrorEvent,
+    ErrorInside,
     GatewayError,
     GatewayOverloaded,
     InvalidResponse,
     Silent,
     Stalled,
+    Verdict,
 )
 from gateway.forwarding.phase_timer import PhaseTimer
-from gateway.forwarding.stream_relay import LINGER, StreamRelay
+from gateway.forwarding.stream_relay import AFTER_FINISH, AFTER_LAST, StreamRelay
 from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run
@@ -96,16 +97,22 @@ def relay(
     limit: int = 1 << 24,
     memory: int = 1 << 24,
     reader: float = 0.0,
+    max_event: int = 1 << 24,
+    asks_usage: bool = False,
+    alone: bool = False,
 ) -> Told:
-    """Relay one stream as the forwarder does; `reader` seconds is how long the caller takes for each write."""
+    """Relay one stream as the forwarder does; `reader` seconds is how long the caller takes for each write.
+
+    `alone`: nobody else can be asked.
+    """
 
     async def story(clock: Clock) -> Told:
         told, began = Told(), clock()
-        state = ResponseState() if responses else ChoicesState(choices)
+        state = ResponseState() if responses else ChoicesState(choices, asks_usage=asks_usage)
         timer = PhaseTimer(clock, clock() + DEADLINE)
         share = ByteBudget(memory).share()
         exchange = cast("Exchange", FakeExchange(list(steps), end))
-        subject = StreamRelay(exchange, state, timer, idle=IDLE, share=share, clock=clock)
+        subject = StreamRelay(exchange, state, timer, idle=IDLE, max_event=max_event, share=share, clock=clock)
 
         async def write(events: bytes) -> None:
             assert events
@@ -114,7 +121,7 @@ def relay(
 
         try:
             with timer:
-                events = await subject.until_first_content(clock() + FIRST_TOKEN, FIRST_TOKEN, limit)
+                events = await subject.until_first_content(clock() + FIRST_TOKEN, FIRST_TOKEN, limit, lambda: not alone)
                 if hold:
                     events += await subject.until_complete(limit)
                 timer.end_at(began + DEADLINE)
@@ -207,12 +214,18 @@ def test_any_split_of_a_broken_stream_gives_a_beginning_of_whole_events(
 
     told = relay(*split(data, cuts), end=end)
 
-    if len(before) > finish:
+    if how == "error" and b"[DONE]" not in b"".join(before):
+        assert isinstance(told.failure, ErrorInside)  # after the finish too: a client reads on
+    elif len(before) > finish:
         assert told.failure is None
         assert told.bytes == with_done(before)
         return
+    elif how == "done" and any(b"content" in each for each in before):
+        assert told.failure is None
+        assert told.bytes == b"".join(before) + DONE
+        return
     assert isinstance(told.failure, BackendError)
-    assert isinstance(told.failure, Stalled if how == "hang" else ErrorEvent if how == "error" else InvalidResponse)
+    assert isinstance(told.failure, Stalled if how == "hang" else ErrorInside if how == "error" else InvalidResponse)
     assert DONE not in told.bytes
     assert b"".join(before).startswith(told.bytes)
     if told.out and how != "hang":
@@ -238,19 +251,92 @@ def test_a_complete_stream_without_done_gets_one_when_the_backend_ends(end: End)
 
     assert told.failure is None
     assert told.bytes == HELLO + STOP + DONE
-    assert told.seconds < LINGER
+    assert told.seconds < 0.1
 
 
-def test_a_complete_stream_that_stays_open_gets_its_done_a_second_after_its_finish() -> None:
+def test_a_finished_stream_that_stays_open_gets_its_done_after_five_seconds_without_an_event() -> None:
     told = relay(HELLO, STOP, end="hang")
 
     assert told.bytes == HELLO + STOP + DONE
-    assert LINGER <= told.seconds < LINGER + 0.1
+    assert AFTER_FINISH <= told.seconds < AFTER_FINISH + 0.1
 
 
-def test_a_usage_chunk_in_that_second_is_passed_on_and_one_after_it_is_not_waited_for() -> None:
-    assert relay(HELLO, STOP, 0.9, USAGE, end="hang").bytes == HELLO + STOP + USAGE + DONE
-    assert relay(HELLO, STOP, 1.1, USAGE, end="hang").bytes == HELLO + STOP + DONE
+def test_each_event_after_the_finish_starts_the_five_seconds_anew() -> None:
+    told = relay(HELLO, STOP, 4.9, WORLD, 4.9, USAGE, 5.1, WORLD, end="hang")
+
+    assert told.bytes == HELLO + STOP + WORLD + USAGE + DONE
+
+
+def test_a_finish_reason_on_every_chunk_does_not_end_the_stream() -> None:
+    finishing = [chunk(content=word, reason="stop") for word in ("one", "two", "three")]
+    told = relay(finishing[0], 1.5, finishing[1], 1.5, finishing[2], DONE)
+
+    assert told.bytes == b"".join(finishing) + DONE
+    assert told.failure is None
+    assert relay(finishing[0], 1.5, finishing[1], 1.5, finishing[2], DONE, hold=True).bytes == told.bytes
+
+
+def test_usage_that_was_asked_for_is_waited_for_up_to_the_idle_timeout() -> None:
+    told = relay(HELLO, STOP, 4.9, PING, 4.9, USAGE, DONE, asks_usage=True)
+    assert told.bytes == HELLO + STOP + PING + USAGE + DONE
+
+    late = relay(HELLO, STOP, end="hang", asks_usage=True)
+    assert late.bytes == HELLO + STOP + DONE
+    assert late.failure is None
+    assert IDLE <= late.seconds < IDLE + 0.1
+
+
+def test_done_is_trusted_whatever_the_finish_reasons_say() -> None:
+    assert relay(HELLO, WORLD, DONE).bytes == HELLO + WORLD + DONE
+    assert relay(HELLO, STOP, DONE, choices=2).bytes == HELLO + STOP + DONE
+    assert relay(HELLO, WORLD, DONE).failure is None
+
+
+@pytest.mark.parametrize("line_end", [b"", b"\n", b"\r\n"])
+def test_the_last_event_of_a_body_that_ends_properly_may_lack_its_blank_line(line_end: bytes) -> None:
+    stop = STOP.rstrip(b"\n") + line_end
+    told = relay(HELLO, stop)
+
+    assert told.failure is None
+    assert told.bytes.startswith(HELLO + stop)
+    assert told.bytes.endswith(b"\n\n" + DONE)
+    assert told.bytes.count(b"data: ") == 3
+    assert isinstance(relay(HELLO, stop, end="reset").failure, InvalidResponse)
+    terminal = response("completed", 2).rstrip(b"\n") + line_end
+    whole = relay(CREATED, WORD, terminal, responses=True)
+    assert whole.failure is None
+    assert whole.bytes.startswith(CREATED + WORD + terminal)
+
+
+def test_a_byte_order_mark_before_the_first_event_is_passed_on() -> None:
+    mark = b"\xef\xbb\xbf"
+    for steps in ([mark + HELLO + STOP + DONE], [mark[:1], mark[1:] + HELLO, STOP, DONE]):
+        assert relay(*steps).bytes == mark + HELLO + STOP + DONE
+
+
+def test_an_error_field_is_an_error() -> None:
+    told = relay(HELLO, b'error: {"code": 500, "message": "slot gone"}\n\n')
+
+    assert isinstance(told.failure, ErrorInside)
+    assert told.failure.words.message == "slot gone"
+    assert told.failure.event is None
+    early = relay(b'error: {"code": 400, "message": "no"}\n\n', DONE)
+    assert isinstance(early.failure, ErrorInside)
+    assert early.failure.words.number == 400
+
+
+def test_where_nobody_else_can_be_asked_signs_of_life_start_the_first_token_timer_anew() -> None:
+    told = relay(ROLE, *[step for _ in range(100) for step in (1.0, PING)], HELLO, STOP, DONE, alone=True)
+
+    assert told.failure is None
+    assert told.seconds > 3 * FIRST_TOKEN
+
+
+def test_a_silence_with_signs_of_life_says_nothing_about_the_replica() -> None:
+    told = relay(*[step for _ in range(100) for step in (1.0, PING)], end="hang")
+
+    assert isinstance(told.failure, Silent)
+    assert told.failure.verdict is Verdict.NEITHER
 
 
 @pytest.mark.parametrize("steps", [[HELLO + STOP + DONE], [HELLO, STOP + DONE], [HELLO, STOP, DONE]])
@@ -258,7 +344,7 @@ def test_after_done_a_connection_that_stays_open_is_not_waited_for(steps: list[b
     told = relay(*steps, end="hang")
 
     assert told.bytes == HELLO + STOP + DONE
-    assert told.seconds < LINGER / 2
+    assert told.seconds < 2 * AFTER_LAST
 
 
 def test_what_comes_before_the_first_words_is_limited_as_an_answer_is() -> None:
@@ -292,13 +378,6 @@ def test_json_that_msgspec_does_not_take_is_json(odd: bytes) -> None:
     assert relay(odd, HELLO, odd, STOP, DONE).bytes == odd + HELLO + odd + STOP + DONE
 
 
-def test_bytes_that_drip_after_the_finish_do_not_prolong_the_second() -> None:
-    told = relay(HELLO, STOP, *[step for _ in range(100) for step in (0.3, PING)], end="hang")
-
-    assert told.bytes == HELLO + STOP + 3 * PING + DONE
-    assert told.seconds < LINGER + 0.1
-
-
 @pytest.mark.parametrize("steps", [[STOP, USAGE + GARBAGE], [STOP, USAGE, GARBAGE], [STOP + USAGE + GARBAGE]])
 def test_garbage_after_the_finish_spoils_nothing_that_came_before_it(steps: list[bytes]) -> None:
     told = relay(HELLO, *steps)
@@ -313,13 +392,6 @@ def test_a_stream_whose_lines_end_with_a_bare_cr_loses_nothing(end: End) -> None
 
     assert relay(hello, stop, end=end).bytes == hello + stop + DONE
     assert relay(hello, stop, b"data: [DONE]\r\r", end=end).bytes == hello + stop + b"data: [DONE]\r\r"
-
-
-def test_done_before_the_finish_is_a_cut() -> None:
-    told = relay(HELLO, DONE, STOP)
-
-    assert isinstance(told.failure, InvalidResponse)
-    assert told.bytes == HELLO
 
 
 def test_done_alone_is_no_answer() -> None:
@@ -343,7 +415,7 @@ def test_all_choices_must_finish() -> None:
 def test_the_backends_own_error_event_is_kept_for_the_caller() -> None:
     told = relay(HELLO, OWN_ERROR)
 
-    assert isinstance(told.failure, ErrorEvent)
+    assert isinstance(told.failure, ErrorInside)
     assert told.failure.event == OWN_ERROR
     assert told.bytes == HELLO
 
@@ -395,7 +467,7 @@ def test_a_caller_who_does_not_read_is_bound_by_the_deadline() -> None:
 
 
 def test_held_back_until_complete_a_broken_stream_gives_nothing() -> None:
-    for steps in ([HELLO, WORLD], [HELLO, GARBAGE], [HELLO, OWN_ERROR], [HELLO, DONE]):
+    for steps in ([HELLO, WORLD], [HELLO, GARBAGE], [HELLO, OWN_ERROR]):
         told = relay(*steps, hold=True)
         assert isinstance(told.failure, InvalidResponse)
         assert told.out == []
@@ -423,9 +495,12 @@ def test_what_is_held_counts_in_the_memory_of_the_gateway(steps: list[bytes]) ->
     assert told.held <= 1000
 
 
-def test_an_event_longer_than_a_mebibyte_is_a_failure() -> None:
+def test_an_event_may_be_as_long_as_an_answer() -> None:
     long = chunk(content="x" * (1 << 20))
-    told = relay(HELLO, *(long[at : at + 65_536] for at in range(0, len(long), 65_536)), STOP)
+    pieces = [long[at : at + 65_536] for at in range(0, len(long), 65_536)]
+    assert relay(HELLO, *pieces, STOP, DONE).bytes == HELLO + long + STOP + DONE
+
+    told = relay(HELLO, *pieces, STOP, max_event=1 << 20)
 
     assert isinstance(told.failure, InvalidResponse)
     assert told.bytes == HELLO

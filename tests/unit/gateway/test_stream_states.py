@@ -37,6 +37,10 @@ def responses(*events: dict[str, Any]) -> ResponseState:
     return state
 
 
+def document_of(state: StreamState) -> object:
+    return state.error and state.error.document
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -85,17 +89,17 @@ def test_what_is_no_content(event: bytes) -> None:
     state = chat(event)
 
     assert not state.content
-    assert not state.complete
+    assert not state.finished
     assert not state.ended
     assert state.error is None
 
 
 def test_a_stream_is_complete_with_its_finish_reason() -> None:
     begun = chat(chunk(delta(content="a")))
-    assert not begun.complete
+    assert not begun.finished
     state = seen(begun, chunk(delta(reason="stop")))
 
-    assert state.complete
+    assert state.finished
     assert not state.ended
     assert state.finish_reasons == ["stop"]
 
@@ -103,47 +107,51 @@ def test_a_stream_is_complete_with_its_finish_reason() -> None:
 def test_every_choice_needs_its_own_finish_reason() -> None:
     state = chat(chunk(delta(2, "stop")), chunk(delta(0, "length")), chunk(delta(0, "stop")), choices=3)
 
-    assert not state.complete
+    assert not state.finished
     assert state.finish_reasons == ["stop", "error", "stop"]
-    assert seen(state, chunk(delta(1, "tool_calls"))).complete
+    assert seen(state, chunk(delta(1, "tool_calls"))).finished
 
 
 def test_one_chunk_may_finish_all_choices() -> None:
-    assert chat(chunk(delta(0, "stop"), delta(1, "stop")), choices=2).complete
+    assert chat(chunk(delta(0, "stop"), delta(1, "stop")), choices=2).finished
 
 
 @pytest.mark.parametrize("index", [1, -1, 7, "0", None, 0.0])
 def test_a_finish_reason_of_a_choice_nobody_asked_for_completes_nothing(index: object) -> None:
-    assert not chat(chunk({"index": index, "delta": {}, "finish_reason": "stop"})).complete
+    assert not chat(chunk({"index": index, "delta": {}, "finish_reason": "stop"})).finished
 
 
 def test_an_empty_finish_reason_is_none() -> None:
     """Some servers write "" where OpenAI writes null."""
     state = chat(chunk(delta(content="a", reason="")), chunk(delta(content="b", reason="")))
 
-    assert not state.complete
+    assert not state.finished
     assert state.finish_reasons == ["error"]
 
 
 @pytest.mark.parametrize("data", [b"[DONE]", b" [DONE] ", b"[DONE]\n"])
-def test_done_before_the_finish_is_an_end_and_no_completion(data: bytes) -> None:
+def test_done_is_trusted_without_a_finish_reason(data: bytes) -> None:
     state = chat(chunk(delta(content="a")), data)
 
     assert state.ended
-    assert not state.complete
+    assert state.content
+    assert state.finish_reasons == ["unknown"]
 
 
 def test_done_after_the_finish_is_the_end() -> None:
     state = chat(chunk(delta(reason="stop")), b"[DONE]")
 
     assert state.ended
-    assert state.complete
+    assert state.finished
     assert state.done_event == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize("error", [{"message": "m"}, "overloaded", 5, [], {}])
 def test_an_error_in_an_event_is_the_backends_own(error: object) -> None:
-    assert chat(json.dumps({"error": error}).encode()).error == error
+    said = chat(json.dumps({"error": error}).encode()).error
+
+    assert said is not None
+    assert said.document == error
 
 
 def test_a_null_error_is_none() -> None:
@@ -181,7 +189,7 @@ def test_words_are_kept_only_when_asked_for() -> None:
     assert said.text == "hello"
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"hello", b"{} {}", b"\xff", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"{", b"hello", b"{} {}", b"\xff", b'{"a": nan}', b"[" * 100_000])
 def test_data_that_is_no_json_is_a_failure(data: bytes) -> None:
     for state in (ChoicesState(1), ResponseState()):
         with pytest.raises(InvalidResponse):
@@ -211,7 +219,7 @@ def test_what_is_no_content_of_a_response(kind: str) -> None:
     state = responses({"type": kind, "response": {"status": "in_progress"}})
 
     assert not state.content
-    assert not state.complete
+    assert not state.finished
 
 
 @pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
@@ -222,7 +230,7 @@ def test_a_response_is_complete_with_its_terminal_event(status: str) -> None:
         {"type": f"response.{status}", "response": response, "sequence_number": 4},
     )
 
-    assert state.complete
+    assert state.finished
     assert state.error is None
     assert state.done_event is None
     assert state.finish_reasons == [status]
@@ -235,15 +243,40 @@ def test_a_response_without_its_terminal_event_is_not_complete() -> None:
     state = responses({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.output_item.done"})
     seen(state, b"[DONE]")
 
-    assert not state.complete
-    assert state.ended
+    assert not state.finished
+    assert not state.ended
 
 
 def test_an_error_of_a_response_is_the_backends_own() -> None:
     flat = responses({"type": "error", "code": "c", "message": "m", "param": None})
-    assert flat.error == {"code": "c", "message": "m", "param": None}
-    assert responses({"type": "error", "error": {"code": "c"}}).error == {"code": "c"}
-    assert responses({"error": {"code": "c"}}).error == {"code": "c"}
+    assert document_of(flat) == {"code": "c", "message": "m", "param": None}
+    assert document_of(responses({"type": "error", "error": {"code": "c"}})) == {"code": "c"}
+    assert document_of(responses({"error": {"code": "c"}})) == {"code": "c"}
+
+
+def test_a_response_that_failed_before_any_content_is_an_error() -> None:
+    failed = {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "m"}}}
+
+    assert document_of(responses(failed)) == {"code": "server_error", "message": "m"}
+    late = responses({"type": "response.output_text.delta", "delta": "a"}, failed)
+    assert late.error is None
+    assert late.ended
+
+
+@pytest.mark.parametrize("text", ["oops", "overloaded"])
+def test_a_text_in_place_of_the_first_event_is_an_error(text: str) -> None:
+    data = json.dumps(text).encode()
+
+    assert document_of(seen(ChoicesState(1), data)) == text
+    assert document_of(seen(ResponseState(), data)) == text
+    assert chat(chunk(delta(content="a")), data).error is None
+
+
+def test_usage_is_awaited_where_it_was_asked_for() -> None:
+    state = ChoicesState(1, asks_usage=True)
+    assert seen(state, chunk(delta(reason="stop"))).awaits_usage
+    assert not seen(state, chunk(usage={"prompt_tokens": 3, "completion_tokens": 4})).awaits_usage
+    assert not chat(chunk(delta(reason="stop"))).awaits_usage
 
 
 def test_an_error_event_of_ours_is_numbered_from_0_or_after_the_last() -> None:
@@ -277,9 +310,9 @@ def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], 
         before = (False, False, False)
         for event in events:
             state.feed(json.dumps(event).encode())
-            now = (state.content, state.complete, state.ended)
+            now = (state.content, state.finished, state.ended)
             assert all(new or not old for old, new in zip(before, now, strict=True))
-            assert state.content or not state.complete
+            assert state.content or not state.finished
             before = now
         assert all(isinstance(reason, str) for reason in state.finish_reasons)
 
@@ -295,8 +328,9 @@ def told_of(state: StreamState, data: bytes) -> dict[str, object]:
         state.feed(data)
     except InvalidResponse:
         broken = True
-    names = ("content", "complete", "ended", "error", "model", "response_id", "input_tokens", "output_tokens")
+    names = ("content", "finished", "ended", "error", "model", "response_id", "input_tokens", "output_tokens")
     return {name: getattr(state, name) for name in names} | {
+        "error": document_of(state),
         "broken": broken,
         "reasons": state.finish_reasons,
         "sequence_number": getattr(state, "sequence_number", None),

@@ -1,0 +1,193 @@
+"""The waits of one request: for the end of an outage (bridging), or of a cooldown."""
+
+import math
+from typing import TYPE_CHECKING
+
+from gateway.policy.waiting_room import Chance
+from gateway.record import BRIDGING, COOLDOWN, Wait
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.errors import BackendError
+    from gateway.forwarding.call import Call
+    from gateway.policy.backend import Backend
+    from gateway.policy.lease import Lease
+    from gateway.policy.pool import Target
+    from gateway.policy.replica import Replica
+    from gateway.policy.retry import RetryPolicy
+    from gateway.policy.waiting_room import WaitingLimit
+
+NO_OUTAGE = 1.0
+"""Seconds; a request that waited for the end of an outage which has ended is released within them."""
+
+
+class Place:
+    """What a request can wait for: a target, and a lease there in the end."""
+
+    __slots__ = ("due", "kind", "model", "target")
+
+    def __init__(self, kind: str, target: "Target", model: str, due: float) -> None:
+        self.kind = kind
+        self.target = target
+        self.model = model
+        self.due = due
+
+
+class Waits:
+    """The waits of one request, made when no target could answer it."""
+
+    def __init__(
+        self, call: "Call", *, policy: "RetryPolicy", limit: "WaitingLimit", clock: "Callable[[], float]"
+    ) -> None:
+        self._call = call
+        self._policy = policy
+        self._limit = limit
+        self._clock = clock
+        self._end = call.deadline.commit_by - policy.connect_timeout
+        self._bridged_until = math.inf
+        self._cooled = 0.0
+        self._again = False
+        self._trial: tuple[Backend, float] | None = None
+
+    async def next(self, failure: "BackendError | None") -> "tuple[Target, Lease] | None":
+        """Wait for a place for another attempt.
+
+        Args:
+            failure: of the latest attempt; None when there was none.
+
+        Returns:
+            The target and the place, or None when there is nothing to wait for, or it took too long.
+
+        Raises:
+            GatewayDraining: the gateway is stopping.
+        """
+        if self._call.committed:
+            return None
+        if failure is not None and not (failure.outage or failure.cools):
+            return None
+        while (place := self._place(failure)) is not None and self._limit.takes(self._call.share.held):
+            chance = await self._wait(place)
+            if chance is None:
+                return None
+            lease = self._lease(place, chance)
+            if lease is not None:
+                return place.target, lease
+            self._again = True
+        return None
+
+    def end_trial(self) -> None:
+        """Note that the attempt after a wait has ended."""
+        self._again = True
+        if self._trial is not None:
+            home, trial = self._trial
+            home.outage.end_trial(trial)
+            self._trial = None
+
+    def _place(self, failure: "BackendError | None") -> Place | None:
+        """Return what is due first, or None."""
+        now = self._clock()
+        if now >= self._end:
+            return None
+        places = []
+        for target in self._call.targets:
+            model = target.model or self._call.model
+            asked = [replica for replica in target.replicas if replica not in self._call.given_up]
+            if not asked:
+                continue
+            outage = target.home.outage
+            if outage.is_bridged and now < self._bridged_until:
+                places.append(Place(BRIDGING, target, model, outage.trial_due))
+            due = target.free_at(model, without=self._left_out(target))
+            may_be_now = not outage.is_bridged and (failure is None or failure.cools)
+            if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
+                places.append(Place(COOLDOWN, target, model, due))
+        return min(places, key=lambda place: place.due, default=None)
+
+    def _waits_until(self, due: float, target: "Target") -> bool:
+        """Return whether the end of a cooldown is near enough, and an attempt is left for it."""
+        return (
+            due <= self._end
+            and self._cooled + due - self._clock() <= self._policy.retry_after_max
+            and self._attempts_at(target) < self._policy.max_attempts
+        )
+
+    def _left_out(self, target: "Target") -> "list[Replica]":
+        """Return the replicas that are not asked: given up for this request, or without a retry left for it."""
+        needs_budget = bool(self._call.record.attempts)
+        return [
+            replica
+            for replica in target.replicas
+            if replica in self._call.given_up or (needs_budget and not replica.budget.left())
+        ]
+
+    def _attempts_at(self, target: "Target") -> int:
+        names = {replica.name for replica in target.replicas}
+        return sum(attempt.backend in names and not attempt.resend for attempt in self._call.record.attempts)
+
+    async def _wait(self, place: Place) -> Chance | None:
+        home, call = place.target.home, self._call
+        size = call.share.held
+        began = self._clock()
+        wait = Wait(place.kind, place.target.backend, began)
+        call.record.waits.append(wait)
+        try:
+            if place.kind == BRIDGING:
+                self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
+                chance = await home.bridging.wait(
+                    size, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home), in_front=self._again
+                )
+                if chance is None and home.outage.lively and self._clock() < self._end:
+                    chance = Chance.RELEASED
+                return chance
+            until = min(self._end, began + self._policy.retry_after_max - self._cooled)
+            room = home.cooling(place.model)
+            try:
+                return await room.wait(size, lambda: self._end_of_cooldown(place), lambda: until, in_front=self._again)
+            finally:
+                home.forget_cooling(place.model)
+        finally:
+            wait.ended = self._clock()
+            if place.kind == COOLDOWN:
+                self._cooled += wait.ended - began
+
+    def _end_of_bridging(self, home: "Backend") -> float:
+        end = home.outage.ends_waiting
+        return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
+
+    def _end_of_cooldown(self, place: Place) -> float:
+        due = place.target.free_at(place.model, without=self._left_out(place.target))
+        return due if due is not None else math.inf
+
+    def _lease(self, place: Place, chance: Chance) -> "Lease | None":
+        """Take the place for an attempt; None: not now."""
+        if place.kind == BRIDGING and chance is Chance.TRIAL:
+            return self._lease_trial(place)
+        of_budget = chance is Chance.TRIAL and bool(self._call.record.attempts)
+        left_out = self._left_out(place.target) if of_budget else self._call.given_up
+        replica = place.target.pick(place.model, without=left_out)
+        lease = replica.lease(place.model) if replica is not None else None
+        if lease is None:
+            return None
+        if of_budget:
+            lease.replica.budget.take()
+        elif not self._call.record.attempts:
+            lease.replica.budget.count_first()
+        return lease
+
+    def _lease_trial(self, place: Place) -> "Lease | None":
+        """Take the place for the trial of an outage, which comes from the budget."""
+        home = place.target.home
+        trial = home.outage.begin_trial()
+        asked = [replica for replica in place.target.replicas if replica not in self._call.given_up]
+        picked = place.target.pick(place.model, without=self._call.given_up)
+        for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
+            if not replica.budget.left():
+                continue
+            lease = replica.lease_trial(place.model)
+            if lease is not None:
+                replica.budget.take()
+                self._trial = home, trial
+                return lease
+        home.outage.end_trial(trial)
+        return None

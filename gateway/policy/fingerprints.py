@@ -1,0 +1,77 @@
+"""Bodies that failed, remembered by their fingerprints: real servers answer 500 for what is wrong with a prompt."""
+
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.policy.replica import Replica
+
+MAX_FINGERPRINTS = 1000
+BAD_BODY = 60.0
+"""Seconds in which another 500 to the same body says nothing about the replica."""
+REPEAT = 30.0
+"""Seconds in which the same body of the same caller is a repeat."""
+
+
+def fingerprint(path: str, body: bytes) -> bytes:
+    """Return what stands for a body: SHA-256 of path and body."""
+    digest = sha256(path.encode())
+    digest.update(b"\n")
+    digest.update(body)
+    return digest.digest()
+
+
+class BadBodies:
+    """The bodies that one replica answered with 500."""
+
+    __slots__ = ("_clock", "_until")
+
+    def __init__(self, clock: "Callable[[], float]") -> None:
+        self._clock = clock
+        self._until: dict[bytes, float] = {}
+
+    def add(self, body: bytes) -> bool:
+        """Remember a body (its fingerprint); return whether it was known already."""
+        now = self._clock()
+        known = self._until.pop(body, 0.0) > now
+        self._until[body] = now + BAD_BODY
+        if len(self._until) > MAX_FINGERPRINTS:
+            del self._until[next(iter(self._until))]
+        return known
+
+
+class Repeats:
+    """The requests that failed after more than one attempt, each with the replicas that failed it.
+
+    Many clients do not know `x-should-retry`, and send a failed request again.
+    """
+
+    def __init__(self, clock: "Callable[[], float]") -> None:
+        self._clock = clock
+        self._failed: dict[tuple[str, bytes], tuple[float, frozenset[Replica]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._failed)
+
+    def add(self, caller: str, body: bytes, replicas: "frozenset[Replica]") -> None:
+        """Remember a request that failed."""
+        self._failed.pop((caller, body), None)
+        self._failed[caller, body] = self._clock() + REPEAT, replicas
+        if len(self._failed) > MAX_FINGERPRINTS:
+            del self._failed[next(iter(self._failed))]
+
+    def failed_by(self, caller: str, body: bytes) -> "frozenset[Replica] | None":
+        """Return the replicas that failed the same request before; None when it is no repeat."""
+        until, replicas = self._failed.get((caller, body), (0.0, frozenset()))
+        if until > self._clock():
+            return replicas
+        self._failed.pop((caller, body), None)
+        return None
+
+    def expire(self) -> None:
+        """Forget what is too old, oldest first."""
+        now = self._clock()
+        while self._failed and next(iter(self._failed.values()))[0] <= now:
+            del self._failed[next(iter(self._failed))]

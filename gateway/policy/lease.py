@@ -1,0 +1,115 @@
+"""An attempt under way at a replica, and what its end means to the replica."""
+
+from typing import TYPE_CHECKING
+
+from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.policy.breaker import Ticket
+    from gateway.policy.replica import Replica
+
+PLAIN_FAULT = 500
+"""The status that servers also answer to what is wrong with a prompt."""
+
+
+class Lease:
+    """An attempt under way at a replica. Ends exactly once: `succeed`, `fail` or `release`.
+
+    Attributes:
+        replica: where it is made.
+        model: the one it asks for.
+    """
+
+    __slots__ = ("_asked_at", "_first_after_cooldown", "_outage", "_over", "_ticket", "model", "replica")
+
+    def __init__(self, replica: "Replica", model: str, ticket: "Ticket") -> None:
+        self.replica = replica
+        self.model = model
+        self._ticket = ticket
+        self._over = False
+        self._asked_at = replica.clock()
+        self._outage = replica.outage.number
+        self._first_after_cooldown = replica.cooldown.take(model)
+        replica.in_flight += 1
+
+    @property
+    def trial(self) -> bool:
+        """Whether it is the one attempt that an unwell breaker admits."""
+        return self._ticket.trial
+
+    def begin_answer(self) -> None:
+        """Report the first content of an answer."""
+        if self._ticket.trial:
+            self.replica.breaker.record_first_content(self._ticket)
+        self._end_pauses()
+
+    def succeed(self) -> None:
+        """Report a whole answer."""
+        if self._end():
+            self.replica.breaker.record_success(self._ticket)
+            self._note_success()
+
+    def fail(self, error: BackendError, trace_id: str, *, counted: bool, body: "Callable[[], bytes]") -> None:
+        """Report a failure; the error says what it means to the breaker.
+
+        Args:
+            error: the failure.
+            trace_id: of its request.
+            counted: whether a failure of the same request has counted for this breaker before.
+            body: returns the fingerprint of what was sent.
+        """
+        if not self._end():
+            return
+        replica = self.replica
+        known = False
+        if isinstance(error, ErrorAnswer) and error.status == PLAIN_FAULT:
+            known = replica.bad_bodies.add(body())
+            error.outage = replica.outage.record_500(body())
+        elif error.outage:
+            replica.outage.record_failure()
+        self._tell_breaker(error, counted=counted or known, known=known)
+        if error.cools:
+            replica.cooldown.begin(self.model, error.retry_after, self._asked_at)
+        elif error.verdict is Verdict.SUCCESS:
+            self._end_pauses()
+        elif self._first_after_cooldown:
+            replica.cooldown.let_go(self.model)
+        if isinstance(error, Rejected):  # the request was wrong, the backend is well
+            self._note_success()
+            return
+        replica.note_failure(error, self.model, trace_id)
+
+    def release(self) -> None:
+        """Give the place back without a result."""
+        if self._end():
+            self.replica.breaker.cancel(self._ticket)
+            if self._first_after_cooldown:
+                self.replica.cooldown.let_go(self.model)
+
+    def _tell_breaker(self, error: BackendError, *, counted: bool, known: bool) -> None:
+        breaker = self.replica.breaker
+        if error.verdict is Verdict.SUCCESS:
+            breaker.record_success(self._ticket)
+        elif error.verdict is Verdict.FAILURE and (not counted or (self._ticket.trial and not known)):
+            breaker.record_failure(self._ticket, unreachable=error.unreachable)
+        else:
+            breaker.cancel(self._ticket)
+
+    def _end(self) -> bool:
+        if self._over:
+            return False
+        self._over = True
+        self.replica.in_flight -= 1
+        return True
+
+    def _end_pauses(self) -> None:
+        """End cooldown and outage: the backend answers."""
+        replica = self.replica
+        replica.cooldown.succeed(self.model, self._asked_at)
+        replica.outage.record_success(self._outage)
+
+    def _note_success(self) -> None:
+        self._end_pauses()
+        self.replica.note_success(self.model)

@@ -1,0 +1,182 @@
+"""Requests that wait: for the end of an outage, or of a cooldown. First in, first out."""
+
+import asyncio
+import math
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from gateway.errors import GatewayDraining
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIRST_RELEASE = 2
+"""Requests released at once after the first success; doubled at each step."""
+RELEASE_STEP = 0.05
+"""Seconds between two steps: a thousand are released within half a second."""
+
+
+class Chance(Enum):
+    """What the wait of a request ended with."""
+
+    TRIAL = "trial"
+    RELEASED = "released"
+
+
+class WaitingLimit:
+    """How many requests wait in all rooms together, and how many bytes they hold; `drain` sends all of them away."""
+
+    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._waiters: set[Waiter] = set()
+        self._bytes = 0
+        self._draining = False
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def takes(self, size: int) -> bool:
+        """Return whether one more request, which holds `size` bytes, may wait."""
+        return not self._draining and len(self._waiters) < self._max_requests and self._bytes + size <= self._max_bytes
+
+    def drain(self) -> None:
+        """Send everybody away: the gateway is stopping."""
+        self._draining = True
+        for waiter in self._waiters:
+            waiter.woken.set()
+
+    def check_open(self) -> None:
+        """Raise: GatewayDraining, when the gateway is stopping."""
+        if self._draining:
+            raise GatewayDraining
+
+    def enter(self, waiter: "Waiter") -> None:
+        """Count a request that waits."""
+        self._waiters.add(waiter)
+        self._bytes += waiter.size
+
+    def leave(self, waiter: "Waiter") -> None:
+        """Count it no longer."""
+        self._waiters.discard(waiter)
+        self._bytes -= waiter.size
+
+
+class Waiter:
+    """A request that waits."""
+
+    __slots__ = ("released", "size", "woken")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.released = False
+        self.woken = asyncio.Event()
+
+
+class WaitingRoom:
+    """A queue of requests that wait for the same thing.
+
+    Its head makes the trials. After a success the others are released in order, 2, 4, 8 ... at a time, until a failure.
+
+    Args:
+        limit: of all rooms.
+        clock: seconds, monotonic.
+        released: called with the number of requests released in a step.
+    """
+
+    def __init__(
+        self,
+        limit: WaitingLimit,
+        *,
+        clock: "Callable[[], float]",
+        released: "Callable[[int], None]" = lambda _number: None,
+    ) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._released = released
+        self._queue: deque[Waiter] = deque()
+        self._step: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    async def wait(
+        self, size: int, due: "Callable[[], float]", until: "Callable[[], float]", *, in_front: bool = False
+    ) -> Chance | None:
+        """Wait for a chance to make an attempt.
+
+        Args:
+            size: bytes that the request holds.
+            due: the instant of the next trial.
+            until: the instant at which the wait ends in vain.
+            in_front: back to the head, after a trial that failed.
+
+        Returns:
+            The chance, or None at the end of the wait.
+
+        Raises:
+            GatewayDraining: the gateway is stopping.
+        """
+        waiter = Waiter(size)
+        self._queue.insert(0 if in_front else len(self._queue), waiter)
+        self._limit.enter(waiter)
+        try:
+            while True:
+                self._limit.check_open()
+                if waiter.released:
+                    return Chance.RELEASED
+                now, end = self._clock(), until()
+                trial = due() if self._queue[0] is waiter else math.inf
+                if min(trial, end) <= now:
+                    return Chance.TRIAL if trial <= now else None
+                waiter.woken.clear()
+                try:
+                    async with asyncio.timeout(min(trial, end) - now):
+                        await waiter.woken.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._limit.leave(waiter)
+            self._remove(waiter)
+
+    def wake(self) -> None:
+        """Let the head look again: what it waits for may have changed."""
+        if self._queue:
+            self._queue[0].woken.set()
+
+    def wake_all(self) -> None:
+        """Let everybody look again."""
+        for waiter in self._queue:
+            waiter.woken.set()
+
+    def release(self) -> None:
+        """Release everybody, step by step."""
+        if self._step is None:
+            self._release(FIRST_RELEASE)
+
+    def hold(self) -> None:
+        """Release nobody any more."""
+        if self._step is not None:
+            self._step.cancel()
+            self._step = None
+
+    def _release(self, number: int) -> None:
+        self._step = None
+        now = min(number, len(self._queue))
+        for _ in range(now):
+            waiter = self._queue.popleft()
+            waiter.released = True
+            waiter.woken.set()
+        if now:
+            self._released(now)
+        if self._queue:
+            self._step = asyncio.get_running_loop().call_later(RELEASE_STEP, self._release, 2 * number)
+
+    def _remove(self, waiter: Waiter) -> None:
+        if waiter.released:
+            return
+        head = self._queue[0] is waiter
+        self._queue.remove(waiter)
+        if head:
+            self.wake()
