@@ -269,13 +269,13 @@ class NoDone(_Edited):
 
 
 class NoFinish(_Edited):
-    """A stream without finish reasons, or, in responses, without its last event; `[DONE]` comes as usual."""
+    """A stream with neither finish reasons nor `[DONE]`, or, in responses, without its last event."""
 
     kind = "no_finish"
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """Return all but the finish."""
-        return (event for event in events if event.part != "finish")
+        """Return all but the finish and `[DONE]`."""
+        return (event for event in events if event.part not in {"finish", "done"})
 
 
 class MalformedEvent(_Edited):

@@ -22,12 +22,14 @@ class Answer:
         headers: Names in lower case.
         body: All of it.
         seconds: How long it took; 0 where that was not measured.
+        cut: Whether the body did not end properly.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     seconds: float = 0.0
+    cut: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "headers", {name.lower(): value for name, value in self.headers.items()})
@@ -35,7 +37,8 @@ class Answer:
     @classmethod
     async def of(cls, response: aiohttp.ClientResponse) -> "Answer":
         """Read the rest of a response."""
-        return cls(response.status, dict(response.headers), await response.read())
+        body, cut = await rest_of(response)
+        return cls(response.status, dict(response.headers), body, cut=cut)
 
     @property
     def json(self) -> Any:  # noqa: ANN401
@@ -96,6 +99,18 @@ class Answer:
         return [milliseconds for name, _, milliseconds in self.timing if name.startswith("backoff-")]
 
 
+async def rest_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    """Return the rest of a body, as far as it came, and whether it was cut: it did not end properly."""
+    pieces = []
+    try:
+        while piece := await response.content.readany():
+            pieces.append(piece)
+    except (aiohttp.ClientPayloadError, ConnectionError):
+        pieces.append(bytes(response.content._read_nowait(-1)))  # noqa: SLF001 - what came before the cut
+        return b"".join(pieces), True
+    return b"".join(pieces), False
+
+
 async def ask(
     url: str,
     *,
@@ -125,8 +140,8 @@ async def ask(
         aiohttp.ClientSession(timeout=timeout) as session,
         session.request(method, url, data=data, headers={**named, **(headers or {})}) as response,
     ):
-        received = await response.read()
-        return Answer(response.status, dict(response.headers), received, monotonic() - started)
+        received, cut = await rest_of(response)
+        return Answer(response.status, dict(response.headers), received, monotonic() - started, cut)
 
 
 async def answers(url: str, seconds: float = 2.0) -> bool:

@@ -135,9 +135,10 @@ class Waits:
             if place.kind == BRIDGING:
                 self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
                 chance = await home.bridging.wait(
-                    size, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home), in_front=self._again
+                    size, lambda: self._trial_due(place), lambda: self._end_of_bridging(home), in_front=self._again
                 )
-                if chance is None and home.outage.lively and self._clock() < self._end:
+                if chance is Chance.TRIAL and home.outage.lively_at <= self._clock():
+                    home.bridging.release()
                     chance = Chance.RELEASED
                 return chance
             until = min(self._end, began + self._policy.retry_after_max - self._cooled)
@@ -151,7 +152,16 @@ class Waits:
             if place.kind == COOLDOWN:
                 self._cooled += wait.ended - began
 
+    def _trial_due(self, place: Place) -> float:
+        """Return the instant of the next trial, or of the release of everybody: a slow trial is a sign of life."""
+        outage = place.target.home.outage
+        if place.target.pick(place.model, without=self._call.given_up) is None:  # its breakers are open
+            return outage.trial_due
+        return min(outage.trial_due, outage.lively_at)
+
     def _end_of_bridging(self, home: "Backend") -> float:
+        if home.outage.is_tried:
+            return self._end
         end = home.outage.ends_waiting
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
 

@@ -42,9 +42,14 @@ class Backend:
         self._clock = clock
         self._released = lambda number: released(name, number)
         self.bridging = WaitingRoom(limit, clock=clock, released=self._released)
-        self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self.bridging.hold)
+        self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self._hold)
         self.replicas: tuple[Replica, ...] = ()
         self._cooling: dict[str, WaitingRoom] = {}
+
+    def _hold(self) -> None:
+        """Release nobody any more, and let everybody look again whether to wait on."""
+        self.bridging.hold()
+        self.bridging.wake_all()
 
     def cooling(self, model: str) -> WaitingRoom:
         """Return the room of the requests that wait for the end of a cooldown; `forget_cooling` it afterwards."""

@@ -64,9 +64,14 @@ class Outage:
         return self._due
 
     @property
-    def lively(self) -> bool:
-        """Whether a trial under way is a sign of life."""
-        return any(self._clock() - began >= LIVELY for began in self._trials)
+    def is_tried(self) -> bool:
+        """Whether a trial is under way."""
+        return bool(self._trials)
+
+    @property
+    def lively_at(self) -> float:
+        """The instant from which a trial under way is a sign of life; never, without one."""
+        return min(self._trials, default=math.inf) + LIVELY
 
     def record_failure(self) -> None:
         """Count a failure that says that the backend cannot be used."""

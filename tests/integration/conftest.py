@@ -82,7 +82,10 @@ async def collector() -> AsyncIterator[Collector]:
 async def start_gateway(
     aiohttp_client: Callable[..., Awaitable[TestClient[web.Request, web.Application]]],
 ) -> StartGateway:
-    """Start a gateway: `backends` are urls or mock models; what has no default here are its settings."""
+    """Start a gateway: `backends` are urls or mock models; what has no default here are its settings.
+
+    No outage is bridged unless `gateway_outage_wait` says so: a failure shows at once.
+    """
 
     async def start(
         *backends: str | MockModel,
@@ -94,6 +97,7 @@ async def start_gateway(
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
         if urls:
             overrides["gateway_backend_urls"] = urls
+        overrides.setdefault("gateway_outage_wait", 0)
         settings: Settings = load(**overrides)
         exporter = exporter or InMemorySpanExporter()
         log = io.StringIO()

@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
-from testkit.http import Answer
+from testkit.http import Answer, rest_of
 from testkit.polling import PATIENCE, until
 from testkit.sse import DONE
 from tests.integration.backends_raw import chunk, event
@@ -27,10 +27,11 @@ WHOLE = ROLE + WORD + FINISH + DONE
 
 
 class Caller:
-    """One who reads a stream event by event."""
+    """One who reads a stream event by event; `cut`: its body did not end properly."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
+        self.cut = False
 
     async def next(self) -> bytes:
         async with asyncio.timeout(PATIENCE):
@@ -38,7 +39,8 @@ class Caller:
 
     async def rest(self) -> bytes:
         async with asyncio.timeout(PATIENCE):
-            return await self.response.read()
+            body, self.cut = await rest_of(self.response)
+            return body
 
 
 @asynccontextmanager
@@ -63,7 +65,7 @@ async def respond(gateway: Gateway, **changes: Any) -> Answer:  # noqa: ANN401
     """A streamed prompt to `/v1/responses`."""
     body = RESPONSE | {"stream": True} | changes
     async with gateway.client.post("/v1/responses", json=body) as response:
-        return Answer(response.status, dict(response.headers), await response.read())
+        return await Answer.of(response)
 
 
 def fault(kind: str, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -19,7 +19,7 @@ async def test_every_answer_of_v1_explains_itself(start_mock: StartMock, start_g
 
     async def call(method: str, path: str, **options: Any) -> Answer:  # noqa: ANN401
         async with gateway.client.request(method, path, **options) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return await Answer.of(response)
 
     async def check(answer: Answer, status: int, attempts: int, backend: str | None) -> None:
         assert answer.status == status

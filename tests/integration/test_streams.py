@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from gateway.dialects.server_sent_events import MAX_EVENT
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.sse import DONE, Events
@@ -281,8 +280,11 @@ async def test_a_backend_s_own_error_event_after_commit_goes_on_and_ends_the_str
     assert len(backend.calls) == 1
 
 
-@pytest.mark.parametrize("size", [MAX_EVENT, MAX_EVENT + 1])
-async def test_an_event_of_a_mebibyte_goes_on_and_a_longer_one_is_a_failure(
+MAX_ANSWER = 3 << 20
+
+
+@pytest.mark.parametrize("size", [MAX_ANSWER, MAX_ANSWER + 1])
+async def test_an_event_as_large_as_an_answer_may_be_goes_on_and_a_larger_one_is_a_failure(
     start_raw: StartRaw, start_gateway: StartGateway, size: int
 ) -> None:
     large = chunk("x" * (size - len(chunk(""))))
@@ -297,12 +299,12 @@ async def test_an_event_of_a_mebibyte_goes_on_and_a_longer_one_is_a_failure(
 
     seen = asyncio.Event()
     backend = await start_raw(talk)
-    gateway = await start_gateway(backend.url)
+    gateway = await start_gateway(backend.url, gateway_max_answer_bytes=MAX_ANSWER)
     async with streaming(gateway) as caller:
         assert [await caller.next(), await caller.next()] == [ROLE, WORD]
         seen.set()
         rest = await caller.rest()
-    if size <= MAX_EVENT:
+    if size <= MAX_ANSWER:
         assert rest == large + FINISH + DONE
     else:
         assert Events(rest).only_error()["code"] == "backend_invalid_response"
@@ -311,7 +313,7 @@ async def test_an_event_of_a_mebibyte_goes_on_and_a_longer_one_is_a_failure(
     await settled(gateway)
 
 
-async def test_an_event_that_never_ends_is_given_up_after_a_mebibyte(
+async def test_an_event_that_never_ends_is_given_up_at_the_size_of_an_answer(
     start_raw: StartRaw, start_gateway: StartGateway
 ) -> None:
     async def flood(call: RawCall) -> None:

@@ -88,7 +88,7 @@ def pool_of(
         settings,
         clock=clock,
         rng=rng,
-        waiting=waiting or WaitingLimit(max_requests=1000, max_bytes=1 << 30),
+        waiting=waiting if waiting is not None else WaitingLimit(max_requests=1000, max_bytes=1 << 30),
         breaker_changed=ignore,
         cooldown_begun=lambda _backend, _seconds: None,
         released=lambda _backend, _number: None,

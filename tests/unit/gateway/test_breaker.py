@@ -454,3 +454,34 @@ class BreakerRules(RuleBasedStateMachine):
 
 
 test_any_order_of_attempts_probes_and_time_obeys_the_rules = BreakerRules.TestCase
+
+
+def test_the_trial_of_an_outage_is_admitted_while_it_is_open_one_at_a_time_and_lengthens_nothing() -> None:
+    clock = Clock()
+    breaker = Breaker(failures=1, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
+    fail(breaker)
+    assert breaker.admit() is None
+    retry_in = breaker.retry_in
+    for _ in range(3):
+        ticket = breaker.admit_trial()
+        assert ticket is not None
+        assert breaker.admit_trial() is None
+        breaker.record_failure(ticket)
+        assert breaker.state is State.OPEN
+    assert breaker.retry_in == retry_in
+    clock.forward(5)
+    ticket = breaker.admit_trial()
+    assert ticket is not None
+    breaker.record_failure(ticket)
+    assert breaker.retry_in == 5, "half open, it opens for as long as before"
+
+
+def test_a_good_trial_of_an_outage_closes_it() -> None:
+    clock = Clock()
+    breaker = Breaker(failures=1, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
+    fail(breaker)
+    ticket = breaker.admit_trial()
+    assert ticket is not None
+    breaker.record_success(ticket)
+
+    assert breaker.state is State.CLOSED

@@ -1,0 +1,260 @@
+"""A short outage costs nobody an answer: requests wait in place of failing, and are released in order."""
+
+import asyncio
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+
+from gateway.errors import (
+    BackendError,
+    BackendUnavailable,
+    ConnectionFailed,
+    ConnectTimeout,
+    ErrorAnswer,
+    GatewayDraining,
+    Unreachable,
+)
+from tests.unit.gateway.fakes import Clock, error_answer
+from tests.unit.gateway.scene import Scene, Server, prompt
+from tests.unit.gateway.virtual import run
+
+OUTAGES: dict[str, Callable[[], BackendError]] = {
+    "503": lambda: error_answer(503, b"{}", {}),
+    "502": lambda: error_answer(502, b"{}", {}),
+    "504": lambda: error_answer(504, b"{}", {}),
+    "500": lambda: error_answer(500, b"{}", {}),
+    "refused": lambda: Unreachable("no"),
+    "connect timeout": lambda: ConnectTimeout("no"),
+    "reset": lambda: ConnectionFailed("no"),
+    "429": lambda: error_answer(429, b"{}", {}),
+}
+
+
+def out(kind: str, *, until: float, since: float = 0.0, answer: float = 0.05) -> Server:
+    """A server that is out for some seconds."""
+
+    def serve(at: float, _body: bytes) -> tuple[float, BackendError | None]:
+        return (0.001, OUTAGES[kind]()) if since <= at < until else (answer, None)
+
+    return serve
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("answer", [0.05, 3.0])
+@pytest.mark.parametrize("kind", OUTAGES)
+def test_an_outage_of_a_second_costs_no_caller_an_error(kind: str, answer: float, seed: int) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out(kind, since=1, until=2, answer=answer)}, seed=seed)
+        await scene.traffic(10, 5)
+        assert not scene.failed
+        assert len([at for at, _, _ in scene.calls if 1 <= at < 2]) <= 10 + 5, "the budget, and breakers' failures"
+        last = max(each.began + each.seconds for each in scene.ended if each.began < 2)
+        assert last < 4 + 2 * answer, "after a trial, in a row"
+
+    run(story)
+
+
+@pytest.mark.parametrize("kind", ["503", "refused", "500"])
+def test_a_restart_of_three_seconds_costs_no_caller_an_error_and_releases_all_within_a_second(kind: str) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out(kind, since=1, until=4)})
+        await scene.traffic(10, 7)
+        assert not scene.failed
+        first = min(at for at, _, _ in scene.calls if at >= 4)
+        assert first < 5.3
+        waited = [each for each in scene.ended if each.record.is_bridged]
+        assert len(waited) > 20
+        assert max(each.began + each.seconds for each in waited) < first + 0.05 + 1
+
+    run(story)
+
+
+def test_those_who_wait_are_released_in_order() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=3)})
+        await scene.traffic(10, 3)
+        asked = [body for at, _, body in scene.calls if at >= 3]
+        numbers = [int(body.split(b'"content":"')[1].split(b'"')[0]) for body in asked]
+        assert len(numbers) == 30
+        assert numbers[3:] == sorted(numbers[3:])
+
+    run(story)
+
+
+def test_an_outage_that_lasts_gives_errors_at_once_after_its_first_five_seconds() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=1e9)})
+        await scene.traffic(10, 9)
+        assert len(scene.failed) == 90
+        for each in scene.failed:
+            assert each.seconds < (0.5 if each.began >= 5.01 else 5.01 - each.began + 0.05)
+            assert getattr(each.error, "status", 0) == 503
+        assert [each for each in scene.failed if isinstance(each.error, ErrorAnswer)]
+        late = [each for each in scene.failed if each.began > 5.5]
+        assert all(isinstance(each.error, BackendUnavailable | ErrorAnswer) for each in late)
+        assert len([at for at, _, _ in scene.calls if at < 5]) <= 16
+
+    run(story)
+
+
+@pytest.mark.parametrize("answer", [4.0, 20.0])
+def test_who_waits_is_not_sent_away_while_a_trial_is_under_way(answer: float) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", since=1, until=3, answer=answer)})
+        await scene.traffic(10, 5.5)
+        assert not scene.failed
+
+    run(story)
+
+
+def test_a_bad_body_of_one_caller_is_no_outage() -> None:
+    bad = prompt(666)
+
+    def serve(_at: float, body: bytes) -> tuple[float, BackendError | None]:
+        return (0.01, error_answer(500, b"{}", {})) if body == bad else (0.05, None)
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": serve})
+        good = asyncio.create_task(scene.traffic(10, 5))
+        for _ in range(4):
+            refused = await scene.send(bad, caller="one")
+            assert isinstance(refused.error, ErrorAnswer)
+            assert refused.seconds < 1
+        await good
+        assert len(scene.failed) == 4
+        assert scene.replicas["a-1"].breaker.consecutive_failures <= 1
+        assert len([body for _, _, body in scene.calls if body == bad]) == 3 + 3, "a repeat is asked once"
+
+    run(story)
+
+
+def test_two_bad_prompts_between_good_ones_open_no_breaker_and_spoil_no_trial() -> None:
+    bad = {prompt(-1), prompt(-2)}
+
+    def serve(at: float, body: bytes) -> tuple[float, BackendError | None]:
+        if body in bad or at < 1:
+            return 0.001, error_answer(500 if body in bad else 503, b"{}", {})
+        return 0.01, None
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": serve}, gateway_outage_wait=0, gateway_breaker_failures=3)
+        for body in bad:
+            await scene.send(body)
+        await scene.send(prompt(1))
+        assert scene.replicas["a-1"].breaker.state == "open"
+        await asyncio.sleep(5.5)
+        first, second = bad
+        assert isinstance((await scene.send(first, caller="another")).error, ErrorAnswer)
+        assert (await scene.send(prompt(2))).error is None, "the next request tries"
+
+    run(story)
+
+
+def test_another_target_that_can_answer_is_asked_and_nobody_waits() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("refused", until=1e9), "b-1": out("503", until=0)})
+        await scene.traffic(10, 5)
+        assert not scene.failed
+        assert max(each.seconds for each in scene.ended) < 1
+
+    run(story)
+
+
+def test_callers_who_leave_while_they_wait_leave_no_trace() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=3)})
+        tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(20)]
+        await asyncio.sleep(1.5)
+        assert len(scene.admission.waiting) == 20
+        for task in tasks[:19]:
+            task.cancel()
+        await asyncio.sleep(0.01)
+        assert len(scene.admission.waiting) == 1
+        assert (await tasks[19]).error is None
+        scene.check_at_rest()
+
+    run(story)
+
+
+def test_a_stop_of_the_gateway_ends_all_waiting() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=30), "b-1": out("429", until=30)})
+        tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(8)]
+        await asyncio.sleep(0.9)
+        scene.admission.drain()
+        await asyncio.sleep(0.001)
+        assert all(task.done() for task in tasks)
+        assert all(isinstance(task.result().error, GatewayDraining) for task in tasks)
+        scene.check_at_rest()
+
+    run(story)
+
+
+def test_those_who_wait_take_at_most_half_of_the_places() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=1e9)}, gateway_max_in_flight=20)
+        tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(20)]
+        await asyncio.sleep(2)
+        assert len(scene.admission.waiting) == 10
+        assert sum(task.done() for task in tasks) >= 9
+        await asyncio.gather(*tasks)
+
+    run(story)
+
+
+def test_without_a_wait_failures_come_at_once() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=1)}, gateway_outage_wait=0)
+        await scene.traffic(10, 1)
+        assert len(scene.failed) >= 5
+        assert max(each.seconds for each in scene.ended) < 0.6
+
+    run(story)
+
+
+def test_a_deadline_is_kept_while_waiting() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=1e9)})
+        ended = await scene.send(prompt(1), deadline=3.0)
+        assert ended.error is not None
+        assert ended.seconds <= 3.0
+
+    run(story)
+
+
+def test_one_failure_among_successes_makes_nobody_wait() -> None:
+    def flaky(_at: float, body: bytes) -> tuple[float, BackendError | None]:
+        return (0.001, error_answer(503, b"{}", {})) if b'7"' in body and flaws.pop() else (0.1, None)
+
+    flaws = [True, False] * 200
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": flaky})
+        await scene.traffic(50, 4)
+        assert not scene.failed
+        assert not [each for each in scene.ended if each.record.waits]
+
+    run(story)
+
+
+def test_a_thousand_who_wait_cost_little_memory() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=1e9)}, gateway_max_in_flight=3000)
+        await scene.send(prompt(-1), deadline=2)
+        waiting = asyncio.create_task(scene.send(prompt(0)))
+        await asyncio.sleep(1)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.take_snapshot()
+            tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(1, 1001)]
+            await asyncio.sleep(0.01)
+            assert len(scene.admission.waiting) == 1001
+            grown = sum(each.size_diff for each in tracemalloc.take_snapshot().compare_to(before, "filename"))
+        finally:
+            tracemalloc.stop()
+        assert grown < 1000 * 12_000
+        await asyncio.gather(waiting, *tasks)
+        scene.check_at_rest()
+
+    run(story)
