@@ -64,7 +64,7 @@ class Handlers:
         record = request[RECORD]
         dialect = BY_PATH[request.path]
         deadline = self._reader.deadline(request, record.started)
-        hold_back = self._reader.holds_back(request)
+        commit = self._reader.commit(request)
         self._admission.check()
         check_media_type(request)
         with self._byte_budget.share() as share:
@@ -84,7 +84,14 @@ class Handlers:
                 )
             headers = forwarded_headers(request, record)
             call = Call(
-                prompt, deadline, record, writer, model=model, share=share, headers=headers, hold_back=hold_back
+                prompt,
+                deadline,
+                record,
+                writer,
+                model=model,
+                share=share,
+                headers=headers,
+                hold_back=commit == "complete",
             )
             if writer is None:
                 await self._forwarder.forward(call, route)
