@@ -78,8 +78,10 @@ class RequestReader:
             "x-gateway-commit must be first_token, first_answer or complete.", param="x-gateway-commit"
         )
 
-    async def prompt(self, request: web.Request, dialect: "Dialect", deadline: Deadline, share: "Share") -> "Prompt":
-        """Read, decode and check the body.
+    async def prompt(
+        self, request: web.Request, path: str, dialect: "Dialect", deadline: Deadline, share: "Share"
+    ) -> "Prompt":
+        """Read, decode and check the body of a request to `path`, which is one of the dialect's.
 
         Raises:
             CallerError: it is late, too large, malformed HTTP, in a wrong coding, or not what the dialect reads.
@@ -88,8 +90,8 @@ class RequestReader:
         """
         body = await self._body(request, deadline, share)
         if len(body) < LARGE_BODY:
-            return dialect.read_request(request.path, body)
-        return await asyncio.to_thread(dialect.read_request, request.path, body)
+            return dialect.read_request(path, body)
+        return await asyncio.to_thread(dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""
