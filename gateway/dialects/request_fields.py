@@ -1,5 +1,6 @@
 """Reading the body of a request by the types of its fields, and naming the field that is wrong."""
 
+import re
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -23,10 +24,13 @@ Number = Annotated[float, Meta(description="a number")]
 Tokens = Annotated[int | float, Meta(description="a number")]
 """Some clients write 10.0 for 10."""
 LARGE_VALUE = 512
-"""Bytes; the names of a body are searched without the top-level values that are larger."""
+SMALL_VALUE = 16
+"""Bytes; the names of a body are searched without the values that are larger: first the large ones, then nearly all."""
 LARGE_LIST = 1 << 20
 """Bytes; of a larger list the wrong item is not searched for."""
 
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+"""Of a name that is read: they consist of small letters and underscores."""
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -78,25 +82,37 @@ def _check_names(names: dict[str, bytes], body: bytes) -> None:
         members = _members(body)
     except msgspec.DecodeError:  # half a surrogate pair
         members = decode_with(_members, body)
-    known = members.keys() & names
-    if len(known) != len(members):
-        for name in members.keys() - known:
-            if (low := name.lower()) in names:
+    if not members.keys() <= names.keys():
+        for name in members:
+            if name not in names and (low := name.lower()) in names:
                 raise InvalidRequest(f"`{low}` must be written in lower case.", param=low)
-    if len(body) > LARGE_VALUE:
-        body = _without_large_values(body, members)
-    # A name that stands in the text once, and cannot stand there with escapes as well, is no name of two members.
-    if b"\\u" in body or any([body.count(names[name]) > 1 for name in known]):  # a generator costs more  # noqa: C419
-        there = [name for name, _ in names_in(body) if name in names]
-        for name in set(there):
-            if there.count(name) > 1:
-                raise InvalidRequest(f"`{name}` is there more than once. Send it once.", param=name)
+    least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
+    if len(body) == least:  # quotes, colons, commas and braces: there is no room for anything that comes twice
+        return
+    known = members.keys() & names
+    quoted = [names[name] for name in known]
+    for largest in (LARGE_VALUE, SMALL_VALUE):
+        if len(body) > largest:
+            body = _without_values(body, members, largest)
+        if not _may_repeat(quoted, body):
+            return
+    there = [name for name, _ in names_in(body) if name in names]
+    for name in known:
+        if there.count(name) > 1:
+            raise InvalidRequest(f"`{name}` is there more than once. Send it once.", param=name)
 
 
-def _without_large_values(body: bytes, members: dict[str, msgspec.Raw]) -> bytes:
-    """Return an object with the same top-level names, but without the large values that are quickly found."""
+def _may_repeat(quoted: list[bytes], body: bytes) -> bool:
+    """Return whether one of the names stands in the text more than once, or could with its letters escaped."""
+    if b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None:
+        return True
+    return any([body.count(name) > 1 for name in quoted])  # a generator costs more  # noqa: C419
+
+
+def _without_values(body: bytes, members: dict[str, msgspec.Raw], largest: int) -> bytes:
+    """Return an object with the same top-level names, but without those larger values that are quickly found."""
     for name, raw in members.items():
-        if len(raw) > LARGE_VALUE:
+        if len(raw) > largest:
             value = bytes(raw)
             start = value_after(name, body, value)
             if start is not None:

@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 from typing import Any
 
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from gateway.dialects.dialect import Prompt
 from gateway.dialects.model_field import with_model
+from gateway.dialects.openai.chat import ChatRequest, CompletionsRequest, EmbeddingsRequest
+from gateway.dialects.openai.responses import ResponsesRequest
+from gateway.dialects.request_fields import _ESCAPED_LETTER
 from gateway.dialects.table import BY_PATH
 from gateway.errors import InvalidJson, InvalidRequest
 from gateway.record import Record
@@ -178,6 +182,8 @@ def test_a_byte_order_mark_is_passed_over_and_goes_on() -> None:
         (CHAT, b'"model":"a","mod\\u0065l":"b"', "model"),
         (CHAT, b'"\\u006dodel":"a","mod\\u0065l":"b"', "model"),
         (CHAT, b'"model":"a" , "x":{"model":1}, "model" :null', "model"),
+        (CHAT, b'"model":"a","\\u006D\\u006F\\u0064\\u0065\\u006C":"b"', "model"),
+        (CHAT, b'"max_tokens":1,"max\\u005Ftokens":2', "max_tokens"),
         (CHAT, b'"Model":"a"', "model"),
         (CHAT, b'"model":"a","MODEL":"b"', "model"),
         (CHAT, b'"model":"a","\\u004dodel":"b"', "model"),
@@ -206,6 +212,15 @@ def test_a_field_that_is_read_may_not_be_there_twice_or_in_another_case(path: st
                 parse(path, b"{" + separator.join(members) + b"}")
             assert wrong.value.param == param
             assert "`" + param + "`" in wrong.value.message
+
+
+def test_names_that_are_read_consist_of_small_letters_and_underscores() -> None:
+    """The search for escaped ones relies on it."""
+    for kind in (ChatRequest, CompletionsRequest, EmbeddingsRequest, ResponsesRequest):
+        for name in kind.__struct_fields__:
+            assert re.fullmatch(r"[a-z_]+", name)
+            assert all(_ESCAPED_LETTER.search(b"\\u%04x" % ord(letter)) for letter in name)
+            assert all(_ESCAPED_LETTER.search(b"\\u%04X" % ord(letter)) for letter in name)
 
 
 @pytest.mark.parametrize(
