@@ -89,6 +89,11 @@ def _check_names(names: dict[str, bytes], body: bytes) -> None:
     least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
     if len(body) == least:  # quotes, colons, commas and braces: there is no room for anything that comes twice
         return
+    _check_repeats(names, members, body)
+
+
+def _check_repeats(names: dict[str, bytes], members: dict[str, msgspec.Raw], body: bytes) -> None:
+    """Refuse a body that holds one of the names twice. Raises: InvalidRequest."""
     known = members.keys() & names
     quoted = [names[name] for name in known]
     for largest in (LARGE_VALUE, SMALL_VALUE):
