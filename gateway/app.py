@@ -22,6 +22,7 @@ from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
 from gateway.server.middleware import Middleware
+from gateway.server.paths import MODELS, forms_of
 from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
@@ -139,10 +140,12 @@ def create_app(
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
-    routes = [web.post(path, recorded(handlers.prompt), expect_handler=_expect) for path in BY_PATH]
+    routes = [
+        web.post(form, recorded(handlers.prompt), expect_handler=_expect) for path in BY_PATH for form in forms_of(path)
+    ]
     for path, handler in (
-        ("/v1/models", handlers.models),
-        ("/v1/models/{id:.+}", handlers.model),
+        *((form, handlers.models) for form in forms_of(MODELS)),
+        *((form + "/{id:.+}", handlers.model) for form in forms_of(MODELS)),
         ("/", handlers.root),
     ):
         routes.append(web.get(path, recorded(handler), expect_handler=_expect))

@@ -157,7 +157,7 @@ class RequestTooLarge(CallerError):
 
 
 class UnsupportedMediaType(CallerError):
-    """The body is not `application/json`, or has a `Content-Encoding`."""
+    """The body is not `application/json`, or in a content coding that is not decoded."""
 
     status = 415
     code = "unsupported_media_type"

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from os.path import exists, expanduser
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -35,6 +35,9 @@ _USER_INFO = re.compile(r"[^,\n'\"]*@")
 """Everything up to the last @ of an entry: an invalid url may have its password anywhere before it."""
 
 
+Commit = Literal["first_token", "first_answer", "complete"]
+"""When a stream is passed on: at its first content, at its first answer after any reasoning, or when it is complete."""
+COMMITS: tuple[Commit, ...] = get_args(Commit)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 A_URL = "an http:// or https:// url with a host, without query and fragment"
 
@@ -129,13 +132,11 @@ class Settings(BaseSettings):
     gateway_max_in_flight: Count = 1024
     gateway_max_queue: CountOrNone = 256
     gateway_queue_timeout: Seconds = 2
-    gateway_max_body_bytes: Count = 10_485_760
+    gateway_max_body_bytes: Count = 33_554_432
     gateway_max_answer_bytes: Count = 67_108_864
     gateway_max_buffered_bytes: Count = 268_435_456
 
-    gateway_stream_commit: Annotated[
-        Literal["first_token", "complete"], Field(description="first_token or complete")
-    ] = "first_token"
+    gateway_stream_commit: Annotated[Commit, Field(description="first_token, first_answer or complete")] = "first_token"
     gateway_probe_interval: Seconds = 2
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False

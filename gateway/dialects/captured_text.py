@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.dialects.json_text import NO_JSON, decode
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -59,7 +59,7 @@ def output_messages(texts: "Iterable[str]", finish_reasons: "Sequence[str] | Non
 def fields_of(body: bytes) -> dict[str, Any]:
     """Return a JSON object; empty for what a full decoding rejects, such as an integer of a thousand digits."""
     try:
-        document = decode(body)
+        document = decode(body.removeprefix(BYTE_ORDER_MARK))
     except NO_JSON:
         return {}
     return document if isinstance(document, dict) else {}

@@ -109,6 +109,7 @@ class StreamState(Answer, Protocol):
 
     Attributes:
         content: the first content event has come.
+        answer: an event of the answer has come, after any reasoning; True from the start where nobody asks.
         finished: every choice asked for has a finish reason; the answer is whole once the stream has ended.
         ended: the last event of the stream has come: a whole answer, if there was content.
         awaits_usage: the usage was asked for, and has not come.
@@ -117,6 +118,7 @@ class StreamState(Answer, Protocol):
     """
 
     content: bool
+    answer: bool
     finished: bool
     ended: bool
     error: "ErrorWords | None"
@@ -152,8 +154,8 @@ class Dialect(Protocol):
             InvalidRequest: it is no object, or a field is wrong; `param` names it.
         """
 
-    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:
-        """Return the state of the stream that answers `prompt`."""
+    def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
+        """Return the state of the stream that answers `prompt`; `until_answer`: reasoning is told from the answer."""
 
     def read_answer(self, content_type: str, body: bytes) -> Answer:
         """Check a whole answer.

@@ -5,7 +5,7 @@ Some servers and clients cut texts between the two halves of a surrogate pair; R
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import TypeVar
 
@@ -15,9 +15,14 @@ T = TypeVar("T")
 MAX_DEPTH = 500
 """Levels of nested arrays and objects. RFC 8259, section 9, allows a limit. The interpreter's own is 1,000 in some
 versions and tens of thousands in others, and a backend that receives deeper JSON may fail on it."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some clients write it before a text. RFC 8259, section 8.1, lets a reader ignore it."""
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What these functions raise for text that is not JSON."""
 
+# Atomic groups: a long text is passed over in one go, without a way back into it.
+_TOKEN = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[{}\[\]]', re.DOTALL)
+_COLON = re.compile(rb"\s*:\s*")
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 _STRETCH = 4096
@@ -91,6 +96,28 @@ def check(data: bytes) -> None:
         NO_JSON: it is not.
     """
     decode_with(_pass_over, data)
+
+
+def names_in(data: bytes) -> Iterator[tuple[str, int]]:
+    """Yield the name of each top-level member of a valid JSON object, and where its value begins."""
+    depth = position = 0
+    while (token := _TOKEN.search(data, position)) is not None:
+        position = token.end()
+        first = token.group()[:1]
+        if first in b"{[":
+            depth += 1
+        elif first in b"}]":
+            depth -= 1
+        elif depth == 1 and (colon := _COLON.match(data, position)) is not None:
+            position = colon.end()
+            yield str(decode(token.group())), position
+
+
+def value_after(name: str, data: bytes, value: bytes) -> int | None:
+    """Return where `value` stands, if it is that of the first member called `name`, at whatever level."""
+    at = data.find(b'"%s"' % name.encode())
+    colon = _COLON.match(data, at + len(name.encode()) + 2) if at >= 0 else None
+    return colon.end() if colon is not None and data.startswith(value, colon.end()) else None
 
 
 def _check_depth(data: bytes) -> None:

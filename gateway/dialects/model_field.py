@@ -4,11 +4,9 @@ import re
 
 import msgspec
 
-from gateway.dialects.json_text import decode
+from gateway.dialects.json_text import names_in
 
 # Atomic groups: a long text is passed over in one go, without a way back into it.
-_TOKEN = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[{}\[\]]', re.DOTALL)
-_AFTER_KEY = re.compile(rb"\s*:\s*")
 _VALUE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[^\s,}\]]++', re.DOTALL)
 
 
@@ -24,19 +22,11 @@ def with_model(body: bytes, model: str) -> bytes:
     value = msgspec.json.encode(model)
     if b'"model"' not in body and b"\\u" not in body:  # no key can be it, not even an escaped one
         return _added(body, value)
-    pieces, kept, depth, position = [], 0, 0, 0
-    while (token := _TOKEN.search(body, position)) is not None:
-        position = token.end()
-        first = token.group()[:1]
-        if first in b"{[":
-            depth += 1
-        elif first in b"}]":
-            depth -= 1
-        elif depth == 1 and (colon := _AFTER_KEY.match(body, position)) is not None:
-            position = colon.end()
-            if decode(token.group()) == "model" and (old := _VALUE.match(body, position)) is not None:
-                pieces += [body[kept : old.start()], value]
-                kept = position = old.end()
+    pieces, kept = [], 0
+    for name, start in names_in(body):
+        if name == "model" and (old := _VALUE.match(body, start)) is not None:
+            pieces += [body[kept:start], value]
+            kept = old.end()
     if pieces:
         return b"".join([*pieces, body[kept:]])
     return _added(body, value)

@@ -1,25 +1,36 @@
 """Reading the body of a request by the types of its fields, and naming the field that is wrong."""
 
+import re
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.dialects.json_text import NO_JSON, check, decode_with
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check, decode_with, names_in, value_after
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
 
 T = TypeVar("T", bound=Struct)
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=512, description="a text of 1 to 512 characters")]
 Flag = Annotated[bool, Meta(description="true or false")]
-Count = Annotated[int, Meta(ge=1, description="a whole number of at least 1")]
+Count = (
+    Annotated[int, Meta(ge=1, description="a whole number of at least 1")]
+    | Annotated[float, Meta(ge=1, le=1 << 53, multiple_of=1)]
+)
+"""Some clients write 1.0 for 1."""
 Number = Annotated[float, Meta(description="a number")]
 Tokens = Annotated[int | float, Meta(description="a number")]
 """Some clients write 10.0 for 10."""
+LARGE_VALUE = 512
+SMALL_VALUE = 16
+"""Bytes; the names of a body are searched without the values that are larger: first the large ones, then nearly all."""
 LARGE_LIST = 1 << 20
 """Bytes; of a larger list the wrong item is not searched for."""
 
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+"""Of a name that is read: they consist of small letters and underscores."""
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -29,16 +40,19 @@ def read_fields(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
 
     Raises:
         InvalidJson: it is empty, not JSON in UTF-8, or nested too deep.
-        InvalidRequest: it is no object, or a field is wrong; `param` names it.
+        InvalidRequest: it is no object, or a field is wrong, there twice or in another case; `param` names it.
     """
-    if not body.strip():
+    text = body.removeprefix(BYTE_ORDER_MARK)
+    if not text.strip():
         raise InvalidJson("The body is empty. Send a JSON object.")
     try:
-        return decode_with(decoder.decode, body)
+        fields = decode_with(decoder.decode, text)
     except msgspec.ValidationError:
-        raise _error_in(decoder.type, body) from None
+        raise _error_in(decoder.type, text) from None
     except NO_JSON as error:
         raise _not_json(error) from None
+    _check_names(_names_of(decoder.type), text)
+    return fields
 
 
 def check_text_or_list(name: str, value: msgspec.Raw, *, may_be_null: bool) -> None:
@@ -46,6 +60,69 @@ def check_text_or_list(name: str, value: msgspec.Raw, *, may_be_null: bool) -> N
     raw = bytes(value)
     if raw[:1] not in b'"[' and not (may_be_null and raw == b"null"):
         raise InvalidRequest(f"`{name}` must be a text or a list.", param=name)
+
+
+@cache
+def _names_of(kind: type[Struct]) -> dict[str, bytes]:
+    """Return the names of the fields that are read, each as it stands in JSON."""
+    return {name: b'"%s"' % name.encode() for name in kind.__struct_fields__}
+
+
+def _check_names(names: dict[str, bytes], body: bytes) -> None:
+    """Refuse what a backend could read otherwise than the gateway: a field that is there twice or in another case.
+
+    Args:
+        names: of the fields that are read, each as it stands in JSON.
+        body: a valid JSON object.
+
+    Raises:
+        InvalidRequest: `param` names the field.
+    """
+    try:
+        members = _members(body)
+    except msgspec.DecodeError:  # half a surrogate pair
+        members = decode_with(_members, body)
+    if not members.keys() <= names.keys():
+        for name in members:
+            if name not in names and (low := name.lower()) in names:
+                raise InvalidRequest(f"`{low}` must be written in lower case.", param=low)
+    least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
+    if len(body) == least:  # quotes, colons, commas and braces: there is no room for anything that comes twice
+        return
+    _check_repeats(names, members, body)
+
+
+def _check_repeats(names: dict[str, bytes], members: dict[str, msgspec.Raw], body: bytes) -> None:
+    """Refuse a body that holds one of the names twice. Raises: InvalidRequest."""
+    known = members.keys() & names
+    quoted = [names[name] for name in known]
+    for largest in (LARGE_VALUE, SMALL_VALUE):
+        if len(body) > largest:
+            body = _without_values(body, members, largest)
+        if not _may_repeat(quoted, body):
+            return
+    there = [name for name, _ in names_in(body) if name in names]
+    for name in known:
+        if there.count(name) > 1:
+            raise InvalidRequest(f"`{name}` is there more than once. Send it once.", param=name)
+
+
+def _may_repeat(quoted: list[bytes], body: bytes) -> bool:
+    """Return whether one of the names stands in the text more than once, or could with its letters escaped."""
+    if b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None:
+        return True
+    return any([body.count(name) > 1 for name in quoted])  # a generator costs more  # noqa: C419
+
+
+def _without_values(body: bytes, members: dict[str, msgspec.Raw], largest: int) -> bytes:
+    """Return an object with the same top-level names, but without those larger values that are quickly found."""
+    for name, raw in members.items():
+        if len(raw) > largest:
+            value = bytes(raw)
+            start = value_after(name, body, value)
+            if start is not None:
+                body = b"0".join([body[:start], body[start + len(value) :]])
+    return body
 
 
 def _not_json(error: Exception) -> InvalidJson:

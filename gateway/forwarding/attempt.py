@@ -200,7 +200,9 @@ class Attempts:
         is_stream = exchange.content_type == "text/event-stream"
         if not is_stream and not (exchange.content_type == "" and begins_as_stream(await exchange.peek())):
             await self._read_no_stream(call, exchange, timer)
-        state = call.prompt.dialect.stream_state(call.prompt, keep_text=self._keep_text)
+        state = call.prompt.dialect.stream_state(
+            call.prompt, keep_text=self._keep_text, until_answer=call.commit == "first_answer"
+        )
         relay = StreamRelay(
             exchange,
             state,
@@ -218,11 +220,13 @@ class Attempts:
             )
             call.record.first_token = self._clock()
             self._report(call.record, lease, lease.begin_answer)
-            if call.hold_back:
+            if not state.answer:
+                events += await relay.until_answer(self._max_answer)
+            if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
             timer.end_at(call.deadline.end)
             await sink.commit(exchange.passed_headers(), events, state)
-            if not call.hold_back:
+            if call.commit != "complete":
                 await relay.pass_on(sink.write)
             await sink.end()
         finally:

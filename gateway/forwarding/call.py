@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
     from gateway.record import Record
+    from gateway.settings import Commit
 
 
 class StreamSink(Protocol):
@@ -60,7 +61,7 @@ class Call:
         caller: who asks: the key, else the address.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
-        hold_back: whether a stream is sent only when it is complete.
+        commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
         targets: where it may go, in order; target: the one at hand.
@@ -74,12 +75,12 @@ class Call:
         "answer",
         "body",
         "caller",
+        "commit",
         "counted",
         "deadline",
         "failed_before",
         "given_up",
         "headers",
-        "hold_back",
         "model",
         "prompt",
         "record",
@@ -101,7 +102,7 @@ class Call:
         caller: str,
         share: "Share",
         headers: list[tuple[str, str]],
-        hold_back: bool,
+        commit: "Commit",
     ) -> None:
         self.prompt = prompt
         self.model = model
@@ -110,7 +111,7 @@ class Call:
         self.sink = sink
         self.share = share
         self.headers = headers
-        self.hold_back = hold_back
+        self.commit = commit
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
         self.targets = targets

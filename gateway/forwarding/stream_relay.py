@@ -100,6 +100,21 @@ class StreamRelay:
                 raise InvalidResponse("The backend's stream ended without content.")
         return b"".join(held)
 
+    async def until_answer(self, limit: int) -> bytes:
+        """Return the events up to the first one of the answer, after any reasoning. Raises: as `until_complete`."""
+        held: list[bytes] = []
+        size = 0
+        while not (self._state.answer or self._state.ended or self._at_end):
+            self._timer.limit(self._idle, self._stalled)
+            events = self._checked_read(await self._exchange.read())
+            size += len(events)
+            if size > limit:
+                raise AnswerTooLarge(f"The backend sent {limit} bytes of reasoning without an answer.")
+            self._share.hold(len(events))
+            held.append(events)
+            self._raise_failure()
+        return b"".join(held)
+
     async def until_complete(self, limit: int) -> bytes:
         """Return the rest of the answer, at most `limit` bytes. Raises: as `until_first_content`, AnswerTooLarge."""
         held: list[bytes] = []

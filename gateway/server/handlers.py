@@ -7,9 +7,10 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.dialects.table import BY_PATH, dialect_of
-from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound
+from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.server.middleware import RECORD, STREAM
+from gateway.server.paths import CANONICAL, right_path
 from gateway.server.request_reader import check_media_type, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
@@ -60,15 +61,16 @@ class Handlers:
         self._clock = clock
 
     async def prompt(self, request: web.Request) -> web.StreamResponse:
-        """Forward a prompt: `POST` to a path of a dialect."""
+        """Forward a prompt: `POST` to a path of a dialect, with or without `/v1`."""
         record = request[RECORD]
-        dialect = BY_PATH[request.path]
+        path = CANONICAL[request.path]
+        dialect = BY_PATH[path]
         deadline = self._reader.deadline(request, record.started)
-        hold_back = self._reader.holds_back(request)
+        commit = self._reader.commit(request)
         self._admission.check()
         check_media_type(request)
         with self._byte_budget.share() as share:
-            prompt = await self._reader.prompt(request, dialect, deadline, share)
+            prompt = await self._reader.prompt(request, path, dialect, deadline, share)
             model = prompt.model or self._pool.default_model
             route = self._pool.route(model)
             if route is None:
@@ -93,7 +95,7 @@ class Handlers:
                 caller=self._keys.caller(request),
                 share=share,
                 headers=headers,
-                hold_back=hold_back,
+                commit=commit,
             )
             if writer is None:
                 await self._forwarder.forward(call)
@@ -183,7 +185,9 @@ class Handlers:
         allowed.discard("*")  # of the routes that lead here
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
-        raise web.HTTPNotFound
+        right = right_path(request.path)
+        where = "GET / lists what there is" if right is None else f"the right one is {right}"
+        raise NotFound(f"There is nothing at this path; {where}.")
 
 
 def _model(name: str) -> dict[str, str | int]:

@@ -20,19 +20,28 @@ class Keys:
         """Return whether the request carries a valid key, or needs none."""
         if not self._digests:
             return True
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return False
-        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        return any([hmac.compare_digest(digest, known) for known in self._digests])  # all of them, always  # noqa: C419
+        shown = [sha256(key.encode("utf-8", "surrogateescape")).digest() for key in _shown(request)]
+        fits = [hmac.compare_digest(digest, known) for digest in shown for known in self._digests]
+        return any(fits)  # all of them are compared, always
 
     def caller(self, request: "web.Request") -> str:
         """Return who asks: the key, where keys are needed, else the address."""
         if self._digests:
-            return request.headers.get("Authorization", "")
+            return " ".join(_shown(request))
         return request.remote or ""
 
     def check(self, request: "web.Request") -> None:
         """Refuse a request without a valid key. Raises: InvalidApiKey."""
         if not self.fit(request):
-            raise InvalidApiKey("Send a gateway key as `Authorization: Bearer KEY`.")
+            raise InvalidApiKey(
+                "Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`."
+            )
+
+
+def _shown(request: "web.Request") -> list[str]:
+    """Return the keys that a request carries, in whichever header: the SDKs of Anthropic and Azure have their own."""
+    headers = request.headers
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    keys = [key.strip()] if scheme.lower() == "bearer" else []
+    keys += [headers[name].strip() for name in ("x-api-key", "api-key") if name in headers]
+    return keys

@@ -5,6 +5,7 @@ import gc
 import logging
 import resource
 import signal
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from gateway.server.in_flight import InFlight
     from gateway.settings import Settings
 
+BACKLOG = 1024
+"""Connections that the system holds until they are accepted."""
+EVERYWHERE = "::"
+"""The address that stands for all of both families."""
 GC_THRESHOLD = 50_000
 """Allocations between two collections of the youngest generation; the default of 700 costs more than it frees here."""
 
@@ -47,7 +52,7 @@ async def listen(
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
     await runner.setup()
     try:
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=1024)
+        site = site_of(runner, settings.host, settings.port)
         await site.start()
         keys = "gateway keys are required" if settings.gateway_api_keys else "no gateway keys: open to everybody"
         gc.collect()
@@ -59,6 +64,25 @@ async def listen(
     finally:
         await runner.cleanup()
     _log.info("stopped")
+
+
+def site_of(runner: web.BaseRunner, host: str, port: int) -> web.BaseSite:
+    """Return where to listen; at `::` for IPv4 too, which asyncio would refuse.
+
+    Raises:
+        OSError: `::` is not available.
+    """
+    if host != EVERYWHERE:
+        return web.TCPSite(runner, host, port, backlog=BACKLOG)
+    listening = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listening.bind((host, port))
+    except OSError:
+        listening.close()
+        raise
+    return web.SockSite(runner, listening, backlog=BACKLOG)
 
 
 async def drain(admission: "Admission", in_flight: "InFlight", grace: float, hurry: asyncio.Event) -> None:

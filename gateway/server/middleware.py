@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from multidict import CIMultiDict
 
-from gateway.dialects.table import BY_PATH, dialect_of
+from gateway.dialects.table import dialect_of
 from gateway.errors import (
     CallerLeft,
     GatewayDraining,
@@ -16,10 +16,10 @@ from gateway.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    NotFound,
     drop_frames,
 )
 from gateway.record import Record
+from gateway.server.paths import known_path, needs_key
 from gateway.server.responses import error_response, explaining, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 RECORD = web.RequestKey("record", Record)
 STREAM = web.RequestKey("stream", StreamWriter)
-KNOWN_PATHS = frozenset({"/", "/v1/models", *BY_PATH})
 NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 
 _log = logging.getLogger("gateway")
@@ -78,7 +77,7 @@ class Middleware:
 
     async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
         path = request.path
-        known = path if path in KNOWN_PATHS else "/v1/models/{id}" if path.startswith("/v1/models/") else None
+        known = known_path(path)
         record = self._telemetry.begin(request.method, known, request.headers)
         task = asyncio.current_task()
         if task is None:
@@ -86,7 +85,7 @@ class Middleware:
         self._in_flight.add(task)
         try:
             request[RECORD] = record
-            if path.startswith("/v1"):
+            if needs_key(path, known):
                 self._keys.check(request)
                 self._admission.check_open()
             response = await handler(request)
@@ -133,7 +132,7 @@ class Middleware:
         drop_frames(error)
         if stream is not None and stream.opened:
             return await stream.end_with_error(failure)
-        response = error_response(failure, dialect_of(request.path), record, self._clock())
+        response = error_response(failure, dialect_of(record.path or ""), record, self._clock())
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["allow"] = error.headers["Allow"]
         return response
@@ -169,8 +168,6 @@ class Middleware:
 
 def _http_failure(error: web.HTTPException) -> GatewayError:
     """Return our error for one of aiohttp's."""
-    if isinstance(error, web.HTTPNotFound):
-        return NotFound("There is nothing at this path; GET / lists what there is.")
     if isinstance(error, web.HTTPMethodNotAllowed):
         return MethodNotAllowed(f"This path allows {error.headers['Allow']}.")
     return InvalidRequest("The request is malformed HTTP.")

@@ -1,4 +1,4 @@
-"""Reads a caller's request: the headers that mean something to the gateway, and the body."""
+"""Reads a caller's request: the headers that mean something to the gateway, and the body, decoded."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from gateway.content_coding import (
+    PIECE,
+    BrokenCoding,
+    CodingError,
+    DecodedTooLarge,
+    Decoder,
+    coding_of,
+)
 from gateway.errors import (
     DeadlineExceeded,
+    GatewayError,
     InvalidRequest,
     RequestTimeout,
     RequestTooLarge,
@@ -15,17 +24,22 @@ from gateway.errors import (
 )
 from gateway.headers import forwarded_as, seconds
 from gateway.policy.deadline import Deadline
+from gateway.settings import COMMITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from aiohttp import StreamReader
 
     from gateway.dialects.dialect import Dialect, Prompt
     from gateway.policy.byte_budget import Share
     from gateway.record import Record
-    from gateway.settings import Settings
+    from gateway.settings import Commit, Settings
 
 LARGE_BODY = 1 << 20
-"""Bytes; checking a larger body takes long enough to be done off the event loop."""
+"""Bytes; decoding and checking a larger body takes long enough to be done off the event loop."""
+MANY_MEMBERS = 100
+"""Of a compressed body; decoding more of them takes as long as a large body, however little they hold."""
 
 
 class RequestReader:
@@ -52,69 +66,94 @@ class RequestReader:
             total = min(total, shorter)
         return Deadline(self._clock, started, total, seconds(request.headers.get("x-stainless-read-timeout")))
 
-    def holds_back(self, request: web.Request) -> bool:
-        """Return whether a stream is held back until it is complete. Raises: InvalidRequest."""
-        commit = request.headers.get("x-gateway-commit", self._settings.gateway_stream_commit)
-        if commit not in {"first_token", "complete"}:
-            raise InvalidRequest("x-gateway-commit must be first_token or complete.", param="x-gateway-commit")
-        return commit == "complete"
+    def commit(self, request: web.Request) -> "Commit":
+        """Return when a stream is passed on. Raises: InvalidRequest."""
+        asked = request.headers.get("x-gateway-commit")
+        if asked is None:
+            return self._settings.gateway_stream_commit
+        for known in COMMITS:
+            if asked == known:
+                return known
+        raise InvalidRequest(
+            "x-gateway-commit must be first_token, first_answer or complete.", param="x-gateway-commit"
+        )
 
-    async def prompt(self, request: web.Request, dialect: "Dialect", deadline: Deadline, share: "Share") -> "Prompt":
-        """Read and check the body.
+    async def prompt(
+        self, request: web.Request, path: str, dialect: "Dialect", deadline: Deadline, share: "Share"
+    ) -> "Prompt":
+        """Read, decode and check the body of a request to `path`, which is one of the dialect's.
 
         Raises:
-            CallerError: it is late, too large, malformed HTTP, or not what the dialect reads.
+            CallerError: it is late, too large, malformed HTTP, in a wrong coding, or not what the dialect reads.
             DeadlineExceeded: it came later than the deadline.
             GatewayOverloaded: the share cannot hold it.
         """
         body = await self._body(request, deadline, share)
         if len(body) < LARGE_BODY:
-            return dialect.read_request(request.path, body)
-        return await asyncio.to_thread(dialect.read_request, request.path, body)
+            return dialect.read_request(path, body)
+        return await asyncio.to_thread(dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
-        """Return the body, held by `share`."""
-        settings = self._settings
-        limit = settings.gateway_max_body_bytes
+        """Return the body without its content coding, held by `share`."""
+        limit = self._settings.gateway_max_body_bytes
+        decoder = _decoder_of(request, limit)
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
-        content = request.content
-        if content.is_eof() and content.exception() is None:  # it came with the headers: nothing to wait for
-            body = content.read_nowait()
-            if len(body) > limit:
-                raise _too_large(limit)
-            share.hold(len(body))
-            return body
-        timeout = min(settings.gateway_body_timeout, deadline.left())
-        pieces, size = [], 0
+        if decoder is not None or not _has_arrived(request.content):
+            return await self._arriving(request, decoder, deadline, share)
+        body = request.content.read_nowait()
+        if len(body) > limit:
+            raise _too_large(limit)
+        share.hold(len(body))
+        return body
+
+    async def _arriving(
+        self, request: web.Request, decoder: Decoder | None, deadline: Deadline, share: "Share"
+    ) -> bytes:
+        """Return a body that has yet to arrive or to be decoded."""
+        limit = self._settings.gateway_max_body_bytes
+        if "Expect" in request.headers and not _has_arrived(request.content):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        pieces: list[bytes] = []
+        size = 0
         try:
-            async with asyncio.timeout(timeout):
-                if "Expect" in request.headers:
-                    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    request.writer.output_size = 0
-                while content.exception() is not None or not content.at_eof():
-                    piece = await content.readany()
-                    size += len(piece)
-                    if size > limit:
-                        raise _too_large(limit)
+            while piece := await self._read(request.content, deadline):
+                size += len(piece)
+                if size > limit:
+                    raise _too_large(limit)
+                if decoder is None:
                     share.hold(len(piece))
                     pieces.append(piece)
+                else:
+                    await _decode(decoder, piece, pieces, share)
+            if decoder is not None:
+                pieces.append(decoder.end())
+        except CodingError as error:
+            raise _error_of(error) from None
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _read(self, content: "StreamReader", deadline: Deadline) -> bytes:
+        """Return what has arrived of a body, waiting for it if need be; nothing at its end."""
+        longest = self._settings.gateway_body_timeout
+        timeout = min(longest, deadline.left())
+        try:
+            async with asyncio.timeout(timeout):
+                return await content.readany()
         except TimeoutError:
-            if timeout < settings.gateway_body_timeout:
+            if timeout < longest:
                 raise DeadlineExceeded("The deadline passed before the request's body had arrived.") from None
-            raise RequestTimeout(f"The request's body did not arrive within {timeout:g} s.") from None
+            raise RequestTimeout(
+                f"Nothing of the request's body arrived for {timeout:g} s. Send it without such pauses."
+            ) from None
         except (web.RequestPayloadError, HttpProcessingError):
             raise InvalidRequest("The request's body is malformed HTTP.") from None
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def check_media_type(request: web.Request) -> None:
-    """Refuse a body that is not plain JSON. Raises: UnsupportedMediaType."""
-    headers = request.headers
-    if headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+    """Refuse a body that is not JSON. Raises: UnsupportedMediaType."""
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("Send the body as content-type: application/json.", param="content-type")
-    if "Content-Encoding" in headers:
-        raise UnsupportedMediaType("Send the body without a content-encoding.", param="content-encoding")
 
 
 def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str, str]]:
@@ -129,3 +168,61 @@ def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str,
 
 def _too_large(limit: int) -> RequestTooLarge:
     return RequestTooLarge(f"The request's body is larger than {limit} bytes.")
+
+
+def _has_arrived(content: "StreamReader") -> bool:
+    """Return whether the body came with the headers, so that there is nothing to wait for."""
+    return content.is_eof() and content.exception() is None
+
+
+def _decoder_of(request: web.Request, limit: int) -> Decoder | None:
+    """Return the decoder of a body, or None if it is plain. Raises: UnsupportedMediaType."""
+    if "Content-Encoding" not in request.headers:
+        return None
+    try:
+        coding = coding_of(request.headers.getall("Content-Encoding"))
+    except CodingError as error:
+        raise _error_of(error) from None
+    return None if coding is None else Decoder(coding, limit)
+
+
+async def _decode(decoder: Decoder, data: bytes, pieces: list[bytes], share: "Share") -> None:
+    """Append to `pieces` what `data` decodes to, held by `share` as it comes; what takes long off the event loop.
+
+    Raises:
+        CodingError: as the decoder.
+        GatewayOverloaded: the share cannot hold it.
+    """
+    source = decoder.pieces(data)
+    piece: bytes | None = b""
+    while piece is not None:
+        if piece:
+            share.hold(len(piece))
+            pieces.append(piece)
+        if decoder.decoded > LARGE_BODY or decoder.members > MANY_MEMBERS:
+            piece = await asyncio.to_thread(_gather, source)
+        else:
+            piece = next(source, None)
+
+
+def _gather(source: "Iterator[bytes]") -> bytes | None:
+    """Return the next pieces as one, of `PIECE` bytes or a little more; None when there are no more."""
+    pieces, size = [], 0
+    for piece in source:
+        pieces.append(piece)
+        size += len(piece)
+        if size >= PIECE:
+            break
+    return b"".join(pieces) if pieces else None
+
+
+def _error_of(error: CodingError) -> GatewayError:
+    """Return our error for a body that cannot be decoded."""
+    if isinstance(error, DecodedTooLarge):
+        return RequestTooLarge(f"The request's body {error}.")
+    if isinstance(error, BrokenCoding):
+        return InvalidRequest(f"The request's body {error}.", param="content-encoding")
+    return UnsupportedMediaType(
+        f"The request's body {error}. Send it in one of gzip, deflate, zstd, or without a content-encoding.",
+        param="content-encoding",
+    )

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 MAX_REQUEST_ID = 128
+UUID_RANDOM = ~(0xF000 << 64 | 0xC000 << 48)
+UUID_FIXED = 0x4000 << 64 | 0x8000 << 48
+"""The bits of a UUID that are drawn, and those that say version 4, variant 1 (RFC 9562, 5.4)."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 """The methods that are reported by name; others are `_OTHER` (OpenTelemetry's HTTP conventions)."""
 _log = logging.getLogger("gateway")
@@ -79,7 +82,7 @@ class Telemetry:
         """Return the record of a request whose headers have arrived; its trace is decided here."""
         method = method if method in METHODS else "_OTHER"
         asked = headers.get("x-request-id")
-        request_id = asked if asked is not None and _visible(asked) else f"req-{self._rng.getrandbits(96):024x}"
+        request_id = asked if asked is not None and _visible(asked) else _uuid(self._rng)
         trace_id, span_id, parent_id, sampled = self._tracer.decide(method, path, headers.get("traceparent"))
         record = Record(
             method,
@@ -136,6 +139,12 @@ class Telemetry:
             or record.fell_back
             or record.seconds(0.0) > self._keep_slow
         )
+
+
+def _uuid(rng: Random) -> str:
+    """Return a new UUID: there are servers that take no other request id."""
+    text = f"{rng.getrandbits(128) & UUID_RANDOM | UUID_FIXED:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def _visible(text: str) -> bool:

@@ -27,8 +27,10 @@ ODD = (
         pytest.param(ODD + b'"model":"demo-model"} \n', id="odd numbers, escapes, spaces, unknown fields"),
         pytest.param(BODY, id="plain"),
         pytest.param(
-            ODD + b'"n":null,"stream":null,"n":1,"stream":false,"model":"demo-model"}', id="nulls and doubles"
+            ODD + b'"n":null,"stream":null,"x":1,"x":2,"X":3,"model":"demo-model"}', id="nulls and unknown doubles"
         ),
+        pytest.param(b"\xef\xbb\xbf" + BODY, id="byte order mark"),
+        pytest.param(ODD + b'"n":1.0,"model":"demo-model"}', id="n as a float"),
     ],
 )
 async def test_a_body_goes_out_byte_for_byte(recorder: Recorder, start_gateway: StartGateway, body: bytes) -> None:
@@ -55,7 +57,7 @@ async def test_a_large_body_goes_out_byte_for_byte(recorder: Recorder, start_gat
         (ODD + b'"model":"a\\"b,}","n":1}', ODD + b'"model":"small-model","n":1}'),
         (ODD + b'"m\\u006fdel":"caller"}', ODD + b'"m\\u006fdel":"small-model"}'),
         (ODD + b'"model":null}', ODD + b'"model":"small-model"}'),
-        (ODD + b'"model":"a","n":1,"model":"b"}', ODD + b'"model":"small-model","n":1,"model":"small-model"}'),
+        (b"\xef\xbb\xbf" + ODD + b'"model":"a"}', b"\xef\xbb\xbf" + ODD + b'"model":"small-model"}'),
         (ODD + b'"n":1}', ODD.replace(b"{", b'{"model":"small-model",', 1) + b'"n":1}'),
     ],
 )
@@ -75,7 +77,7 @@ routes:
     assert (await send(gateway, post(body))).status == 200
     assert recorder.seen[0].body == expected
     assert recorder.seen[0].header("content-length") == str(len(expected))
-    assert json.loads(expected)["model"] == "small-model"
+    assert json.loads(expected.decode("utf-8-sig"))["model"] == "small-model"
 
 
 @pytest.mark.parametrize("model", ["default", 'quo"te', "caf\u00e9"])

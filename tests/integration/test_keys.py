@@ -9,6 +9,7 @@ from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
 from tests.integration.gateways import EXPLAINING, KEY, StartGateway, StartMock
+from tests.integration.recorder import Recorder
 from tests.integration.wire import BODY, chunked, dial, post, send
 
 
@@ -98,7 +99,58 @@ async def test_each_of_the_keys_opens(mock: MockModel, start_gateway: StartGatew
     assert (await send(gateway, post(headers={"authorization": authorization}))).status == 200
 
 
-@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/none", "/v1/models"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-api-key": KEY},
+        {"api-key": KEY},
+        {"X-Api-Key": f" {KEY} "},
+        {"authorization": "Bearer wrong", "x-api-key": KEY},
+        {"authorization": "Basic wrong", "api-key": "gw-key-2"},
+        {"authorization": f"Bearer {KEY}", "x-api-key": "wrong", "api-key": ""},
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT_PATH, "/chat/completions"])
+async def test_a_key_may_come_in_any_of_three_headers_and_goes_no_further(
+    recorder: Recorder, start_gateway: StartGateway, headers: dict[str, str], path: str
+) -> None:
+    gateway = await start_gateway(recorder.url, gateway_api_keys=[KEY, "gw-key-2"], gateway_backend_api_key="backends")
+    assert (await send(gateway, post(headers=headers, path=path))).status == 200
+    (seen,) = recorder.seen
+    assert seen.header("authorization") == "Bearer backends"
+    assert {name for name, _ in seen.headers} & {"x-api-key", "api-key"} == set()
+    assert not [value for _, value in seen.headers if "gw-key" in value or "wrong" in value]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-api-key": "wrong"}, {"api-key": ""}, {"x-api-key": f"Bearer {KEY}"}, {"key": KEY}]
+)
+async def test_a_wrong_key_is_refused_in_every_header(
+    mock: MockModel, start_gateway: StartGateway, headers: dict[str, str]
+) -> None:
+    gateway = await start_gateway(mock, gateway_api_keys=[KEY])
+    answer = await send(gateway, post(headers=headers))
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    for name in ("`Authorization: Bearer KEY`", "`x-api-key: KEY`", "`api-key: KEY`"):
+        assert name in str(answer.error["message"])
+    assert mock.journal.total == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"POST {path}" for path in ("/chat/completions", "/completions", "/embeddings", "/responses")),
+        *("GET /models", "GET /models/demo-model", "GET /chat/completions", "DELETE /models", "HEAD /models"),
+    ],
+)
+async def test_without_v1_a_key_is_needed_as_well(mock: MockModel, start_gateway: StartGateway, line: str) -> None:
+    gateway = await start_gateway(mock, gateway_api_keys=[KEY])
+    async with gateway.client.request(*line.split()) as response:
+        assert response.status == 401
+    assert mock.journal.total == 0
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, "/chat/completions", "/v1/none", "/v1/models", "/models"])
 @pytest.mark.parametrize("expect", [False, True])
 async def test_the_key_is_asked_for_before_the_body(
     mock: MockModel, start_gateway: StartGateway, path: str, *, expect: bool

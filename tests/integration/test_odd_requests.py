@@ -5,10 +5,12 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
 import pytest
+from opentelemetry.trace import SpanKind
 
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
-from tests.integration.gateways import StartGateway
+from testkit.polling import until
+from tests.integration.gateways import StartGateway, get
 from tests.integration.recorder import ANSWER, STREAM, Recorder
 from tests.integration.wire import BODY, dial, post, send
 
@@ -42,6 +44,72 @@ async def test_an_odd_but_legal_request_is_answered(
     answer = await send(gateway, change(post()))
     assert (answer.status, answer.body) == (200, ANSWER)
     assert [(seen.path, seen.body) for seen in recorder.seen] == [(CHAT_PATH, BODY)]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/responses"])
+@pytest.mark.parametrize("base", ["", "/v1"])
+async def test_a_prompt_may_be_posted_without_v1(
+    recorder: Recorder, start_gateway: StartGateway, path: str, base: str
+) -> None:
+    gateway = await start_gateway(recorder.url + base)
+    body = b'{"messages":[{"role":"user"}],"prompt":"x","input":"x","model":"m"}'
+    with_v1, without = [await send(gateway, post(body, path=form)) for form in ("/v1" + path, path)]
+    assert with_v1.status == without.status == 200
+    assert [seen.path for seen in recorder.seen] == ["/v1" + path] * 2
+    assert [seen.body for seen in recorder.seen] == [body, body]
+    wrong = await send(gateway, post(b"[]", path=path))
+    assert (wrong.status, wrong.error["code"]) == (400, "invalid_request")
+    metrics = await gateway.metrics()
+    assert f'route="/v1{path}"' in metrics
+    assert f'route="{path}"' not in metrics
+    await until(lambda: len(gateway.spans()) >= 5)
+    assert {span.name for span in gateway.spans() if span.kind is SpanKind.SERVER} == {f"POST /v1{path}"}
+
+
+async def test_models_are_listed_without_v1(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    for path in ("/models", "/models/demo-model"):
+        answer = await get(gateway, path)
+        assert (answer.status, answer.body) == (200, (await get(gateway, "/v1" + path)).body)
+    assert 'route="/models' not in await gateway.metrics()
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1//V1/Chat/Completions//", "/v1/chat/completions"),
+        ("/V1/chat/completions", "/v1/chat/completions"),
+        ("/chat/completions/", "/v1/chat/completions"),
+        ("//chat/completions", "/v1/chat/completions"),
+        ("/v1/Embeddings", "/v1/embeddings"),
+        ("/v1/responses/", "/v1/responses"),
+        ("/v1/models/", "/v1/models"),
+        ("/models/", "/v1/models"),
+        ("//v1/models/my-model", "/v1/models/{id}"),
+        ("/Health", "/health"),
+        ("/metrics/", "/metrics"),
+        ("/chat", None),
+        ("/v1/audio", None),
+        ("/v2/chat/completions", None),
+        ("/v1", None),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_near_miss_names_the_right_path(
+    recorder: Recorder, start_gateway: StartGateway, path: str, right: str | None, method: str
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    answer = await send(gateway, post(path=path).replace(b"POST", method.encode(), 1))
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+    message = str(answer.error["message"])
+    assert message.endswith(f"the right one is {right}." if right else "GET / lists what there is.")
+    assert recorder.seen == []
+    metrics = await gateway.metrics()
+    assert 'gateway_requests_total{outcome="not_found",route="other",status="404"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("path", [b"/v1/chat%2Fcompletions", b"/v1/chat%2fcompletions", b"/v1//chat/completions"])

@@ -71,6 +71,35 @@ async def test_a_second_signal_ends_the_grace(mock: MockModel) -> None:
     assert [call.ended for call in mock.journal.calls] == ["caller_left"]
 
 
+def has_ipv6() -> bool:
+    """Whether this machine has an address of IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as there:
+            there.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_host_of_two_colons_listens_on_both_families() -> None:
+    async with running(HOST="::", PORT="0", GATEWAY_PROBE_INTERVAL="60") as gateway:
+        await gateway.up()
+        assert gateway.url.startswith("http://[::]:")
+        port = int(gateway.url.rpartition(":")[2])
+        for address in ("127.0.0.1", "::1"):
+            reader, writer = await asyncio.open_connection(address, port)
+            writer.write(b"GET /livez HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            await writer.wait_closed()
+        code, output, errors = await run(HOST="::", PORT=str(port))
+        assert (code, output) == (1, "")
+        check_line(errors, [f"cannot listen on :::{port}", "in use"])
+        gateway.signal(signal.SIGTERM)
+        assert (await gateway.end())[0] == 0
+
+
 @pytest.fixture
 def pytests_logs() -> Iterator[None]:
     """`main` sets up logs of its own; afterwards they are pytest's again."""

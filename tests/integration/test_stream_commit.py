@@ -55,6 +55,17 @@ async def test_the_header_wins_over_the_setting(slow_mock: MockModel, start_gate
     assert slow_mock.journal.total == 1
 
 
+async def test_every_moment_of_commit_may_be_asked_for(mock: MockModel, start_gateway: StartGateway) -> None:
+    for moment in ("first_token", "first_answer", "complete"):
+        gateway = await start_gateway(mock, gateway_stream_commit=moment)
+        assert (await gateway.chat(stream=True)).status == 200
+        assert (await gateway.chat(stream=True, headers={"x-gateway-commit": moment})).status == 200
+    answer = await gateway.chat(headers={"x-gateway-commit": "first_word"})
+    assert (answer.status, answer.error["param"]) == (400, "x-gateway-commit")
+    assert "first_token, first_answer or complete" in str(answer.error["message"])
+    assert mock.journal.total == 6
+
+
 async def test_a_stream_held_until_it_is_whole_falls_back_from_a_stall(
     start_mock: StartMock, start_gateway: StartGateway
 ) -> None:

@@ -235,21 +235,37 @@ async def test_the_body_of_the_caller(mock: MockModel, start_gateway: StartGatew
     await until(lambda: idle(gateway))
 
 
-async def test_a_body_that_drips_in_is_late_too(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_body_timeout=SHORT)
+async def test_a_body_that_comes_slowly_but_steadily_is_not_late(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_body_timeout=1)
+    data = post()
+    async with dial(gateway.url) as wire, Stopwatch() as watch:
+        for start in range(0, len(data), len(data) // 8):
+            await wire.send(data[start : start + len(data) // 8])
+            await asyncio.sleep(0.2)
+        assert (await wire.answer()).status == 200
+    assert watch.took > 1
+    assert mock.journal.total == 1
 
-    async with dial(gateway.url) as wire:
+
+async def test_a_body_that_comes_steadily_is_bounded_by_the_deadline(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_request_deadline=1)
+    head, body = post().split(b"\r\n\r\n", 1)
+    async with dial(gateway.url) as wire, Stopwatch() as watch:
+        await wire.send(head + b"\r\n\r\n")
 
         async def drip() -> None:
-            for byte in post():
+            for byte in body:
                 await wire.send(bytes([byte]))
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
 
         dripping = asyncio.create_task(drip())
         answer = await wire.answer()
         dripping.cancel()
         await asyncio.gather(dripping, return_exceptions=True)
-    assert answer.error["code"] == "request_timeout"
+    assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+    assert watch.within(2), watch
     assert mock.journal.total == 0
 
 

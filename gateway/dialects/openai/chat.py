@@ -94,7 +94,7 @@ class OpenAIChat:
         fields: ChatRequest | CompletionsRequest
         if path == CHAT:
             fields = read_fields(_chat, body)
-            choices, max_tokens = fields.n or 1, fields.max_tokens or fields.max_completion_tokens
+            choices, max_tokens = int(fields.n or 1), fields.max_tokens or fields.max_completion_tokens
         else:
             fields = read_fields(_completions, body)
             choices, max_tokens = _choices(fields), fields.max_tokens
@@ -111,9 +111,11 @@ class OpenAIChat:
             top_p=fields.top_p,
         )
 
-    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:
+    def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of a stream of choices."""
-        return ChoicesState(prompt.choices, asks_usage=prompt.asks_usage, keep_text=keep_text)
+        return ChoicesState(
+            prompt.choices, asks_usage=prompt.asks_usage, keep_text=keep_text, until_answer=until_answer
+        )
 
     def read_answer(self, content_type: str, body: bytes) -> WholeAnswer:
         """Check a whole answer."""
@@ -158,4 +160,4 @@ def _choices(fields: CompletionsRequest) -> int:
     """Return the number of choices: `n` for each prompt."""
     check_text_or_list("prompt", fields.prompt, may_be_null=True)
     several = _SEVERAL.match(fields.prompt)
-    return (fields.n or 1) * (len(decode_with(_items, bytes(fields.prompt))) if several else 1)
+    return int(fields.n or 1) * (len(decode_with(_items, bytes(fields.prompt))) if several else 1)

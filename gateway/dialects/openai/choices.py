@@ -12,6 +12,8 @@ from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.server_sent_events import DONE
 
 MAX_CHOICES_SHOWN = 16
+REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})
+"""The fields of a delta that are not yet the answer, whoever writes them."""
 
 
 class _Choice(Struct):
@@ -83,6 +85,7 @@ class ChoicesState:
         "_asks_usage",
         "_choices",
         "_reasons",
+        "answer",
         "content",
         "ended",
         "error",
@@ -94,11 +97,14 @@ class ChoicesState:
         "text",
     )
 
-    def __init__(self, choices: int, *, asks_usage: bool = False, keep_text: bool = False) -> None:
+    def __init__(
+        self, choices: int, *, asks_usage: bool = False, keep_text: bool = False, until_answer: bool = False
+    ) -> None:
         self._choices = choices
         self._asks_usage = asks_usage
         self._reasons: dict[int, str] = {}
         self.content = self.finished = self.ended = False
+        self.answer = not until_answer
         self.error: ErrorWords | None = None
         self.model: str | None = None
         self.response_id: str | None = None
@@ -124,7 +130,7 @@ class ChoicesState:
 
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
-        if self.content and self.model is not None and self.text is None and _is_only_words(data):
+        if self.content and self.answer and self.model is not None and self.text is None and _is_only_words(data):
             return
         if data.strip() == DONE:
             self.ended = True
@@ -151,16 +157,17 @@ class ChoicesState:
         reason = choice.get("finish_reason")
         if reason:  # some servers write "" for none
             index = choice.get("index", 0)
-            self.content = True
+            self.content = self.answer = True
             if isinstance(index, int) and 0 <= index < self._choices:
                 self._reasons[index] = str(reason)
                 self.finished = len(self._reasons) == self._choices
-        if not self.content or self.text is not None:
+        if not self.content or not self.answer or self.text is not None:
             delta = choice.get("delta")
             if choice.get("text") or (
                 isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
             ):
                 self.content = True
+                self.answer = self.answer or not isinstance(delta, dict) or not _is_only_reasoning(delta)
             if self.text is not None:
                 words = choice.get("text") or (delta.get("content") if isinstance(delta, dict) else None)
                 if isinstance(words, str):
@@ -174,3 +181,7 @@ def _is_only_words(data: bytes) -> bool:
     except NO_JSON:
         return False
     return True
+
+
+def _is_only_reasoning(delta: dict[str, Any]) -> bool:
+    return not any(value for key, value in delta.items() if key not in REASONING)

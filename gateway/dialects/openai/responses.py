@@ -89,6 +89,7 @@ class ResponseState:
 
     __slots__ = (
         "_status",
+        "answer",
         "awaits_usage",
         "content",
         "ended",
@@ -102,8 +103,9 @@ class ResponseState:
         "text",
     )
 
-    def __init__(self, *, keep_text: bool = False) -> None:
+    def __init__(self, *, keep_text: bool = False, until_answer: bool = False) -> None:
         self._status = "error"
+        self.answer = not until_answer
         self.content = self.finished = self.ended = self.awaits_usage = False
         self.error: ErrorWords | None = None
         self.sequence_number = 0
@@ -127,7 +129,7 @@ class ResponseState:
         """Take in the data of one event. Raises: InvalidResponse."""
         if self.text is None and (number := _number_of_delta(data)) is not None:
             self.sequence_number = number + 1
-            self.content = True
+            self.content = self.answer = True
             return
         if data.strip() == DONE:
             return  # not of this dialect: only the terminal event ends it
@@ -148,6 +150,7 @@ class ResponseState:
             return
         if kind.endswith(".delta") or kind == "response.output_item.done":
             self.content = True
+            self.answer = self.answer or not _is_reasoning(kind, event)
             if self.text is not None and kind == "response.output_text.delta":
                 self.text = (self.text + str(event.get("delta", "")))[:MAX_TEXT]
         elif kind == "error":
@@ -162,7 +165,7 @@ class ResponseState:
         if kind == "response.failed" and not self.content and error is not None:
             self.error = words_of(error, {})
             return
-        self.content = self.finished = self.ended = True
+        self.content = self.answer = self.finished = self.ended = True
         self._feed_response(kind, response)
 
     def _feed_response(self, kind: str, response: object) -> None:
@@ -197,9 +200,9 @@ class OpenAIResponses:
             top_p=fields.top_p,
         )
 
-    def stream_state(self, prompt: Prompt, *, keep_text: bool) -> StreamState:  # noqa: ARG002
+    def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:  # noqa: ARG002
         """Return the state of a stream of numbered events."""
-        return ResponseState(keep_text=keep_text)
+        return ResponseState(keep_text=keep_text, until_answer=until_answer)
 
     def read_answer(self, content_type: str, body: bytes) -> WholeResponse:
         """Check a whole response."""
@@ -255,3 +258,9 @@ def _number_of_delta(data: bytes) -> int | None:
         return decode_with(_decode_delta, data).sequence_number
     except NO_JSON:
         return None
+
+
+def _is_reasoning(kind: str, event: dict[str, Any]) -> bool:
+    """Return whether a content event is not yet of the answer."""
+    item = event.get("item")
+    return kind.startswith("response.reasoning") or (isinstance(item, dict) and item.get("type") == "reasoning")

@@ -141,7 +141,7 @@ class Scene:
                     caller=caller,
                     share=share,
                     headers=[],
-                    hold_back=False,
+                    commit="first_token",
                 )
                 await self._forwarder.forward(call)
         except (GatewayError, asyncio.CancelledError) as failure:

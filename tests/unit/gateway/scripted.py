@@ -159,7 +159,7 @@ def forward(
                 caller="somebody",
                 share=share,
                 headers=[],
-                hold_back=False,
+                commit="first_token",
             )
             try:
                 await forwarder.forward(call)

@@ -144,7 +144,7 @@ def test_two_bad_prompts_between_good_ones_open_no_breaker_and_spoil_no_trial() 
         await scene.send(prompt(1))
         assert scene.replicas["a-1"].breaker.state == "open"
         await asyncio.sleep(5.5)
-        first, second = bad
+        first, _ = bad
         assert isinstance((await scene.send(first, caller="another")).error, ErrorAnswer)
         assert (await scene.send(prompt(2))).error is None, "the next request tries"
 

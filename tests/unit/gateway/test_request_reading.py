@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 from typing import Any
 
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from gateway.dialects.dialect import Prompt
 from gateway.dialects.model_field import with_model
+from gateway.dialects.openai.chat import ChatRequest, CompletionsRequest, EmbeddingsRequest
+from gateway.dialects.openai.responses import ResponsesRequest
+from gateway.dialects.request_fields import _ESCAPED_LETTER
 from gateway.dialects.table import BY_PATH
 from gateway.errors import InvalidJson, InvalidRequest
 from gateway.record import Record
@@ -91,7 +95,9 @@ def test_every_prompt_has_its_choices(body: bytes, choices: int) -> None:
             b"{'a':1}",
             b'{"a":NaN}',
             b'{"a":01}',
-            b"\xef\xbb\xbf{}",
+            b"\xef\xbb\xbf\xef\xbb\xbf{}",
+            b"\xef\xbb\xbf",
+            b"\xef\xbb{}",
         ),
         *(b'{"messages":5', b'{"messages":5,"x":nope}', b'{"a":"\x01"}'),
         b'{"a":"\xff"}',
@@ -142,6 +148,101 @@ def test_a_wrong_field_is_named(path: str, body: bytes, param: str | None) -> No
         parse(path, body)
 
     assert wrong.value.param == param
+
+
+@pytest.mark.parametrize("written", ["1", "1.0", "1e0", "10E-1"])
+def test_a_number_of_choices_may_be_written_as_a_float(written: str) -> None:
+    for path, field in ((CHAT, MESSAGES), (COMPLETIONS, b'"prompt":"hi"')):
+        choices = parse(path, b'{%s,"n":%s}' % (field, written.encode())).choices
+        assert (choices, type(choices)) == (1, int)
+
+
+@pytest.mark.parametrize("written", ["0.0", "0.5", "1.5", "-1.0", "1e300", "1e999", '"1"', "[1]"])
+def test_any_other_number_of_choices_is_wrong(written: str) -> None:
+    with pytest.raises(InvalidRequest, match="`n` must be a whole number of at least 1") as wrong:
+        chat(b',"n":' + written.encode())
+    assert wrong.value.param == "n"
+
+
+def test_a_byte_order_mark_is_passed_over_and_goes_on() -> None:
+    for path, rest in ((CHAT, MESSAGES), (COMPLETIONS, b'"prompt":"hi"'), ("/v1/responses", b'"input":"hi"')):
+        body = b'\xef\xbb\xbf {"model":"m",' + rest + b"}"
+        prompt = parse(path, body)
+        assert (prompt.body, prompt.model) == (body, "m")
+        assert with_model(body, "new") == b'\xef\xbb\xbf {"model":"new",' + rest + b"}"
+        assert with_model(b"\xef\xbb\xbf{" + rest + b"}", "new") == b'\xef\xbb\xbf{"model":"new",' + rest + b"}"
+        assert "hi" in prompt.dialect.prompt_messages(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        (CHAT, b'"model":"a","model":"b"', "model"),
+        (CHAT, b'"model":"a","model":"a"', "model"),
+        (CHAT, b'"model":"a","mod\\u0065l":"b"', "model"),
+        (CHAT, b'"\\u006dodel":"a","mod\\u0065l":"b"', "model"),
+        (CHAT, b'"model":"a" , "x":{"model":1}, "model" :null', "model"),
+        (CHAT, b'"model":"a","\\u006D\\u006F\\u0064\\u0065\\u006C":"b"', "model"),
+        (CHAT, b'"max_tokens":1,"max\\u005Ftokens":2', "max_tokens"),
+        (CHAT, b'"Model":"a"', "model"),
+        (CHAT, b'"model":"a","MODEL":"b"', "model"),
+        (CHAT, b'"model":"a","\\u004dodel":"b"', "model"),
+        (CHAT, b'"stream":true,"stream":false', "stream"),
+        (CHAT, b'"Stream":true', "stream"),
+        (CHAT, b'"n":null,"n":1', "n"),
+        (CHAT, b'"stream_Options":null', "stream_options"),
+        (CHAT, MESSAGES, "messages"),
+        (CHAT, b'"messages":[{"role":"user","content":"' + b"x" * 5_000 + b'"}]', "messages"),
+        (CHAT, b'"Messages":[]', "messages"),
+        (CHAT, b'"max_completion_tokens":1,"max_completion_tokens":1', "max_completion_tokens"),
+        (COMPLETIONS, b'"prompt":"hi"', "prompt"),
+        (COMPLETIONS, b'"Prompt":"hi"', "prompt"),
+        ("/v1/embeddings", b'"input":"hi"', "input"),
+        ("/v1/embeddings", b'"INPUT":"hi"', "input"),
+        ("/v1/responses", b'"input":"hi"', "input"),
+        ("/v1/responses", b'"max_output_tokens":1,"Max_Output_Tokens":1', "max_output_tokens"),
+    ],
+)
+def test_a_field_that_is_read_may_not_be_there_twice_or_in_another_case(path: str, more: bytes, param: str) -> None:
+    fields = {CHAT: MESSAGES, COMPLETIONS: b'"prompt":"hi"'}.get(path, b'"input":"hi"')
+    large = b'"x":{"model":"' + b"y" * 10_000 + b'"}'
+    for members in ([fields, more], [more, fields], [fields, large, more], [more, b'"x":"\\ud83d"', fields]):
+        for separator in (b",", b" ,\n "):
+            with pytest.raises(InvalidRequest) as wrong:
+                parse(path, b"{" + separator.join(members) + b"}")
+            assert wrong.value.param == param
+            assert "`" + param + "`" in wrong.value.message
+
+
+def test_names_that_are_read_consist_of_small_letters_and_underscores() -> None:
+    """The search for escaped ones relies on it."""
+    for kind in (ChatRequest, CompletionsRequest, EmbeddingsRequest, ResponsesRequest):
+        for name in kind.__struct_fields__:
+            assert re.fullmatch(r"[a-z_]+", name)
+            assert all(_ESCAPED_LETTER.search(b"\\u%04x" % ord(letter)) for letter in name)
+            assert all(_ESCAPED_LETTER.search(b"\\u%04X" % ord(letter)) for letter in name)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"x":{"model":1,"model":2,"Model":3}',
+        b'"x":1,"x":2,"X":3',
+        b'"x":"model","y":["model","model"]',
+        b'"x":"\\"model\\":1,\\"model\\":2"',
+        b'"prompt":1,"prompt":2,"input":1,"Input":2',
+        b'"messages ":1,"models":2,"":3,"n\\n":4',
+        b'"tools":[{"model":"' + b"y" * 10_000 + b'"},{"model":"stream","stream":true}]',
+        b'"x":"\\u00e9 \\ud83d model"',
+        b'"x":"' + b'\\\\"' + b',"y":"\\""',
+    ],
+)
+def test_what_is_not_read_may_be_there_as_it_likes(more: bytes) -> None:
+    for text in (b"hi", b"x" * 5_000, b'\\"model\\"' * 1_000):
+        fields = b'"model":"m","messages":[{"role":"user","content":"%s","model":"inner","Model":1}]' % text
+        for members in ([fields, more], [more, fields]):
+            body = b"{" + b", ".join(members) + b"}"
+            assert parse(CHAT, body).model == "m"
 
 
 def test_an_error_quotes_nothing_of_the_prompt() -> None:
@@ -252,11 +353,28 @@ def test_only_the_model_changes_and_every_other_byte_stays(body: bytes, model: s
     assert json.loads(out)["model"] == model
 
 
+@given(objects(), st.booleans())
+def test_names_are_compared_as_a_full_reading_would(body: bytes, padded: bool) -> None:  # noqa: FBT001
+    if padded:
+        comma = b"," if json.loads(body) else b""
+        body = body.rstrip()[:-1] + comma + b'"pad":"' + b'{\\"model\\":' * 100 + b'"}'
+    read = ("model", "input", "stream", "temperature", "top_p", "max_output_tokens")
+    names = [key for key, _ in json.loads(body, object_pairs_hook=Pairs)]
+    twice = any(names.count(name) > 1 or any(key != name and key.lower() == name for key in names) for name in read)
+    refused = False
+    try:
+        parse("/v1/responses", body)
+    except InvalidRequest as error:
+        assume("characters" not in error.message)  # a model of no letters
+        refused = True
+    assert refused == twice
+
+
 @given(objects(), TEXT.filter(bool))
 def test_what_comes_out_is_read_with_the_new_model(body: bytes, model: str) -> None:
     try:
         parse("/v1/responses", body)
-    except InvalidRequest:  # a model of no letters
+    except InvalidRequest:  # a model of no letters, or several
         assume(False)
 
     assert parse("/v1/responses", with_model(body, model)).model == model

@@ -1,0 +1,40 @@
+"""Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
+
+from gateway.dialects.table import BY_PATH
+
+MODELS = "/v1/models"
+MODEL = "/v1/models/{id}"
+SERVICE = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+"""The calls that ask how the gateway is."""
+
+
+def forms_of(path: str) -> tuple[str, str]:
+    """Return a path below `/v1` as it is and without `/v1`: some clients are given a base url without it."""
+    return path, path.removeprefix("/v1")
+
+
+CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path)} | {"/": "/"}
+"""The path that records know, for each form of it."""
+_BELOW_MODELS = tuple(f"{form}/" for form in forms_of(MODELS))
+
+
+def known_path(path: str) -> str | None:
+    """Return the path or template that records know a path by, None for an unknown one."""
+    known = CANONICAL.get(path)
+    if known is None and path.startswith(_BELOW_MODELS) and path not in _BELOW_MODELS:
+        return MODEL
+    return known
+
+
+def needs_key(path: str, known: str | None) -> bool:
+    """Return whether a path asks for a key: every call that is forwarded or lists models, and all of `/v1`."""
+    return known not in {None, "/"} or path.startswith("/v1")
+
+
+def right_path(path: str) -> str | None:
+    """Return the path that was meant where slashes, letter case or a second `/v1` are wrong, or None."""
+    parts = [part for part in path.lower().split("/") if part]
+    while parts[:2] == ["v1", "v1"]:
+        del parts[0]
+    straight = "/" + "/".join(parts)
+    return straight if straight in SERVICE else known_path(straight)
