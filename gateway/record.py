@@ -18,6 +18,8 @@ MAX_CHOICES = 16
 """Finish reasons kept of one answer."""
 TARGET_SKIPPED = "gateway.target_skipped"
 """The event of a target that was passed over."""
+TARGET_DRAWN = "gateway.target_drawn"
+"""The event of the draw among a route's weighted targets."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
 MAX_COUNT = 2**63
@@ -136,9 +138,14 @@ class Record:
         """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
         return f"00-{self.trace_id:032x}-{span_id:016x}-{'01' if self.sampled else '00'}"
 
-    def skip_target(self, backend: str, now: float) -> None:
-        """Note that a target was passed over because the breakers of its replicas are open."""
-        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": "breaker"}))
+    def skip_target(self, backend: str, why: str, now: float) -> None:
+        """Note that a target was passed over: the breakers of its replicas are open (`breaker`), or it is `full`."""
+        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": why}))
+
+    def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
+        """Note which target of a route with weights was drawn."""
+        drawn = {"gateway.backend": backend, "gen_ai.request.model": model[:MAX_NAME], "gateway.weight": weight}
+        self.events.append((now, TARGET_DRAWN, drawn))
 
     def note_breaker(self, now: float, backend: str, before: str, after: str) -> None:
         """Note that an attempt changed the state of a breaker."""

@@ -11,6 +11,7 @@ from gateway.errors import (
     BackendUnavailable,
     CallerLeft,
     DeadlineExceeded,
+    GatewayError,
     GatewayOverloaded,
     drop_frames,
 )
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 LARGE_BODY = 65_536
 """Bytes; setting the model in a larger body takes milliseconds, and is done off the event loop."""
-END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayOverloaded: "memory"}
+END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline"}
 
 
 class Forwarder:
@@ -78,7 +79,8 @@ class Forwarder:
         try:
             await self._try_targets(call, route)
         except (DeadlineExceeded, GatewayOverloaded, CallerLeft, CancelledError) as error:
-            call.record.give_up(END_WORDS.get(type(error), "cancelled"))
+            word = error.reason if isinstance(error, GatewayOverloaded) else END_WORDS.get(type(error), "cancelled")
+            call.record.give_up(word)
             raise
         finally:
             self._admission.leave()
@@ -88,7 +90,8 @@ class Forwarder:
         record = call.record
         failure: BackendError | None = None
         skipped: Target | None = None
-        for target in route.targets:
+        targets = self._order(call, route)
+        for target in targets:
             if failure is not None:
                 if call.deadline.left_to_commit() < self._policy.connect_timeout:
                     record.stop_reason = "deadline"
@@ -98,9 +101,9 @@ class Forwarder:
             lease = replica.lease() if replica is not None else None
             if lease is None:
                 skipped = target
-                record.skip_target(target.backend, self._clock())
+                record.skip_target(target.backend, "full" if target.full else "breaker", self._clock())
                 continue
-            record.fell_back = target is not route.targets[0]
+            record.fell_back = target is not targets[0]
             try:
                 await self._try_target(call, target, lease)
             except BackendError as error:
@@ -112,15 +115,19 @@ class Forwarder:
                 record.stop_reason = None
                 return
         if failure is None:
-            waits = [wait for target in route.targets if (wait := target.retry_in()) is not None]
-            raise BackendUnavailable(
-                "No backend can take the request now: their circuit breakers are open.",
-                retry_after=min(waits, default=1.0),
-            )
-        if skipped is route.targets[-1]:
-            record.stop_reason = "breaker"  # one more target could have been asked, if its breakers were not open
+            raise _nobody(targets)
+        if skipped is targets[-1]:  # one more target could have been asked, if its breakers were not open
+            record.stop_reason = "backend_full" if skipped.full else "breaker"
         record.attempt.decision = f"gave up: {record.stop_reason}"
         raise failure
+
+    def _order(self, call: "Call", route: "Route") -> "tuple[Target, ...]":
+        """Return the route's targets in the order for this call, and note which one was drawn."""
+        targets = route.order()
+        if route.weighted:
+            first = targets[0]
+            call.record.draw_target(first.backend, first.model or call.model, first.weight, self._clock())
+        return targets
 
     async def _try_target(self, call: "Call", target: "Target", lease: "Lease") -> None:
         """Make the first attempt at a target, and only when it fails set up further ones."""
@@ -187,3 +194,15 @@ class Forwarder:
             call.body = with_model(prompt.body, model)
         else:
             call.body = await to_thread(with_model, prompt.body, model)
+
+
+def _nobody(targets: "tuple[Target, ...]") -> GatewayError:
+    """Return the error of a request that none of its targets takes."""
+    if any(target.full for target in targets):
+        return GatewayOverloaded(
+            "All backends for this request have as many requests under way as they may have.", reason="backend_full"
+        )
+    waits = [wait for target in targets if (wait := target.retry_in()) is not None]
+    return BackendUnavailable(
+        "No backend can take the request now: their circuit breakers are open.", retry_after=min(waits, default=1.0)
+    )

@@ -15,23 +15,39 @@ if TYPE_CHECKING:
 
 
 class Target:
-    """A backend's replicas, and the model to ask them for; None keeps the caller's."""
+    """A backend's replicas, and the model to ask them for; None keeps the caller's.
 
-    __slots__ = ("_rng", "backend", "model", "replicas")
+    `weight` is its share of the route's requests; None where the route has none.
+    """
 
-    def __init__(self, backend: str, model: str | None, replicas: "tuple[Replica, ...]", rng: "Random") -> None:
+    __slots__ = ("_rng", "backend", "model", "replicas", "weight")
+
+    def __init__(
+        self,
+        backend: str,
+        model: str | None,
+        replicas: "tuple[Replica, ...]",
+        rng: "Random",
+        weight: int | None = None,
+    ) -> None:
         self.backend = backend
         self.model = model
         self.replicas = replicas
+        self.weight = weight
         self._rng = rng
+
+    @property
+    def full(self) -> bool:
+        """Whether a replica would be asked if it had not as many attempts under way as it may have."""
+        return any(replica.full and replica.breaker.admits for replica in self.replicas)
 
     def pick(self, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return the less busy of two random replicas that admit an attempt (the power of two choices), or None."""
         if len(self.replicas) > 2 and not without:  # noqa: PLR2004
             pair = self._rng.sample(self.replicas, 2)  # usually both admit, and the others need not be looked at
-            if pair[0].breaker.admits and pair[1].breaker.admits:
+            if pair[0].admits and pair[1].admits:
                 return self._less_busy(*pair)
-        free = [replica for replica in self.replicas if replica not in without and replica.breaker.admits]
+        free = [replica for replica in self.replicas if replica not in without and replica.admits]
         if len(free) > 2:  # noqa: PLR2004
             free = self._rng.sample(free, 2)
         if len(free) == 2:  # noqa: PLR2004
@@ -50,13 +66,44 @@ class Target:
 
 
 class Route:
-    """A model name (or `*`) and its targets."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and its targets."""
 
-    __slots__ = ("model", "targets")
+    __slots__ = ("_prefix", "_rng", "_total", "model", "targets")
 
-    def __init__(self, model: str, targets: tuple[Target, ...]) -> None:
+    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
         self.model = model
         self.targets = targets
+        self._prefix = model[:-1] if model.endswith("*") else None
+        self._total = sum(target.weight or 0 for target in targets)
+        self._rng = rng
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the first target is drawn for each request."""
+        return self._total > 0
+
+    @property
+    def names_a_model(self) -> bool:
+        """Whether it is for one model, by its name."""
+        return self._prefix is None
+
+    def matches(self, model: str) -> bool:
+        """Return whether it is for this model."""
+        return model == self.model if self._prefix is None else model.startswith(self._prefix)
+
+    def order(self) -> tuple[Target, ...]:
+        """Return the targets in the order in which one request tries them.
+
+        With weights the first one is drawn, and the others follow in their order.
+        """
+        if not self._total:
+            return self.targets
+        left = self._rng.random() * self._total
+        for drawn in self.targets:
+            left -= drawn.weight or 0
+            if left < 0:
+                break
+        return (drawn, *(target for target in self.targets if target is not drawn))
 
 
 class Pool:
@@ -94,8 +141,11 @@ class Pool:
         backends = {backend.name: tuple(map(replica, backend.replicas)) for backend in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(target.backend, target.model, backends[target.backend], rng) for target in config.targets)
-            return Route(config.model, tuple(targets))
+            targets = (
+                Target(target.backend, target.model, backends[target.backend], rng, target.weight)
+                for target in config.targets
+            )
+            return Route(config.model, tuple(targets), rng)
 
         self.replicas = tuple(replica for replicas in backends.values() for replica in replicas)
         self.routes = tuple(map(route, routing.routes))
@@ -103,12 +153,16 @@ class Pool:
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
         for route in self.routes:
-            if route.model in (model, "*"):
+            if route.matches(model):
                 return route
         return None
 
     @property
     def models(self) -> list[str]:
-        """The models of the routes in order, the default model in place of `*`; each once."""
-        names = [self.default_model if route.model == "*" else route.model for route in self.routes]
+        """The models that routes name, in order, and the default model in place of `*`; each once."""
+        names = [
+            self.default_model if route.model == "*" else route.model
+            for route in self.routes
+            if route.names_a_model or route.model == "*"
+        ]
         return list(dict.fromkeys(names))

@@ -1,7 +1,8 @@
 """One replica of a backend: what is known about it, and the attempts under way at it."""
 
+from collections import deque
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
 from gateway.policy.breaker import Breaker, State, Ticket
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
 
     from gateway.config import ReplicaConfig
     from gateway.policy.retry_budget import RetryBudget
+
+
+PROBES_TO_BE_DOWN = 3
+"""Failed probes in a row, without a successful attempt since the first of them, after which a replica is down."""
 
 
 class LastError:
@@ -40,13 +45,16 @@ class Replica:
     """One url of a backend, with its breaker, its retry budget and its recent past.
 
     Attributes:
+        config: what was configured for it.
         name: as in `x-gateway-backend`.
-        base: the url without a trailing `/v1`; the path of a call is appended to it.
+        timeouts: of its attempts.
+        base: what the SDKs call `base_url`: the url, with `/v1` if it has no path of its own.
+        query: begins with `?` and ends the url of every call; empty for none.
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
         in_flight: attempts under way.
-        last_success, last_error, probe: what happened last; instants are seconds of `clock`.
+        last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
     """
 
@@ -56,13 +64,15 @@ class Replica:
         parts = urlsplit(config.url)
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
+        path = parts.path.rstrip("/")
+        self.config = config
         self.name = config.name
-        self.api_key = config.api_key
-        self.probe_path = config.probe
+        self.timeouts = config.timeouts
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.origin = f"{parts.scheme}://{host}{port}"
-        self.base = self.origin + parts.path.rstrip("/").removesuffix("/v1")
+        self.base = self.origin + (path or "/v1")
+        self.query = f"?{urlencode(config.query, quote_via=quote)}" if config.query else ""
         self.shown_url = self.origin + parts.path
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
@@ -73,20 +83,51 @@ class Replica:
         self.last_error: LastError | None = None
         self.last_failed = False
         self.probe: Probe | None = None
+        self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
+        self._max_in_flight = config.max_in_flight
 
     @property
     def status(self) -> str:
         """`ok`, `degraded` or `down`, as the contract defines them."""
         state = self.breaker.state
-        if state is State.OPEN or (self.probe is not None and not self.probe.ok):
+        if state is State.OPEN or self._is_silent():
             return "down"
-        if state is State.HALF_OPEN or self.last_failed:
+        if state is State.HALF_OPEN or self._failed_probes or self.last_failed:
             return "degraded"
         return "ok"
 
+    @property
+    def full(self) -> bool:
+        """Whether as many attempts are under way as the replica may have at once."""
+        return self._max_in_flight is not None and self.in_flight >= self._max_in_flight
+
+    @property
+    def admits(self) -> bool:
+        """Whether `lease` would give a place now."""
+        return self.breaker.admits and not self.full
+
+    def url_of(self, path: str) -> str:
+        """Return the url of a call, without the query: its path without `/v1` follows the base."""
+        return self.base + path.removeprefix("/v1")
+
+    def note_probe(self, probe: Probe) -> None:
+        """Take a probe's result into account."""
+        self.probe = probe
+        if probe.ok:
+            self._failed_probes.clear()
+        else:
+            self._failed_probes.append(probe.at)
+        self.breaker.record_probe(good=probe.ok)
+
+    def _is_silent(self) -> bool:
+        """Return whether the probes say that it is down, and no attempt says otherwise: a busy server probes late."""
+        if len(self._failed_probes) < PROBES_TO_BE_DOWN:
+            return False
+        return self.last_success is None or self.last_success < self._failed_probes[0]
+
     def lease(self) -> "Lease | None":
-        """Return a place for one attempt, or None when the breaker does not admit one."""
-        ticket = self.breaker.admit()
+        """Return a place for one attempt, or None when it is full or the breaker does not admit one."""
+        ticket = self.breaker.admit() if not self.full else None
         return Lease(self, ticket) if ticket is not None else None
 
 

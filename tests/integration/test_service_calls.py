@@ -122,7 +122,7 @@ async def test_health_never_calls_a_backend(recorder: Recorder, start_gateway: S
 
 async def test_not_ready_before_the_first_probe_has_ended(mock: MockModel, start_gateway: StartGateway) -> None:
     mock.set_faults([{"kind": "hang_before_headers", "match": {"path": "/health"}}])
-    gateway = await start_gateway(mock, probe_timeout=50.0)
+    gateway = await start_gateway(mock, gateway_probe_timeout=50)
     answer = await get(gateway, "/readyz")
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) >= 1

@@ -23,6 +23,7 @@ from gateway.server.aiohttp_protocol import Protocol
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+PATIENT = aiohttp.ClientTimeout(total=None, connect=30)
 
 
 @asynccontextmanager
@@ -53,7 +54,7 @@ async def answer_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 @asynccontextmanager
 async def connector(*, force_close: bool = False) -> AsyncIterator[Connector]:
-    made = Connector(force_close=force_close, connect_timeout=30)
+    made = Connector(force_close=force_close)
     try:
         yield made
     finally:
@@ -106,26 +107,26 @@ class Transport(asyncio.Transport):
 
 async def test_a_connector_makes_the_connections_of_its_factory() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         assert isinstance(connection.protocol, BackendProtocol)
         connection.close()
 
 
 async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, new = await made.open(post_request(url))
+        connection, new = await made.open(post_request(url), PATIENT)
         assert new
         await send(connection, head(url), b"")
         connection.release()
-        again, new = await made.open(post_request(url))
+        again, new = await made.open(post_request(url), PATIENT)
         assert not new
         again.close()
 
 
 async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
     async with backend(answer_each) as url, connector() as made:
-        first, _ = await made.open(post_request(url))
-        second, _ = await made.open(post_request(url))
+        first, _ = await made.open(post_request(url), PATIENT)
+        second, _ = await made.open(post_request(url), PATIENT)
         last_used = second.protocol
         for connection in (first, second):
             _, content = await send(connection, head(url), b"")
@@ -134,7 +135,7 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         (kept,) = made._conns.values()
         assert [protocol for protocol, _ in kept][-1] is last_used
         assert all(protocol.is_connected() for protocol, _ in kept)
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         assert connection.protocol is last_used
         connection.close()
 
@@ -152,7 +153,7 @@ async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_dec
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         message, content = await send(connection, head(url), b"")
         assert message.code == 200
         assert message.headers["content-encoding"] == "gzip"
@@ -167,7 +168,7 @@ async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> 
         await writer.drain()
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         _, content = await send(connection, head(url), b"")
         await until(lambda: content.exception() is not None)
         assert unread(content) == b"half"
