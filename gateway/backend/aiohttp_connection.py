@@ -112,11 +112,15 @@ class Names(AbstractResolver):
     Args:
         resolver: asks the name servers.
         clock: seconds, monotonic.
+        changed: called with host and port when a name has come to stand for other addresses.
     """
 
-    def __init__(self, resolver: AbstractResolver, clock: "Callable[[], float]") -> None:
+    def __init__(
+        self, resolver: AbstractResolver, clock: "Callable[[], float]", changed: "Callable[[str, int], None]"
+    ) -> None:
         self._resolver = resolver
         self._clock = clock
+        self._changed = changed
         self._known: dict[tuple[str, int], tuple[frozenset[str], float]] = {}
         self._asking: dict[tuple[str, int], asyncio.Task[None]] = {}
 
@@ -149,13 +153,15 @@ class Names(AbstractResolver):
         await self._resolver.close()
 
     async def _ask(self, host: str, port: int) -> None:
+        before, _ = self._known[host, port]
         try:
             await self.resolve(host, port, socket.AF_UNSPEC)
         except OSError:
-            addresses, _ = self._known[host, port]
-            self._known[host, port] = addresses, self._clock()
+            self._known[host, port] = before, self._clock()
         finally:
             del self._asking[host, port]
+        if self._known[host, port][0] != before:
+            self._changed(host, port)
 
 
 class Connector(aiohttp.TCPConnector):
@@ -178,7 +184,7 @@ class Connector(aiohttp.TCPConnector):
         resolver: AbstractResolver | None = None,
         clock: "Callable[[], float]" = monotonic,
     ) -> None:
-        self._names = Names(resolver or aiohttp.DefaultResolver(), clock)
+        self._names = Names(resolver or aiohttp.DefaultResolver(), clock, self.clear_dns_cache)
         super().__init__(limit=0, socket_factory=_socket, force_close=force_close, resolver=self._names)
         protocol: Callable[..., ResponseHandler] = Protocol
         self._factory = partial(protocol, self._loop)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from gateway.errors import CallerLeft
-from gateway.record import TARGET_SKIPPED
+from gateway.record import TARGET_DRAWN, TARGET_SKIPPED
 
 if TYPE_CHECKING:
     from gateway.record import Record
@@ -153,6 +153,12 @@ class _AttemptFields(msgspec.Struct):
     decision: str | None
 
 
+class _DrawnFields(msgspec.Struct):
+    backend: str
+    model: str
+    weight: int
+
+
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The fields of a line, in this order; those that are None are left out."""
 
@@ -171,6 +177,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     backend: str | None = None
     attempts: list[_AttemptFields]
     skipped: list[str] | None = None
+    drawn: _DrawnFields | None = None
     stop_reason: str | None = None
     error: str | None = None
     input_tokens: int | None = None
@@ -217,10 +224,19 @@ def _json_line(record: "Record", level: int) -> str:
         span_id=f"{record.span_id:016x}",
     )
     if record.events:
-        fields.skipped = [
-            change["gateway.backend"] for _, name, change in record.events if name == TARGET_SKIPPED
-        ] or None
+        _describe_events(fields, record)
     return _encode(fields).decode() + "\n"
+
+
+def _describe_events(fields: _Fields, record: "Record") -> None:
+    skipped: list[str] = []
+    for _, name, event in record.events:
+        if name == TARGET_SKIPPED:
+            skipped.append(event["gateway.backend"])
+        elif name == TARGET_DRAWN:
+            model = event["gen_ai.request.model"][:MAX_MODEL]
+            fields.drawn = _DrawnFields(event["gateway.backend"], model, event["gateway.weight"])
+    fields.skipped = skipped or None
 
 
 def _readable_line(record: "Record", _level: int) -> str:

@@ -282,7 +282,8 @@ def test_a_backend_has_headers_a_query_timeouts_and_a_limit_of_its_own(
 
 def test_the_environment_says_what_a_probe_is_where_the_file_does_not(tmp_path: Path) -> None:
     (tmp_path / "gateway.yaml").write_text(
-        f"backends: {{a: {A}, b: {{url: http://h, probe: {{interval: 5}}}},\n c: {{url: http://h, probe: /up}}}}\n{ROUTES}"
+        f"backends: {{a: {A}, b: {{url: http://h, probe: {{interval: 5}}}},\n c: {{url: http://h, probe: /up}}}}\n"
+        + ROUTES
     )
     settings = {"gateway_config": tmp_path / "gateway.yaml", "gateway_probe_timeout": 3}
 

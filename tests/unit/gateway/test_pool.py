@@ -219,6 +219,7 @@ def test_three_failed_probes_in_a_row_are_down_unless_an_attempt_has_succeeded_s
         clock.forward(2)
     assert of.status == "degraded"
     leased(of).succeed()
+    clock.forward(1)
     probe(of, ok=False)
     assert of.status == "degraded"  # a success came between the first of the three and the last
     clock.forward(2)
