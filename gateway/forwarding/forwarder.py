@@ -90,7 +90,7 @@ class Forwarder:
         record = call.record
         failure: BackendError | None = None
         skipped: Target | None = None
-        targets = self._order(call, route)
+        targets = self._draw(call, route) if route.weighted else route.targets
         for target in targets:
             if failure is not None:
                 if call.deadline.left_to_commit() < self._policy.connect_timeout:
@@ -121,12 +121,11 @@ class Forwarder:
         record.attempt.decision = f"gave up: {record.stop_reason}"
         raise failure
 
-    def _order(self, call: "Call", route: "Route") -> "tuple[Target, ...]":
-        """Return the route's targets in the order for this call, and note which one was drawn."""
+    def _draw(self, call: "Call", route: "Route") -> "tuple[Target, ...]":
+        """Return the route's targets in the order drawn for this call, and note which one comes first."""
         targets = route.order()
-        if route.weighted:
-            first = targets[0]
-            call.record.draw_target(first.backend, first.model or call.model, first.weight, self._clock())
+        first = targets[0]
+        call.record.draw_target(first.backend, first.model or call.model, first.weight, self._clock())
         return targets
 
     async def _try_target(self, call: "Call", target: "Target", lease: "Lease") -> None:

@@ -66,21 +66,23 @@ class Target:
 
 
 class Route:
-    """A model name, the beginning of names (`name-*`) or all of them (`*`), and its targets."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and its targets.
 
-    __slots__ = ("_prefix", "_rng", "_total", "model", "targets")
+    Attributes:
+        model: as configured.
+        targets: in their order.
+        weighted: whether the first one is drawn for each request.
+    """
+
+    __slots__ = ("_prefix", "_rng", "_total", "model", "targets", "weighted")
 
     def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
         self.model = model
         self.targets = targets
         self._prefix = model[:-1] if model.endswith("*") else None
         self._total = sum(target.weight or 0 for target in targets)
+        self.weighted = self._total > 0
         self._rng = rng
-
-    @property
-    def weighted(self) -> bool:
-        """Whether the first target is drawn for each request."""
-        return self._total > 0
 
     @property
     def names_a_model(self) -> bool:
@@ -96,7 +98,7 @@ class Route:
 
         With weights the first one is drawn, and the others follow in their order.
         """
-        if not self._total:
+        if not self.weighted:
             return self.targets
         left = self._rng.random() * self._total
         for drawn in self.targets:

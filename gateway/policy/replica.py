@@ -104,7 +104,7 @@ class Replica:
     @property
     def admits(self) -> bool:
         """Whether `lease` would give a place now."""
-        return self.breaker.admits and not self.full
+        return self.breaker.admits and (self._max_in_flight is None or not self.full)
 
     def url_of(self, path: str) -> str:
         """Return the url of a call, without the query: its path without `/v1` follows the base."""
@@ -127,7 +127,7 @@ class Replica:
 
     def lease(self) -> "Lease | None":
         """Return a place for one attempt, or None when it is full or the breaker does not admit one."""
-        ticket = self.breaker.admit() if not self.full else None
+        ticket = self.breaker.admit() if self._max_in_flight is None or not self.full else None
         return Lease(self, ticket) if ticket is not None else None
 
 
