@@ -113,9 +113,11 @@ async def test_headers_of_a_backend_go_with_every_call_and_win_over_the_callers(
         "CF-Access-Client-Secret": {"env": "CLIENT_SECRET"},
     }
     gateway = await start_gateway(gateway_config=one(tmp_path, recorder.url, headers=headers))
-    for stream in (False, True):
-        await gateway.chat(stream=stream, headers={"user-agent": "mine", "openai-organization": "mine"})
-    for seen in recorder.seen[:2]:
+    theirs = {"user-agent": "mine", "openai-organization": "mine"}
+    assert (await gateway.chat(headers=theirs)).status == 200
+    await gateway.chat(stream=True, headers=theirs)  # the recorder does not stream
+    assert len(recorder.seen) > 1
+    for seen in recorder.seen:
         assert seen.header("x-title") == "my app"
         assert seen.header("user-agent") == "house/1"
         assert seen.header("openai-organization") == "org"
@@ -240,7 +242,7 @@ async def stall(call: RawCall) -> None:
 
 
 TIMERS = dict.fromkeys(
-    ("gateway_connect_timeout", "gateway_first_token_timeout", "gateway_answer_timeout", "gateway_idle_timeout"), 50
+    ("gateway_connect_timeout", "gateway_first_token_timeout", "gateway_answer_timeout", "gateway_idle_timeout"), LONG
 )
 
 

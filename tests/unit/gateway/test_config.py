@@ -3,6 +3,12 @@ from textwrap import dedent
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from gateway.config import ProbeConfig, ReplicaConfig, Routing, TargetConfig, Timeouts, load_routing
 from gateway.settings import SettingsError, load
@@ -368,12 +374,18 @@ def test_client_certificates_are_loaded_with_the_file(tmp_path: Path) -> None:
     own.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
     other.private_key_pem.write_to_path(str(tmp_path / "other.pem"))
 
+    locked = load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
+    (tmp_path / "locked.pem").write_bytes(
+        locked.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    )
+
     context = backend(tmp_path, "tls: {ca: ca.pem, cert: cert.pem, key: key.pem}", "https://h").tls
     assert context is not None
     assert len(context.get_ca_certs()) == 1
     assert backend(tmp_path, "probe: false", "https://h").tls is None
-    text = f"backends:\n  a:\n    url: https://h\n    tls: {{cert: cert.pem, key: other.pem}}\n{ROUTES}"
-    assert complaint(tmp_path, text) == ", line 4, backends.a.tls.cert: the key is for another certificate"
+    for key, why in (("other", "the key is for another certificate"), ("locked", "needs a certificate and its key")):
+        text = f"backends:\n  a:\n    url: https://h\n    tls: {{cert: cert.pem, key: {key}.pem}}\n{ROUTES}"
+        assert complaint(tmp_path, text).startswith(f", line 4, backends.a.tls.cert: {why}")
 
 
 def test_weights_and_prefixes_are_read(tmp_path: Path) -> None:
