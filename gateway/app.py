@@ -135,7 +135,7 @@ def create_app(
         clock: seconds, monotonic.
         rng: draws replicas and backoffs.
     """
-    client = client or HttpClient(connect_timeout=settings.gateway_connect_timeout)
+    client = client or HttpClient()
     parts = Parts(settings, routing, telemetry, client, clock=clock, rng=rng or Random())
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)

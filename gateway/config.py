@@ -1,11 +1,15 @@
 """Backends and routes: from the file `GATEWAY_CONFIG` (YAML), or from `GATEWAY_BACKEND_URLS` without one."""
 
-from dataclasses import dataclass
+import re
+import ssl
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import yaml
 
-from gateway.settings import SettingsError, check_url, secret
+from gateway.headers import GATEWAY_NAMES
+from gateway.settings import SettingsError, check_path, check_url, secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,18 +17,62 @@ if TYPE_CHECKING:
 
     from gateway.settings import Settings
 
-PROBE_PATH = "/health"
+SECRET_NAMES = frozenset({"authorization", "api-key", "cookie", "x-api-key"})
+"""Headers that are secrets however their values are given."""
 _NO = {"false", "no", "off"}
+_TIMERS = ("connect", "first_token", "answer", "idle")
+_TAG = "tag:yaml.org,2002:"
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""A header's name (RFC 9110, 5.6.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds: for a connection, a stream's first content event, an unstreamed answer, two reads of a body."""
+
+    connect: float
+    first_token: float
+    answer: float
+    idle: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """The health check of a replica: a path, the seconds it may take, the seconds between two."""
+
+    path: str
+    timeout: float
+    interval: float
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
-    """One url of a backend. `probe` is the path of its health check, or None for none."""
+    """One url of a backend, and all that holds for it.
+
+    Attributes:
+        name: as in `x-gateway-backend`.
+        url: as configured.
+        timeouts: of its attempts.
+        probe: its health check, or None for none.
+        api_key: sent as `Authorization: Bearer`, or alone in the header `api_key_header`.
+        headers: sent with every call and probe, names in lower case.
+        secret_headers: the same, but never sent with probes.
+        query: names and values added to the url of every call.
+        max_in_flight: attempts at once, or None for any number.
+        tls: for an `https://` url, or None for the usual checks.
+    """
 
     name: str
     url: str
-    api_key: str | None
-    probe: str | None
+    timeouts: Timeouts
+    probe: ProbeConfig | None = None
+    api_key: str | None = field(default=None, repr=False)
+    api_key_header: str = "authorization"
+    headers: tuple[tuple[str, str], ...] = ()
+    secret_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    query: tuple[tuple[str, str], ...] = ()
+    max_in_flight: int | None = None
+    tls: ssl.SSLContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +85,19 @@ class BackendConfig:
 
 @dataclass(frozen=True, slots=True)
 class TargetConfig:
-    """A backend and the model to ask it for; None keeps the caller's."""
+    """A backend and the model to ask it for; None keeps the caller's.
+
+    `weight` is its share of the route's requests, beside the other targets' weights; None where the route has none.
+    """
 
     backend: str
     model: str | None
+    weight: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RouteConfig:
-    """A model name (or `*`) and its targets, in order."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and the targets in order."""
 
     model: str
     targets: tuple[TargetConfig, ...]
@@ -66,13 +118,13 @@ def load_routing(settings: "Settings") -> Routing:
         SettingsError: the file is invalid; the message has line and key.
     """
     if settings.gateway_config is not None:
-        return _from_file(settings.gateway_config)
+        return _from_file(settings.gateway_config, settings)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
-    if api_key is not None and not _fits_a_header(api_key):
+    if api_key is not None and not _is_key(api_key):
         raise SettingsError("GATEWAY_BACKEND_API_KEY=(hidden) is not valid: it must be visible ASCII characters")
     replicas = tuple(
-        ReplicaConfig(f"backend-{n}", url, api_key, PROBE_PATH)
+        replace(usual_replica(settings), name=f"backend-{n}", url=url, api_key=api_key)
         for n, url in enumerate(settings.gateway_backend_urls, 1)
     )
     return Routing(
@@ -81,7 +133,15 @@ def load_routing(settings: "Settings") -> Routing:
     )
 
 
-def _from_file(path: "Path") -> Routing:
+def usual_replica(settings: "Settings") -> ReplicaConfig:
+    """Return a replica, without name and url, as the environment has it."""
+    timeouts = Timeouts(*(getattr(settings, f"gateway_{timer}_timeout") for timer in _TIMERS))
+    path = settings.gateway_probe_path
+    probe = ProbeConfig(path, settings.gateway_probe_timeout, settings.gateway_probe_interval)
+    return ReplicaConfig("", "", timeouts, probe if path else None)
+
+
+def _from_file(path: "Path", settings: "Settings") -> Routing:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -95,14 +155,24 @@ def _from_file(path: "Path") -> Routing:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML in UTF-8"
         raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}{line}: {problem}") from None
-    return _File(path).routing(root)
+    return _File(path, settings).routing(root)
+
+
+BACKEND_KEYS = {
+    *("url", "urls", "api_key_env", "api_key_header", "headers", "query"),
+    *("timeouts", "probe", "max_in_flight", "tls"),
+}
 
 
 class _File:
     """Walks the nodes of the file: every complaint has its line and key."""
 
-    def __init__(self, path: "Path") -> None:
+    def __init__(self, path: "Path", settings: "Settings") -> None:
         self._path = path
+        self._usual = usual_replica(settings)
+        self._probe_path = settings.gateway_probe_path
+        self._probe_timeout = settings.gateway_probe_timeout
+        self._probe_interval = settings.gateway_probe_interval
 
     def routing(self, root: yaml.Node | None) -> Routing:
         if root is None:
@@ -125,29 +195,53 @@ class _File:
         key = f"backends.{name}"
         if not name or not all(c.isalnum() or c in "-_." for c in name) or not name.isascii():
             raise self._wrong(node, key, "a backend's name consists of letters, digits, '-', '_' and '.'")
-        items = self._mapping(node, key, {"url", "urls", "api_key_env", "probe"})
+        items = self._mapping(node, key, BACKEND_KEYS)
         if ("url" in items) == ("urls" in items):
             raise self._wrong(node, key, "needs exactly one of url and urls")
         api_key = self._api_key(items.get("api_key_env"), f"{key}.api_key_env")
-        probe = self._probe(items.get("probe"), f"{key}.probe")
+        key_header = self._key_header(items, key)
+        headers, secret_headers = self._headers(items.get("headers"), f"{key}.headers", key_header if api_key else "")
+        usual = replace(
+            self._usual,
+            timeouts=self._timeouts(items.get("timeouts"), f"{key}.timeouts"),
+            probe=self._probe(items.get("probe"), f"{key}.probe"),
+            api_key=api_key,
+            api_key_header=key_header,
+            headers=headers,
+            secret_headers=secret_headers,
+            query=self._query(items.get("query"), f"{key}.query"),
+            max_in_flight=self._count(items.get("max_in_flight"), f"{key}.max_in_flight", at_least=1),
+            tls=self._tls(items.get("tls"), f"{key}.tls"),
+        )
         if "url" in items:
-            url = self._url(items["url"], f"{key}.url")
-            return BackendConfig(name, (ReplicaConfig(name, url, api_key, probe),))
-        urls = [self._url(item, f"{key}.urls[{n}]") for n, item in enumerate(self._list(items["urls"], f"{key}.urls"))]
+            nodes, names = {f"{key}.url": items["url"]}, [name]
+        else:
+            nodes = {f"{key}.urls[{n}]": url for n, url in enumerate(self._list(items["urls"], f"{key}.urls"))}
+            names = [f"{name}-{n}" for n in range(1, len(nodes) + 1)]
+        urls = [self._url(url, where) for where, url in nodes.items()]
+        if usual.tls is not None and any(urlsplit(url).scheme != "https" for url in urls):
+            raise self._wrong(items["tls"], f"{key}.tls", "needs https:// urls")
         return BackendConfig(
-            name, tuple(ReplicaConfig(f"{name}-{n}", url, api_key, probe) for n, url in enumerate(urls, 1))
+            name, tuple(replace(usual, name=name, url=url) for name, url in zip(names, urls, strict=True))
         )
 
     def _route(self, node: yaml.Node, key: str, known: set[str]) -> RouteConfig:
         items = self._mapping(node, key, {"model", "targets"}, required=("model", "targets"))
-        targets = tuple(
-            self._target(item, f"{key}.targets[{n}]", known)
-            for n, item in enumerate(self._list(items["targets"], f"{key}.targets"))
-        )
-        return RouteConfig(self._text(items["model"], f"{key}.model"), targets)
+        nodes = self._list(items["targets"], f"{key}.targets")
+        targets = tuple(self._target(item, f"{key}.targets[{n}]", known) for n, item in enumerate(nodes))
+        weights = [target.weight for target in targets if target.weight is not None]
+        if weights and len(weights) < len(targets):
+            without = next(n for n, target in enumerate(targets) if target.weight is None)
+            raise self._wrong(nodes[without], f"{key}.targets[{without}]", "needs a weight as the others have")
+        if weights and not any(weights):
+            raise self._wrong(items["targets"], f"{key}.targets", "needs at least one weight above 0")
+        model = self._text(items["model"], f"{key}.model")
+        if "*" in model[:-1]:
+            raise self._wrong(items["model"], f"{key}.model", "a '*' can only be the last character")
+        return RouteConfig(model, targets)
 
     def _target(self, node: yaml.Node, key: str, known: set[str]) -> TargetConfig:
-        items = self._mapping(node, key, {"backend", "model"}, required=("backend",))
+        items = self._mapping(node, key, {"backend", "model", "weight"}, required=("backend",))
         backend = self._text(items["backend"], f"{key}.backend")
         if backend not in known:
             raise self._wrong(
@@ -155,7 +249,8 @@ class _File:
                 f"{key}.backend",
                 f"there is no backend {backend!r}; there are: {', '.join(sorted(known))}",
             )
-        return TargetConfig(backend, self._text(items["model"], f"{key}.model") if "model" in items else None)
+        model = self._text(items["model"], f"{key}.model") if "model" in items else None
+        return TargetConfig(backend, model, self._count(items.get("weight"), f"{key}.weight", at_least=0))
 
     def _distinct_replicas(self, nodes: dict[str, yaml.Node], backends: "Iterable[BackendConfig]") -> None:
         seen: set[str] = set()
@@ -169,23 +264,133 @@ class _File:
     def _api_key(self, node: yaml.Node | None, key: str) -> str | None:
         if node is None:
             return None
+        name, value = self._secret(node, key)
+        if not _is_key(value):
+            raise self._wrong(node, key, f"the value of {name} must be visible ASCII characters")
+        return value
+
+    def _key_header(self, items: dict[str, yaml.Node], key: str) -> str:
+        node = items.get("api_key_header")
+        if node is None:
+            return self._usual.api_key_header
+        if "api_key_env" not in items:
+            raise self._wrong(node, f"{key}.api_key_header", "needs api_key_env beside it")
+        return self._header_name(node, self._text(node, f"{key}.api_key_header"), f"{key}.api_key_header")
+
+    def _headers(
+        self, node: yaml.Node | None, key: str, key_header: str
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+        """Return the headers that anybody may see, and those that are secrets."""
+        plain: dict[str, str] = {}
+        secrets: dict[str, str] = {}
+        for name, item in self._mapping(node, key, None).items() if node is not None else ():
+            where = f"{key}.{name}"
+            low = self._header_name(item, name, where)
+            if low in plain or low in secrets:
+                raise self._wrong(item, where, "the header occurs twice")
+            if low == key_header:
+                raise self._wrong(item, where, "the key of api_key_env is sent in this header")
+            if isinstance(item, yaml.MappingNode):
+                env = self._mapping(item, where, {"env"}, required=("env",))["env"]
+                variable, value = self._secret(env, f"{where}.env")
+                secrets[low], what = value, f"the value of {variable}"
+            else:
+                value, what = self._written(item, where), "it"
+                (secrets if low in SECRET_NAMES else plain)[low] = value
+            if not _fits_a_header(value):
+                raise self._wrong(item, where, f"{what} must be ASCII characters without line ends and outer spaces")
+        return tuple(plain.items()), tuple(secrets.items())
+
+    def _header_name(self, node: yaml.Node, name: str, key: str) -> str:
+        if not _TOKEN.fullmatch(name):
+            raise self._wrong(node, key, f"{name!r} cannot be the name of a header")
+        if name.lower() in GATEWAY_NAMES:
+            raise self._wrong(node, key, "the gateway sets this header itself")
+        return name.lower()
+
+    def _query(self, node: yaml.Node | None, key: str) -> tuple[tuple[str, str], ...]:
+        if node is None:
+            return ()
+        return tuple(
+            (name, self._written(item, f"{key}.{name}")) for name, item in self._mapping(node, key, None).items()
+        )
+
+    def _timeouts(self, node: yaml.Node | None, key: str) -> Timeouts:
+        if node is None:
+            return self._usual.timeouts
+        items = self._mapping(node, key, set(_TIMERS))
+        return replace(
+            self._usual.timeouts, **{name: self._seconds(item, f"{key}.{name}") for name, item in items.items()}
+        )
+
+    def _probe(self, node: yaml.Node | None, key: str) -> ProbeConfig | None:
+        if node is None:
+            return self._usual.probe
+        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}bool" and node.value.lower() in _NO:
+            return None
+        items = {"path": node}
+        if isinstance(node, yaml.MappingNode):
+            items = self._mapping(node, key, {"path", "timeout", "interval"})
+        path, timeout, interval = self._probe_path, self._probe_timeout, self._probe_interval
+        if "path" in items:
+            where = f"{key}.path" if isinstance(node, yaml.MappingNode) else key
+            path = self._text(items["path"], where)
+            try:
+                check_path(path)
+            except ValueError:
+                raise self._wrong(
+                    items["path"], where, f"must be a path that begins with '/', or false; got {path!r}"
+                ) from None
+        if not path:
+            raise self._wrong(node, key, "needs a path, since GATEWAY_PROBE_PATH is empty")
+        if "timeout" in items:
+            timeout = self._seconds(items["timeout"], f"{key}.timeout")
+        if "interval" in items:
+            interval = self._seconds(items["interval"], f"{key}.interval")
+        return ProbeConfig(path, timeout, interval)
+
+    def _tls(self, node: yaml.Node | None, key: str) -> ssl.SSLContext | None:
+        if node is None:
+            return None
+        items = self._mapping(node, key, {"ca", "cert", "key"})
+        if "key" in items and "cert" not in items:
+            raise self._wrong(node, key, "needs cert beside key")
+        files = {name: self._file(item, f"{key}.{name}") for name, item in items.items()}
+        try:
+            context = ssl.create_default_context(cafile=files.get("ca"))
+        except ssl.SSLError:
+            raise self._wrong(items["ca"], f"{key}.ca", "the file holds no certificate in PEM form") from None
+        context.set_alpn_protocols(("http/1.1",))
+        if "cert" in files:
+            try:
+                # A key behind a password must fail, not ask on the terminal for it.
+                context.load_cert_chain(files["cert"], files.get("key"), password="")
+            except ssl.SSLError as error:
+                fits = "the key is for another certificate" if error.reason == "KEY_VALUES_MISMATCH" else ""
+                raise self._wrong(
+                    items["cert"],
+                    f"{key}.cert",
+                    fits or "needs a certificate and its key, without a password, in PEM form",
+                ) from None
+        return context
+
+    def _file(self, node: yaml.Node, key: str) -> str:
+        """Return the path of a file that can be read; a relative one is meant from the configuration's folder."""
+        path = self._path.parent / self._text(node, key)
+        try:
+            path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no path"
+            raise self._wrong(node, key, f"{str(path)!r}: {reason}; it must be the path of a readable file") from None
+        return str(path)
+
+    def _secret(self, node: yaml.Node, key: str) -> tuple[str, str]:
+        """Return the name of a variable, and its value."""
         name = self._text(node, key)
         value = secret(name)
         if value is None:
             raise self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
-        if not _fits_a_header(value):
-            raise self._wrong(node, key, f"the value of {name} must be visible ASCII characters")
-        return value
-
-    def _probe(self, node: yaml.Node | None, key: str) -> str | None:
-        if node is None:
-            return PROBE_PATH
-        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in _NO:
-            return None
-        path = self._text(node, key)
-        if not path.startswith("/"):
-            raise self._wrong(node, key, f"must be a path that begins with '/', or false; got {path!r}")
-        return path
+        return name, value
 
     def _url(self, node: yaml.Node, key: str) -> str:
         url = self._text(node, key)
@@ -194,8 +399,31 @@ class _File:
         except ValueError as error:
             raise self._wrong(node, key, str(error)) from None
 
+    def _seconds(self, node: yaml.Node, key: str) -> float:
+        try:
+            value = float(node.value) if node.tag in {f"{_TAG}int", f"{_TAG}float"} else 0.0
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise self._wrong(node, key, "needs a number of seconds greater than 0")
+        return value
+
+    def _count(self, node: yaml.Node | None, key: str, *, at_least: int) -> int | None:
+        if node is None:
+            return None
+        digits = node.value if node.tag == f"{_TAG}int" else ""
+        if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) < at_least:
+            raise self._wrong(node, key, f"needs a whole number of at least {at_least}")
+        return int(digits)
+
+    def _written(self, node: yaml.Node, key: str) -> str:
+        """Return a value as it is written: `2024-10-21` is a date to YAML, and plainly meant as text."""
+        if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
+            raise self._wrong(node, key, "needs a text")
+        return str(node.value)
+
     def _text(self, node: yaml.Node, key: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str" or not node.value:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != f"{_TAG}str" or not node.value:
             raise self._wrong(node, key, "needs a text that is not empty")
         return str(node.value)
 
@@ -226,5 +454,9 @@ class _File:
         return SettingsError(f"GATEWAY_CONFIG={str(self._path)!r}, line {node.start_mark.line + 1}, {key}: {message}")
 
 
-def _fits_a_header(key: str) -> bool:
-    return key.isascii() and key.isprintable() and " " not in key
+def _is_key(value: str) -> bool:
+    return value.isascii() and value.isprintable() and " " not in value
+
+
+def _fits_a_header(value: str) -> bool:
+    return value.isascii() and value.isprintable() and value == value.strip()

@@ -214,7 +214,7 @@ class BackendRateLimited(Refusal):
 
 
 class GatewayOverloaded(Refusal):
-    """The queue or the byte budget is full, or the request queued too long; `reason` says which."""
+    """The queue, the byte budget or every backend is full, or the request queued too long; `reason` says which."""
 
     code = "gateway_overloaded"
 

@@ -10,6 +10,14 @@ FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotenc
 FORWARDED_PREFIXES = ("openai-", "x-stainless-")
 PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
 PASSED_PREFIXES = ("openai-", "x-ratelimit-")
+GATEWAY_NAMES = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
+        *("transfer-encoding", "upgrade", "host", "content-length", "content-type", "content-encoding", "expect"),
+        *("accept-encoding", "idempotency-key", "traceparent", "tracestate", "x-request-id", "x-request-timeout"),
+    }
+)
+"""To backends: those of a hop, and those that the gateway makes or that describe the caller's body and request."""
 MAX_WAIT = 1e9
 """Seconds or milliseconds; a longer wait is taken for garbage."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.backend.client import HttpClient
+    from gateway.config import ProbeConfig
     from gateway.policy.admission import Admission
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
@@ -43,7 +44,6 @@ class Health:
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
     ) -> None:
-        self._interval = settings.gateway_probe_interval
         self._app_mode = settings.app_mode
         self._pool = pool
         self._client = client
@@ -80,30 +80,30 @@ class Health:
 
     async def _watch(self, replica: "Replica") -> None:
         """Probe one replica, more often while its breaker is not closed."""
-        if replica.probe_path is None:
+        config = replica.config.probe
+        if config is None:
             self._first_probes += 1
             return
-        await self._probe(replica)
+        await self._probe(replica, config)
         self._first_probes += 1
         while True:
-            await self._until_next(replica)
-            await self._probe(replica)
+            await self._until_next(replica, config.interval)
+            await self._probe(replica, config)
 
-    async def _until_next(self, replica: "Replica") -> None:
+    async def _until_next(self, replica: "Replica", interval: float) -> None:
         """Sleep for the interval, or until an eager probe is due."""
         began = self._clock()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._interval):
+            async with asyncio.timeout(interval):
                 await self._unwell[replica.name].wait()
                 await asyncio.sleep(began + EAGER_INTERVAL - self._clock())
 
-    async def _probe(self, replica: "Replica") -> None:
+    async def _probe(self, replica: "Replica", config: "ProbeConfig") -> None:
         began = self._clock()
-        trouble = await self._client.probe(replica)
+        trouble = await self._client.probe(replica, config)
         now = self._clock()
         self._log_probe(replica, trouble)
-        replica.probe = Probe(ok=trouble is None, latency=now - began, at=now)
-        replica.breaker.record_probe(good=trouble is None)
+        replica.note_probe(Probe(ok=trouble is None, latency=now - began, at=now))
 
     def _log_probe(self, replica: "Replica", trouble: str | None) -> None:
         """Log the second of two failed probes in a row, and the first good one after it."""

@@ -18,12 +18,14 @@ MAX_CHOICES = 16
 """Finish reasons kept of one answer."""
 TARGET_SKIPPED = "gateway.target_skipped"
 """The event of a target that was passed over."""
+TARGET_DRAWN = "gateway.target_drawn"
+"""The event of the draw among a route's weighted targets."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
 COOLDOWN_BEGUN = "gateway.cooldown"
 """The event of a replica that asked to be left alone."""
-BRIDGING, COOLDOWN = "bridging", "cooldown"
-"""What a request can wait for: the end of an outage, or of a cooldown."""
+BRIDGING, COOLDOWN, FULL = "bridging", "cooldown", "full"
+"""What a request can wait for: the end of an outage, of a cooldown, or of another request at a full backend."""
 MAX_COUNT = 2**63
 """A count of tokens is below it; a larger number is not a count."""
 
@@ -156,8 +158,13 @@ class Record:
         return f"00-{self.trace_id:032x}-{span_id:016x}-{'01' if self.sampled else '00'}"
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
-        """Note that a target was passed over: `breaker`, `cooldown` or `bridging`."""
+        """Note that a target was passed over: `breaker`, `cooldown`, `bridging` or `full`."""
         self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": why}))
+
+    def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
+        """Note which target of a route with weights was drawn."""
+        drawn = {"gateway.backend": backend, "gen_ai.request.model": model[:MAX_NAME], "gateway.weight": weight}
+        self.events.append((now, TARGET_DRAWN, drawn))
 
     def note_cooldown(self, now: float, backend: str, seconds: float) -> None:
         """Note that an attempt began a cooldown of a replica."""

@@ -17,6 +17,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
+MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
+"""Variables for which an empty value is a value; any other is then as if it were not set."""
 SAMPLERS = (
     "always_on",
     "always_off",
@@ -67,6 +69,13 @@ def check_url(url: str) -> str:
     if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise ValueError(f"{A_URL} is needed")
     return url
+
+
+def check_path(path: str) -> str:
+    """Return the path of a url, or the empty text. Raises: ValueError."""
+    if path and (not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & {" ", "#"}):
+        raise ValueError("a path that begins with '/' is needed")
+    return path
 
 
 def _known_log_level(value: str) -> str:
@@ -127,7 +136,7 @@ class Settings(BaseSettings):
 
     gateway_breaker_failures: Count = 5
     gateway_breaker_open_seconds: Seconds = 5
-    gateway_breaker_open_max: Seconds = 30
+    gateway_breaker_open_max: Seconds = 10
 
     gateway_max_in_flight: Count = 1024
     gateway_max_queue: CountOrNone = 256
@@ -137,7 +146,11 @@ class Settings(BaseSettings):
     gateway_max_buffered_bytes: Count = 268_435_456
 
     gateway_stream_commit: Annotated[Commit, Field(description="first_token, first_answer or complete")] = "first_token"
+    gateway_probe_path: Annotated[
+        str, AfterValidator(check_path), Field(description="a path that begins with '/', or empty for no probes")
+    ] = "/health"
     gateway_probe_interval: Seconds = 2
+    gateway_probe_timeout: Seconds = 2
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
     gateway_trace_keep_slow: Annotated[
@@ -152,8 +165,9 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
         SettingsError: the first setting that is invalid, in one line.
     """
     secrets = {name.lower(): value for name in SECRETS if (value := secret(name)) is not None}
+    empty = {name.lower(): "" for name in MAY_BE_EMPTY if os.environ.get(name) == ""}
     try:
-        return Settings(**(secrets | overrides))
+        return Settings(**(secrets | empty | overrides))
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
 

@@ -9,9 +9,12 @@ import asyncio
 import socket
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
@@ -19,7 +22,9 @@ from gateway.errors import InvalidResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ssl import SSLContext
 
+    from aiohttp.abc import ResolveResult
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
     from aiohttp.http_parser import RawResponseMessage
@@ -27,12 +32,29 @@ if TYPE_CHECKING:
 
 LARGE_BODY = 1 << 20
 """Bytes; a larger body is not copied to follow its head in one write."""
+MAX_HEADERS = 65_536
+"""Bytes of an answer's headers, one by one and all together; aiohttp allows one 8 KiB."""
+MAX_HEADER_LINES = 1024
+RESOLVE_AFTER = 10.0
+"""Seconds after which the name of a host with kept connections is resolved anew."""
 INTERIM = frozenset(range(100, 200)) - {101}
 """Statuses that another answer follows."""
 
 
 class Protocol(ResponseHandler):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        peer: the address at its other end.
+    """
+
+    peer = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note who is at the other end."""
+        super().connection_made(transport)
+        name = transport.get_extra_info("peername")
+        self.peer = _address(name[0]) if name else ""
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
         """End a body that is under way when the connection fails.
@@ -84,44 +106,132 @@ def _socket(address: tuple[Any, ...]) -> socket.socket:
     return socket.socket(family=family, type=kind, proto=protocol)
 
 
+class Names(AbstractResolver):
+    """Resolves names, and remembers what they were resolved to last.
+
+    Args:
+        resolver: asks the name servers.
+        clock: seconds, monotonic.
+        changed: called with host and port when a name has come to stand for other addresses.
+    """
+
+    def __init__(
+        self, resolver: AbstractResolver, clock: "Callable[[], float]", changed: "Callable[[str, int], None]"
+    ) -> None:
+        self._resolver = resolver
+        self._clock = clock
+        self._changed = changed
+        self._known: dict[tuple[str, int], tuple[frozenset[str], float]] = {}
+        self._asking: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> "list[ResolveResult]":
+        """Return the addresses of a host. Raises: OSError."""
+        found = await self._resolver.resolve(host, port, family)
+        self._known[host, port] = frozenset(_address(each["host"]) for each in found), self._clock()
+        return found
+
+    def addresses(self, host: str, port: int) -> frozenset[str] | None:
+        """Return what a name was resolved to last, and resolve it anew in the background when that is long ago.
+
+        None for what is no name. While the name servers do not answer, the last addresses are as good as any.
+        """
+        known = self._known.get((host, port))
+        if known is None:
+            return None
+        addresses, since = known
+        if self._clock() - since >= RESOLVE_AFTER and (host, port) not in self._asking:
+            self._asking[host, port] = asyncio.get_running_loop().create_task(self._ask(host, port))
+        return addresses
+
+    async def close(self) -> None:
+        """Ask nobody any more."""
+        for task in self._asking.values():
+            task.cancel()
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        await self._resolver.close()
+
+    async def _ask(self, host: str, port: int) -> None:
+        before, _ = self._known[host, port]
+        try:
+            await self.resolve(host, port, socket.AF_UNSPEC)
+        except OSError:
+            self._known[host, port] = before, self._clock()
+        finally:
+            del self._asking[host, port]
+        if self._known[host, port][0] != before:
+            self._changed(host, port)
+
+
 class Connector(aiohttp.TCPConnector):
     """Opens connections without a limit, and of those kept alive reuses the one used last.
 
     It is in every cache and least likely to be dead, and those that a peak left over end by their age. aiohttp takes
-    turns.
+    turns. A kept connection is not reused when its host's name has come to stand for other addresses: a server that has
+    moved may still answer at the old one, with an old model, or until it is shut down.
 
     Args:
         force_close: whether connections are closed after one answer.
-        connect_timeout: seconds.
+        resolver: asks the name servers.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, *, force_close: bool, connect_timeout: float) -> None:
-        super().__init__(limit=0, socket_factory=_socket, force_close=force_close)
+    def __init__(
+        self,
+        *,
+        force_close: bool,
+        resolver: AbstractResolver | None = None,
+        clock: "Callable[[], float]" = monotonic,
+    ) -> None:
+        self._names = Names(resolver or aiohttp.DefaultResolver(), clock, self.clear_dns_cache)
+        super().__init__(limit=0, socket_factory=_socket, force_close=force_close, resolver=self._names)
         protocol: Callable[..., ResponseHandler] = Protocol
         self._factory = partial(protocol, self._loop)
-        self._connect_timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
 
-    async def open(self, request: aiohttp.ClientRequest) -> tuple["Connection", bool]:
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        """Close all connections."""
+        await super().close(abort_ssl=abort_ssl)
+        await self._names.close()
+
+    async def open(self, request: aiohttp.ClientRequest, limits: aiohttp.ClientTimeout) -> tuple["Connection", bool]:
         """Return a connection for a request, and whether it is new.
+
+        Args:
+            request: of `post_request`.
+            limits: `connect` is the one that applies.
 
         Raises:
             aiohttp.ClientConnectorError, TimeoutError, OSError: there is none.
         """
         opening = _Opening()
         _opening.set(opening)
-        connection = await self.connect(request, [], self._connect_timeout)
+        connection = await self.connect(request, [], limits)
         while not opening.new and _is_spoiled(connection):
             connection.close()
-            connection = await self.connect(request, [], self._connect_timeout)
+            connection = await self.connect(request, [], limits)
         return connection, opening.new
 
     async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
         kept = self._conns.get(key)
         if kept is not None:
-            while kept and not kept[-1][0].is_connected():
+            addresses = self._names.addresses(key.host, key.port or 0)
+            while kept and not _is_good(kept[-1][0], addresses):
                 kept.pop()[0].close()
             kept.rotate()
         return await super()._get(key, traces)
+
+
+def _is_good(protocol: ResponseHandler, addresses: frozenset[str] | None) -> bool:
+    """Return whether a kept connection is alive and leads to one of the addresses; None: to any."""
+    return protocol.is_connected() and (
+        addresses is None or not isinstance(protocol, Protocol) or protocol.peer in addresses
+    )
+
+
+def _address(text: str) -> str:
+    """Return an address without its zone, which not every call names."""
+    return text.partition("%")[0]
 
 
 def _is_spoiled(connection: "Connection") -> bool:
@@ -129,9 +239,14 @@ def _is_spoiled(connection: "Connection") -> bool:
     return connection.protocol is None or connection.protocol.should_close
 
 
-def post_request(url: URL) -> aiohttp.ClientRequest:
-    """Return what the connector needs to know of POSTs to a url; it is never sent itself."""
-    return aiohttp.ClientRequest("POST", url, loop=asyncio.get_running_loop())
+def post_request(url: URL, tls: "SSLContext | bool" = True) -> aiohttp.ClientRequest:  # noqa: FBT002
+    """Return what the connector needs to know of POSTs to a url; it is never sent itself.
+
+    Args:
+        url: where to.
+        tls: for an `https://` url; True stands for the usual checks.
+    """
+    return aiohttp.ClientRequest("POST", url, loop=asyncio.get_running_loop(), ssl=tls)
 
 
 async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["RawResponseMessage", aiohttp.StreamReader]:
@@ -139,12 +254,18 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
 
     Raises:
         aiohttp.ClientError, HttpProcessingError, OSError: there is no answer.
-        InvalidResponse: its status is below 200, and none follows.
+        InvalidResponse: its status is below 200, and none follows, or its headers are too large.
     """
     protocol, transport = connection.protocol, connection.transport
     if protocol is None or transport is None:
         raise aiohttp.ServerDisconnectedError
-    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.set_response_params(
+        auto_decompress=False,
+        read_until_eof=True,
+        max_line_size=MAX_HEADERS,
+        max_field_size=MAX_HEADERS,
+        max_headers=MAX_HEADER_LINES,
+    )
     if len(body) > LARGE_BODY:
         transport.write(head)
         transport.write(body)
@@ -153,6 +274,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
     while True:
         message, content = await protocol.read()
         if message.code >= 200:  # noqa: PLR2004
+            if sum(map(len, chain.from_iterable(message.raw_headers))) > MAX_HEADERS:
+                raise InvalidResponse(f"The headers of the backend's answer are larger than {MAX_HEADERS} bytes.")
             return message, content
         if message.code not in INTERIM:
             raise InvalidResponse(f"The backend answered {message.code}, which does not answer a prompt.")

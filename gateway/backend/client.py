@@ -3,27 +3,28 @@
 from base64 import b64encode
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote_to_bytes
+from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.errors import AnswerTooLarge, InvalidRequest, InvalidResponse
 from gateway.headers import lines_of, passed_headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ssl import SSLContext
 
     from aiohttp.connector import Connection
     from aiohttp.http_parser import RawResponseMessage
 
+    from gateway.config import ProbeConfig
     from gateway.policy.byte_budget import Share
     from gateway.policy.replica import Replica
 
-PROBE_TIMEOUT = 1.0
-"""Seconds."""
 MAX_REQUEST_ID = 128
 """Characters; a longer id of a backend is not passed on."""
 
@@ -33,24 +34,23 @@ class HttpClient:
 
     Admission is the only queue: there is no limit of connections. No cookies, no redirects, no proxies from the
     environment: a backend is where its url says.
-
-    Args:
-        connect_timeout: seconds.
-        probe_timeout: seconds for a whole probe.
     """
 
-    def __init__(self, *, connect_timeout: float, probe_timeout: float = PROBE_TIMEOUT) -> None:
-        self._connect_timeout = connect_timeout
-        self._probe_timeout = probe_timeout
+    def __init__(self) -> None:
         self._kept: Connector
         self._fresh: Connector
         self._session: aiohttp.ClientSession
-        self._addressees: dict[tuple[str, str], _Addressee] = {}
+        self._addressees: WeakKeyDictionary[Replica, dict[str, _Addressee]] = WeakKeyDictionary()
 
     async def __aenter__(self) -> Self:
-        self._kept = Connector(force_close=False, connect_timeout=self._connect_timeout)
-        self._fresh = Connector(force_close=True, connect_timeout=self._connect_timeout)
-        self._session = aiohttp.ClientSession(connector=self._fresh, cookie_jar=aiohttp.DummyCookieJar())
+        self._kept = Connector(force_close=False)
+        self._fresh = Connector(force_close=True)
+        self._session = aiohttp.ClientSession(
+            connector=self._fresh,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            max_line_size=MAX_HEADERS,
+            max_field_size=MAX_HEADERS,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -64,24 +64,27 @@ class HttpClient:
 
         Args:
             replica: where to.
-            path: appended to the replica's base url.
+            path: of the call; without its `/v1` it follows the replica's base url.
             body: bytes.
-            headers: all but `host`, `content-length` and the replica's key; names in lower case.
+            headers: all but `host`, `content-length` and the replica's own, which win; names in lower case.
             fresh: over a connection of its own, closed afterwards.
 
         Raises:
             ConnectionFailed: or one of its subclasses.
             InvalidResponse: what came is not an HTTP answer.
         """
-        addressee = self._addressees.get((replica.base, path))
+        addressees = self._addressees.get(replica)
+        if addressees is None:
+            addressees = self._addressees[replica] = {}
+        addressee = addressees.get(path)
         if addressee is None:
-            addressee = self._addressees[replica.base, path] = _Addressee(replica.base + path)
+            addressee = addressees[path] = _Addressee(replica, path)
         connector = self._fresh if fresh else self._kept
         new = True
         try:
-            connection, new = await connector.open(addressee.request)
+            connection, new = await connector.open(addressee.request, addressee.timeout)
             try:
-                head = addressee.head([*headers, *authorization(replica)], len(body), close=fresh)
+                head = addressee.head(headers, len(body), close=fresh)
                 message, content = await send(connection, head, body)
             except BaseException:
                 connection.close()
@@ -89,26 +92,30 @@ class HttpClient:
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             if isinstance(error, (TimeoutError, aiohttp.ClientConnectorError)):
                 self._forget_address(replica)
-            raise failure_of(error, replica, connect_timeout=self._connect_timeout, new=new) from None
+            raise failure_of(error, replica, connect_timeout=replica.timeouts.connect, new=new) from None
         return Exchange(connection, message, content)
 
-    async def probe(self, replica: "Replica") -> str | None:
+    async def probe(self, replica: "Replica", config: "ProbeConfig") -> str | None:
         """Ask the replica's health path over a new connection; any answer below 500 is good. Never raises.
+
+        It carries no key: a server may answer by asking a model of its own, which costs.
 
         Returns:
             What is wrong, or None when it is well.
         """
-        timeout = aiohttp.ClientTimeout(total=self._probe_timeout)
-        url = URL(f"{replica.origin}{replica.probe_path}", encoded=True)
-        headers = authorization(replica)
+        timeout = aiohttp.ClientTimeout(total=config.timeout)
+        url = URL(f"{replica.origin}{config.path}", encoded=True)
+        headers, tls = replica.config.headers, _tls(replica)
         try:
-            async with self._session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(
+                url, headers=headers, timeout=timeout, allow_redirects=False, ssl=tls
+            ) as response:
                 return None if response.status < 500 else f"{replica.name} answered {response.status}."  # noqa: PLR2004
         except aiohttp.ClientConnectorError as error:
             self._forget_address(replica)
             return why_unreachable(error, replica)
         except TimeoutError:
-            return f"{replica.name} did not answer within {self._probe_timeout:g} s."
+            return f"{replica.name} did not answer within {config.timeout:g} s."
         except (aiohttp.ClientError, OSError, ValueError):  # ValueError: an invalid host name
             return f"{replica.name} sent an answer that is not valid HTTP."
 
@@ -119,19 +126,29 @@ class HttpClient:
 
 
 class _Addressee:
-    """A url that is posted to: what the connector asks about it, and the lines of the head that never change."""
+    """A url that is posted to: what the connector asks about it, and the lines of the head that never change.
 
-    def __init__(self, text: str) -> None:
-        url = URL(text, encoded=True)
-        self.request = post_request(url)
-        self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n"
+    Attributes:
+        request: what the connector needs to know.
+        timeout: for a connection.
+    """
+
+    def __init__(self, replica: "Replica", path: str) -> None:
+        url = URL(replica.url_of(path) + replica.query, encoded=True)
+        own = own_headers(replica)
+        self.request = post_request(url, _tls(replica))
+        self.timeout = aiohttp.ClientTimeout(total=None, connect=replica.timeouts.connect)
+        self._own = frozenset(name for name, _ in own)
+        self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
 
     def head(self, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
-        """Return the request's head.
+        """Return the request's head; the replica's own headers win over the caller's.
 
         Raises:
             InvalidRequest: a value holds a line end, and would become more than one header.
         """
+        if self._own:
+            headers = [header for header in headers if header[0] not in self._own]
         try:
             lines = lines_of(headers)
         except ValueError:
@@ -140,15 +157,23 @@ class _Addressee:
         return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
 
 
-def authorization(replica: "Replica") -> list[tuple[str, str]]:
-    """Return the header with the backend's own key; without a key, from the user info of its url."""
-    if replica.api_key:
-        return [("authorization", f"Bearer {replica.api_key}")]
-    if replica.user_info:
+def own_headers(replica: "Replica") -> list[tuple[str, str]]:
+    """Return the replica's headers, among them its key; without a key, the user info of its url."""
+    config = replica.config
+    own = [*config.headers, *config.secret_headers]
+    if config.api_key:
+        scheme = "Bearer " if config.api_key_header == "authorization" else ""
+        own.append((config.api_key_header, f"{scheme}{config.api_key}"))
+    elif replica.user_info and not any(name == "authorization" for name, _ in own):
         user, _, password = replica.user_info.partition(":")
         pair = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
-        return [("authorization", f"Basic {b64encode(pair).decode()}")]
-    return []
+        own.append(("authorization", f"Basic {b64encode(pair).decode()}"))
+    return own
+
+
+def _tls(replica: "Replica") -> "SSLContext | bool":
+    """Return what the connector takes: True stands for the usual checks."""
+    return replica.config.tls or True
 
 
 class Exchange:

@@ -44,7 +44,7 @@ class Attempts:
     """Makes attempts.
 
     Args:
-        settings: timeouts, the largest answer, whether text is captured.
+        settings: the largest answer, whether text is captured.
         client: sends the calls.
         clock: seconds, monotonic.
         rng: draws the ids of spans.
@@ -64,9 +64,6 @@ class Attempts:
         self._clock = clock
         self._wall_clock = wall_clock
         self._rng = rng
-        self._first_token_timeout = settings.gateway_first_token_timeout
-        self._answer_timeout = settings.gateway_answer_timeout
-        self._idle_timeout = settings.gateway_idle_timeout
         self._max_answer = settings.gateway_max_answer_bytes
         self._keep_text = settings.gateway_capture_content
 
@@ -125,33 +122,34 @@ class Attempts:
             ("traceparent", call.record.traceparent(attempt.span_id)),
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
+        timeouts = lease.replica.timeouts
         if call.sink is not None:
-            timer.limit(self._first_token_timeout, lambda: no_first_token(self._first_token_timeout))
+            timer.limit(timeouts.first_token, lambda: no_first_token(timeouts.first_token))
         else:
-            timer.limit(self._answer_timeout, self._no_answer)
+            timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
         with timer:
             exchange = await self._client.post(lease.replica, call.prompt.path, call.body, headers, fresh=fresh)
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:
                 if exchange.status >= 300:  # noqa: PLR2004
-                    await self._read_error(call, exchange, timer)
+                    await self._read_error(call, exchange, timer, timeouts.idle)
                 elif call.sink is not None:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
-                    await self._read_answer(call, exchange, timer)
+                    await self._read_answer(call, exchange, timer, timeouts.idle)
             except ErrorInside as error:
                 raise self._error_answer(call, exchange, error) from None
             finally:
                 exchange.close()
 
-    async def _read_answer(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+    async def _read_answer(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
         """Read an unstreamed answer."""
         held = call.share.held
         dialect = call.prompt.dialect
         try:
             exchange.check_plain()
-            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             answer = dialect.read_answer(exchange.content_type, body)
         except BaseException:
             call.share.give_back_to(held)
@@ -159,11 +157,11 @@ class Attempts:
         _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
         call.answer = WholeAnswer(exchange.status, exchange.passed_headers(), body)
 
-    async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+    async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
         """Read an answer other than 2xx. Raises: the failure that it is."""
         held = call.share.held
         try:
-            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
         finally:
             call.share.give_back_to(held)
         passed = exchange.passed_headers()
@@ -180,13 +178,13 @@ class Attempts:
             failure.outcome = error.outcome
         return failure
 
-    async def _read_no_stream(self, call: "Call", exchange: "Exchange", timer: PhaseTimer) -> None:
+    async def _read_no_stream(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
         """Read an answer that is no stream, although one was asked for. Raises: the failure that it is."""
         if not is_json(exchange.content_type):
             raise InvalidResponse("The backend's answer is not text/event-stream.")
         held = call.share.held
         try:
-            body = await exchange.read_whole(call.share, self._max_answer, lambda: self._limit_idle(timer))
+            body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             raise_error_inside(body)
         finally:
             call.share.give_back_to(held)
@@ -197,9 +195,10 @@ class Attempts:
     ) -> None:
         """Hold a streamed answer until commit, then pass it on as it arrives."""
         exchange.check_plain()
+        timeouts = lease.replica.timeouts
         is_stream = exchange.content_type == "text/event-stream"
         if not is_stream and not (exchange.content_type == "" and begins_as_stream(await exchange.peek())):
-            await self._read_no_stream(call, exchange, timer)
+            await self._read_no_stream(call, exchange, timer, timeouts.idle)
         state = call.prompt.dialect.stream_state(
             call.prompt, keep_text=self._keep_text, until_answer=call.commit == "first_answer"
         )
@@ -207,16 +206,16 @@ class Attempts:
             exchange,
             state,
             timer,
-            idle=self._idle_timeout,
+            idle=timeouts.idle,
             max_event=self._max_answer,
             share=call.share,
             clock=self._clock,
         )
         held = call.share.held
         try:
-            due = call.record.attempt.started + self._first_token_timeout
+            due = call.record.attempt.started + timeouts.first_token
             events = await relay.until_first_content(
-                due, self._first_token_timeout, self._max_answer, lambda: call.may_go_elsewhere(lease.replica)
+                due, timeouts.first_token, self._max_answer, lambda: call.may_go_elsewhere(lease.replica)
             )
             call.record.first_token = self._clock()
             self._report(call.record, lease, lease.begin_answer)
@@ -239,7 +238,7 @@ class Attempts:
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
         attempt = AttemptRecord(len(attempts) + 1, replica.name, self._rng.getrandbits(64) or 1, self._clock())
         attempt.host, attempt.port = replica.host, replica.port
-        attempt.url = f"{replica.base}{call.prompt.path}"
+        attempt.url = replica.url_of(call.prompt.path)
         attempt.model = target.model or call.model
         attempt.breaker = replica.breaker.state.value
         attempt.budget_left = replica.budget.left()
@@ -285,11 +284,13 @@ class Attempts:
         if before != after:
             record.note_breaker(self._clock(), replica.name, before, after)
 
-    def _limit_idle(self, timer: PhaseTimer) -> None:
-        timer.limit(self._idle_timeout, lambda: stalled(self._idle_timeout))
 
-    def _no_answer(self) -> Silent:
-        return Silent(f"The backend did not answer within {self._answer_timeout:g} s.", timer="answer")
+def _limit_idle(timer: PhaseTimer, seconds: float) -> None:
+    timer.limit(seconds, lambda: stalled(seconds))
+
+
+def _no_answer(seconds: float) -> Silent:
+    return Silent(f"The backend did not answer within {seconds:g} s.", timer="answer")
 
 
 def _describe(record: "Record", answer: "Answer", texts: list[str] | None) -> None:

@@ -13,8 +13,8 @@ from gateway.errors import (
     CallerLeft,
     DeadlineExceeded,
     GatewayDraining,
+    GatewayError,
     GatewayOverloaded,
-    Refusal,
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 
 LARGE_BODY = 65_536
 """Bytes; setting the model in a larger body takes milliseconds, and is done off the event loop."""
-END_WORDS: dict[type[BaseException], str] = {
-    DeadlineExceeded: "deadline",
-    GatewayOverloaded: "memory",
-    GatewayDraining: "draining",
-}
+END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayDraining: "draining"}
 
 
 class Forwarder:
@@ -90,7 +86,8 @@ class Forwarder:
         try:
             await self._answer(call)
         except (DeadlineExceeded, GatewayOverloaded, GatewayDraining, CallerLeft, CancelledError) as error:
-            call.record.give_up(END_WORDS.get(type(error), "cancelled"))
+            word = error.reason if isinstance(error, GatewayOverloaded) else END_WORDS.get(type(error), "cancelled")
+            call.record.give_up(word)
             raise
         finally:
             self._admission.leave()
@@ -148,15 +145,15 @@ class Forwarder:
         if failure is None:
             return False
         if skipped is call.targets[-1]:
-            record.stop_reason = "breaker"  # one more target could have been asked, if its breakers were not open
+            record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
         raise failure
 
     def _first_lease(self, call: "Call", target: "Target") -> "Lease | None":
         """Take a place for the first attempt at a target; None, noted, when it has none to give."""
         model = target.model or call.model
-        outage = target.home.outage
-        if target.home.bridging and outage.is_bridged:
-            call.record.skip_target(target.backend, "bridging", self._clock())  # behind those who wait already
+        home = target.home
+        if (home.bridging and home.outage.is_bridged) or home.queue:  # behind those who wait already
+            call.record.skip_target(target.backend, "full" if home.queue else "bridging", self._clock())
             return None
         without = [*call.given_up, *(call.failed_before or ())]
         replica = (target.pick(model, without=without) if without else None) or target.pick(
@@ -164,8 +161,7 @@ class Forwarder:
         )
         lease = replica.lease(model) if replica is not None else None
         if lease is None:
-            cools = target.cooling_until(model) is not None
-            call.record.skip_target(target.backend, "cooldown" if cools else "breaker", self._clock())
+            call.record.skip_target(target.backend, _why_skipped(call, target), self._clock())
             return None
         lease.replica.budget.count_first()
         return lease
@@ -306,8 +302,19 @@ def _in_order(call: "Call") -> "tuple[Target, ...]":
     return tuple(sorted(targets, key=lambda target: target.is_avoided(target.model or call.model)))
 
 
-def _refusal(call: "Call", now: float) -> Refusal:
+def _why_skipped(call: "Call", target: "Target") -> str:
+    """Return why a target has no place to give."""
+    if target.full:
+        return "full"
+    return "cooldown" if target.cooling_until(target.model or call.model) is not None else "breaker"
+
+
+def _refusal(call: "Call", now: float) -> GatewayError:
     """Return why no attempt was made."""
+    if any(target.full for target in call.targets):
+        return GatewayOverloaded(
+            "All backends for this request have as many requests under way as they may have.", reason="backend_full"
+        )
     ends = [end for target in call.targets if (end := target.cooling_until(target.model or call.model)) is not None]
     if ends:
         return BackendRateLimited(

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gateway.policy.waiting_room import Chance
-from gateway.record import BRIDGING, COOLDOWN, Wait
+from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ class Waits:
         self._bridged_until = math.inf
         self._cooled = 0.0
         self._again = False
+        self._queued = False
         self._trial: tuple[Backend, float] | None = None
 
     async def next(self, failure: "BackendError | None") -> "tuple[Target, Lease] | None":
@@ -96,6 +97,8 @@ class Waits:
             if not asked:
                 continue
             outage = target.home.outage
+            if failure is None and target.full and not self._queued:
+                places.append(Place(FULL, target, model, now))
             if outage.is_bridged and now < self._bridged_until:
                 places.append(Place(BRIDGING, target, model, outage.trial_due))
             due = target.free_at(model, without=self._left_out(target))
@@ -127,8 +130,8 @@ class Waits:
 
     async def _wait(self, place: Place) -> Chance | None:
         home, call = place.target.home, self._call
-        size = call.share.held
         began = self._clock()
+        size = call.share.held
         wait = Wait(place.kind, place.target.backend, began)
         call.record.waits.append(wait)
         try:
@@ -141,6 +144,13 @@ class Waits:
                     home.bridging.release()
                     chance = Chance.RELEASED
                 return chance
+            if place.kind == FULL:
+                self._queued = True
+                return await home.queue.wait(
+                    size,
+                    lambda: self._end_of_cooldown(place),
+                    lambda: min(self._end, began + self._policy.queue_timeout),
+                )
             until = min(self._end, began + self._policy.retry_after_max - self._cooled)
             room = home.cooling(place.model)
             try:

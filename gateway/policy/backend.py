@@ -25,6 +25,7 @@ class Backend:
     Attributes:
         outage: the present one.
         bridging: the requests that wait for its end.
+        queue: the requests that wait because all replicas have as many attempts under way as they may have.
         replicas: in order.
     """
 
@@ -42,6 +43,7 @@ class Backend:
         self._clock = clock
         self._released = lambda number: released(name, number)
         self.bridging = WaitingRoom(limit, clock=clock, released=self._released)
+        self.queue = WaitingRoom(limit, clock=clock)
         self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self._hold)
         self.replicas: tuple[Replica, ...] = ()
         self._cooling: dict[str, WaitingRoom] = {}

@@ -122,7 +122,6 @@ class Cooldown:
             ended = True
         if whole is not None and whole.began <= asked_at:
             self._whole = None
-            self._by_model.clear()
             self._changed(None, True)
         elif ended:
             self._changed(model, True)

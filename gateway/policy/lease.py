@@ -102,6 +102,7 @@ class Lease:
             return False
         self._over = True
         self.replica.in_flight -= 1
+        self.replica.freed()
         return True
 
     def _end_pauses(self) -> None:

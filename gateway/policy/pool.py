@@ -24,16 +24,23 @@ class Target:
     Attributes:
         backend: its name; home: itself.
         replicas: of the backend.
+        weight: its share of the route's requests; None where the route has none.
     """
 
-    __slots__ = ("_rng", "backend", "home", "model", "replicas")
+    __slots__ = ("_rng", "backend", "home", "model", "replicas", "weight")
 
-    def __init__(self, home: Backend, model: str | None, rng: "Random") -> None:
+    def __init__(self, home: Backend, model: str | None, rng: "Random", weight: int | None = None) -> None:
         self.home = home
         self.backend = home.name
         self.model = model
         self.replicas = home.replicas
+        self.weight = weight
         self._rng = rng
+
+    @property
+    def full(self) -> bool:
+        """Whether a replica would be asked if it had not as many attempts under way as it may have."""
+        return any(replica.full and replica.breaker.admits for replica in self.replicas)
 
     def pick(self, model: str, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return a replica that admits an attempt for the model, or None.
@@ -63,7 +70,7 @@ class Target:
             (
                 replica.cooldown.due(model) or replica.clock()
                 for replica in self.replicas
-                if replica not in without and replica.breaker.admits
+                if replica not in without and replica.breaker.admits and not replica.full
             ),
             default=None,
         )
@@ -91,13 +98,46 @@ class Target:
 
 
 class Route:
-    """A model name (or `*`) and its targets."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and its targets.
 
-    __slots__ = ("model", "targets")
+    Attributes:
+        model: as configured.
+        targets: in their order.
+        weighted: whether the first one is drawn for each request.
+    """
 
-    def __init__(self, model: str, targets: tuple[Target, ...]) -> None:
+    __slots__ = ("_prefix", "_rng", "_total", "model", "targets", "weighted")
+
+    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
         self.model = model
         self.targets = targets
+        self._prefix = model[:-1] if model.endswith("*") else None
+        self._total = sum(target.weight or 0 for target in targets)
+        self.weighted = self._total > 0
+        self._rng = rng
+
+    @property
+    def names_a_model(self) -> bool:
+        """Whether it is for one model, by its name."""
+        return self._prefix is None
+
+    def matches(self, model: str) -> bool:
+        """Return whether it is for this model."""
+        return model == self.model if self._prefix is None else model.startswith(self._prefix)
+
+    def order(self) -> tuple[Target, ...]:
+        """Return the targets in the order in which one request tries them.
+
+        With weights the first one is drawn, and the others follow in their order.
+        """
+        if not self.weighted:
+            return self.targets
+        left = self._rng.random() * self._total
+        for drawn in self.targets:
+            left -= drawn.weight or 0
+            if left < 0:
+                break
+        return (drawn, *(target for target in self.targets if target is not drawn))
 
 
 class Pool:
@@ -134,6 +174,9 @@ class Pool:
                 released=released,
             )
             home.replicas = tuple(replica(each, home) for each in config.replicas)
+            for each in home.replicas:
+                if each.config.max_in_flight is not None:
+                    each.freed = home.queue.wake
             return home
 
         def replica(config: "ReplicaConfig", home: Backend) -> Replica:
@@ -156,8 +199,8 @@ class Pool:
         backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(backends[target.backend], target.model, rng) for target in config.targets)
-            return Route(config.model, tuple(targets))
+            targets = (Target(backends[target.backend], target.model, rng, target.weight) for target in config.targets)
+            return Route(config.model, tuple(targets), rng)
 
         self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))
@@ -165,12 +208,16 @@ class Pool:
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
         for route in self.routes:
-            if route.model in (model, "*"):
+            if route.matches(model):
                 return route
         return None
 
     @property
     def models(self) -> list[str]:
-        """The models of the routes in order, the default model in place of `*`; each once."""
-        names = [self.default_model if route.model == "*" else route.model for route in self.routes]
+        """The models that routes name, in order, and the default model in place of `*`; each once."""
+        names = [
+            self.default_model if route.model == "*" else route.model
+            for route in self.routes
+            if route.names_a_model or route.model == "*"
+        ]
         return list(dict.fromkeys(names))

@@ -1,7 +1,8 @@
 """One replica of a backend: what is known about it, and the attempts under way at it."""
 
+from collections import deque
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from gateway.errors import ErrorAnswer
 from gateway.policy.breaker import Breaker, State
@@ -24,6 +25,10 @@ FAILURES_AVOIDED = 5
 AVOIDED_LIVELY = 5.0
 """Seconds."""
 MAX_MODELS = 1000
+
+
+PROBES_TO_BE_DOWN = 3
+"""Failed probes in a row, without a successful attempt since the first of them, after which a replica is down."""
 
 
 class LastError:
@@ -53,14 +58,18 @@ class Replica:
     """One url of a backend, with its breaker, its cooldowns, its retry budget and its recent past.
 
     Attributes:
+        config: what was configured for it.
         name: as in `x-gateway-backend`.
-        base: the url without a trailing `/v1`; the path of a call is appended to it.
+        timeouts: of its attempts.
+        base: what the SDKs call `base_url`: the url, with `/v1` if it has no path of its own.
+        query: begins with `?` and ends the url of every call; empty for none.
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
         in_flight: attempts under way.
-        last_success, last_error, probe: what happened last; instants are seconds of `clock`.
+        last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
+        freed: called when an attempt has ended.
     """
 
     def __init__(
@@ -76,19 +85,22 @@ class Replica:
         parts = urlsplit(config.url)
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
+        path = parts.path.rstrip("/")
+        self.config = config
         self.name = config.name
-        self.api_key = config.api_key
-        self.probe_path = config.probe
+        self.timeouts = config.timeouts
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.origin = f"{parts.scheme}://{host}{port}"
-        self.base = self.origin + parts.path.rstrip("/").removesuffix("/v1")
+        self.base = self.origin + (path or "/v1")
+        self.query = f"?{urlencode(config.query, quote_via=quote)}" if config.query else ""
         self.shown_url = self.origin + parts.path
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
         self.cooldown = cooldown
         self.outage = outage
         self.budget = budget
+        self.freed: Callable[[], None] = lambda: None
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
         self.in_flight = 0
@@ -98,20 +110,48 @@ class Replica:
         self.probe: Probe | None = None
         self._failures = 0  # in a row
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
+        self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
+        self._max_in_flight = config.max_in_flight
 
     @property
     def status(self) -> str:
         """`ok`, `degraded` or `down`, as the contract defines them."""
         state = self.breaker.state
-        if state is State.OPEN or (self.probe is not None and not self.probe.ok):
+        if state is State.OPEN or self._is_silent():
             return "down"
-        if state is State.HALF_OPEN or self.last_failed or self.cooldown.left is not None:
+        if state is State.HALF_OPEN or self._failed_probes or self.last_failed or self.cooldown.left is not None:
             return "degraded"
         return "ok"
 
+    @property
+    def full(self) -> bool:
+        """Whether as many attempts are under way as the replica may have at once."""
+        return self._max_in_flight is not None and self.in_flight >= self._max_in_flight
+
     def admits(self, model: str) -> bool:
-        """Return whether an attempt for the model may be made now: breaker and cooldown allow it."""
+        """Return whether an attempt for the model may be made now: breaker, cooldown and `max_in_flight` allow it."""
+        if self._max_in_flight is not None and self.full:
+            return False
         return self.breaker.admits and self.cooldown.due(model) is None
+
+    def url_of(self, path: str) -> str:
+        """Return the url of a call, without the query: its path without `/v1` follows the base."""
+        return self.base + path.removeprefix("/v1")
+
+    def note_probe(self, probe: Probe) -> None:
+        """Take a probe's result into account."""
+        self.probe = probe
+        if probe.ok:
+            self._failed_probes.clear()
+        else:
+            self._failed_probes.append(probe.at)
+        self.breaker.record_probe(good=probe.ok)
+
+    def _is_silent(self) -> bool:
+        """Return whether the probes say that it is down, and no attempt says otherwise: a busy server probes late."""
+        if len(self._failed_probes) < PROBES_TO_BE_DOWN:
+            return False
+        return self.last_success is None or self.last_success < self._failed_probes[0]
 
     def is_avoided(self, model: str) -> bool:
         """Return whether it is asked for the model only where no other replica or target can answer."""
@@ -129,7 +169,7 @@ class Replica:
 
     def lease_trial(self, model: str) -> Lease | None:
         """Return a place for the trial of an outage, which an open breaker admits too, one at a time."""
-        if self.cooldown.due(model) is not None:
+        if self.full or self.cooldown.due(model) is not None:
             return None
         ticket = self.breaker.admit_trial()
         return Lease(self, model, ticket) if ticket is not None else None

@@ -23,6 +23,7 @@ class RetryPolicy:
 
     def __init__(self, settings: "Settings", rng: "Random") -> None:
         self.max_attempts = settings.gateway_max_attempts
+        self.queue_timeout = settings.gateway_queue_timeout
         self.retry_after_max = settings.gateway_retry_after_max
         self.connect_timeout = settings.gateway_connect_timeout
         self._longest = wait_exponential(multiplier=settings.gateway_backoff_initial, max=settings.gateway_backoff_max)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from gateway.health import Health
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
-    from gateway.policy.pool import Pool
+    from gateway.policy.pool import Pool, Route, Target
+    from gateway.record import Record
     from gateway.server.keys import Keys
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Settings
@@ -91,7 +92,7 @@ class Handlers:
                 record,
                 writer,
                 model=model,
-                targets=route.targets,
+                targets=self._targets(route, model, record),
                 caller=self._keys.caller(request),
                 share=share,
                 headers=headers,
@@ -104,6 +105,15 @@ class Handlers:
                 await self._forwarder.forward(call)
             del request[STREAM]
             return writer.response
+
+    def _targets(self, route: "Route", model: str, record: "Record") -> "tuple[Target, ...]":
+        """Return the route's targets in the order drawn for a request, and note which one comes first."""
+        if not route.weighted:
+            return route.targets
+        targets = route.order()
+        first = targets[0]
+        record.draw_target(first.backend, first.model or model, first.weight, self._clock())
+        return targets
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""

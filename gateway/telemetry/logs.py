@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from gateway.errors import CallerLeft
-from gateway.record import TARGET_SKIPPED
+from gateway.record import TARGET_DRAWN, TARGET_SKIPPED
 
 if TYPE_CHECKING:
     from gateway.record import Record
@@ -160,6 +160,12 @@ class _WaitFields(msgspec.Struct):
     seconds: float
 
 
+class _DrawnFields(msgspec.Struct):
+    backend: str
+    model: str
+    weight: int
+
+
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The fields of a line, in this order; those that are None are left out."""
 
@@ -179,6 +185,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     attempts: list[_AttemptFields]
     waits: list[_WaitFields] | None = None
     skipped: list[str] | None = None
+    drawn: _DrawnFields | None = None
     stop_reason: str | None = None
     error: str | None = None
     input_tokens: int | None = None
@@ -231,10 +238,19 @@ def _json_line(record: "Record", level: int) -> str:
             for wait in record.waits
         ]
     if record.events:
-        fields.skipped = [
-            change["gateway.backend"] for _, name, change in record.events if name == TARGET_SKIPPED
-        ] or None
+        _describe_events(fields, record)
     return _encode(fields).decode() + "\n"
+
+
+def _describe_events(fields: _Fields, record: "Record") -> None:
+    skipped: list[str] = []
+    for _, name, event in record.events:
+        if name == TARGET_SKIPPED:
+            skipped.append(event["gateway.backend"])
+        elif name == TARGET_DRAWN:
+            model = event["gen_ai.request.model"][:MAX_MODEL]
+            fields.drawn = _DrawnFields(event["gateway.backend"], model, event["gateway.weight"])
+    fields.skipped = skipped or None
 
 
 def _readable_line(record: "Record", _level: int) -> str:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 M = TypeVar("M", Counter, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bucket bounds of durations."""
+STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
 BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-SHED_REASONS = ("queue_full", "queue_timeout", "memory")
+SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
 OPENMETRICS = "application/openmetrics-text"
@@ -200,16 +201,21 @@ class _Parts:
         cooling = GaugeMetricFamily(
             "gateway_backend_cooling", "1 while a replica has asked to be left alone.", labels=["backend"]
         )
+        statuses = GaugeMetricFamily(
+            "gateway_backend_status", "As in /health: 0 ok, 1 degraded, 2 down.", labels=["backend"]
+        )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
         for replica in self._pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
             cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
             flying.add_metric([replica.name], replica.in_flight)
+            statuses.add_metric([replica.name], STATUS_VALUES[replica.status])
             if replica.probe is not None:
                 probes.add_metric([replica.name], int(replica.probe.ok))
         yield breakers
         yield cooling
         yield probes
+        yield statuses
         yield flying
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)

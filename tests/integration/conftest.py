@@ -17,7 +17,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
-from gateway.backend.client import PROBE_TIMEOUT, HttpClient
 from gateway.config import load_routing
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
@@ -91,7 +90,6 @@ async def start_gateway(
         *backends: str | MockModel,
         exporter: SpanExporter | None = None,
         max_waiting: int = MAX_WAITING,
-        probe_timeout: float = PROBE_TIMEOUT,
         **overrides: Any,  # noqa: ANN401
     ) -> Gateway:
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
@@ -106,8 +104,7 @@ async def start_gateway(
             tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
         )
-        http = HttpClient(connect_timeout=settings.gateway_connect_timeout, probe_timeout=probe_timeout)
-        app = create_app(settings, load_routing(settings), telemetry, client=http)
+        app = create_app(settings, load_routing(settings), telemetry)
         client = await aiohttp_client(GatewayServer(app))
         return Gateway(client, app[PARTS], exporter, log)
 

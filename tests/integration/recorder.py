@@ -27,7 +27,7 @@ class Seen:
 
 
 class Recorder:
-    """Answers every prompt alike; `seen` are the prompts, `probes` counts the health checks.
+    """Answers every prompt alike; `seen` are the prompts, `probed` the health checks.
 
     Attributes:
         status, headers: of the answers.
@@ -41,20 +41,22 @@ class Recorder:
         self.headers: list[tuple[str, str]] = [("content-type", "application/json")]
         self.pieces = [ANSWER]
         self.written = 0
-        self.probes = 0
+        self.probed: list[Seen] = []
         self.url = ""
 
-    async def probe(self, _request: web.Request) -> web.Response:
+    @property
+    def probes(self) -> int:
+        """How many health checks came."""
+        return len(self.probed)
+
+    async def probe(self, request: web.Request) -> web.Response:
         """404 is good enough."""
-        self.probes += 1
+        self.probed.append(await _seen(request))
         return web.Response(status=404)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Any path."""
-        headers = [
-            (name.decode().lower(), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers
-        ]
-        self.seen.append(Seen(request.path_qs, headers, await request.read()))
+        self.seen.append(await _seen(request))
         response = web.StreamResponse(status=self.status)
         for name, value in self.headers:
             response.headers.add(name, value)
@@ -70,13 +72,18 @@ class Recorder:
         return response
 
 
+async def _seen(request: web.Request) -> Seen:
+    headers = [(name.decode().lower(), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers]
+    return Seen(request.path_qs, headers, await request.read())
+
+
 @asynccontextmanager
 async def recording() -> AsyncIterator[Recorder]:
     """A recorder on a port of its own."""
     recorder = Recorder()
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/{path:.*}", recorder.answer)
-    app.router.add_get("/health", recorder.probe)
+    app.router.add_get("/{path:.*}", recorder.probe)
     async with TestServer(app, host="127.0.0.1") as server:
         recorder.url = str(server.make_url("")).rstrip("/")
         yield recorder

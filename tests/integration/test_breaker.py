@@ -125,7 +125,7 @@ async def test_only_a_whole_answer_ends_a_row_of_failures(mock: MockModel, start
 
 
 async def test_retry_after_is_the_time_until_half_open(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, **ALONE, gateway_breaker_open_seconds=20)
+    gateway = await start_gateway(mock, **ALONE, gateway_breaker_open_seconds=20, gateway_breaker_open_max=30)
     await open_breaker(gateway, mock)
     before = (await backend(gateway))["retry_in_seconds"]
     answer = await gateway.chat()

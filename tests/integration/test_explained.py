@@ -269,7 +269,11 @@ async def test_who_never_left_the_queue_is_told_how_long_it_was(mock: MockModel,
 
 async def test_an_open_breaker_is_no_attempt(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(
-        mock, gateway_breaker_failures=1, gateway_breaker_open_seconds=20, gateway_max_attempts=1
+        mock,
+        gateway_breaker_failures=1,
+        gateway_breaker_open_seconds=20,
+        gateway_breaker_open_max=20,
+        gateway_max_attempts=1,
     )
     mock.set_faults([FAILED])
     await gateway.chat()
@@ -411,7 +415,11 @@ async def test_a_request_that_was_wrong_is_no_error_of_the_backend(
 
 async def test_health_follows_the_breaker_there_and_back(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(
-        mock, gateway_breaker_failures=2, gateway_breaker_open_seconds=25, gateway_max_attempts=1
+        mock,
+        gateway_breaker_failures=2,
+        gateway_breaker_open_seconds=25,
+        gateway_breaker_open_max=25,
+        gateway_max_attempts=1,
     )
     await health_of(gateway)
     mock.die()

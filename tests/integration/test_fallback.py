@@ -254,7 +254,11 @@ async def test_target_whose_breaker_is_open_is_skipped(
     first, second = two
     config = write_config({"first": first.url, "second": second.url}, {"*": ["first", "second"]})
     gateway = await start_gateway(
-        gateway_config=config, gateway_max_attempts=1, gateway_breaker_failures=2, gateway_breaker_open_seconds=60
+        gateway_config=config,
+        gateway_max_attempts=1,
+        gateway_breaker_failures=2,
+        gateway_breaker_open_seconds=60,
+        gateway_breaker_open_max=60,
     )
     first.set_faults([FAIL])
     for _ in range(2):
@@ -272,7 +276,11 @@ async def test_all_breakers_open_is_unavailable_until_the_first_is_not(
     first, second = two
     config = write_config({"first": first.url, "second": second.url}, {"*": ["first", "second"]})
     gateway = await start_gateway(
-        gateway_config=config, gateway_max_attempts=1, gateway_breaker_failures=1, gateway_breaker_open_seconds=20
+        gateway_config=config,
+        gateway_max_attempts=1,
+        gateway_breaker_failures=1,
+        gateway_breaker_open_seconds=20,
+        gateway_breaker_open_max=20,
     )
     for mock in two:
         mock.set_faults([FAIL])

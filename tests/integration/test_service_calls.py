@@ -26,9 +26,9 @@ async def test_the_root_says_what_this_is_and_where_to_look(mock: MockModel, sta
 
 
 async def test_the_health_document_is_whole(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, REFUSED, gateway_max_attempts=1)
-    await until(lambda: gateway.parts.health.ready)
+    gateway = await start_gateway(mock, REFUSED, gateway_max_attempts=1, gateway_probe_interval=0.05)
     assert (await gateway.chat()).status in {200, 502}
+    await until(lambda: gateway.parts.pool.replicas[1].status == "down")
     answer = await get(gateway, "/health")
     document = json.loads(answer.body)
     assert answer.status == 200
@@ -78,8 +78,8 @@ async def test_health_tells_the_last_error_with_its_trace(mock: MockModel, start
 
 
 async def test_health_is_503_when_every_backend_is_down(start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(REFUSED, REFUSED)
-    await until(lambda: gateway.parts.health.ready)
+    gateway = await start_gateway(REFUSED, REFUSED, gateway_probe_interval=0.05)
+    await until(lambda: all(replica.status == "down" for replica in gateway.parts.pool.replicas))
     answer = await get(gateway, "/health")
     document = json.loads(answer.body)
     assert (answer.status, document["status"], document["downstream"]["status"]) == (503, "down", "down")
@@ -122,7 +122,7 @@ async def test_health_never_calls_a_backend(recorder: Recorder, start_gateway: S
 
 async def test_not_ready_before_the_first_probe_has_ended(mock: MockModel, start_gateway: StartGateway) -> None:
     mock.set_faults([{"kind": "hang_before_headers", "match": {"path": "/health"}}])
-    gateway = await start_gateway(mock, probe_timeout=50.0)
+    gateway = await start_gateway(mock, gateway_probe_timeout=50)
     answer = await get(gateway, "/readyz")
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) >= 1

@@ -307,7 +307,11 @@ async def test_a_retry_after_that_was_waited_for_is_not_waited_for_again(
 
 async def test_an_open_breaker_keeps_the_sdk_off_the_backend(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(
-        mock, gateway_breaker_failures=1, gateway_breaker_open_seconds=20, gateway_max_attempts=1
+        mock,
+        gateway_breaker_failures=1,
+        gateway_breaker_open_seconds=20,
+        gateway_breaker_open_max=20,
+        gateway_max_attempts=1,
     )
     mock.set_faults([status(500)])
     await gateway.chat()

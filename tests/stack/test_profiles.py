@@ -131,7 +131,12 @@ def test_prometheus_reads_every_target_and_every_rule(metrics_stack: Stack) -> N
 
 def test_the_metrics_that_the_alerts_need_are_there(metrics_stack: Stack) -> None:
     page = metrics_stack.gateway("/metrics").body.decode()
-    for name in ("gateway_requests_total", "gateway_breaker_state", "gateway_telemetry_dropped_spans_total"):
+    for name in (
+        "gateway_requests_total",
+        "gateway_breaker_state",
+        "gateway_backend_status",
+        "gateway_telemetry_dropped_spans_total",
+    ):
         assert f"\n{name}" in page
 
 

@@ -1,10 +1,12 @@
 """Stand-ins for the tests of pure parts: a clock that moves when told to, chance that is given, a pool on both."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from random import Random
 from time import time
+from typing import Any
 
-from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig
+from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig, usual_replica
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.errors import BackendError
 from gateway.headers import retry_after
@@ -44,8 +46,8 @@ def error_answer(status: int, body: bytes, headers: Mapping[str, str]) -> Backen
     return OpenAIChat().read_error(status, body, headers, retry_after(headers, time()))
 
 
-def replica_config(name: str, url: str = "http://127.0.0.1:1") -> ReplicaConfig:
-    return ReplicaConfig(name, url, None, "/health")
+def replica_config(name: str, url: str = "http://127.0.0.1:1", **settings: Any) -> ReplicaConfig:  # noqa: ANN401
+    return replace(usual_replica(load(**settings)), name=name, url=url)
 
 
 def ignore(_backend: str, _old: State, _new: State) -> None:
@@ -58,14 +60,14 @@ def pool(
     rng: Random | None = None,
     *,
     waiting: WaitingLimit | None = None,
-    **settings: float,
+    **settings: Any,  # noqa: ANN401
 ) -> Pool:
     """A pool with one route `*` over all backends in order; `backends` gives each name its number of replicas.
 
     Breakers open for exactly their open time.
     """
     configs = tuple(
-        BackendConfig(name, tuple(replica_config(f"{name}-{n}") for n in range(1, count + 1)))
+        BackendConfig(name, tuple(replica_config(f"{name}-{n}", **settings) for n in range(1, count + 1)))
         for name, count in backends.items()
     )
     routes = (RouteConfig("*", tuple(TargetConfig(name, None) for name in backends)),)

@@ -54,7 +54,7 @@ class Ended:
 
 class _Servers(HttpClient):
     def __init__(self, scene: "Scene", servers: dict[str, Server]) -> None:
-        super().__init__(connect_timeout=1)
+        super().__init__()
         self._scene = scene
         self._servers = servers
 
@@ -120,6 +120,13 @@ class Scene:
     def calls_of(self, name: str) -> list[float]:
         """When a replica was asked."""
         return [at for at, replica, _ in self.calls if replica == name]
+
+    def limit(self, max_in_flight: int) -> None:
+        """Give each replica a largest number of attempts at once."""
+        for target in self.pool.routes[0].targets:
+            for replica in target.replicas:
+                replica._max_in_flight = max_in_flight
+                replica.freed = target.home.queue.wake
 
     async def send(self, body: bytes, *, caller: str = "somebody", deadline: float = 600.0) -> Ended:
         """Send one request, and return what became of it."""

@@ -59,7 +59,7 @@ class ScriptedClient(HttpClient):
     """
 
     def __init__(self, script: dict[str, list[Outcome]], clock: Clock) -> None:
-        super().__init__(connect_timeout=1)
+        super().__init__()
         self._script = {name: list(outcomes) for name, outcomes in script.items()}
         self._clock = clock
         self.calls: list[tuple[float, str, bool]] = []

@@ -6,6 +6,7 @@ A test that fails here after an upgrade says which override in `gateway/backend/
 
 import asyncio
 import inspect
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
@@ -20,9 +22,11 @@ from yarl import URL
 from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.server.aiohttp_protocol import Protocol
+from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+PATIENT = aiohttp.ClientTimeout(total=None, connect=30)
 
 
 @asynccontextmanager
@@ -53,7 +57,7 @@ async def answer_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 @asynccontextmanager
 async def connector(*, force_close: bool = False) -> AsyncIterator[Connector]:
-    made = Connector(force_close=force_close, connect_timeout=30)
+    made = Connector(force_close=force_close)
     try:
         yield made
     finally:
@@ -106,26 +110,26 @@ class Transport(asyncio.Transport):
 
 async def test_a_connector_makes_the_connections_of_its_factory() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         assert isinstance(connection.protocol, BackendProtocol)
         connection.close()
 
 
 async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, new = await made.open(post_request(url))
+        connection, new = await made.open(post_request(url), PATIENT)
         assert new
         await send(connection, head(url), b"")
         connection.release()
-        again, new = await made.open(post_request(url))
+        again, new = await made.open(post_request(url), PATIENT)
         assert not new
         again.close()
 
 
 async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
     async with backend(answer_each) as url, connector() as made:
-        first, _ = await made.open(post_request(url))
-        second, _ = await made.open(post_request(url))
+        first, _ = await made.open(post_request(url), PATIENT)
+        second, _ = await made.open(post_request(url), PATIENT)
         last_used = second.protocol
         for connection in (first, second):
             _, content = await send(connection, head(url), b"")
@@ -134,7 +138,7 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         (kept,) = made._conns.values()
         assert [protocol for protocol, _ in kept][-1] is last_used
         assert all(protocol.is_connected() for protocol, _ in kept)
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         assert connection.protocol is last_used
         connection.close()
 
@@ -152,7 +156,7 @@ async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_dec
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         message, content = await send(connection, head(url), b"")
         assert message.code == 200
         assert message.headers["content-encoding"] == "gzip"
@@ -167,7 +171,7 @@ async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> 
         await writer.drain()
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(post_request(url), PATIENT)
         _, content = await send(connection, head(url), b"")
         await until(lambda: content.exception() is not None)
         assert unread(content) == b"half"
@@ -209,6 +213,115 @@ async def test_a_lost_connection_forgets_what_nobody_read() -> None:
     protocol.connection_lost(None)
     await asyncio.sleep(0)
     assert len(protocol._buffer) == 0
+
+
+class Book(AbstractResolver):
+    """A name server whose answers change: `addresses` now, None for no answer; `asked` how often."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses: tuple[str, ...] | None = addresses
+        self.asked = 0
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.addresses is None:
+            raise OSError("the name server does not answer")
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
+            for address in self.addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+class Calls:
+    """Calls of a host whose name `book` resolves, over a connector on a clock of its own."""
+
+    def __init__(self, made: Connector, url: URL) -> None:
+        self._made = made
+        self._url = url
+
+    async def peer(self) -> tuple[str, bool]:
+        """Make a call: the address it went to, and whether over a new connection."""
+        connection, new = await self._made.open(post_request(self._url), PATIENT)
+        protocol = connection.protocol
+        assert isinstance(protocol, BackendProtocol)
+        _, content = await send(connection, head(self._url), b"")
+        assert await content.read() == b"{}"
+        connection.release()
+        await asyncio.sleep(0.01)  # what goes on in the background has gone on
+        return protocol.peer, new
+
+
+@asynccontextmanager
+async def calls(book: Book, clock: Clock) -> AsyncIterator[Calls]:
+    """Calls of a server that listens on every address of this machine."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with closing(writer):
+            await answer_each(reader, writer)
+
+    made = Connector(force_close=False, resolver=book, clock=clock)
+    async with await asyncio.start_server(talk, "0.0.0.0", 0) as server:
+        try:
+            yield Calls(made, URL(f"http://model.test:{server.sockets[0].getsockname()[1]}/"))
+        finally:
+            await made.close()
+            await asyncio.sleep(0)
+
+
+async def test_a_changed_address_is_used_under_steady_calls() -> None:
+    book, clock = Book("127.0.0.1"), Clock()
+    async with calls(book, clock) as to:
+        assert await to.peer() == ("127.0.0.1", True)
+        book.addresses = ("127.0.0.2",)
+        went_to = []
+        for _ in range(30):
+            clock.forward(1)
+            went_to.append(await to.peer())
+        moved = went_to.index(("127.0.0.2", True))
+        assert moved <= 11
+        assert went_to[:moved] == [("127.0.0.1", False)] * moved
+        assert went_to[moved + 1 :] == [("127.0.0.2", False)] * (29 - moved)
+        assert book.asked <= 5
+
+
+async def test_a_connection_to_one_of_several_addresses_is_kept() -> None:
+    book, clock = Book("127.0.0.1"), Clock()
+    async with calls(book, clock) as to:
+        assert await to.peer() == ("127.0.0.1", True)
+        book.addresses = ("127.0.0.3", "127.0.0.1")
+        for _ in range(30):
+            clock.forward(1)
+            assert await to.peer() == ("127.0.0.1", False)
+
+
+async def test_while_the_name_server_is_silent_kept_connections_are_good() -> None:
+    book, clock = Book("127.0.0.1"), Clock()
+    async with calls(book, clock) as to:
+        assert await to.peer() == ("127.0.0.1", True)
+        book.addresses = None
+        for _ in range(30):
+            clock.forward(1)
+            assert await to.peer() == ("127.0.0.1", False)
+        assert 3 <= book.asked <= 4
+
+
+async def test_an_address_is_not_resolved_and_its_connection_is_kept() -> None:
+    book, clock = Book("127.0.0.9"), Clock()
+    async with backend(answer_each) as url:
+        made = Connector(force_close=False, resolver=book, clock=clock)
+        to = Calls(made, url)
+        assert await to.peer() == ("127.0.0.1", True)
+        clock.forward(100)
+        assert await to.peer() == ("127.0.0.1", False)
+        await made.close()
+        await asyncio.sleep(0)
+    assert book.asked == 0
 
 
 # The server

@@ -2,8 +2,15 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
-from gateway.config import ReplicaConfig, Routing, TargetConfig, load_routing
+from gateway.config import ProbeConfig, ReplicaConfig, Routing, TargetConfig, Timeouts, load_routing
 from gateway.settings import SettingsError, load
 
 GOOD = """
@@ -19,6 +26,10 @@ GOOD = """
       - model: "*"
         targets: [{backend: third}]
 """
+
+
+USUAL = Timeouts(connect=1, first_token=30, answer=120, idle=30)
+HEALTH = ProbeConfig("/health", timeout=2, interval=2)
 
 
 def routing(tmp_path: Path, text: str) -> Routing:
@@ -43,10 +54,10 @@ def test_the_file_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     replicas = {replica.name: replica for backend in found.backends for replica in backend.replicas}
     assert replicas == {
-        "primary-1": ReplicaConfig("primary-1", "http://mock-a:8001", None, "/health"),
-        "primary-2": ReplicaConfig("primary-2", "http://mock-b:8001", None, "/health"),
-        "secondary": ReplicaConfig("secondary", "http://other:8001/v1", "k3y", None),
-        "third": ReplicaConfig("third", "http://third", None, "/livez"),
+        "primary-1": ReplicaConfig("primary-1", "http://mock-a:8001", USUAL, HEALTH),
+        "primary-2": ReplicaConfig("primary-2", "http://mock-b:8001", USUAL, HEALTH),
+        "secondary": ReplicaConfig("secondary", "http://other:8001/v1", USUAL, None, "k3y"),
+        "third": ReplicaConfig("third", "http://third", USUAL, ProbeConfig("/livez", 2, 2)),
     }
     assert [route.model for route in found.routes] == ["demo-model", "*"]
     assert found.routes[0].targets == (TargetConfig("primary", None), TargetConfig("secondary", "small-model"))
@@ -72,7 +83,7 @@ def test_the_file_replaces_the_urls_and_the_key_of_the_environment(
     monkeypatch.setenv("GATEWAY_BACKEND_API_KEY", "unused")
     found = routing(tmp_path, "backends: {a: {url: http://h}}\nroutes: [{model: m, targets: [{backend: a}]}]")
 
-    assert [backend.replicas for backend in found.backends] == [(ReplicaConfig("a", "http://h", None, "/health"),)]
+    assert [backend.replicas for backend in found.backends] == [(ReplicaConfig("a", "http://h", USUAL, HEALTH),)]
 
 
 def test_without_a_file_the_urls_are_replicas_behind_one_route(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +92,8 @@ def test_without_a_file_the_urls_are_replicas_behind_one_route(monkeypatch: pyte
     found = load_routing(load())
 
     assert [(each.name, each.url, each.api_key, each.probe) for each in found.backends[0].replicas] == [
-        ("backend-1", "http://a", "k3y", "/health"),
-        ("backend-2", "http://b", "k3y", "/health"),
+        ("backend-1", "http://a", "k3y", HEALTH),
+        ("backend-2", "http://b", "k3y", HEALTH),
     ]
     assert [(route.model, len(route.targets)) for route in found.routes] == [("*", 1)]
     monkeypatch.delenv("GATEWAY_BACKEND_URLS")
@@ -170,7 +181,26 @@ WRONG = [
     (
         f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, to: x}}]",
         "targets[0]: to: ",
-        "allowed: backend, model",
+        "allowed: backend, model, weight",
+    ),
+    (f"backends: {{a: {A}}}\nroutes:\n  - model: 'a*b'\n    targets: [{{backend: a}}]", "3, routes[0].model: ", "last"),
+    *(
+        (
+            f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, weight: {weight}}}]",
+            ", line 4, routes[0].targets[0].weight: ",
+            "whole number of at least 0",
+        )
+        for weight in ("-1", "0.5", "'1'", "true", "", "0x10", "1_000", "[1]")
+    ),
+    (
+        f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, weight: 1}}, {{backend: a}}]",
+        ", line 4, routes[0].targets[1]: ",
+        "needs a weight",
+    ),
+    (
+        f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, weight: 0}}]",
+        ", line 4, routes[0].targets: ",
+        "above 0",
     ),
     ("backends: {a: [\n", ", line 2: ", ""),
     ("backends:\n\ta: 1\n", ", line 2: ", ""),
@@ -212,3 +242,166 @@ def test_a_probe_may_be_switched_off(tmp_path: Path, no: str) -> None:
     found = routing(tmp_path, f"backends: {{a: {{url: http://h, probe: {no}}}}}\n{ROUTES}")
 
     assert found.backends[0].replicas[0].probe is None
+
+
+def backend(tmp_path: Path, more: str, url: str = "http://h") -> ReplicaConfig:
+    """The backend `a` with further keys."""
+    return routing(tmp_path, f"backends:\n  a:\n    url: {url}\n    {more}\n{ROUTES}").backends[0].replicas[0]
+
+
+def test_a_backend_has_headers_a_query_timeouts_and_a_limit_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_KEY", "k3y")
+    monkeypatch.setenv("OTHER", "s3cret")
+    file = tmp_path / "gateway.yaml"
+    file.write_text(
+        dedent("""
+            backends:
+              a:
+                urls: [http://h, http://i]
+                api_key_env: A_KEY
+                api_key_header: Api-Key
+                headers: {X-Title: my app, x-count: 5, CF-Access-Client-Secret: {env: OTHER}, x-api-key: written}
+                query: {api-version: 2024-10-21, deployment: "a b&c"}
+                timeouts: {connect: 2, first_token: 0.5, answer: 300}
+                max_in_flight: 64
+                probe: {path: /up, timeout: 5}
+            routes: [{model: m, targets: [{backend: a}]}]
+        """)
+    )
+    (config,) = load_routing(load(gateway_config=file, gateway_idle_timeout=7, gateway_probe_interval=9)).backends
+    first, second = config.replicas
+
+    assert (first.name, first.url, second.name, second.url) == ("a-1", "http://h", "a-2", "http://i")
+    for replica in config.replicas:
+        assert (replica.api_key, replica.api_key_header) == ("k3y", "api-key")
+        assert replica.headers == (("x-title", "my app"), ("x-count", "5"))
+        assert replica.secret_headers == (("cf-access-client-secret", "s3cret"), ("x-api-key", "written"))
+        assert replica.query == (("api-version", "2024-10-21"), ("deployment", "a b&c"))
+        assert replica.timeouts == Timeouts(connect=2, first_token=0.5, answer=300, idle=7)
+        assert replica.max_in_flight == 64
+        assert replica.probe == ProbeConfig("/up", timeout=5, interval=9)
+    assert "s3cret" not in repr(config)
+    assert "k3y" not in repr(config)
+
+
+def test_the_environment_says_what_a_probe_is_where_the_file_does_not(tmp_path: Path) -> None:
+    (tmp_path / "gateway.yaml").write_text(
+        f"backends: {{a: {A}, b: {{url: http://h, probe: {{interval: 5}}}},\n c: {{url: http://h, probe: /up}}}}\n"
+        + ROUTES
+    )
+    settings = {"gateway_config": tmp_path / "gateway.yaml", "gateway_probe_timeout": 3}
+
+    found = load_routing(load(**settings, gateway_probe_path="/livez")).backends
+    assert [each.replicas[0].probe for each in found] == [
+        ProbeConfig("/livez", 3, 2),
+        ProbeConfig("/livez", 3, 5),
+        ProbeConfig("/up", 3, 2),
+    ]
+    with pytest.raises(
+        SettingsError, match=r"line 1, backends\.b\.probe: needs a path, since GATEWAY_PROBE_PATH is empty"
+    ):
+        load_routing(load(**settings, gateway_probe_path=""))
+
+
+def test_without_a_probe_path_there_are_no_probes() -> None:
+    assert load_routing(load(gateway_probe_path="")).backends[0].replicas[0].probe is None
+
+
+WRONG_KEYS = [
+    *((f"max_in_flight: {value}", "max_in_flight: ", "at least 1") for value in ("0", "-1", "1.5", "many", "true")),
+    *(
+        (f"timeouts: {{idle: {value}}}", "timeouts.idle: ", "seconds greater than 0")
+        for value in ("0", "-1", ".inf", ".nan", "'5'", "true", "[]", "1:30")
+    ),
+    ("timeouts: 5", "timeouts: ", "mapping"),
+    ("timeouts: {total: 5}", "timeouts: total: ", "allowed: answer, connect, first_token, idle"),
+    ("probe: {path: health}", "probe.path: ", "begins with '/'"),
+    ("probe: {path: /a b}", "probe.path: ", "begins with '/'"),
+    ("probe: {every: 5}", "probe: every: ", "allowed: interval, path, timeout"),
+    *((f"probe: {{{key}: 0}}", f"probe.{key}: ", "greater than 0") for key in ("timeout", "interval")),
+    ("query: [a]", "query: ", "mapping"),
+    ("query: {a: [1]}", "query.a: ", "text"),
+    ("query: {a: }", "query.a: ", "text"),
+    ("query: {a: 1, a: 2}", "query: a: ", "twice"),
+    ("headers: {'x y': 1}", "headers.x y: ", "cannot be the name"),
+    ("headers: {'': 1}", "headers.: ", "cannot be the name"),
+    ("headers: {x: }", "headers.x: ", "text"),
+    ("headers: {x: 'a\u0308'}", "headers.x: ", "ASCII"),
+    ('headers: {x: "a\\r\\nb: c"}', "headers.x: ", "line ends"),
+    ("headers: {x: ' a'}", "headers.x: ", "outer spaces"),
+    ("headers: {x: 1, X: 2}", "headers.X: ", "twice"),
+    ("headers: {x: {env: NOPE}}", "headers.x.env: ", "neither NOPE nor NOPE_FILE"),
+    ("headers: {x: {file: NOPE}}", "headers.x: file: ", "allowed: env"),
+    ("headers: {x: {env: LINES}}", "headers.x: ", "the value of LINES"),
+    *(
+        (f"headers: {{{name}: x}}", f"headers.{name}: ", "sets this header itself")
+        for name in ("Host", "content-length", "Connection", "transfer-encoding", "traceparent", "X-Request-Id", "te")
+    ),
+    ("api_key_header: api-key", "api_key_header: ", "api_key_env"),
+    ("api_key_env: A_KEY, api_key_header: host", "api_key_header: ", "sets this header itself"),
+    ("api_key_env: A_KEY, headers: {Authorization: x}", "headers.Authorization: ", "api_key_env"),
+    ("api_key_env: A_KEY, api_key_header: X-Key, headers: {x-key: x}", "headers.x-key: ", "api_key_env"),
+    ("ask_usage: true", "ask_usage: ", "unknown key"),
+    ("tls: {ca: nowhere.pem}", "tls.ca: ", "No such file"),
+    ("tls: {ca: gateway.yaml}", "tls.ca: ", "no certificate"),
+    ("tls: {cert: gateway.yaml}", "tls.cert: ", "a certificate and its key"),
+    ("tls: {key: gateway.yaml}", "tls: ", "needs cert"),
+    ("tls: {pem: x}", "tls: pem: ", "allowed: ca, cert, key"),
+    ("tls: {}", "tls: ", "https://"),
+]
+
+
+@pytest.mark.parametrize(("more", "where", "why"), WRONG_KEYS)
+def test_a_wrong_key_of_a_backend_names_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, where: str, why: str
+) -> None:
+    monkeypatch.setenv("A_KEY", "k3y")
+    monkeypatch.setenv("LINES", "a\nb")
+    line = complaint(tmp_path, f"backends:\n  a: {{url: http://h,\n    {more}}}\n{ROUTES}")
+
+    assert line.startswith(", line 3, backends.a")
+    assert where in line
+    assert why in line
+
+
+def test_client_certificates_are_loaded_with_the_file(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    own, other = authority.issue_cert("gateway"), authority.issue_cert("other")
+    own.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    own.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    other.private_key_pem.write_to_path(str(tmp_path / "other.pem"))
+
+    locked = load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
+    (tmp_path / "locked.pem").write_bytes(
+        locked.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    )
+
+    context = backend(tmp_path, "tls: {ca: ca.pem, cert: cert.pem, key: key.pem}", "https://h").tls
+    assert context is not None
+    assert len(context.get_ca_certs()) == 1
+    assert backend(tmp_path, "probe: false", "https://h").tls is None
+    for key, why in (("other", "the key is for another certificate"), ("locked", "needs a certificate and its key")):
+        text = f"backends:\n  a:\n    url: https://h\n    tls: {{cert: cert.pem, key: {key}.pem}}\n{ROUTES}"
+        assert complaint(tmp_path, text).startswith(f", line 4, backends.a.tls.cert: {why}")
+
+
+def test_weights_and_prefixes_are_read(tmp_path: Path) -> None:
+    found = routing(
+        tmp_path,
+        f"""
+        backends: {{a: {A}, b: {A}}}
+        routes:
+          - model: "qwen-*"
+            targets: [{{backend: a, weight: 9}}, {{backend: b, model: x, weight: 1}}, {{backend: b, weight: 0}}]
+        """,
+    )
+
+    assert found.routes[0].model == "qwen-*"
+    assert found.routes[0].targets == (
+        TargetConfig("a", None, 9),
+        TargetConfig("b", "x", 1),
+        TargetConfig("b", None, 0),
+    )

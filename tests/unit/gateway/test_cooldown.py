@@ -112,6 +112,19 @@ def test_a_second_model_in_that_time_cools_the_whole_replica() -> None:
     assert [of.due(model) for model in ("m", "n", "another")] == [None, None, None]
 
 
+def test_the_success_of_one_model_does_not_shorten_the_cooldown_of_another() -> None:
+    clock = Clock()
+    of = cooldown(clock)
+    of.begin("m", 9, clock())
+    of.begin("n", 1, clock())
+    clock.forward(1)
+    of.take("n")
+    of.succeed("n", clock())
+
+    assert of.due("n") is None
+    assert of.due("m") == clock() + 8
+
+
 def test_what_has_long_ended_is_forgotten() -> None:
     clock = Clock()
     of = cooldown(clock)

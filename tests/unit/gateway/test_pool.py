@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend.client import authorization
+from gateway.backend.client import own_headers
 from gateway.config import load_routing
 from gateway.errors import (
     AuthRefused,
@@ -21,7 +22,7 @@ from gateway.policy.breaker import Breaker
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.lease import Lease
 from gateway.policy.outage import Outage
-from gateway.policy.pool import Pool
+from gateway.policy.pool import Pool, Target
 from gateway.policy.replica import Probe, Replica
 from gateway.policy.retry_budget import RetryBudget
 from gateway.settings import load
@@ -206,9 +207,9 @@ def test_the_status_follows_breaker_probe_and_last_attempt() -> None:
     clock = Clock()
     of = replica(clock=clock)
     assert of.status == "ok"
-    of.probe = Probe(ok=False, latency=0.1, at=clock())
-    assert of.status == "down"
-    of.probe = Probe(ok=True, latency=0.1, at=clock())
+    probe(of, ok=False)
+    assert of.status == "degraded"
+    probe(of, ok=True)
     assert of.status == "ok"
     fail(of, Unreachable("no"))
     assert of.status == "degraded"
@@ -218,6 +219,35 @@ def test_the_status_follows_breaker_probe_and_last_attempt() -> None:
     assert of.status == "degraded"
     leased(of).succeed()
     assert of.status == "ok"
+
+
+def probe(of: Replica, *, ok: bool) -> None:
+    of.note_probe(Probe(ok=ok, latency=0.1, at=of.clock()))
+
+
+def test_three_failed_probes_in_a_row_are_down_unless_an_attempt_has_succeeded_since() -> None:
+    clock = Clock()
+    of = replica(clock=clock)
+    for _ in range(2):
+        probe(of, ok=False)
+        clock.forward(2)
+    assert of.status == "degraded"
+    leased(of).succeed()
+    clock.forward(1)
+    probe(of, ok=False)
+    assert of.status == "degraded"  # a success came between the first of the three and the last
+    clock.forward(2)
+    probe(of, ok=False)
+    assert of.status == "degraded"
+    clock.forward(2)
+    probe(of, ok=False)
+    assert of.status == "down"  # none came since the first of the last three
+    leased(of).succeed()
+    assert of.status == "degraded"
+    probe(of, ok=True)
+    assert of.status == "ok"
+    probe(of, ok=False)
+    assert of.status == "degraded"
 
 
 def test_the_last_error_says_what_when_and_where() -> None:
@@ -232,31 +262,81 @@ def test_the_last_error_says_what_when_and_where() -> None:
 @pytest.mark.parametrize(
     ("url", "base", "origin", "host", "port"),
     [
-        ("http://h", "http://h", "http://h", "h", 80),
-        ("http://h/", "http://h", "http://h", "h", 80),
-        ("http://h/v1", "http://h", "http://h", "h", 80),
-        ("http://h:8001/v1/", "http://h:8001", "http://h:8001", "h", 8001),
-        ("https://h/openai/v1", "https://h/openai", "https://h", "h", 443),
-        ("https://h/openai/", "https://h/openai", "https://h", "h", 443),
-        ("http://h/v1/v1", "http://h/v1", "http://h", "h", 80),
+        ("http://h", "http://h/v1", "http://h", "h", 80),
+        ("http://h/", "http://h/v1", "http://h", "h", 80),
+        ("http://h/v1", "http://h/v1", "http://h", "h", 80),
+        ("http://h:8001/v1/", "http://h:8001/v1", "http://h:8001", "h", 8001),
+        ("https://h/openai/v1", "https://h/openai/v1", "https://h", "h", 443),
+        ("https://h/v1beta/openai", "https://h/v1beta/openai", "https://h", "h", 443),
+        ("https://h/api/v3/", "https://h/api/v3", "https://h", "h", 443),
+        ("http://h/v1/v1", "http://h/v1/v1", "http://h", "h", 80),
         ("http://h/myv1", "http://h/myv1", "http://h", "h", 80),
-        ("http://[::1]:8001/v1", "http://[::1]:8001", "http://[::1]:8001", "::1", 8001),
-        ("http://me:s3cret@h:1/v1", "http://h:1", "http://h:1", "h", 1),
+        ("http://[::1]:8001/v1", "http://[::1]:8001/v1", "http://[::1]:8001", "::1", 8001),
+        ("http://me:s3cret@h:1/v1", "http://h:1/v1", "http://h:1", "h", 1),
     ],
 )
-def test_with_or_without_v1_a_url_is_the_same(url: str, base: str, origin: str, host: str, port: int) -> None:
+def test_a_url_is_a_base_as_the_sdks_take_it(url: str, base: str, origin: str, host: str, port: int) -> None:
     of = replica(url)
 
+    assert of.url_of("/v1/chat/completions") == f"{base}/chat/completions"
     assert (of.base, of.origin, of.host, of.port) == (base, origin, host, port)
     assert "s3cret" not in of.shown_url
 
 
 def test_user_info_is_sent_decoded_and_a_key_wins_over_it() -> None:
     of = replica("http://me:p%40ss%3A%C3%A9@h")
-    assert authorization(of) == [("authorization", "Basic bWU6cEBzczrDqQ==")]  # me:p@ss:é
-    of.api_key = "k3y"
-    assert authorization(of) == [("authorization", "Bearer k3y")]
-    assert authorization(replica()) == []
+    assert own_headers(of) == [("authorization", "Basic bWU6cEBzczrDqQ==")]  # me:p@ss:é
+    of.config = replace(of.config, api_key="k3y")
+    assert own_headers(of) == [("authorization", "Bearer k3y")]
+    of.config = replace(of.config, api_key_header="api-key", headers=(("x", "y"),), secret_headers=(("z", "s"),))
+    assert own_headers(of) == [("x", "y"), ("z", "s"), ("api-key", "k3y")]
+    of.config = replace(of.config, api_key=None, secret_headers=(("authorization", "Token t"),))
+    assert own_headers(of) == [("x", "y"), ("authorization", "Token t")]
+    assert own_headers(replica()) == []
+
+
+def test_the_query_of_a_backend_is_encoded() -> None:
+    of = replica()
+    assert of.query == ""
+    query = (("api-version", "2024-10-21"), ("a b", "c&d=é"))
+    of = Replica(
+        replace(of.config, query=query),
+        breaker=of.breaker,
+        cooldown=of.cooldown,
+        outage=of.outage,
+        budget=of.budget,
+        clock=of.clock,
+    )
+    assert of.query == "?api-version=2024-10-21&a%20b=c%26d%3D%C3%A9"
+
+
+def limited(of: Target, max_in_flight: int) -> Target:
+    """The same target; each of its replicas takes so many attempts at once."""
+    for each in of.replicas:
+        each._max_in_flight = max_in_flight
+    return of
+
+
+def test_a_full_replica_is_passed_over() -> None:
+    of = limited(target(Clock(), 3), 2)
+    leases = [leased(chosen) for _ in range(6) if (chosen := of.pick("m")) is not None]
+
+    assert [each.in_flight for each in of.replicas] == [2, 2, 2]
+    assert of.pick("m") is None
+    assert of.full
+    assert of.replicas[0].lease("m") is None
+    leases[0].succeed()
+    assert of.pick("m") is leases[0].replica
+    assert of.retry_in() is None
+
+
+def test_a_target_whose_breakers_are_open_is_not_full() -> None:
+    of = limited(target(Clock(), 1), 1)
+    leased(of.replicas[0])
+    trip(of.replicas[0])
+
+    assert of.pick("m") is None
+    assert not of.full
 
 
 def routed(tmp_path: Path) -> Pool:
@@ -303,3 +383,59 @@ def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
 
     assert of.route("other") is None
     assert of.route("*") is None
+
+
+def with_routes(tmp_path: Path, routes: str, rng: Chance | None = None) -> Pool:
+    (tmp_path / "gateway.yaml").write_text(
+        f"backends: {{a: {{url: http://h}}, b: {{url: http://i}}}}\nroutes: {routes}"
+    )
+    settings = load(gateway_config=tmp_path / "gateway.yaml")
+    return pool_of(load_routing(settings), settings, Clock(), rng or Chance())
+
+
+CANARY = (
+    "[{model: m, targets: [{backend: a, model: spare, weight: 0}, "
+    "{backend: a, weight: 9}, {backend: b, model: new, weight: 1}]}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("draw", "order"), [(0.0, [1, 0, 2]), (0.89, [1, 0, 2]), (0.9, [2, 0, 1]), (0.999999999, [2, 0, 1])]
+)
+def test_the_first_target_is_drawn_and_the_others_follow_in_their_order(
+    tmp_path: Path, draw: float, order: list[int]
+) -> None:
+    (route,) = with_routes(tmp_path, CANARY, Chance(draw)).routes
+
+    assert route.weighted
+    assert route.order() == tuple(route.targets[n] for n in order)
+
+
+def test_weights_are_shares_of_the_requests(tmp_path: Path) -> None:
+    (route,) = with_routes(tmp_path, CANARY).routes
+    first = Counter(route.order()[0] for _ in range(10_000))
+
+    assert set(first) == set(route.targets[1:])
+    assert 850 < first[route.targets[2]] < 1150  # 5 standard deviations
+
+
+def test_without_weights_nothing_is_drawn(tmp_path: Path) -> None:
+    (route,) = with_routes(tmp_path, "[{model: m, targets: [{backend: a}, {backend: b}]}]").routes
+
+    assert not route.weighted
+    assert route.order() is route.targets
+
+
+def test_a_prefix_matches_the_names_that_begin_with_it_and_is_no_model(tmp_path: Path) -> None:
+    of = with_routes(
+        tmp_path,
+        "[{model: qwen-max, targets: [{backend: a}]}, {model: 'qwen-*', targets: [{backend: b}]}, "
+        "{model: m, targets: [{backend: a}]}]",
+    )
+
+    assert of.route("qwen-max") is of.routes[0]
+    assert of.route("qwen-") is of.routes[1]
+    assert of.route("qwen-3/8b") is of.routes[1]
+    assert of.route("qwen") is None
+    assert of.route("my-qwen-3") is None
+    assert of.models == ["qwen-max", "m"]

@@ -36,10 +36,11 @@ WRONG = [
     ("GATEWAY_TRACE_KEEP_SLOW", "0", "greater than 0"),
     ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
     ("GATEWAY_RETRY_BUDGET", "-0.1", "0"),
+    *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("health", "/a b", "/ä", "/a#b", "http://h/health")),
 ]
 POSITIVE = [
     *("REQUEST_DEADLINE", "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "ANSWER_TIMEOUT", "IDLE_TIMEOUT", "BODY_TIMEOUT"),
-    *("BREAKER_OPEN_SECONDS", "BREAKER_OPEN_MAX", "QUEUE_TIMEOUT", "PROBE_INTERVAL"),
+    *("BREAKER_OPEN_SECONDS", "BREAKER_OPEN_MAX", "QUEUE_TIMEOUT", "PROBE_INTERVAL", "PROBE_TIMEOUT"),
 ]
 NOT_NEGATIVE = [
     *("HEARTBEAT", "BACKOFF_INITIAL", "BACKOFF_MAX", "RETRY_AFTER_MAX", "RETRY_BUDGET", "SHUTDOWN_GRACE"),
@@ -135,7 +136,7 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "retry_floor": 10,
         "breaker_failures": 5,
         "breaker_open_seconds": 5,
-        "breaker_open_max": 30,
+        "breaker_open_max": 10,
         "max_in_flight": 1024,
         "max_queue": 256,
         "queue_timeout": 2,
@@ -143,7 +144,9 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "max_answer_bytes": 67108864,
         "max_buffered_bytes": 268435456,
         "stream_commit": "first_token",
+        "probe_path": "/health",
         "probe_interval": 2,
+        "probe_timeout": 2,
         "shutdown_grace": 20,
         "capture_content": False,
         "trace_keep_slow": 10,
@@ -156,6 +159,8 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name.upper(), "")
     for name in SECRETS:
         monkeypatch.setenv(f"{name}_FILE", "")
+    assert load().gateway_probe_path == ""
+    monkeypatch.delenv("GATEWAY_PROBE_PATH")
 
     assert load() == Settings.model_construct(**{name: getattr(Settings(), name) for name in Settings.model_fields})
     assert load().gateway_api_keys == []

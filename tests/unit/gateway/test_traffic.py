@@ -1,5 +1,7 @@
 """A failure must not draw traffic: two or three replicas, one of which fails fast, 20 requests a second for 10 s."""
 
+import asyncio
+
 import pytest
 
 from gateway.errors import BackendError, ConnectionFailed, InvalidResponse, RateLimited, Unreachable
@@ -130,5 +132,31 @@ def test_the_request_of_a_failed_trial_goes_to_another_replica_off_the_budget() 
         await scene.traffic(2, 60)
         assert len(scene.failed) <= 2
         assert scene.calls_of("a-1")[-1] > 20, "it was tried again"
+
+    run(story)
+
+
+def test_a_full_backend_has_a_queue_of_its_own() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": lambda _at, _body: (0.5, None)}, gateway_queue_timeout=2)
+        scene.limit(2)
+        tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(12)]
+        ended = await asyncio.gather(*tasks)
+        answered = [number for number, each in enumerate(ended) if each.error is None]
+        assert answered == list(range(8)), "two at a time, in order, within two seconds"
+        assert {getattr(each.error, "reason", None) for each in ended[8:]} == {"backend_full"}
+        assert [wait.kind for wait in ended[5].record.waits] == ["full"]
+        scene.check_at_rest()
+
+    run(story)
+
+
+def test_a_full_backend_sends_its_requests_to_the_next_target() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": lambda _at, _body: (0.5, None), "b-1": well})
+        scene.limit(1)
+        ended = await asyncio.gather(*(scene.send(prompt(number)) for number in range(2)))
+        assert [name for _, name, _ in scene.calls] == ["a-1", "b-1"]
+        assert [each.error for each in ended] == [None, None]
 
     run(story)
