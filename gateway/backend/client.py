@@ -11,11 +11,12 @@ from yarl import URL
 
 from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
 from gateway.backend.failures import failure_of, why_unreachable
+from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
 from gateway.errors import AnswerTooLarge, InvalidRequest, InvalidResponse
 from gateway.headers import lines_of, passed_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from ssl import SSLContext
 
     from aiohttp.connector import Connection
@@ -184,12 +185,14 @@ class Exchange:
         headers: of the answer.
     """
 
-    __slots__ = ("_connection", "_content", "_peeked", "headers", "status")
+    __slots__ = ("_connection", "_content", "_decoded", "_decoder", "_peeked", "headers", "status")
 
     def __init__(self, connection: "Connection", message: "RawResponseMessage", content: aiohttp.StreamReader) -> None:
         self._connection = connection
         self._content = content
         self._peeked = b""
+        self._decoder: Decoder | None = None
+        self._decoded: Iterator[bytes] | None = None  # what is there, piece by piece; None: all of it has been read
         self.status = message.code
         self.headers = message.headers
 
@@ -198,14 +201,20 @@ class Exchange:
         """The media type, in lower case, without parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
-    def check_plain(self) -> None:
-        """Check that a good answer is not compressed: we asked for identity, and pass no `content-encoding` on.
+    def decode_within(self, limit: int) -> None:
+        """Decode the body as it is read, if it is compressed: we asked for identity, and some compress all the same.
 
         Raises:
-            InvalidResponse: it is compressed.
+            InvalidResponse: in a coding that is unknown here.
         """
-        if self.headers.get("Content-Encoding", "").lower() not in {"", "identity"}:
-            raise InvalidResponse("The backend's answer is compressed, although plain bytes were asked for.")
+        if "Content-Encoding" not in self.headers:
+            return
+        try:
+            coding = coding_of(self.headers.getall("Content-Encoding"))
+        except CodingError as unknown:
+            raise InvalidResponse(f"The backend's answer {unknown}.") from None
+        if coding is not None:
+            self._decoder, self._decoded = Decoder(coding, limit), iter(())
 
     @property
     def request_id(self) -> str | None:
@@ -222,6 +231,8 @@ class Exchange:
     @property
     def at_end(self) -> bool:
         """Whether the whole body has come and been read."""
+        if self._decoder is not None and self._decoded is not None:
+            return False
         return self._content.at_eof() and not self._peeked
 
     def passed_headers(self) -> dict[str, str]:
@@ -232,11 +243,29 @@ class Exchange:
         """Return the next bytes of the body, `b""` at its end.
 
         Raises:
-            InvalidResponse: the body was cut off.
+            InvalidResponse: the body was cut off, or cannot be decoded.
         """
         if self._peeked:
             peeked, self._peeked = self._peeked, b""
             return peeked
+        return await (self._read_raw() if self._decoder is None else self._read_decoded(self._decoder))
+
+    async def _read_decoded(self, decoder: Decoder) -> bytes:
+        try:
+            while self._decoded is not None:
+                for piece in self._decoded:
+                    if piece:
+                        return piece
+                raw = await self._read_raw()
+                self._decoded = decoder.pieces(raw) if raw else None
+            decoder.end()
+        except DecodedTooLarge as error:
+            raise AnswerTooLarge(f"The backend's answer {error}.") from None
+        except CodingError as error:
+            raise InvalidResponse(f"The backend's answer {error}.") from None
+        return b""
+
+    async def _read_raw(self) -> bytes:
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, OSError):
@@ -252,14 +281,15 @@ class Exchange:
             AnswerTooLarge: it is larger than `limit` bytes.
             GatewayOverloaded: the share cannot hold it.
         """
-        if self._content.is_eof() and self._content.exception() is None:  # it came with its headers
+        # Most bodies come with their headers.
+        if self._decoder is None and self._content.is_eof() and self._content.exception() is None:
             whole = self._content.read_nowait()
             if len(whole) > limit:
                 raise _too_large(limit)
             share.hold(len(whole))
             return whole
         pieces, size = [], 0
-        while not self._content.at_eof():
+        while not self.at_end:
             if not self._content.is_eof():
                 each_read()
             piece = await self.read()

@@ -37,7 +37,7 @@ class GoodAnswer:
     content_type = "application/json"
     request_id: str | None = None
 
-    def check_plain(self) -> None:
+    def decode_within(self, limit: int) -> None:
         """It is plain."""
 
     def passed_headers(self) -> dict[str, str]:
