@@ -93,7 +93,7 @@ class Forwarder:
         targets = self._draw(call, route) if route.weighted else route.targets
         for target in targets:
             if failure is not None:
-                if call.deadline.left_to_commit() < self._policy.connect_timeout:
+                if call.deadline.left_to_commit() < target.connect_timeout:
                     record.stop_reason = "deadline"
                     break
                 record.attempt.decision = "fallback"

@@ -41,6 +41,11 @@ class Target:
         """Whether a replica would be asked if it had not as many attempts under way as it may have."""
         return any(replica.full and replica.breaker.admits for replica in self.replicas)
 
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds for a connection: with less of the deadline left, an attempt makes no sense."""
+        return self.replicas[0].timeouts.connect
+
     def pick(self, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return the less busy of two random replicas that admit an attempt (the power of two choices), or None."""
         if len(self.replicas) > 2 and not without:  # noqa: PLR2004
