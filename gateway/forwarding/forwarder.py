@@ -122,7 +122,7 @@ class Forwarder:
         failure: BackendError | None = None
         skipped: Target | None = None
         for target in _in_order(call):
-            if failure is not None and call.deadline.left_to_commit() < self._policy.connect_timeout:
+            if failure is not None and call.deadline.left_to_commit() < target.connect_timeout:
                 record.stop_reason = "deadline"
                 break
             lease = self._first_lease(call, target)

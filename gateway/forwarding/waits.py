@@ -44,7 +44,7 @@ class Waits:
         self._policy = policy
         self._limit = limit
         self._clock = clock
-        self._end = call.deadline.commit_by - policy.connect_timeout
+        self._end = call.deadline.commit_by - min(target.connect_timeout for target in call.targets)
         self._bridged_until = math.inf
         self._cooled = 0.0
         self._again = False

@@ -42,6 +42,11 @@ class Target:
         """Whether a replica would be asked if it had not as many attempts under way as it may have."""
         return any(replica.full and replica.breaker.admits for replica in self.replicas)
 
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds for a connection: with less of the deadline left, an attempt makes no sense."""
+        return self.replicas[0].timeouts.connect
+
     def pick(self, model: str, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return a replica that admits an attempt for the model, or None.
 

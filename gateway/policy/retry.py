@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 class RetryPolicy:
-    """The numbers of the policy: attempts per target, backoffs, and what another attempt needs of the deadline."""
+    """The numbers of the policy: attempts per target, and backoffs."""
 
     def __init__(self, settings: "Settings", rng: "Random") -> None:
         self.max_attempts = settings.gateway_max_attempts
         self.queue_timeout = settings.gateway_queue_timeout
         self.retry_after_max = settings.gateway_retry_after_max
-        self.connect_timeout = settings.gateway_connect_timeout
         self._longest = wait_exponential(multiplier=settings.gateway_backoff_initial, max=settings.gateway_backoff_max)
         self._rng = rng
 
@@ -98,7 +97,7 @@ class Retry:
         """
         self._next, self._free = None, False
         seconds = self._decide(failure, state)
-        if self.stopped is None and seconds + self._policy.connect_timeout > self._deadline.left_to_commit():
+        if self.stopped is None and seconds + self._target.connect_timeout > self._deadline.left_to_commit():
             self.stopped = "deadline"
         if self.stopped is not None:
             raise failure

@@ -242,7 +242,7 @@ async def stall(call: RawCall) -> None:
 
 
 TIMERS = dict.fromkeys(
-    ("gateway_connect_timeout", "gateway_first_token_timeout", "gateway_answer_timeout", "gateway_idle_timeout"), LONG
+    ("gateway_connect_timeout", "gateway_first_token_timeout", "gateway_answer_timeout", "gateway_idle_timeout"), 300
 )
 
 
