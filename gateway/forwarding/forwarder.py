@@ -299,7 +299,7 @@ def _in_order(call: "Call") -> "tuple[Target, ...]":
     targets = call.targets
     if len(targets) == 1:
         return targets
-    return tuple(sorted(targets, key=lambda target: target.is_avoided(target.model or call.model)))
+    return tuple(sorted(targets, key=lambda target: target.refuses(target.model or call.model)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:
