@@ -97,9 +97,9 @@ class Attempts:
         except BackendError as failure:
             self._end(attempt, failure)
             before = replica.breaker.state
-            counted = replica in call.counted
-            lease.fail(failure, f"{call.record.trace_id:032x}", counted=counted, body=call.fingerprint)
-            call.counted.add(replica)
+            trace_id, counted = f"{call.record.trace_id:032x}", replica in call.counted
+            if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint):
+                call.counted.add(replica)
             self._note_breaker(call.record, replica, before)
             if failure.cools:
                 left = (replica.cooldown.due(lease.model) or self._clock()) - self._clock()
@@ -180,6 +180,8 @@ class Attempts:
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
         failure = call.prompt.dialect.read_error_inside(error.words, passed, wait)
+        if error.words.number is None or call.committed:
+            failure.outage = False  # that it cannot be used, it would have said before an answer
         if call.committed:
             failure.event = error.event
             failure.outcome = error.outcome

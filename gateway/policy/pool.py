@@ -71,10 +71,10 @@ class Target:
         return bool(able) and all(replica.refuses(model) for replica in able)
 
     def free_at(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
-        """Return the instant at which the first replica admits an attempt; None while all breakers are open."""
+        """Return the instant at which the first replica admits an attempt; 0 when one does, None when none will."""
         return min(
             (
-                replica.cooldown.due(model) or replica.clock()
+                replica.cooldown.due(model) or 0.0
                 for replica in self.replicas
                 if replica not in without and replica.breaker.admits and not replica.full
             ),
