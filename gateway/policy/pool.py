@@ -69,11 +69,14 @@ class Target:
         """Return whether each replica that admits an attempt is avoided for the model."""
         return all(replica.is_avoided(model) for replica in self.replicas if replica.admits(model))
 
-    def free_at(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
-        """Return the instant at which the first replica admits an attempt; None while all breakers are open."""
+    def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
+        """Return the instant at which the first replica admits an attempt: `now` when one does.
+
+        None while all breakers are open.
+        """
         return min(
             (
-                replica.cooldown.due(model) or replica.clock()
+                replica.cooldown.due(model) or now
                 for replica in self.replicas
                 if replica not in without and replica.breaker.admits and not replica.full
             ),
