@@ -151,9 +151,7 @@ async def test_signs_of_life_are_waited_for_when_the_other_replica_was_silent(
     assert await breaker_and_failures(gateway, 1) == ("closed", 0)
 
 
-async def test_signs_of_life_are_waited_for_until_the_deadline(
-    start_raw: StartRaw, start_gateway: StartGateway
-) -> None:
+async def test_signs_of_life_are_followed_until_the_deadline(start_raw: StartRaw, start_gateway: StartGateway) -> None:
     backend = await start_raw(lambda call: think(call, SIGNS["comments"], ENDLESS))
     gateway = await start_gateway(backend.url, gateway_first_token_timeout=SHORT, gateway_breaker_failures=1)
     answer = await _meets_its_deadline(gateway, deadline=1, stream=True)
