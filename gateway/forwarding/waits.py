@@ -107,7 +107,7 @@ class Waits:
                 places.append(Place(FULL, target, model, now))
             if outage.is_bridged and now < self._bridged_until:
                 places.append(Place(BRIDGING, target, model, outage.trial_due))
-            due = target.free_at(model, without=self._left_out(target))
+            due = target.free_at(model, now, without=self._left_out(target))
             may_be_now = not outage.is_bridged and (failure is None or failure.cools)
             if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
                 places.append(Place(COOLDOWN, target, model, due))
@@ -171,7 +171,7 @@ class Waits:
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
 
     def _end_of_cooldown(self, place: Place) -> float:
-        due = place.target.free_at(place.model, without=self._left_out(place.target))
+        due = place.target.free_at(place.model, -math.inf, without=self._left_out(place.target))
         return due if due is not None else math.inf
 
     def _lease(self, place: Place, chance: Chance) -> "Lease | None":

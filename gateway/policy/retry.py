@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from tenacity import wait_exponential
 
+from gateway.policy.outage import TRIALS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
@@ -114,7 +116,7 @@ class Retry:
         if lease is None:
             self.stopped = self._why_nobody() or "breaker"
             raise failure
-        if not self._free and not lease.replica.budget.take():
+        if not self._free and not (self._left(lease.replica) and lease.replica.budget.take()):
             lease.release()
             self._refused = lease.replica
             self.stopped = "budget"
@@ -172,16 +174,25 @@ class Retry:
 
     def _pick(self, *, without: "Sequence[Replica]" = ()) -> "Replica | None":
         """Return one of the candidates that has a retry left, or needs none."""
-        able = [replica for replica in self._candidates() if self._free or replica.budget.left()]
+        able = [replica for replica in self._candidates() if self._free or self._left(replica)]
         others = [replica for replica in self._target.replicas if replica in without or replica not in able]
         return self._target.pick(self._model, without=others)
+
+    def _left(self, replica: "Replica") -> int:
+        """Return the retries that may be sent to a replica now.
+
+        While an outage is bridged, one that failed already keeps what the trials need: without them nobody would
+        notice its end.
+        """
+        left = replica.budget.left()
+        return max(0, left - TRIALS) if replica in self._tried and self._target.home.outage.is_bridged else left
 
     def _why_nobody(self) -> str | None:
         """Return why no replica could be asked when the next attempt is due, or None."""
         candidates = self._candidates()
         if not candidates:
             return "breaker"
-        if any(replica.budget.left() for replica in candidates):
+        if any(self._left(replica) for replica in candidates):
             return None
         self._refused = candidates[0]
         return "budget"
