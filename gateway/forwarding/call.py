@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.dialects.dialect import Prompt, StreamState
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
@@ -58,7 +60,7 @@ class Call:
         deadline: of the whole request.
         record: what happens is noted in it.
         sink: where a stream goes; None when none was asked for.
-        caller: who asks: the key, else the address.
+        caller: returns who asks: the key, else the address.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
         commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
@@ -99,7 +101,7 @@ class Call:
         *,
         model: str,
         targets: "tuple[Target, ...]",
-        caller: str,
+        caller: "Callable[[], str]",
         share: "Share",
         headers: list[tuple[str, str]],
         commit: "Commit",

@@ -148,7 +148,7 @@ class Waits:
                 )
             if place.kind == FULL:
                 self._queued = True
-                return await home.queue.wait(
+                return await home.full.wait(
                     size,
                     lambda: self._end_of_cooldown(place),
                     lambda: min(self._end, began + self._policy.queue_timeout),

@@ -91,7 +91,8 @@ class Outage:
         """Count the answer to an attempt that began in the outage with this number; 0 before the first one."""
         if number != self.number:
             return
-        self._bodies.clear()
+        if self._bodies:
+            self._bodies.clear()
         if self._began is not None:
             self._began = None
             self._due = math.inf

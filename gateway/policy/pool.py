@@ -185,7 +185,7 @@ class Pool:
             home.replicas = tuple(replica(each, home) for each in config.replicas)
             for each in home.replicas:
                 if each.config.max_in_flight is not None:
-                    each.freed = home.queue.wake
+                    each.freed = home.full.wake
             return home
 
         def replica(config: "ReplicaConfig", home: Backend) -> Replica:
