@@ -70,12 +70,14 @@ class Call:
         failed_before: the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
+        bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
     __slots__ = (
         "_fingerprint",
         "answer",
         "body",
+        "bridged",
         "caller",
         "commit",
         "counted",
@@ -122,6 +124,7 @@ class Call:
         self.failed_before: frozenset[Replica] | None = None
         self.given_up: set[Replica] = set()
         self.counted: set[Replica] = set()
+        self.bridged = 0
         self._fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:
@@ -129,6 +132,12 @@ class Call:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.prompt.path, self.prompt.body)
         return self._fingerprint
+
+    def attempts_at(self, target: "Target") -> int:
+        """Return the number of its attempts at a target that count towards the most of a target."""
+        names = {replica.name for replica in target.replicas}
+        made = sum(attempt.backend in names and not attempt.resend for attempt in self.record.attempts)
+        return made - self.bridged
 
     def may_go_elsewhere(self, replica: "Replica") -> bool:
         """Return whether another replica could be asked in place of this one."""

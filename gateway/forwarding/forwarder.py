@@ -211,6 +211,7 @@ class Forwarder:
             call.deadline,
             given_up=call.given_up,
             is_repeat=call.failed_before is not None,
+            made=max(0, call.attempts_at(target) - 1),
         )
         retry.count(lease.replica, failure, trial=lease.trial)
         try:

@@ -79,6 +79,7 @@ class Waits:
                 return None
             lease = self._lease(place, chance)
             if lease is not None:
+                self._call.bridged += place.kind == BRIDGING
                 return place.target, lease
             self._again = True
         return None
@@ -118,7 +119,7 @@ class Waits:
         return (
             due <= self._end
             and self._cooled + due - self._clock() <= self._policy.retry_after_max
-            and self._attempts_at(target) < self._policy.max_attempts
+            and self._call.attempts_at(target) < self._policy.max_attempts
         )
 
     def _left_out(self, target: "Target") -> "list[Replica]":
@@ -129,10 +130,6 @@ class Waits:
             for replica in target.replicas
             if replica in self._call.given_up or (needs_budget and not replica.budget.left())
         ]
-
-    def _attempts_at(self, target: "Target") -> int:
-        names = {replica.name for replica in target.replicas}
-        return sum(attempt.backend in names and not attempt.resend for attempt in self._call.record.attempts)
 
     async def _wait(self, place: Place) -> Chance | None:
         home, call = place.target.home, self._call

@@ -50,6 +50,7 @@ class Retry:
         deadline: of the request.
         given_up: the replicas that are not asked again for this request; shared with its other targets.
         is_repeat: whether the same request failed before: each replica is then asked once, without backoff.
+        made: attempts of the request at the target before the one that failed first here.
 
     Attributes:
         stopped: why no further attempt follows, or None.
@@ -64,6 +65,7 @@ class Retry:
         *,
         given_up: "set[Replica]",
         is_repeat: bool = False,
+        made: int = 0,
     ) -> None:
         self._policy = policy
         self._target = target
@@ -71,6 +73,7 @@ class Retry:
         self._deadline = deadline
         self._given_up = given_up
         self._is_repeat = is_repeat
+        self._made = made
         self._tried: list[Replica] = []  # those that failed, in order
         self._was_trial = False  # whether the latest attempt was the trial of a breaker
         self._next: Replica | None = None
@@ -148,7 +151,7 @@ class Retry:
     def _why_final(self, failure: "BackendError") -> str | None:
         if not failure.retried:
             return "not retryable"
-        if len(self._tried) >= self._policy.max_attempts:
+        if self._made + len(self._tried) >= self._policy.max_attempts:
             return "attempts"
         return None if self._tried[-1].budget.allows_any else "budget"
 

@@ -105,7 +105,7 @@ ROWS = {
     "empty stream": Row(cut("end", "between", 0), 3, BACKOFF, 502, UNREADABLE, stream=True),
     "garbage in a stream": Row({"kind": "malformed_event"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
     "html for a stream": Row({"kind": "html"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
-    "garbage as json for a stream": Row({"kind": "not_json"}, 1, AT_ONCE, 502, UNREADABLE, stream=True),
+    "garbage as json for a stream": Row({"kind": "not_json"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
     "json for a stream": Row(
         {"kind": "status", "with": {"status": 200, "body": {"id": "x", "choices": []}}},
         1,
