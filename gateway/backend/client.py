@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
+from multidict import istr
 from yarl import URL
 
 from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gateway.policy.byte_budget import Share
     from gateway.policy.replica import Replica
 
+X_REQUEST_ID, REQUEST_ID = istr("X-Request-Id"), istr("Request-Id")
 MAX_REQUEST_ID = 128
 """Characters; a longer id of a backend is not passed on."""
 
@@ -219,7 +221,9 @@ class Exchange:
     @property
     def request_id(self) -> str | None:
         """What the backend calls the request: 1 to 128 visible ASCII characters, or None."""
-        given = self.headers.get("x-request-id") or self.headers.get("request-id") or ""
+        given = self.headers.get(X_REQUEST_ID) or self.headers.get(REQUEST_ID)
+        if given is None:
+            return None
         is_fit = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
         return given if is_fit else None
 
@@ -248,7 +252,12 @@ class Exchange:
         if self._peeked:
             peeked, self._peeked = self._peeked, b""
             return peeked
-        return await (self._read_raw() if self._decoder is None else self._read_decoded(self._decoder))
+        if self._decoder is not None:
+            return await self._read_decoded(self._decoder)
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, OSError):
+            return self._came_before_cut()
 
     async def _read_decoded(self, decoder: Decoder) -> bytes:
         try:
@@ -256,7 +265,10 @@ class Exchange:
                 for piece in self._decoded:
                     if piece:
                         return piece
-                raw = await self._read_raw()
+                try:
+                    raw = await self._content.readany()
+                except (aiohttp.ClientError, OSError):
+                    raw = self._came_before_cut()
                 self._decoded = decoder.pieces(raw) if raw else None
             decoder.end()
         except DecodedTooLarge as error:
@@ -265,13 +277,11 @@ class Exchange:
             raise InvalidResponse(f"The backend's answer {error}.") from None
         return b""
 
-    async def _read_raw(self) -> bytes:
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, OSError):
-            if came_before := unread(self._content):
-                return came_before
-            raise InvalidResponse("The backend's answer was cut off.") from None
+    def _came_before_cut(self) -> bytes:
+        """Return what came before a body was cut off. Raises: InvalidResponse, when all of that has been read."""
+        if came_before := unread(self._content):
+            return came_before
+        raise InvalidResponse("The backend's answer was cut off.") from None
 
     async def read_whole(self, share: "Share", limit: int, each_read: "Callable[[], None]") -> bytes:
         """Return the whole body, held by `share`; `each_read` is called before each read that may have to wait.

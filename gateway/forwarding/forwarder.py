@@ -85,7 +85,7 @@ class Forwarder:
                 call.record.queued = self._clock() - queued_at
         failure: BackendError | None = None
         try:
-            if self._repeats:
+            if self._repeats.failed:
                 self._look_up(call)
             answered = False
             try:
@@ -110,7 +110,7 @@ class Forwarder:
     def _look_up(self, call: "Call") -> None:
         """Find out whether the same request failed a short time ago."""
         self._repeats.expire()
-        if self._repeats:
+        if self._repeats.failed:
             call.failed_before = self._repeats.failed_by(call.caller(), call.fingerprint())
 
     async def _try_targets(

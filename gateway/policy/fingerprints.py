@@ -46,32 +46,32 @@ class Repeats:
     """The requests that failed after more than one attempt, each with the replicas that failed it.
 
     Many clients do not know `x-should-retry`, and send a failed request again.
+
+    Attributes:
+        failed: until when each is remembered, and the replicas, by caller and body; the oldest first.
     """
 
     def __init__(self, clock: "Callable[[], float]") -> None:
         self._clock = clock
-        self._failed: dict[tuple[str, bytes], tuple[float, frozenset[Replica]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._failed)
+        self.failed: dict[tuple[str, bytes], tuple[float, frozenset[Replica]]] = {}
 
     def add(self, caller: str, body: bytes, replicas: "frozenset[Replica]") -> None:
         """Remember a request that failed."""
-        self._failed.pop((caller, body), None)
-        self._failed[caller, body] = self._clock() + REPEAT, replicas
-        if len(self._failed) > MAX_FINGERPRINTS:
-            del self._failed[next(iter(self._failed))]
+        self.failed.pop((caller, body), None)
+        self.failed[caller, body] = self._clock() + REPEAT, replicas
+        if len(self.failed) > MAX_FINGERPRINTS:
+            del self.failed[next(iter(self.failed))]
 
     def failed_by(self, caller: str, body: bytes) -> "frozenset[Replica] | None":
         """Return the replicas that failed the same request before; None when it is no repeat."""
-        until, replicas = self._failed.get((caller, body), (0.0, frozenset()))
+        until, replicas = self.failed.get((caller, body), (0.0, frozenset()))
         if until > self._clock():
             return replicas
-        self._failed.pop((caller, body), None)
+        self.failed.pop((caller, body), None)
         return None
 
     def expire(self) -> None:
         """Forget what is too old, oldest first."""
         now = self._clock()
-        while self._failed and next(iter(self._failed.values()))[0] <= now:
-            del self._failed[next(iter(self._failed))]
+        while self.failed and next(iter(self.failed.values()))[0] <= now:
+            del self.failed[next(iter(self.failed))]

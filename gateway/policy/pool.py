@@ -52,6 +52,9 @@ class Target:
 
         It is the less busy of two random ones (the power of two choices). One that is avoided comes after all others.
         """
+        if len(self.replicas) == 1:
+            only = self.replicas[0]
+            return only if only not in without and only.admits(model) else None
         if len(self.replicas) > 2 and not without:  # noqa: PLR2004
             pair = self._rng.sample(self.replicas, 2)  # usually both admit, and the others need not be looked at
             if all(replica.admits(model) and not replica.is_avoided(model) for replica in pair):

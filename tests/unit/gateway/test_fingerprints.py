@@ -32,7 +32,7 @@ def test_a_repeat_is_of_the_same_caller_within_half_a_minute() -> None:
     assert repeats.failed_by("one", b"2") is None
     clock.forward(REPEAT)
     repeats.expire()
-    assert not repeats
+    assert not repeats.failed
     assert repeats.failed_by("one", b"1") is None
 
 
@@ -43,5 +43,5 @@ def test_their_number_is_bounded() -> None:
         repeats.add("one", str(number).encode(), frozenset())
         bad.add(str(number).encode())
 
-    assert len(repeats._failed) == len(bad._until) == MAX_FINGERPRINTS
+    assert len(repeats.failed) == len(bad._until) == MAX_FINGERPRINTS
     assert repeats.failed_by("one", str(3 * MAX_FINGERPRINTS - 1).encode()) is not None
