@@ -17,6 +17,8 @@ MAX_DEPTH = 500
 versions and tens of thousands in others, and a backend that receives deeper JSON may fail on it."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some clients write it before a text. RFC 8259, section 8.1, lets a reader ignore it."""
+SHALLOW = 2 * MAX_DEPTH
+"""Bytes; a shorter text cannot be deeper, since each level takes two."""
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What these functions raise for text that is not JSON."""
 
@@ -122,7 +124,7 @@ def value_after(name: str, data: bytes, value: bytes) -> int | None:
 
 def _check_depth(data: bytes) -> None:
     """Check the depth of valid JSON; what has few brackets, texts included, cannot be deep. Raises: RecursionError."""
-    if len(data) <= 2 * MAX_DEPTH or data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+    if len(data) <= SHALLOW or data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     # Without escapes every quote begins or ends a text; two adjacent ones do not affect the brackets after them.
     marks = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS).replace(b'""', b"")

@@ -26,11 +26,14 @@ Tokens = Annotated[int | float, Meta(description="a number")]
 LARGE_VALUE = 512
 SMALL_VALUE = 16
 """Bytes; the names of a body are searched without the values that are larger: first the large ones, then nearly all."""
+SMALL_BODY = 65_536
+"""Bytes; a larger body is not copied to be compared."""
 LARGE_LIST = 1 << 20
 """Bytes; of a larger list the wrong item is not searched for."""
 
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 """Of a name that is read: they consist of small letters and underscores."""
+_encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -86,8 +89,11 @@ def _check_names(names: dict[str, bytes], body: bytes) -> None:
         for name in members:
             if name not in names and (low := name.lower()) in names:
                 raise InvalidRequest(f"`{low}` must be written in lower case.", param=low)
-    least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
-    if len(body) == least:  # quotes, colons, commas and braces: there is no room for anything that comes twice
+    if len(body) <= SMALL_BODY:
+        least = len(_encode(members))
+    else:  # quotes, colons, commas and braces
+        least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
+    if len(body) == least:  # there is no room for anything that comes twice
         return
     _check_repeats(names, members, body)
 

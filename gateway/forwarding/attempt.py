@@ -252,7 +252,7 @@ class Attempts:
         attempt.host, attempt.port = replica.host, replica.port
         attempt.url = replica.url_of(call.prompt.path)
         attempt.model = target.model or call.model
-        attempt.breaker = replica.breaker.state.value
+        attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()
         attempts.append(attempt)

@@ -140,14 +140,16 @@ class StreamRelay:
             Stalled: nothing came for the idle timeout.
             InvalidResponse: cut, or unreadable; ErrorInside: the backend sent an error.
         """
-        while not (self._state.ended or self._state.finished or self._at_end):
-            self._timer.limit(self._idle, self._stalled)
-            events = self._checked_read(await self._exchange.read())
-            self._timer.pause()
+        state, timer, read, late = self._state, self._timer, self._exchange.read, self._stalled
+        while not (state.ended or state.finished or self._at_end):
+            timer.limit(self._idle, late)
+            events = self._checked_read(await read())
+            timer.pause()
             if events:
                 await write(events)
-            self._raise_failure()
-        self._timer.pause()
+            if self._failure is not None:
+                self._raise_failure()
+        timer.pause()
         if not self._state.ended and not self._at_end:
             await self._pass_on_after_finish(write)
         self._raise_failure()

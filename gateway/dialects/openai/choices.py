@@ -8,7 +8,7 @@ from msgspec import Struct
 from gateway.dialects.answer_fields import NULL, count, event_document, name
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import ErrorWords, read_words
-from gateway.dialects.json_text import NO_JSON, decode_with
+from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with
 from gateway.dialects.server_sent_events import DONE
 
 MAX_CHOICES_SHOWN = 16
@@ -178,7 +178,10 @@ class ChoicesState:
 def _is_only_words(data: bytes) -> bool:
     """Return whether an event is one of `_Words`: JSON, checked as a full decoding does except for large numbers."""
     try:
-        decode_with(_decode_words, data)
+        if len(data) <= SHALLOW and data.isascii():
+            _decode_words(data)
+        else:
+            decode_with(_decode_words, data)
     except NO_JSON:
         return False
     return True
