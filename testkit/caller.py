@@ -15,7 +15,7 @@ import msgspec
 import uvloop
 
 from testkit.completions import LAST_RESPONSES, RESPONSES_PATH, prompt, text_in, text_of
-from testkit.http import ERROR_KEYS
+from testkit.http import ERROR_KEYS, Body
 from testkit.load import Call, Plan, Try
 from testkit.sse import Event, read_events
 from testkit.usage import run_delay
@@ -267,20 +267,17 @@ class Reading:
     async def read(self, response: aiohttp.ClientResponse) -> None:
         """Read it to its end, or until the caller leaves."""
         call = self._call
-        try:
-            async for event in read_events(response.content):
-                self._see(event)
-                if self._leave_after is not None and call.events >= self._leave_after:
-                    call.outcome = "left"
-                    response.close()
-                    break
-        except aiohttp.ClientPayloadError as broken:
-            call.outcome, call.flaw = "broken", f"the connection broke: {broken!r}"
-            return
+        body = Body(response)
+        async for event in read_events(body):
+            self._see(event)
+            if self._leave_after is not None and call.events >= self._leave_after:
+                call.outcome = "left"
+                response.close()
+                break
         if self._expected is not None and not self._expected.startswith(self._text):
             call.flaw = f"a wrong text: {self._text!r}"
         if call.outcome != "left":
-            self._judge()
+            self._judge(cut=body.cut)
 
     def _see(self, event: Event) -> None:
         call = self._call
@@ -303,10 +300,16 @@ class Reading:
         self._whole = document.get("type") in LAST_RESPONSES
         self._text += text_in(document)
 
-    def _judge(self) -> None:
+    def _judge(self, *, cut: bool) -> None:
+        """Judge the end: a failed stream has an error event and no proper end, every other one both the other way."""
         call, error = self._call, self._error
         if error is not None:
             call.outcome, call.param = error.code, error.param
+            if not cut:
+                call.flaw = call.flaw or "a proper end after an error event"
+        elif cut:
+            call.outcome, call.flaw = "broken", f"the connection broke: {self._last[:200]}"
+            return
         elif self._whole:
             call.outcome = "ok"
             if self._expected is not None and self._text != self._expected:
