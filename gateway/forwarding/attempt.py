@@ -230,7 +230,7 @@ class Attempts:
             if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
             timer.end_at(call.deadline.end)
-            await sink.commit(exchange.passed_headers(), events, state)
+            await sink.commit({"content-type": "text/event-stream", **exchange.passed_headers()}, events, state)
             if call.commit != "complete":
                 await relay.pass_on(sink.write)
             await sink.end()

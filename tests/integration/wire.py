@@ -59,6 +59,17 @@ class Wire:
                     pieces.append(piece)
         return b"".join(pieces)
 
+    async def rest_and_reset(self) -> tuple[bytes, bool]:
+        """All that comes until the other side closes, and whether that was a reset."""
+        pieces = []
+        async with asyncio.timeout(PATIENCE):
+            try:
+                while piece := await self._reader.read(65_536):
+                    pieces.append(piece)
+            except ConnectionResetError:
+                return b"".join(pieces), True
+        return b"".join(pieces), False
+
     async def rest_of_chunks(self) -> bytes:
         """The body of a chunked answer whose head has been read."""
         async with asyncio.timeout(PATIENCE):

@@ -31,6 +31,7 @@ class WholeAnswer(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
+    object: str | None = None
     model: str | None = None
     choices: list[_Choice] | None = None
     usage: _Usage | None = None

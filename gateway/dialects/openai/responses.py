@@ -44,6 +44,7 @@ class WholeResponse(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
+    object: str | None = None
     model: str | None = None
     status: str | None = None
     usage: _Usage | None = None
@@ -144,9 +145,8 @@ class ResponseState:
         if isinstance(number, int):
             self.sequence_number = number + 1
         kind = event.get("type")
-        if not isinstance(kind, str):
-            if event.get("error") is not None or event.get("object") == "error":
-                self.error = read_words(event)
+        if event.get("object") == "error" or not isinstance(kind, str):
+            self.error = read_words(event)
             return
         if kind.endswith(".delta") or kind == "response.output_item.done":
             self.content = True
