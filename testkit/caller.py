@@ -34,9 +34,11 @@ OWN_CODES = frozenset(
     invalid_json invalid_request invalid_api_key not_found model_not_found method_not_allowed request_timeout
     request_too_large unsupported_media_type headers_too_large internal_error backend_connection_error
     backend_invalid_response backend_auth_error backend_unavailable gateway_overloaded gateway_draining backend_timeout
-    deadline_exceeded
+    deadline_exceeded backend_rate_limited rate_limit_exceeded model_not_allowed
     """.split()  # noqa: SIM905
 )
+EITHERS_CODES = frozenset({"backend_invalid_response", "model_not_found"})
+"""Codes of the gateway that a backend's own answer can have too."""
 TRY = re.compile(r'attempt-\d+;desc="(\S+) (\S+)"')
 SDK_STATUSES = frozenset({408, 409, 429})
 SDK_PATIENCE = 60.0
@@ -247,7 +249,7 @@ def _judge(call: Call, body: bytes, expected: str | None) -> None:
         return
     call.outcome, call.param = error.code, error.param
     answered = bool(call.tries) and call.tries[-1].outcome.startswith("status_")
-    if error.code not in OWN_CODES or (error.code == "backend_invalid_response" and answered):
+    if error.code not in OWN_CODES or (error.code in EITHERS_CODES and answered):
         call.outcome = "backend_error"
 
 
