@@ -3,6 +3,7 @@
 The forms and words are those of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, TGI, Anthropic, Gemini and OpenRouter.
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -73,7 +74,12 @@ CONTEXT_PHRASES = (
     "prompt is too long",
     "exceeds the maximum number of tokens",
 )
-MODEL_PHRASES = ("does not exist", "not found", "not a valid model", "invalid model name", "unknown model")
+MODEL_PHRASES = ("no such model", "unknown model", "no endpoints found", "not found, try pulling")
+NO_MODEL = re.compile(
+    r"\b(?:models?|deployment)\b.*?(?:does not exist|doesn't exist|not found|not available)", re.DOTALL
+)
+"""In this order: "not found" before "model" can be about anything."""
+WRONG_MODEL_PHRASES = ("not a valid model", "invalid model name")
 CONTENT_PHRASES = ("content policy", "content management policy", "moderation", "flagged", "safety system")
 QUOTA_PHRASES = ("per day", "daily", "plan", "billing", "credit")
 RATE_PHRASES = ("rate limit", "rate-limit", "ratelimit", "too many requests")
@@ -151,8 +157,8 @@ class ErrorWords:
         if status == 404:  # noqa: PLR2004
             if "not_found_error" in self.names and "response" not in text:
                 return True
-            return ("model" in text or "deployment" in text) and _any_of(MODEL_PHRASES, text)
-        return status == 400 and _any_of(("not a valid model", "invalid model name"), text)  # noqa: PLR2004
+            return _any_of(MODEL_PHRASES, text) or NO_MODEL.search(text) is not None
+        return status == 400 and _any_of(WRONG_MODEL_PHRASES, text)  # noqa: PLR2004
 
     def _may_mean(self, meaning: Meaning, status: int) -> bool:
         """Return whether a name has its meaning under this status: a server that fails says nothing of the request."""

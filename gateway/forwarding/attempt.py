@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gateway.dialects.answer_fields import is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
+from gateway.dialects.json_text import NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
     BackendError,
@@ -96,9 +97,9 @@ class Attempts:
         except BackendError as failure:
             self._end(attempt, failure)
             before = replica.breaker.state
-            counted = replica in call.counted
-            lease.fail(failure, f"{call.record.trace_id:032x}", counted=counted, body=call.fingerprint)
-            call.counted.add(replica)
+            trace_id, counted = f"{call.record.trace_id:032x}", replica in call.counted
+            if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint):
+                call.counted.add(replica)
             self._note_breaker(call.record, replica, before)
             if failure.cools:
                 left = (replica.cooldown.due(lease.model) or self._clock()) - self._clock()
@@ -179,6 +180,8 @@ class Attempts:
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
         failure = call.prompt.dialect.read_error_inside(error.words, passed, wait)
+        if error.words.number is None or call.committed:
+            failure.outage = False  # that it cannot be used, it would have said before an answer
         if call.committed:
             failure.event = error.event
             failure.outcome = error.outcome
@@ -192,6 +195,9 @@ class Attempts:
         try:
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             raise_error_inside(body)
+            check(body)
+        except NO_JSON:
+            raise InvalidResponse("The backend's answer is not text/event-stream.") from None
         finally:
             call.share.give_back_to(held)
         raise WrongForm("The backend's answer is not a stream, although one was asked for.")

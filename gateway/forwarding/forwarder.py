@@ -99,7 +99,7 @@ class Forwarder:
             call.failed_before = self._repeats.failed_by(call.caller, call.fingerprint()) if self._repeats else None
         failure: BackendError | None = None
         try:
-            if await self._try_targets(call):
+            if await self._try_targets(call, _in_order(call)):
                 return
         except BackendError as error:
             failure = error
@@ -112,16 +112,22 @@ class Forwarder:
         finally:
             failure = None
 
-    async def _try_targets(self, call: "Call") -> bool:
+    async def _try_targets(
+        self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
+    ) -> bool:
         """Try each target in order, until one answers; return False when no attempt could be made.
+
+        Args:
+            call: to be answered.
+            targets: in order.
+            failure: of an earlier attempt, or None.
 
         Raises:
             BackendError: the last failure.
         """
         record = call.record
-        failure: BackendError | None = None
         skipped: Target | None = None
-        for target in _in_order(call):
+        for target in targets:
             if failure is not None and call.deadline.left_to_commit() < target.connect_timeout:
                 record.stop_reason = "deadline"
                 break
@@ -144,7 +150,7 @@ class Forwarder:
                 return True
         if failure is None:
             return False
-        if skipped is call.targets[-1]:
+        if skipped is targets[-1]:
             record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
         raise failure
 
@@ -173,7 +179,7 @@ class Forwarder:
             call: to be answered.
             target: where.
             lease: for the first attempt.
-            waited: whether it may wait again in place of a retry.
+            waited: whether it may wait again in place of a retry, while an outage is bridged.
 
         Raises:
             BackendError: the last failure.
@@ -186,7 +192,7 @@ class Forwarder:
             if call.committed:
                 call.record.stop_reason = "committed"
                 raise
-            if waited and (failure.outage or failure.cools):
+            if waited and failure.outage and target.home.outage.is_bridged:
                 raise
             await self._retry(call, target, lease, failure)
         finally:
@@ -243,8 +249,10 @@ class Forwarder:
         """
         record = call.record
         waits = Waits(call, policy=self._policy, limit=self._admission.waiting, clock=self._clock)
+        waited_at: Target | None = None
         while (place := await waits.next(failure)) is not None:
             target, lease = place
+            waited_at = target
             if record.attempts:
                 record.attempt.decision = f"waited: {record.waits[-1].kind}"
                 self._retry_allowed(lease.replica.name)
@@ -262,7 +270,11 @@ class Forwarder:
             finally:
                 waits.end_trial()
         if failure is None:
-            raise _refusal(call, self._clock())
+            raise _refusal(call, self._clock(), full=waits.queued_in_vain)
+        if waited_at is not None and failure.falls_back and not call.committed:
+            later = call.targets[call.targets.index(waited_at) + 1 :]
+            if later and await self._try_targets(call, later, failure):
+                return
         if record.waits and (failure.outage or failure.cools) and not call.committed:
             record.stop_reason = record.waits[-1].kind
         record.attempt.decision = f"gave up: {record.stop_reason}"
@@ -299,7 +311,7 @@ def _in_order(call: "Call") -> "tuple[Target, ...]":
     targets = call.targets
     if len(targets) == 1:
         return targets
-    return tuple(sorted(targets, key=lambda target: target.is_avoided(target.model or call.model)))
+    return tuple(sorted(targets, key=lambda target: target.refuses(target.model or call.model)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:
@@ -309,9 +321,9 @@ def _why_skipped(call: "Call", target: "Target") -> str:
     return "cooldown" if target.cooling_until(target.model or call.model) is not None else "breaker"
 
 
-def _refusal(call: "Call", now: float) -> GatewayError:
-    """Return why no attempt was made."""
-    if any(target.full for target in call.targets):
+def _refusal(call: "Call", now: float, *, full: bool) -> GatewayError:
+    """Return why no attempt was made; `full`: its backends stayed full for too long."""
+    if full or any(target.full for target in call.targets):
         return GatewayOverloaded(
             "All backends for this request have as many requests under way as they may have.", reason="backend_full"
         )

@@ -164,16 +164,18 @@ class StreamRelay:
 
         Usage that was asked for is waited for as long as for any other event.
         """
+        last = self._clock()
         while not (self._state.ended or self._at_end or self._failure is not None):
             patience = self._idle if self._state.awaits_usage else AFTER_FINISH
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(last + patience - self._clock()):
                     events = self._checked_read(await self._exchange.read())
             except (TimeoutError, InvalidResponse) as end:
                 drop_frames(end)
                 events = self._checked(self._splitter.end(proper=False))
                 self._at_end = True
             if events:
+                last = self._clock() if b"data:" in events else last  # a comment is no event
                 await write(events)
 
     async def _read_end(self) -> None:

@@ -35,7 +35,11 @@ class Place:
 
 
 class Waits:
-    """The waits of one request, made when no target could answer it."""
+    """The waits of one request, made when no target could answer it.
+
+    Attributes:
+        queued_in_vain: whether its backends stayed full for too long.
+    """
 
     def __init__(
         self, call: "Call", *, policy: "RetryPolicy", limit: "WaitingLimit", clock: "Callable[[], float]"
@@ -49,6 +53,7 @@ class Waits:
         self._cooled = 0.0
         self._again = False
         self._queued = False
+        self.queued_in_vain = False
         self._trial: tuple[Backend, float] | None = None
 
     async def next(self, failure: "BackendError | None") -> "tuple[Target, Lease] | None":
@@ -70,6 +75,7 @@ class Waits:
         while (place := self._place(failure)) is not None and self._limit.takes(self._call.share.held):
             chance = await self._wait(place)
             if chance is None:
+                self.queued_in_vain = place.kind == FULL
                 return None
             lease = self._lease(place, chance)
             if lease is not None:
@@ -137,13 +143,9 @@ class Waits:
         try:
             if place.kind == BRIDGING:
                 self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
-                chance = await home.bridging.wait(
-                    size, lambda: self._trial_due(place), lambda: self._end_of_bridging(home), in_front=self._again
+                return await home.bridging.wait(
+                    size, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home), in_front=self._again
                 )
-                if chance is Chance.TRIAL and home.outage.lively_at <= self._clock():
-                    home.bridging.release()
-                    chance = Chance.RELEASED
-                return chance
             if place.kind == FULL:
                 self._queued = True
                 return await home.queue.wait(
@@ -162,15 +164,8 @@ class Waits:
             if place.kind == COOLDOWN:
                 self._cooled += wait.ended - began
 
-    def _trial_due(self, place: Place) -> float:
-        """Return the instant of the next trial, or of the release of everybody: a slow trial is a sign of life."""
-        outage = place.target.home.outage
-        if place.target.pick(place.model, without=self._call.given_up) is None:  # its breakers are open
-            return outage.trial_due
-        return min(outage.trial_due, outage.lively_at)
-
     def _end_of_bridging(self, home: "Backend") -> float:
-        if home.outage.is_tried:
+        if home.outage.is_tried:  # a slow answer is no failure
             return self._end
         end = home.outage.ends_waiting
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)

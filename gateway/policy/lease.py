@@ -51,8 +51,8 @@ class Lease:
             self.replica.breaker.record_success(self._ticket)
             self._note_success()
 
-    def fail(self, error: BackendError, trace_id: str, *, counted: bool, body: "Callable[[], bytes]") -> None:
-        """Report a failure; the error says what it means to the breaker.
+    def fail(self, error: BackendError, trace_id: str, *, counted: bool, body: "Callable[[], bytes]") -> bool:
+        """Report a failure; the error says what it means to the breaker. Return whether the breaker counted it.
 
         Args:
             error: the failure.
@@ -61,7 +61,7 @@ class Lease:
             body: returns the fingerprint of what was sent.
         """
         if not self._end():
-            return
+            return False
         replica = self.replica
         known = False
         if isinstance(error, ErrorAnswer) and error.status == PLAIN_FAULT:
@@ -69,7 +69,7 @@ class Lease:
             error.outage = replica.outage.record_500(body())
         elif error.outage:
             replica.outage.record_failure()
-        self._tell_breaker(error, counted=counted or known, known=known)
+        counts = self._tell_breaker(error, counted=counted or known, known=known)
         if error.cools:
             replica.cooldown.begin(self.model, error.retry_after, self._asked_at)
         elif error.verdict is Verdict.SUCCESS:
@@ -78,8 +78,9 @@ class Lease:
             replica.cooldown.let_go(self.model)
         if isinstance(error, Rejected):  # the request was wrong, the backend is well
             self._note_success()
-            return
-        replica.note_failure(error, self.model, trace_id)
+        else:
+            replica.note_failure(error, self.model, trace_id)
+        return counts
 
     def release(self) -> None:
         """Give the place back without a result."""
@@ -88,14 +89,16 @@ class Lease:
             if self._first_after_cooldown:
                 self.replica.cooldown.let_go(self.model)
 
-    def _tell_breaker(self, error: BackendError, *, counted: bool, known: bool) -> None:
+    def _tell_breaker(self, error: BackendError, *, counted: bool, known: bool) -> bool:
         breaker = self.replica.breaker
         if error.verdict is Verdict.SUCCESS:
             breaker.record_success(self._ticket)
         elif error.verdict is Verdict.FAILURE and (not counted or (self._ticket.trial and not known)):
             breaker.record_failure(self._ticket, unreachable=error.unreachable)
+            return True
         else:
             breaker.cancel(self._ticket)
+        return False
 
     def _end(self) -> bool:
         if self._over:

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 FIRST_TRIAL = 0.25
 """Seconds from the beginning to the first trial, and from it to the second; doubled for each further one."""
 TRIAL_INTERVAL_MAX = 1.0
-LIVELY = 1.0
-"""Seconds without a failure after which a trial is a sign of life: what is down refuses sooner."""
 
 
 class Outage:
@@ -67,11 +65,6 @@ class Outage:
     def is_tried(self) -> bool:
         """Whether a trial is under way."""
         return bool(self._trials)
-
-    @property
-    def lively_at(self) -> float:
-        """The instant from which a trial under way is a sign of life; never, without one."""
-        return min(self._trials, default=math.inf) + LIVELY
 
     def record_failure(self) -> None:
         """Count a failure that says that the backend cannot be used."""

@@ -65,15 +65,16 @@ class Target:
             return self._less_busy(*free)
         return free[0] if free else None
 
-    def is_avoided(self, model: str) -> bool:
-        """Return whether each replica that admits an attempt is avoided for the model."""
-        return all(replica.is_avoided(model) for replica in self.replicas if replica.admits(model))
+    def refuses(self, model: str) -> bool:
+        """Return whether each replica that admits an attempt refused our key or the model a short time ago."""
+        able = [replica for replica in self.replicas if replica.admits(model)]
+        return bool(able) and all(replica.refuses(model) for replica in able)
 
     def free_at(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
-        """Return the instant at which the first replica admits an attempt; None while all breakers are open."""
+        """Return the instant at which the first replica admits an attempt; 0 when one does, None when none will."""
         return min(
             (
-                replica.cooldown.due(model) or replica.clock()
+                replica.cooldown.due(model) or 0.0
                 for replica in self.replicas
                 if replica not in without and replica.breaker.admits and not replica.full
             ),

@@ -154,11 +154,15 @@ class Replica:
         return self.last_success is None or self.last_success < self._failed_probes[0]
 
     def is_avoided(self, model: str) -> bool:
-        """Return whether it is asked for the model only where no other replica or target can answer."""
+        """Return whether it is asked for the model only where no other replica can answer."""
         if not self._avoided:
             return False
         now = self.clock()
         return any(self._avoided.get(key, now) > now for key in (model, None))
+
+    def refuses(self, model: str) -> bool:
+        """Return whether it refused our key or the model a short time ago: other targets are asked first, too."""
+        return bool(self._avoided) and self._avoided.get(model, 0.0) > self.clock()
 
     def lease(self, model: str) -> Lease | None:
         """Return a place for one attempt, or None when breaker or cooldown do not admit one."""

@@ -126,8 +126,9 @@ class WaitingRoom:
                 self._limit.check_open()
                 if waiter.released:
                     return Chance.RELEASED
-                now, end = self._clock(), until()
                 trial = due() if self._queue[0] is waiter else math.inf
+                end = until()
+                now = self._clock()  # after the instants, one of which may be "now"
                 if min(trial, end) <= now:
                     return Chance.TRIAL if trial <= now else None
                 waiter.woken.clear()

@@ -3,40 +3,12 @@
 import asyncio
 import json
 
-import pytest
-
 from testkit.completions import CHAT
 from testkit.polling import until
 from tests.integration.backends_raw import RawCall, StartRaw
-from tests.integration.gateways import StartGateway, StartMock
-from tests.integration.wire import dial, post
+from tests.integration.gateways import StartGateway
 
 STREAMED = json.dumps(CHAT | {"stream": True}).encode()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"kind": "cut", "with": {"after_events": 3, "how": "reset"}},
-        {"kind": "malformed_event", "with": {"after_events": 3}},
-    ],
-    ids=lambda fault: fault["kind"],
-)
-async def test_after_an_error_event_the_connection_takes_the_next_request(
-    start_mock: StartMock, start_gateway: StartGateway, fault: dict[str, object]
-) -> None:
-    mock = await start_mock(mock_token_interval=0.02)
-    gateway = await start_gateway(mock)
-    mock.set_faults([fault | {"times": 1}])
-    async with dial(gateway.url) as wire:
-        await wire.send(post(STREAMED))
-        failed = await wire.answer()
-        assert b'data: {"error"' in failed.body
-        await wire.send(post(STREAMED))
-        good = await wire.answer()
-    assert good.status == 200
-    assert good.body.endswith(b"data: [DONE]\n\n")
-    assert mock.journal.total == 2
 
 
 async def test_of_the_kept_connections_to_a_backend_the_one_used_last_is_taken(

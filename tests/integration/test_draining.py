@@ -17,7 +17,7 @@ from gateway.server.listener import drain
 from gateway.telemetry.tracing import LAST_EXPORT
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
-from testkit.http import Answer, ask
+from testkit.http import Answer, ask, rest_of
 from testkit.polling import PATIENCE, until
 from testkit.sse import DONE, Events
 from tests.integration import processes
@@ -393,7 +393,9 @@ async def test_a_stream_with_heartbeats_is_cut_off_with_an_error_event(
     async with gateway.client.post("/v1/chat/completions", json=STREAM) as response:
         assert (await response.content.readuntil(b"\n\n")).startswith(b":")
         await cut_off(gateway)
-        assert Events(await response.read()).only_error()["code"] == "gateway_draining"
+        rest, cut = await rest_of(response)
+        assert Events(rest).only_error()["code"] == "gateway_draining"
+        assert cut
     assert mock.journal.total == 1
 
 

@@ -68,8 +68,14 @@ async def test_a_request_is_one_line_that_tells_all(mock: MockModel, start_gatew
         "model": "demo-model",
         "backend": "backend-1",
         "attempts": [
-            {"backend": "backend-1", "outcome": "status_500", "backoff_seconds": 0.0, "decision": "retry"},
-            {"backend": "backend-1", "outcome": "ok", "decision": "answered"},
+            {
+                "backend": "backend-1",
+                "outcome": "status_500",
+                "backoff_seconds": 0.0,
+                "decision": "retry",
+                "request_id": "mine",
+            },
+            {"backend": "backend-1", "outcome": "ok", "decision": "answered", "request_id": "mine"},
         ],
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
@@ -167,8 +173,8 @@ async def test_a_change_of_a_breaker_is_one_line(
         mock, gateway_breaker_failures=2, gateway_breaker_open_seconds=0.2, gateway_max_attempts=1
     )
     mock.set_faults([{"kind": "status", "with": {"status": 500}, "times": 2}])
-    for _ in range(2):
-        await gateway.chat()
+    for number in range(2):
+        await gateway.chat(user=str(number))
     (replica,) = gateway.parts.pool.replicas
     await until(lambda: replica.breaker.state == "half_open")
     await gateway.chat()

@@ -57,8 +57,13 @@ async def test_a_retry_after_is_on_the_attempt_that_got_it_and_the_wait_on_the_n
 
     first, second = (span.attributes for span in trace.attempts)
     assert first["gateway.retry_after_seconds"] == pytest.approx(0.07)
-    assert first["gateway.decision"] == "retry"
-    assert second["gateway.backoff_seconds"] >= 0.07
+    assert first["gateway.decision"] == "waited: cooldown"
+    assert "gateway.backoff_seconds" not in second
+    (cooldown,) = trace.server.events_named("gateway.cooldown")
+    assert cooldown == {"gateway.backend": "backend-1", "gateway.cooldown_seconds": pytest.approx(0.07, abs=0.01)}
+    (waited,) = trace.server.events_named("gateway.waited")
+    assert (waited["gateway.wait"], waited["gateway.backend"]) == ("cooldown", "backend")
+    assert waited["gateway.wait_seconds"] >= 0.06
 
 
 async def test_the_last_failure_says_why_nothing_followed(start_stack: StartStack) -> None:
@@ -138,7 +143,7 @@ async def test_a_target_that_is_passed_over_is_told(start_stack: StartStack, tmp
     await stack.chat()
     for replica in stack.gateway.parts.pool.replicas[:1]:
         replica.breaker._until = 0.0  # the primary's open time is over, the secondary's is not
-    first.set_faults([{"kind": "status", "with": {"status": 429}}])
+    first.set_faults([{"kind": "status", "with": {"status": 408}}])
     _, failed = await stack.chat()
 
     assert failed.server.events_named("gateway.target_skipped") == [{"gateway.backend": "secondary", **skipped}]

@@ -111,6 +111,19 @@ async def dial(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[
             await writer.wait_closed()
 
 
+def chunks_in(data: bytes) -> tuple[bytes, bool]:
+    """The body in the chunks of a connection that has ended, and whether it has its proper end."""
+    pieces = []
+    while b"\r\n" in data:
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        if not size:
+            return b"".join(pieces), True
+        pieces.append(data[:size])
+        data = data[size + 2 :]
+    return b"".join(pieces), False
+
+
 async def send(gateway: Gateway, data: bytes) -> Answer:
     """Send bytes on a connection of their own; the answer."""
     async with dial(gateway.url) as wire:

@@ -171,8 +171,8 @@ USED = re.compile(r"\]\[([\w-]+)\]")
 @pytest.mark.parametrize(
     ("text", "promises"),
     [
-        (text_of(ROOT / "README.md").partition("\n## What is promised\n")[2].partition("\n## ")[0], 10),
-        (page("failures"), 14 + 8),
+        (text_of(ROOT / "README.md").partition("\n## What is promised\n")[2].partition("\n## ")[0], 13),
+        (page("failures"), 20 + 15),
     ],
     ids=["README", "failures"],
 )

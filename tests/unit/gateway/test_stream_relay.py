@@ -100,6 +100,7 @@ def relay(
     max_event: int = 1 << 24,
     asks_usage: bool = False,
     alone: bool = False,
+    idle: float = IDLE,
 ) -> Told:
     """Relay one stream as the forwarder does; `reader` seconds is how long the caller takes for each write.
 
@@ -112,7 +113,7 @@ def relay(
         timer = PhaseTimer(clock, clock() + DEADLINE)
         share = ByteBudget(memory).share()
         exchange = cast("Exchange", FakeExchange(list(steps), end))
-        subject = StreamRelay(exchange, state, timer, idle=IDLE, max_event=max_event, share=share, clock=clock)
+        subject = StreamRelay(exchange, state, timer, idle=idle, max_event=max_event, share=share, clock=clock)
 
         async def write(events: bytes) -> None:
             assert events
@@ -267,6 +268,13 @@ def test_each_event_after_the_finish_starts_the_five_seconds_anew() -> None:
     assert told.bytes == HELLO + STOP + WORLD + USAGE + DONE
 
 
+def test_comments_after_the_finish_do_not_prolong_the_stream() -> None:
+    told = relay(HELLO, STOP, *[step for _ in range(100) for step in (1.0, PING)], end="hang")
+
+    assert told.bytes == HELLO + STOP + 4 * PING + DONE
+    assert told.seconds < AFTER_FINISH + 0.1
+
+
 def test_a_finish_reason_on_every_chunk_does_not_end_the_stream() -> None:
     finishing = [chunk(content=word, reason="stop") for word in ("one", "two", "three")]
     told = relay(finishing[0], 1.5, finishing[1], 1.5, finishing[2], DONE)
@@ -277,8 +285,9 @@ def test_a_finish_reason_on_every_chunk_does_not_end_the_stream() -> None:
 
 
 def test_usage_that_was_asked_for_is_waited_for_up_to_the_idle_timeout() -> None:
-    told = relay(HELLO, STOP, 4.9, PING, 4.9, USAGE, DONE, asks_usage=True)
-    assert told.bytes == HELLO + STOP + PING + USAGE + DONE
+    told = relay(HELLO, STOP, 7.9, USAGE, DONE, asks_usage=True, idle=8)
+    assert told.bytes == HELLO + STOP + USAGE + DONE
+    assert relay(HELLO, STOP, 7.9, USAGE, DONE, idle=8).bytes == HELLO + STOP + DONE, "nobody asked"
 
     late = relay(HELLO, STOP, end="hang", asks_usage=True)
     assert late.bytes == HELLO + STOP + DONE
