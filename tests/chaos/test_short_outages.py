@@ -50,7 +50,7 @@ def answered_once(arena: Arena, calls: Sequence[Call]) -> Verdict:
     for line in arena.mock.journal_lines():
         if line["event"] == "arrived":
             ids[line["call"]] = line["request_id"]
-        elif line["ended"] == "complete" and line["call"] in ids:
+        elif line["event"] == "ended" and line["ended"] == "complete" and line["call"] in ids:
             whole.append(ids[line["call"]])
     ok = sorted(call.id for call in calls if call.outcome == "ok")
     return Verdict("the journal has one whole answer for each call", f"{len(whole)} of {len(ok)}", sorted(whole) == ok)
