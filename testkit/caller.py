@@ -37,7 +37,7 @@ OWN_CODES = frozenset(
     deadline_exceeded backend_rate_limited rate_limit_exceeded model_not_allowed
     """.split()  # noqa: SIM905
 )
-EITHERS_CODES = frozenset({"backend_invalid_response", "model_not_found"})
+EITHERS_CODES = frozenset({"backend_invalid_response", "model_not_found", "rate_limit_exceeded"})
 """Codes of the gateway that a backend's own answer can have too."""
 TRY = re.compile(r'attempt-\d+;desc="(\S+) (\S+)"')
 SDK_STATUSES = frozenset({408, 409, 429})

@@ -294,8 +294,8 @@ async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(sta
     """503 to everything for 12 s under 40 calls/s, then well.
 
     Attempts per request <= 1.2; failures are that 503 or, with the breaker open, the gateway's; refusals take <= 50 ms,
-    and nobody who comes after the first 5 s waits; first success within the open time then running + 1 s (its probe was good all the time, so that nothing but the open
-    time can end it); 0 failures afterwards.
+    and nobody who comes after the first 5 s waits; first success within the open time then running + 1 s (its probe was
+    good all the time, so that nothing but the open time can end it); 0 failures afterwards.
     """
     arena = await start_arena()
     async with arena.load(RATE) as load:

@@ -1,4 +1,4 @@
-"""What no caller may notice: an outage of a second, a restart, and a replica that fails fast beside one that is well."""
+"""What no caller may notice: an outage of a second, a restart, a replica that fails fast beside one that is well."""
 
 import asyncio
 from collections.abc import Sequence
