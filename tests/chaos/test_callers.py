@@ -91,7 +91,8 @@ async def test_a_caller_who_leaves_during_the_half_open_attempt_does_not_block_t
 ) -> None:
     """The backend dies, comes back hanging, and every caller (each takes the one half-open place) leaves after 0.3 s.
 
-    Nobody waits for the end of the outage. The place is given back each time (>= 2 half-open attempts in 2 s); first success <= 1 s after the hanging ends.
+    Nobody waits for the end of the outage. The place is given back each time (>= 2 half-open attempts in 2 s); first
+    success <= 1 s after the hanging ends.
     """
     arena = await start_arena(gateway={"GATEWAY_OUTAGE_WAIT": "0"})
     async with arena.load(30, total=30) as load:
