@@ -96,7 +96,11 @@ class Answer:
     @property
     def backoffs(self) -> list[float]:
         """Each sleep between attempts, in milliseconds."""
-        return [milliseconds for name, _, milliseconds in self.timing if name.startswith("backoff-")]
+        return self.waits("backoff")
+
+    def waits(self, kind: str) -> list[float]:
+        """Each wait of that kind (`backoff`, `cooldown`, `bridging`, `full`), in milliseconds."""
+        return [milliseconds for name, _, milliseconds in self.timing if name.startswith(f"{kind}-")]
 
 
 class Body:

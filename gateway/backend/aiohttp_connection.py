@@ -35,6 +35,8 @@ LARGE_BODY = 1 << 20
 MAX_HEADERS = 65_536
 """Bytes of an answer's headers, one by one and all together; aiohttp allows one 8 KiB."""
 MAX_HEADER_LINES = 1024
+FEW_LINES = 32
+"""Lines whose sum is not worth its time: each is within the limit."""
 RESOLVE_AFTER = 10.0
 """Seconds after which the name of a host with kept connections is resolved anew."""
 INTERIM = frozenset(range(100, 200)) - {101}
@@ -274,7 +276,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
     while True:
         message, content = await protocol.read()
         if message.code >= 200:  # noqa: PLR2004
-            if sum(map(len, chain.from_iterable(message.raw_headers))) > MAX_HEADERS:
+            lines = message.raw_headers
+            if len(lines) > FEW_LINES and sum(map(len, chain.from_iterable(lines))) > MAX_HEADERS:
                 raise InvalidResponse(f"The headers of the backend's answer are larger than {MAX_HEADERS} bytes.")
             return message, content
         if message.code not in INTERIM:

@@ -48,7 +48,10 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
     if not is_json(content_type) and content_type not in {"", "text/plain"}:
         raise InvalidResponse("The backend's answer is not application/json.")
     try:
-        whole = leniently(lambda text: _read(text, decode_typed, make_empty), body)
+        try:
+            whole = decode_with(decode_typed, body)
+        except msgspec.DecodeError:  # other types than expected, or what only Python takes for a number
+            whole = leniently(lambda text: _read(text, decode_typed, make_empty), body)
     except msgspec.ValidationError:
         raise_error_inside(body)
         raise InvalidResponse("The backend's answer is not a JSON object.") from None

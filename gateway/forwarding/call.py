@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.dialects.dialect import Prompt, StreamState
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
@@ -58,7 +60,7 @@ class Call:
         deadline: of the whole request.
         record: what happens is noted in it.
         sink: where a stream goes; None when none was asked for.
-        caller: who asks: the key, else the address.
+        caller: returns who asks: the key, else the address.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
         commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
@@ -68,12 +70,14 @@ class Call:
         failed_before: the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
+        bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
     __slots__ = (
         "_fingerprint",
         "answer",
         "body",
+        "bridged",
         "caller",
         "commit",
         "counted",
@@ -99,7 +103,7 @@ class Call:
         *,
         model: str,
         targets: "tuple[Target, ...]",
-        caller: str,
+        caller: "Callable[[], str]",
         share: "Share",
         headers: list[tuple[str, str]],
         commit: "Commit",
@@ -120,6 +124,7 @@ class Call:
         self.failed_before: frozenset[Replica] | None = None
         self.given_up: set[Replica] = set()
         self.counted: set[Replica] = set()
+        self.bridged = 0
         self._fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:
@@ -127,6 +132,12 @@ class Call:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.prompt.path, self.prompt.body)
         return self._fingerprint
+
+    def attempts_at(self, target: "Target") -> int:
+        """Return the number of its attempts at a target that count towards the most of a target."""
+        names = {replica.name for replica in target.replicas}
+        made = sum(attempt.backend in names and not attempt.resend for attempt in self.record.attempts)
+        return made - self.bridged
 
     def may_go_elsewhere(self, replica: "Replica") -> bool:
         """Return whether another replica could be asked in place of this one."""

@@ -96,7 +96,7 @@ class Forwarder:
         """Try the targets, then wait where waiting may help."""
         if self._repeats:
             self._repeats.expire()
-            call.failed_before = self._repeats.failed_by(call.caller, call.fingerprint()) if self._repeats else None
+            call.failed_before = self._repeats.failed_by(call.caller(), call.fingerprint()) if self._repeats else None
         failure: BackendError | None = None
         try:
             if await self._try_targets(call, _in_order(call)):
@@ -158,13 +158,14 @@ class Forwarder:
         """Take a place for the first attempt at a target; None, noted, when it has none to give."""
         model = target.model or call.model
         home = target.home
-        if (home.bridging and home.outage.is_bridged) or home.queue:  # behind those who wait already
-            call.record.skip_target(target.backend, "full" if home.queue else "bridging", self._clock())
+        if home.full.queue or (home.bridging.queue and home.outage.is_bridged):  # behind those who wait already
+            call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
-        without = [*call.given_up, *(call.failed_before or ())]
-        replica = (target.pick(model, without=without) if without else None) or target.pick(
-            model, without=call.given_up
-        )
+        replica = None
+        if call.failed_before is not None:
+            replica = target.pick(model, without=call.given_up | call.failed_before)
+        if replica is None:
+            replica = target.pick(model, without=call.given_up)
         lease = replica.lease(model) if replica is not None else None
         if lease is None:
             call.record.skip_target(target.backend, _why_skipped(call, target), self._clock())
@@ -210,6 +211,7 @@ class Forwarder:
             call.deadline,
             given_up=call.given_up,
             is_repeat=call.failed_before is not None,
+            made=max(0, call.attempts_at(target) - 1),
         )
         retry.count(lease.replica, failure, trial=lease.trial)
         try:
@@ -286,7 +288,7 @@ class Forwarder:
         if sum(not attempt.resend for attempt in call.record.attempts) < 2 or failure.unreachable:  # noqa: PLR2004
             return
         replicas = (replica for target in call.targets for replica in target.replicas)
-        self._repeats.add(call.caller, call.fingerprint(), frozenset(r for r in replicas if r.name in names))
+        self._repeats.add(call.caller(), call.fingerprint(), frozenset(r for r in replicas if r.name in names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
         """Take the caller's bytes; set the model where the target names another or the caller named none.

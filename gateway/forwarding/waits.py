@@ -79,6 +79,7 @@ class Waits:
                 return None
             lease = self._lease(place, chance)
             if lease is not None:
+                self._call.bridged += place.kind == BRIDGING
                 return place.target, lease
             self._again = True
         return None
@@ -107,7 +108,7 @@ class Waits:
                 places.append(Place(FULL, target, model, now))
             if outage.is_bridged and now < self._bridged_until:
                 places.append(Place(BRIDGING, target, model, outage.trial_due))
-            due = target.free_at(model, without=self._left_out(target))
+            due = target.free_at(model, now, without=self._left_out(target))
             may_be_now = not outage.is_bridged and (failure is None or failure.cools)
             if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
                 places.append(Place(COOLDOWN, target, model, due))
@@ -118,7 +119,7 @@ class Waits:
         return (
             due <= self._end
             and self._cooled + due - self._clock() <= self._policy.retry_after_max
-            and self._attempts_at(target) < self._policy.max_attempts
+            and self._call.attempts_at(target) < self._policy.max_attempts
         )
 
     def _left_out(self, target: "Target") -> "list[Replica]":
@@ -129,10 +130,6 @@ class Waits:
             for replica in target.replicas
             if replica in self._call.given_up or (needs_budget and not replica.budget.left())
         ]
-
-    def _attempts_at(self, target: "Target") -> int:
-        names = {replica.name for replica in target.replicas}
-        return sum(attempt.backend in names and not attempt.resend for attempt in self._call.record.attempts)
 
     async def _wait(self, place: Place) -> Chance | None:
         home, call = place.target.home, self._call
@@ -148,7 +145,7 @@ class Waits:
                 )
             if place.kind == FULL:
                 self._queued = True
-                return await home.queue.wait(
+                return await home.full.wait(
                     size,
                     lambda: self._end_of_cooldown(place),
                     lambda: min(self._end, began + self._policy.queue_timeout),
@@ -171,7 +168,7 @@ class Waits:
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
 
     def _end_of_cooldown(self, place: Place) -> float:
-        due = place.target.free_at(place.model, without=self._left_out(place.target))
+        due = place.target.free_at(place.model, -math.inf, without=self._left_out(place.target))
         return due if due is not None else math.inf
 
     def _lease(self, place: Place, chance: Chance) -> "Lease | None":

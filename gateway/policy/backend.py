@@ -25,7 +25,7 @@ class Backend:
     Attributes:
         outage: the present one.
         bridging: the requests that wait for its end.
-        queue: the requests that wait because all replicas have as many attempts under way as they may have.
+        full: the requests that wait because all replicas have as many attempts under way as they may have.
         replicas: in order.
     """
 
@@ -43,7 +43,7 @@ class Backend:
         self._clock = clock
         self._released = lambda number: released(name, number)
         self.bridging = WaitingRoom(limit, clock=clock, released=self._released)
-        self.queue = WaitingRoom(limit, clock=clock)
+        self.full = WaitingRoom(limit, clock=clock)
         self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self._hold)
         self.replicas: tuple[Replica, ...] = ()
         self._cooling: dict[str, WaitingRoom] = {}
@@ -63,7 +63,7 @@ class Backend:
     def forget_cooling(self, model: str) -> None:
         """Forget the room if nobody is in it."""
         room = self._cooling.get(model)
-        if room is not None and not room:
+        if room is not None and not room.queue:
             del self._cooling[model]
 
     def cooldown_changed(self, model: str | None, over: bool) -> None:  # noqa: FBT001 - of Cooldown.changed

@@ -84,7 +84,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the place back without a result."""
-        if self._end():
+        if not self._over and self._end():
             self.replica.breaker.cancel(self._ticket)
             if self._first_after_cooldown:
                 self.replica.cooldown.let_go(self.model)
@@ -104,8 +104,10 @@ class Lease:
         if self._over:
             return False
         self._over = True
-        self.replica.in_flight -= 1
-        self.replica.freed()
+        replica = self.replica
+        replica.in_flight -= 1
+        if replica.freed is not None:
+            replica.freed()
         return True
 
     def _end_pauses(self) -> None:
@@ -115,5 +117,7 @@ class Lease:
         replica.outage.record_success(self._outage)
 
     def _note_success(self) -> None:
-        self._end_pauses()
-        self.replica.note_success(self.model)
+        replica = self.replica
+        replica.cooldown.succeed(self.model, self._asked_at)
+        replica.outage.record_success(self._outage)
+        replica.note_success(self.model)

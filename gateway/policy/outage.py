@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 FIRST_TRIAL = 0.25
 """Seconds from the beginning to the first trial, and from it to the second; doubled for each further one."""
 TRIAL_INTERVAL_MAX = 1.0
+TRIALS = 6
+"""So many are made in the 5 s that requests wait by default: other retries leave them in the budget."""
 
 
 class Outage:
@@ -89,7 +91,8 @@ class Outage:
         """Count the answer to an attempt that began in the outage with this number; 0 before the first one."""
         if number != self.number:
             return
-        self._bodies.clear()
+        if self._bodies:
+            self._bodies.clear()
         if self._began is not None:
             self._began = None
             self._due = math.inf

@@ -70,11 +70,14 @@ class Target:
         able = [replica for replica in self.replicas if replica.admits(model)]
         return bool(able) and all(replica.refuses(model) for replica in able)
 
-    def free_at(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
-        """Return the instant at which the first replica admits an attempt; 0 when one does, None when none will."""
+    def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
+        """Return the instant at which the first replica admits an attempt: `now` when one does.
+
+        None while all breakers are open.
+        """
         return min(
             (
-                replica.cooldown.due(model) or 0.0
+                replica.cooldown.due(model) or now
                 for replica in self.replicas
                 if replica not in without and replica.breaker.admits and not replica.full
             ),
@@ -182,7 +185,7 @@ class Pool:
             home.replicas = tuple(replica(each, home) for each in config.replicas)
             for each in home.replicas:
                 if each.config.max_in_flight is not None:
-                    each.freed = home.queue.wake
+                    each.freed = home.full.wake
             return home
 
         def replica(config: "ReplicaConfig", home: Backend) -> Replica:

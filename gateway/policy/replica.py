@@ -69,7 +69,7 @@ class Replica:
         in_flight: attempts under way.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
-        freed: called when an attempt has ended.
+        freed: called when an attempt has ended, or None.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Replica:
         self.cooldown = cooldown
         self.outage = outage
         self.budget = budget
-        self.freed: Callable[[], None] = lambda: None
+        self.freed: Callable[[], None] | None = None
+        self._urls: dict[str, str] = {}
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
         self.in_flight = 0
@@ -136,7 +137,10 @@ class Replica:
 
     def url_of(self, path: str) -> str:
         """Return the url of a call, without the query: its path without `/v1` follows the base."""
-        return self.base + path.removeprefix("/v1")
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = self.base + path.removeprefix("/v1")
+        return url
 
     def note_probe(self, probe: Probe) -> None:
         """Take a probe's result into account."""
@@ -166,7 +170,7 @@ class Replica:
 
     def lease(self, model: str) -> Lease | None:
         """Return a place for one attempt, or None when breaker or cooldown do not admit one."""
-        if not self.admits(model):
+        if self.full or self.cooldown.due(model) is not None:
             return None
         ticket = self.breaker.admit()
         return Lease(self, model, ticket) if ticket is not None else None

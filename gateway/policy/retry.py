@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from tenacity import wait_exponential
 
+from gateway.policy.outage import TRIALS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
@@ -48,6 +50,7 @@ class Retry:
         deadline: of the request.
         given_up: the replicas that are not asked again for this request; shared with its other targets.
         is_repeat: whether the same request failed before: each replica is then asked once, without backoff.
+        made: attempts of the request at the target before the one that failed first here.
 
     Attributes:
         stopped: why no further attempt follows, or None.
@@ -62,6 +65,7 @@ class Retry:
         *,
         given_up: "set[Replica]",
         is_repeat: bool = False,
+        made: int = 0,
     ) -> None:
         self._policy = policy
         self._target = target
@@ -69,6 +73,7 @@ class Retry:
         self._deadline = deadline
         self._given_up = given_up
         self._is_repeat = is_repeat
+        self._made = made
         self._tried: list[Replica] = []  # those that failed, in order
         self._was_trial = False  # whether the latest attempt was the trial of a breaker
         self._next: Replica | None = None
@@ -114,7 +119,7 @@ class Retry:
         if lease is None:
             self.stopped = self._why_nobody() or "breaker"
             raise failure
-        if not self._free and not lease.replica.budget.take():
+        if not self._free and not (self._left(lease.replica) and lease.replica.budget.take()):
             lease.release()
             self._refused = lease.replica
             self.stopped = "budget"
@@ -146,7 +151,7 @@ class Retry:
     def _why_final(self, failure: "BackendError") -> str | None:
         if not failure.retried:
             return "not retryable"
-        if len(self._tried) >= self._policy.max_attempts:
+        if self._made + len(self._tried) >= self._policy.max_attempts:
             return "attempts"
         return None if self._tried[-1].budget.allows_any else "budget"
 
@@ -172,16 +177,25 @@ class Retry:
 
     def _pick(self, *, without: "Sequence[Replica]" = ()) -> "Replica | None":
         """Return one of the candidates that has a retry left, or needs none."""
-        able = [replica for replica in self._candidates() if self._free or replica.budget.left()]
+        able = [replica for replica in self._candidates() if self._free or self._left(replica)]
         others = [replica for replica in self._target.replicas if replica in without or replica not in able]
         return self._target.pick(self._model, without=others)
+
+    def _left(self, replica: "Replica") -> int:
+        """Return the retries that may be sent to a replica now.
+
+        While an outage is bridged, one that failed already keeps what the trials need: without them nobody would
+        notice its end.
+        """
+        left = replica.budget.left()
+        return max(0, left - TRIALS) if replica in self._tried and self._target.home.outage.is_bridged else left
 
     def _why_nobody(self) -> str | None:
         """Return why no replica could be asked when the next attempt is due, or None."""
         candidates = self._candidates()
         if not candidates:
             return "breaker"
-        if any(replica.budget.left() for replica in candidates):
+        if any(self._left(replica) for replica in candidates):
             return None
         self._refused = candidates[0]
         return "budget"

@@ -83,6 +83,9 @@ class WaitingRoom:
         limit: of all rooms.
         clock: seconds, monotonic.
         released: called with the number of requests released in a step.
+
+    Attributes:
+        queue: the requests that wait, in order.
     """
 
     def __init__(
@@ -95,11 +98,8 @@ class WaitingRoom:
         self._limit = limit
         self._clock = clock
         self._released = released
-        self._queue: deque[Waiter] = deque()
+        self.queue: deque[Waiter] = deque()
         self._step: asyncio.TimerHandle | None = None
-
-    def __len__(self) -> int:
-        return len(self._queue)
 
     async def wait(
         self, size: int, due: "Callable[[], float]", until: "Callable[[], float]", *, in_front: bool = False
@@ -119,14 +119,14 @@ class WaitingRoom:
             GatewayDraining: the gateway is stopping.
         """
         waiter = Waiter(size)
-        self._queue.insert(0 if in_front else len(self._queue), waiter)
+        self.queue.insert(0 if in_front else len(self.queue), waiter)
         self._limit.enter(waiter)
         try:
             while True:
                 self._limit.check_open()
                 if waiter.released:
                     return Chance.RELEASED
-                trial = due() if self._queue[0] is waiter else math.inf
+                trial = due() if self.queue[0] is waiter else math.inf
                 end = until()
                 now = self._clock()  # after the instants, one of which may be "now"
                 if min(trial, end) <= now:
@@ -143,12 +143,12 @@ class WaitingRoom:
 
     def wake(self) -> None:
         """Let the head look again: what it waits for may have changed."""
-        if self._queue:
-            self._queue[0].woken.set()
+        if self.queue:
+            self.queue[0].woken.set()
 
     def wake_all(self) -> None:
         """Let everybody look again."""
-        for waiter in self._queue:
+        for waiter in self.queue:
             waiter.woken.set()
 
     def release(self) -> None:
@@ -164,20 +164,20 @@ class WaitingRoom:
 
     def _release(self, number: int) -> None:
         self._step = None
-        now = min(number, len(self._queue))
+        now = min(number, len(self.queue))
         for _ in range(now):
-            waiter = self._queue.popleft()
+            waiter = self.queue.popleft()
             waiter.released = True
             waiter.woken.set()
         if now:
             self._released(now)
-        if self._queue:
+        if self.queue:
             self._step = asyncio.get_running_loop().call_later(RELEASE_STEP, self._release, 2 * number)
 
     def _remove(self, waiter: Waiter) -> None:
         if waiter.released:
             return
-        head = self._queue[0] is waiter
-        self._queue.remove(waiter)
+        head = self.queue[0] is waiter
+        self.queue.remove(waiter)
         if head:
             self.wake()

@@ -1,6 +1,7 @@
 """One handler for each call of the contract: read the request, do what it asks, answer."""
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -93,7 +94,7 @@ class Handlers:
                 writer,
                 model=model,
                 targets=self._targets(route, model, record),
-                caller=self._keys.caller(request),
+                caller=partial(self._keys.caller, request),
                 share=share,
                 headers=headers,
                 commit=commit,

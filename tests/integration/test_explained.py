@@ -88,16 +88,19 @@ async def test_a_success_after_failures(mock: MockModel, start_gateway: StartGat
     timing = assert_explained(
         answer,
         [
+            ("cooldown-1", "backend"),
+            ("cooldown-2", "backend"),
             ("attempt-1", "backend-1 status_429"),
-            ("backoff-1", None),
             ("attempt-2", "backend-1 status_503"),
-            ("backoff-2", None),
             ("attempt-3", f"backend-1 {'streaming' if stream else 'ok'}"),
         ],
         backend="backend-1",
     )
-    assert 0.2 <= timing.seconds["backoff-1"] < 10
-    assert 0.1 <= timing.seconds["backoff-2"] < 10
+    assert 0.15 <= timing.seconds["cooldown-1"] < 10
+    assert 0.05 <= timing.seconds["cooldown-2"] < 10
+    first, second, third = [call.time for call in mock.journal.calls]
+    assert second - first >= 0.2
+    assert third - second >= 0.1
     assert mock.journal.total == 3
 
 
@@ -127,10 +130,9 @@ async def test_a_stream_that_was_held_has_an_outcome(mock: MockModel, start_gate
         (FAILED, "status_500", "backend-1"),
         ({"kind": "not_json"}, "invalid_response", "backend-1"),
         ({"kind": "short_body"}, "invalid_response", "backend-1"),
-        ({"kind": "stall"}, "idle_timeout", "backend-1"),
         ({"kind": "reset"}, "connection_error", None),
     ],
-    ids=["500", "not JSON", "cut", "stalled", "reset"],
+    ids=["500", "not JSON", "cut", "reset"],
 )
 async def test_a_failure_after_all_attempts(
     mock: MockModel, start_gateway: StartGateway, fault: dict[str, Any], outcome: str, backend: str | None
@@ -152,10 +154,11 @@ async def test_a_failure_after_all_attempts(
     ("fault", "code", "outcome", "backend"),
     [
         (HANG, 504, "answer_timeout", None),
+        ({"kind": "stall"}, 504, "idle_timeout", "backend-1"),
         ({"kind": "status", "with": {"status": 401}}, 502, "auth_error", "backend-1"),
         ({"kind": "status", "with": {"status": 422}}, 422, "status_422", "backend-1"),
     ],
-    ids=["silent", "401", "422"],
+    ids=["silent", "stalled", "401", "422"],
 )
 async def test_a_failure_that_is_not_tried_again(
     mock: MockModel,
@@ -166,7 +169,7 @@ async def test_a_failure_that_is_not_tried_again(
     outcome: str,
     backend: str | None,
 ) -> None:
-    gateway = await start_gateway(mock, gateway_answer_timeout=0.2)
+    gateway = await start_gateway(mock, gateway_answer_timeout=0.2, gateway_idle_timeout=0.2)
     mock.set_faults([fault])
     answer = await gateway.chat()
     assert answer.status == code
@@ -389,7 +392,7 @@ async def test_health_forgets_no_error_and_counts_the_row(mock: MockModel, start
     gateway = await start_gateway(mock, gateway_max_attempts=1)
     mock.set_faults([FAILED | {"times": 3}])
     for number in (1, 2, 3):
-        failed = await gateway.chat()
+        failed = await gateway.chat(user=str(number))
         (backend,) = (await health_of(gateway)).backends
         assert backend["consecutive_failures"] == number
         assert backend["last_error"]["trace_id"] == failed.headers["x-trace-id"], "the latest one"

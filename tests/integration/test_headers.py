@@ -123,16 +123,18 @@ async def test_only_the_listed_headers_of_an_answer_pass(recorder: Recorder, sta
         assert answer.status == status
         for name, value in passed:
             assert answer.headers[name] == value
-        own = EXPLAINING | {"x-gateway-backend", "content-length", "date", "server"}
+        own = EXPLAINING | {"x-gateway-backend", "x-backend-request-id", "content-length", "date", "server"}
         assert set(answer.headers) == own | {name for name, _ in passed}
         for name, value in held_back:
             assert answer.headers.get(name) != value
         assert answer.headers["x-gateway-backend"] == "backend-1"
+        assert answer.headers["x-backend-request-id"] == "of-the-backend"
 
     recorder.status = 200
     recorder.headers = [*passed[1:], *held_back, ("content-type", "text/event-stream")]
     recorder.pieces = [STREAM, b"data: [DONE]\n\n"]
     answer = await gateway.chat(stream=True)
+    assert answer.headers["x-backend-request-id"] == "of-the-backend"
     for name, value in passed[1:]:
         assert answer.headers[name] == value
     for name, value in held_back:

@@ -26,6 +26,8 @@ PROMISED = {
     "gateway_attempts_total": {"backend", "outcome"},
     "gateway_retries_refused_total": {"backend"},
     "gateway_breaker_state": {"backend"},
+    "gateway_backend_cooling": {"backend"},
+    "gateway_bridged_requests_total": {"outcome"},
     "gateway_in_flight_requests": set[str](),
     "gateway_queued_requests": set[str](),
     "gateway_shed_requests_total": {"reason"},
@@ -70,7 +72,8 @@ async def test_a_mix_of_requests_is_counted_exactly(mock: MockModel, start_gatew
 
     async def ask(times: int = 1, fault: dict[str, Any] | None = None, **changes: Any) -> None:  # noqa: ANN401
         mock.set_faults([fault] if fault else [])
-        answers.extend([await gateway.chat(headers=headers, **changes) for _ in range(times)])
+        for _ in range(times):  # each another body: the repeat of a failed one is asked only once
+            answers.append(await gateway.chat(headers=headers, user=str(len(answers)), **changes))
 
     await ask(3)
     await ask(2, stream=True, stream_options={"include_usage": True})
@@ -161,6 +164,7 @@ async def test_every_promised_number_is_there_from_the_start(mock: MockModel, st
         assert f"# TYPE {family} " in await gateway.metrics(), name
     for replica in ("backend-1", "backend-2"):
         assert found.only("gateway_breaker_state", backend=replica) == 0
+        assert found.only("gateway_backend_cooling", backend=replica) == 0
         assert found.only("gateway_retries_allowed_total", backend=replica) == 0
         assert found.only("gateway_retries_refused_total", backend=replica) == 0
         for state in ("closed", "half_open", "open"):
@@ -251,8 +255,8 @@ async def test_breakers_and_refused_retries_are_told(mock: MockModel, start_gate
     mock.set_faults([{"kind": "status", "with": {"status": 500}, "times": 2}])
     (replica,) = gateway.parts.pool.replicas
     states = [(await numbers(gateway)).only("gateway_breaker_state", backend="backend-1")]
-    for _ in range(2):
-        await gateway.chat()
+    for number in range(2):
+        await gateway.chat(user=str(number))
     opened = await numbers(gateway)
     refused = opened.only("gateway_retries_refused_total", backend="backend-1")
     await until(lambda: replica.breaker.state == "half_open")
@@ -283,6 +287,41 @@ async def test_an_open_breaker_is_2(start_gateway: StartGateway) -> None:
     assert found.only("gateway_breaker_state", backend="backend-1") == 2
     assert found.only("gateway_backend_probe_ok", backend="backend-1") == 0
     assert found.by("gateway_attempts_total", "outcome") == {"connection_error": 1}
+
+
+async def test_a_backend_that_cools_is_1(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    limited = {"status": 429, "headers": {"retry-after-ms": "1000"}}
+    mock.set_faults([{"kind": "status", "with": limited, "times": 1}])
+    asking = asyncio.create_task(gateway.chat())
+    (replica,) = gateway.parts.pool.replicas
+    await until(lambda: replica.cooldown.left is not None)
+    cooling = await numbers(gateway)
+    answer = await asking
+    found = await numbers(gateway)
+
+    assert cooling.only("gateway_backend_cooling", backend="backend-1") == 1
+    assert found.only("gateway_backend_cooling", backend="backend-1") == 0
+    assert (answer.status, answer.attempts, mock.journal.total) == (200, 2, 2)
+    assert found.by("gateway_attempts_total", "outcome") == {"status_429": 1, "ok": 1}
+    assert found.only("gateway_retries_allowed_total", backend="backend-1") == 1
+    assert found.only("gateway_breaker_state", backend="backend-1") == 0
+    assert set(found.by("gateway_bridged_requests_total", "outcome").values()) <= {0}, "a cooldown is no outage"
+
+
+async def test_refusals_while_all_cool_are_told(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    mock.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after": "60"}}}])
+    for _ in range(3):
+        assert (await gateway.chat()).status == 429
+    found = await numbers(gateway)
+
+    assert found.by_labels("gateway_requests_total", "status", "outcome") == {
+        ("429", "backend_error"): 1,
+        ("429", "backend_rate_limited"): 2,
+    }
+    assert found.by("gateway_attempts_total", "outcome") == {"status_429": 1}
+    assert mock.journal.total == 1
 
 
 async def test_openmetrics_has_exemplars_that_lead_to_traces(mock: MockModel, start_gateway: StartGateway) -> None:

@@ -10,14 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from opentelemetry.trace import SpanKind
 
 from mock_model.serve import MockModel
 from testkit.http import Answer
+from testkit.polling import until
 from testkit.sse import Events
 from tests.integration.backends_raw import ANSWER, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
 
-AT_ONCE, BACKOFF, NOT = "at once", "backoff", "not"
+AT_ONCE, BACKOFF, COOLDOWN, NOT = "at once", "backoff", "cooldown", "not"
 QUICK: dict[str, Any] = {
     "gateway_backoff_initial": 0.02,
     "gateway_backoff_max": 0.02,
@@ -41,6 +43,7 @@ class Row:
         fault: what every call of the failing replica meets.
         calls: at a replica that is alone, in one request.
         elsewhere: when another replica is tried: at once, after a backoff, or not.
+        waits: what a replica that is alone is asked again after: a backoff, or its cooldown.
         status, code, param: what the caller gets in the end.
         stream: whether a stream is asked for.
         settings: of the gateway, beside `QUICK`.
@@ -53,6 +56,7 @@ class Row:
     code: str | None
     param: str | None = None
     stream: bool = False
+    waits: str = BACKOFF
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,13 +75,13 @@ SILENT = {"gateway_first_token_timeout": 0.3, "gateway_answer_timeout": 0.3}
 ROWS = {
     "reset before headers": Row({"kind": "reset"}, 3, AT_ONCE, 502, "backend_connection_error"),
     "reset, stream": Row({"kind": "reset"}, 3, AT_ONCE, 502, "backend_connection_error", stream=True),
-    "429 with retry-after": Row(status(429, retry_after="0.05"), 3, AT_ONCE, 429, "mock_429"),
-    "503 with retry-after-ms": Row(status(503, retry_after_ms="50"), 3, AT_ONCE, 503, "mock_503"),
+    "429 with retry-after": Row(status(429, retry_after="0.05"), 3, AT_ONCE, 429, "mock_429", waits=COOLDOWN),
+    "503 with retry-after-ms": Row(status(503, retry_after_ms="50"), 3, AT_ONCE, 503, "mock_503", waits=COOLDOWN),
     "429 with a retry-after too long": Row(status(429, retry_after="11"), 1, AT_ONCE, 429, "mock_429"),
     "503 with a retry-after too long": Row(status(503, retry_after="11"), 1, AT_ONCE, 503, "mock_503"),
-    "429": Row(status(429), 3, BACKOFF, 429, "mock_429"),
+    "429": Row(status(429), 3, AT_ONCE, 429, "mock_429", waits=COOLDOWN),
     "503": Row(status(503), 3, BACKOFF, 503, "mock_503"),
-    "429 with garbage": Row(status(429, retry_after="soon"), 3, BACKOFF, 429, "mock_429"),
+    "429 with garbage": Row(status(429, retry_after="soon"), 3, AT_ONCE, 429, "mock_429", waits=COOLDOWN),
     "503 with a negative one": Row(status(503, retry_after="-1"), 3, BACKOFF, 503, "mock_503"),
     "408": Row(status(408), 3, BACKOFF, 408, "mock_408"),
     "500": Row(status(500), 3, BACKOFF, 500, "mock_500"),
@@ -90,16 +94,27 @@ ROWS = {
     "short body": Row({"kind": "short_body"}, 3, BACKOFF, 502, UNREADABLE),
     "no json": Row({"kind": "not_json"}, 3, BACKOFF, 502, UNREADABLE),
     "html": Row({"kind": "html"}, 3, BACKOFF, 502, UNREADABLE),
-    "wrong type": Row({"kind": "content_type", "with": {"value": "text/plain"}}, 3, BACKOFF, 502, UNREADABLE),
-    "stalled body": Row(stall(), 3, BACKOFF, 504, TIMEOUT, "idle", settings=IDLE),
+    "wrong type": Row({"kind": "content_type", "with": {"value": "text/html"}}, 3, BACKOFF, 502, UNREADABLE),
+    "stream for json": Row(
+        {"kind": "content_type", "with": {"value": "text/event-stream"}}, 1, AT_ONCE, 502, UNREADABLE
+    ),
+    "stalled body": Row(stall(), 1, AT_ONCE, 504, TIMEOUT, "idle", settings=IDLE),
     "cut stream": Row(cut("end", "between"), 3, BACKOFF, 502, UNREADABLE, stream=True),
     "reset stream": Row(cut("reset", "inside_event"), 3, BACKOFF, 502, UNREADABLE, stream=True),
     "stream cut in a letter": Row(cut("end", "inside_character"), 3, BACKOFF, 502, UNREADABLE, stream=True),
     "empty stream": Row(cut("end", "between", 0), 3, BACKOFF, 502, UNREADABLE, stream=True),
     "garbage in a stream": Row({"kind": "malformed_event"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
     "html for a stream": Row({"kind": "html"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
-    "json for a stream": Row({"kind": "not_json"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
-    "stalled stream": Row(stall(), 3, BACKOFF, 504, TIMEOUT, "idle", stream=True, settings=IDLE),
+    "garbage as json for a stream": Row({"kind": "not_json"}, 3, BACKOFF, 502, UNREADABLE, stream=True),
+    "json for a stream": Row(
+        {"kind": "status", "with": {"status": 200, "body": {"id": "x", "choices": []}}},
+        1,
+        AT_ONCE,
+        502,
+        UNREADABLE,
+        stream=True,
+    ),
+    "stalled stream": Row(stall(), 1, AT_ONCE, 504, TIMEOUT, "idle", stream=True, settings=IDLE),
     "silent": Row({"kind": "hang_before_headers"}, 1, AT_ONCE, 504, TIMEOUT, "answer", settings=SILENT),
     "silent stream": Row(
         {"kind": "hang_before_headers"}, 1, AT_ONCE, 504, TIMEOUT, "first_token", stream=True, settings=SILENT
@@ -108,10 +123,12 @@ ROWS = {
         {"kind": "hang_after_headers"}, 1, AT_ONCE, 504, TIMEOUT, "first_token", stream=True, settings=SILENT
     ),
     "role only": Row(stall(), 1, AT_ONCE, 504, TIMEOUT, "first_token", stream=True, settings=SILENT),
-    "401": Row(status(401), 1, NOT, 502, "backend_auth_error"),
-    "403": Row(status(403), 1, NOT, 502, "backend_auth_error"),
+    "401": Row(status(401), 1, AT_ONCE, 502, "backend_auth_error"),
+    "403": Row(status(403), 1, AT_ONCE, 502, "backend_auth_error"),
+    "403 about the content": Row(status(403, code="content_filter"), 1, NOT, 403, "content_filter"),
     "400": Row(status(400), 1, NOT, 400, "mock_400"),
-    "404": Row(status(404), 1, NOT, 404, "mock_404"),
+    "404": Row(status(404, code="oh"), 1, NOT, 404, "oh"),
+    "404 for the model": Row(status(404, code="model_not_found"), 1, AT_ONCE, 404, "model_not_found"),
     "409": Row(status(409), 1, NOT, 409, "mock_409"),
     "422, stream": Row(status(422), 1, NOT, 422, "mock_422", stream=True),
     "quota spent": Row(status(429, code="insufficient_quota"), 1, NOT, 429, "insufficient_quota"),
@@ -132,7 +149,8 @@ async def test_one_replica(mock: MockModel, start_gateway: StartGateway, row: Ro
     assert mock.journal.total == row.calls
     assert answer.attempts == row.calls
     check_failure(answer, row)
-    assert len(answer.backoffs) == row.calls - 1, "alone, it is asked again only after a sleep"
+    assert len(answer.waits(row.waits)) == row.calls - 1, "alone, it is asked again only after a sleep"
+    assert not answer.waits(BACKOFF if row.waits == COOLDOWN else COOLDOWN)
     await mock.settled()
     assert {call.ended for call in mock.journal.calls} <= {"fault", "caller_left"}
 
@@ -174,6 +192,7 @@ async def test_another_replica(start_mock: StartMock, start_gateway: StartGatewa
     assert answer.attempts == 2
     assert answer.headers["x-gateway-backend"] == "backend-2"
     assert len(answer.backoffs) == (1 if row.elsewhere == BACKOFF else 0)
+    assert not answer.waits(COOLDOWN)
     await good.settled()
     assert good.journal.calls[0].ended == "complete"
 
@@ -194,6 +213,7 @@ async def test_both_replicas(start_mock: StartMock, start_gateway: StartGateway,
     else:
         assert totals == [1, 2]
     assert answer.attempts == sum(totals)
+    assert len(answer.waits(COOLDOWN)) == (1 if row.waits == COOLDOWN and row.calls > 2 else 0)
 
 
 # Where nobody listens, nothing reaches a journal
@@ -370,6 +390,18 @@ def gaps(mock: MockModel) -> list[float]:
     return [after.time - before.time for before, after in pairwise(mock.journal.calls)]
 
 
+async def decisions(gateway: Gateway, attempts: int) -> list[Any]:
+    """What was decided after each attempt so far, once so many are exported."""
+
+    def found() -> list[Any]:
+        return [
+            dict(span.attributes or {})["gateway.decision"] for span in gateway.spans() if span.kind is SpanKind.CLIENT
+        ]
+
+    await until(lambda: len(found()) == attempts)
+    return found()
+
+
 @pytest.mark.parametrize("number", [429, 503])
 @pytest.mark.parametrize(
     "headers",
@@ -385,7 +417,10 @@ async def test_retry_after_is_waited_for(
     assert answer.status == 200
     assert mock.journal.total == 3
     assert min(gaps(mock)) >= 0.3, "never less than it asked for"
-    assert min(answer.backoffs) >= 300
+    assert len(answer.waits(COOLDOWN)) == 2
+    assert min(answer.waits(COOLDOWN)) > 250
+    assert not answer.backoffs
+    assert await decisions(gateway, 3) == ["waited: cooldown", "waited: cooldown", "answered"]
 
 
 async def test_retry_after_as_a_date(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -396,6 +431,21 @@ async def test_retry_after_as_a_date(mock: MockModel, start_gateway: StartGatewa
     assert answer.status == 200
     assert mock.journal.total == 2
     assert mock.journal.calls[1].time >= date.timestamp()
+    assert len(answer.waits(COOLDOWN)) == 1
+
+
+async def test_429_without_retry_after_cools_for_one_second_then_two(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, **QUICK)
+    mock.set_faults([{**status(429), "times": 2}])
+    answer = await gateway.chat()
+    assert answer.status == 200
+    assert mock.journal.total == answer.attempts == 3
+    first, second = gaps(mock)
+    assert 1 <= first < 2 <= second
+    assert len(answer.waits(COOLDOWN)) == 2
+    assert not answer.backoffs
 
 
 async def test_retry_after_of_a_500_is_not_waited_for(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -404,7 +454,9 @@ async def test_retry_after_of_a_500_is_not_waited_for(mock: MockModel, start_gat
     answer = await gateway.chat()
     assert answer.status == 200
     assert mock.journal.total == 2
+    assert len(answer.backoffs) == 1
     assert max(answer.backoffs) < 5000
+    assert not answer.waits(COOLDOWN)
 
 
 async def test_retry_after_that_nobody_waited_for_is_passed_on_alone(
@@ -431,6 +483,16 @@ async def test_replica_is_left_alone_until_its_retry_after_is_over(
     assert answer.status == 200
     assert busy.journal.total == 1
     assert other.journal.total == 2
+
+
+async def test_answer_as_plain_text_around_a_json_object_is_good(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    mock.set_faults([{"kind": "content_type", "with": {"value": "text/plain"}}])
+    answer = await gateway.chat()
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain"
+    assert answer.json["choices"][0]["message"]["content"]
+    assert mock.journal.total == answer.attempts == 1
 
 
 # What is no HTTP

@@ -43,13 +43,14 @@ async def test_the_health_document_is_whole(mock: MockModel, start_gateway: Star
     good, bad = document["downstream"]["backends"]
     for backend in (good, bad):
         assert set(backend) == {
-            "name", "url", "status", "breaker", "retry_in_seconds", "in_flight", "consecutive_failures",
-            "last_success_seconds_ago", "last_error", "probe",
+            "name", "url", "status", "breaker", "retry_in_seconds", "cooling_seconds", "in_flight",
+            "consecutive_failures", "last_success_seconds_ago", "last_error", "probe",
         }  # fmt: skip
         assert set(backend["probe"]) == {"ok", "latency_ms", "seconds_ago"}
         assert backend["probe"]["latency_ms"] > 0
         assert backend["probe"]["seconds_ago"] >= 0
         assert (backend["breaker"], backend["retry_in_seconds"], backend["in_flight"]) == ("closed", None, 0)
+        assert backend["cooling_seconds"] is None
     assert (good["name"], good["url"], good["status"]) == ("backend-1", mock.url, "ok")
     assert (bad["name"], bad["url"], bad["status"]) == ("backend-2", REFUSED, "down")
     assert (good["probe"]["ok"], bad["probe"]["ok"]) == (True, False)
@@ -75,6 +76,40 @@ async def test_health_tells_the_last_error_with_its_trace(mock: MockModel, start
     assert (document["status"], backend["status"]) == ("ok", "ok")
     assert backend["consecutive_failures"] == 0
     assert backend["last_success_seconds_ago"] >= 0
+
+
+async def test_a_backend_that_cools_is_degraded_and_health_says_for_how_long(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_max_attempts=1)
+    await until(lambda: gateway.parts.health.ready)
+    limited = {"status": 429, "headers": {"retry-after": "30"}}
+    mock.set_faults([{"kind": "status", "with": limited, "match": {"model": "limited"}}])
+    assert (await gateway.chat(model="limited")).status == 429
+    assert (await gateway.chat(model="other")).status == 200
+    document = await gateway.health()
+    (backend,) = document["downstream"]["backends"]
+    assert (document["status"], document["downstream"]["status"], backend["status"]) == ("degraded",) * 3
+    assert 25 < backend["cooling_seconds"] <= 30
+    assert (backend["breaker"], backend["retry_in_seconds"], backend["consecutive_failures"]) == ("closed", None, 0)
+    assert (await get(gateway, "/health")).status == 200
+    assert mock.journal.total == 2
+
+
+async def test_a_backend_that_no_longer_cools_is_ok_after_its_next_answer(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_max_attempts=1)
+    await until(lambda: gateway.parts.health.ready)
+    mock.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after-ms": "300"}}, "times": 1}])
+    assert (await gateway.chat()).status == 429
+    (backend,) = (await gateway.health())["downstream"]["backends"]
+    assert 0 < backend["cooling_seconds"] <= 0.3
+    assert (await gateway.chat()).status == 200
+    document = await gateway.health()
+    (backend,) = document["downstream"]["backends"]
+    assert (document["status"], backend["status"], backend["cooling_seconds"]) == ("ok", "ok", None)
+    assert mock.journal.total == 2
 
 
 async def test_health_is_503_when_every_backend_is_down(start_gateway: StartGateway) -> None:

@@ -16,7 +16,7 @@ from testkit.http import Answer
 from testkit.polling import until
 from testkit.sse import Events
 from tests.integration.backends_raw import END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, full_backlog
-from tests.integration.gateways import Gateway, StartGateway, StartMock
+from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
 from tests.integration.stopwatch import Stopwatch
 from tests.integration.wire import Wire, dial, post
 
@@ -79,18 +79,131 @@ async def test_first_token(mock: MockModel, start_gateway: StartGateway, fault: 
     assert [call.ended for call in mock.journal.calls] == ["caller_left"], "a silent backend is never asked again"
 
 
-async def test_comments_are_no_first_token(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+# Signs of life: what comes before the first token, and is none
+
+
+ENDLESS = 1000
+SIGNS = {"comments": b": still thinking\n\n", "roles": chunk()}
+
+
+async def think(call: RawCall, sign: bytes, times: int) -> None:
+    """A stream with a sign of life every 0.2 s, and its answer after so many."""
+    await call.send(STREAM_HEAD)
+    for _ in range(times):
+        await call.events(sign)
+        await asyncio.sleep(0.2)
+    await call.events(chunk("word"), chunk(finish="stop"), b"data: [DONE]\n\n")
+    await call.send(END)
+
+
+async def breaker_and_failures(gateway: Gateway, number: int = 0) -> tuple[str, int]:
+    """What `/health` says of a replica's breaker."""
+    backend = (await gateway.health())["downstream"]["backends"][number]
+    return backend["breaker"], backend["consecutive_failures"]
+
+
+@pytest.mark.parametrize("sign", SIGNS.values(), ids=SIGNS.keys())
+async def test_signs_of_life_are_waited_for_where_nobody_else_can_answer(
+    start_raw: StartRaw, start_gateway: StartGateway, sign: bytes
+) -> None:
+    backend = await start_raw(lambda call: think(call, sign, 5))
+    gateway = await start_gateway(backend.url, gateway_first_token_timeout=0.6, gateway_breaker_failures=1)
+    async with Stopwatch() as watch:
+        answer = await gateway.chat(stream=True)
+    events = Events(answer.body)
+    assert answer.status == 200
+    assert (events.text, events.done, events.errors) == ("word", 1, [])
+    assert watch.took >= 1, "longer than the timeout"
+    assert len(backend.calls) == answer.attempts == 1
+    assert await breaker_and_failures(gateway) == ("closed", 0)
+
+
+async def test_signs_of_life_end_with_the_first_token_timeout_where_another_replica_can_answer(
+    start_raw: StartRaw, mock: MockModel, start_gateway: StartGateway
+) -> None:
+    backend = await start_raw(lambda call: think(call, SIGNS["comments"], ENDLESS))
+    gateway = await start_gateway(backend.url, mock, gateway_first_token_timeout=0.6, gateway_breaker_failures=1)
+    prefer(gateway, "backend-1")
+    async with Stopwatch() as watch:
+        answer = await gateway.chat(stream=True)
+    assert answer.status == 200
+    assert answer.outcomes[0] == "backend-1 first_token_timeout"
+    assert answer.headers["x-gateway-backend"] == "backend-2"
+    assert not answer.backoffs
+    assert watch.took >= 0.6
+    assert watch.within(0.6 + 1), watch
+    assert (len(backend.calls), mock.journal.total, answer.attempts) == (1, 1, 2)
+    assert await breaker_and_failures(gateway) == ("closed", 0), "it lives"
+
+
+async def test_signs_of_life_are_waited_for_when_the_other_replica_was_silent(
+    start_raw: StartRaw, mock: MockModel, start_gateway: StartGateway
+) -> None:
+    backend = await start_raw(lambda call: think(call, SIGNS["comments"], 5))
+    gateway = await start_gateway(mock, backend.url, gateway_first_token_timeout=0.6)
+    prefer(gateway, "backend-1")
+    mock.set_faults([HANG])
+    answer = await gateway.chat(stream=True)
+    assert Events(answer.body).text == "word"
+    assert answer.outcomes == ["backend-1 first_token_timeout", "backend-2 streaming"]
+    assert (len(backend.calls), mock.journal.total) == (1, 1)
+    assert await breaker_and_failures(gateway, 0) == ("closed", 1)
+    assert await breaker_and_failures(gateway, 1) == ("closed", 0)
+
+
+async def test_signs_of_life_are_followed_until_the_deadline(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    backend = await start_raw(lambda call: think(call, SIGNS["comments"], ENDLESS))
+    gateway = await start_gateway(backend.url, gateway_first_token_timeout=SHORT, gateway_breaker_failures=1)
+    answer = await _meets_its_deadline(gateway, deadline=1, stream=True)
+    assert answer.status == 504
+    assert _is_deadline(answer.error)
+    assert len(backend.calls) == 1
+    assert await breaker_and_failures(gateway) == ("closed", 0)
+
+
+async def test_signs_of_life_that_cease_are_a_silence_that_counts_for_no_breaker(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
     async def play(call: RawCall) -> None:
         await call.send(STREAM_HEAD)
-        while True:
-            await call.events(b": still thinking\n\n")
-            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await call.events(SIGNS["comments"])
+            await asyncio.sleep(0.2)
+        await call.left()
 
     backend = await start_raw(play)
-    gateway = await start_gateway(backend.url, gateway_first_token_timeout=SHORT, gateway_idle_timeout=0.2)
+    gateway = await start_gateway(backend.url, gateway_first_token_timeout=0.6, gateway_breaker_failures=1)
+    async with Stopwatch() as watch:
+        answer = await gateway.chat(stream=True)
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (504, "backend_timeout", "first_token")
+    assert watch.took >= 0.4 + 0.6
+    assert watch.within(0.4 + 0.6 + 1), watch
+    assert len(backend.calls) == answer.attempts == 1, "not asked again"
+    assert await breaker_and_failures(gateway) == ("closed", 0)
+
+
+async def test_comments_are_no_first_token(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    reset = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        if call.number == 2:
+            await call.events(chunk("word"), chunk(finish="stop"), b"data: [DONE]\n\n")
+            await call.send(END)
+            return
+        for _ in range(10):
+            await call.events(SIGNS["comments"])
+            await asyncio.sleep(0.01)
+        reset.set()
+        call.reset()
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_backoff_initial=0.01)
     answer = await gateway.chat(stream=True)
-    assert (answer.status, answer.error["param"]) == (504, "first_token")
-    assert len(backend.calls) == 1
+    assert reset.is_set()
+    assert answer.status == 200
+    assert Events(answer.body).text == "word", "nothing had gone out, so that it could be asked again"
+    assert len(backend.calls) == answer.attempts == 2
 
 
 async def test_answer(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -117,17 +230,59 @@ async def test_the_answer_timeout_ends_with_the_headers(mock: MockModel, start_g
 async def test_idle_before_commit(
     mock: MockModel, start_gateway: StartGateway, fault: dict[str, Any], *, stream: bool
 ) -> None:
-    gateway = await start_gateway(
-        mock, gateway_idle_timeout=SHORT, gateway_max_attempts=2, gateway_backoff_initial=0.01
-    )
+    gateway = await start_gateway(mock, gateway_idle_timeout=SHORT)
     mock.set_faults([fault])
     async with Stopwatch() as watch:
         answer = await gateway.chat(stream=stream)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (504, "backend_timeout", "idle")
-    assert watch.took >= 2 * SHORT
-    assert watch.within(2 * SHORT + 1), watch
+    assert answer.attempts == 1
+    assert watch.took >= SHORT
+    assert watch.within(SHORT + 1), watch
     await mock.settled()
-    assert [call.ended for call in mock.journal.calls] == ["caller_left"] * 2, "a stalled answer is tried again"
+    assert [call.ended for call in mock.journal.calls] == ["caller_left"], "a stalled backend is not asked again"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", [HANG, HANG_AFTER_HEADERS, ROLE_ONLY], ids=["silent", "headers only", "a part"])
+async def test_silent_or_stalled_before_commit_goes_to_another_replica_at_once(
+    start_mock: StartMock, start_gateway: StartGateway, fault: dict[str, Any], *, stream: bool
+) -> None:
+    bad, good = await start_mock(), await start_mock()
+    gateway = await start_gateway(
+        bad,
+        good,
+        gateway_idle_timeout=SHORT,
+        gateway_answer_timeout=SHORT,
+        gateway_first_token_timeout=SHORT,
+        gateway_backoff_initial=LONG,
+        gateway_backoff_max=LONG,
+    )
+    prefer(gateway, "backend-1")
+    bad.set_faults([fault])
+    async with Stopwatch() as watch:
+        answer = await gateway.chat(stream=stream)
+    assert answer.status == 200
+    assert answer.headers["x-gateway-backend"] == "backend-2"
+    assert watch.within(SHORT + 1), watch
+    await bad.settled()
+    assert [call.ended for call in bad.journal.calls] == ["caller_left"]
+    assert good.journal.total == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_silent_replicas_are_asked_once_each(
+    start_mock: StartMock, start_gateway: StartGateway, *, stream: bool
+) -> None:
+    mocks = [await start_mock(), await start_mock()]
+    gateway = await start_gateway(
+        *mocks, gateway_answer_timeout=SHORT, gateway_first_token_timeout=SHORT, gateway_max_attempts=5
+    )
+    for one in mocks:
+        one.set_faults([HANG])
+    answer = await gateway.chat(stream=stream)
+    assert (answer.status, answer.error["code"], answer.attempts) == (504, "backend_timeout", 2)
+    assert not answer.backoffs
+    assert [one.journal.total for one in mocks] == [1, 1]
 
 
 async def test_idle_after_commit(mock: MockModel, start_gateway: StartGateway) -> None:

@@ -113,7 +113,7 @@ async def dial(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[
 
 def chunks_in(data: bytes) -> tuple[bytes, bool]:
     """The body in the chunks of a connection that has ended, and whether it has its proper end."""
-    pieces = []
+    pieces: list[bytes] = []
     while b"\r\n" in data:
         line, _, data = data.partition(b"\r\n")
         size = int(line, 16)

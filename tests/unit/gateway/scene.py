@@ -126,7 +126,7 @@ class Scene:
         for target in self.pool.routes[0].targets:
             for replica in target.replicas:
                 replica._max_in_flight = max_in_flight
-                replica.freed = target.home.queue.wake
+                replica.freed = target.home.full.wake
 
     async def send(self, body: bytes, *, caller: str = "somebody", deadline: float = 600.0) -> Ended:
         """Send one request, and return what became of it."""
@@ -145,7 +145,7 @@ class Scene:
                     None,
                     model=request.model or "m",
                     targets=self.pool.routes[0].targets,
-                    caller=caller,
+                    caller=lambda: caller,
                     share=share,
                     headers=[],
                     commit="first_token",

@@ -156,7 +156,7 @@ def forward(
                 None,
                 model="m",
                 targets=where.routes[0].targets,
-                caller="somebody",
+                caller=lambda: "somebody",
                 share=share,
                 headers=[],
                 commit="first_token",

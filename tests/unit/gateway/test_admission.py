@@ -10,6 +10,9 @@ from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 
+NOW = 1e-6
+"""Virtual seconds: at once."""
+
 LONG = 600.0
 QUEUE_TIMEOUT = 2.0
 
@@ -36,7 +39,7 @@ def test_a_free_slot_is_had_without_waiting_even_with_no_time_left() -> None:
         gate, began = admission(slots=2), clock()
         await gate.enter(0)
         await gate.enter(0)
-        assert clock() == began
+        assert clock() - began < NOW
         assert gate.in_flight == 2
         assert not gate.enter_at_once()
         gate.leave()
@@ -98,7 +101,7 @@ def test_a_full_queue_refuses_at_once() -> None:
             gate.check()
         with pytest.raises(GatewayOverloaded):
             await gate.enter(LONG)
-        assert clock() == began
+        assert clock() - began < NOW
         assert refused.value.reason == "queue_full"
         assert gate.queued == 1
         gate.leave()

@@ -70,6 +70,22 @@ def test_a_restart_of_three_seconds_costs_no_caller_an_error_and_releases_all_wi
     run(story)
 
 
+@pytest.mark.parametrize("failures", [5, 1000])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 10, 30])
+def test_the_retries_of_those_whom_an_outage_finds_under_way_leave_enough_of_the_budget_for_its_trials(
+    number: int, failures: int
+) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=3)}, gateway_breaker_failures=failures)
+        await asyncio.gather(*(scene.send(prompt(each)) for each in range(number)))
+        assert not scene.failed
+        assert len([at for at, _, _ in scene.calls if at < 3]) <= number + 10
+        assert max(each.seconds for each in scene.ended) < 5
+        scene.check_at_rest()
+
+    run(story)
+
+
 def test_those_who_wait_are_released_in_order() -> None:
     async def story(clock: Clock) -> None:
         scene = Scene(clock, {"a-1": out("503", until=3)})

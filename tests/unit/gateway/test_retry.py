@@ -516,7 +516,7 @@ def test_when_every_breaker_is_open_nobody_is_touched() -> None:
 
     assert told.calls == []
     assert isinstance(told.error, BackendUnavailable)
-    assert told.error.retry_after == 7
+    assert told.error.retry_after == pytest.approx(7)
 
 
 FAILURES: "st.SearchStrategy[Outcome]" = st.sampled_from(
