@@ -152,10 +152,18 @@ class Record:
     output_tokens: int | None = None
     input_text: str | None = None
     output_text: str | None = None
+    _trace: str = ""
+
+    @property
+    def trace(self) -> str:
+        """The trace id as people read it: 32 hexadecimal digits."""
+        if not self._trace:
+            self._trace = f"{self.trace_id:032x}"
+        return self._trace
 
     def traceparent(self, span_id: int) -> str:
         """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
-        return f"00-{self.trace_id:032x}-{span_id:016x}-{'01' if self.sampled else '00'}"
+        return f"00-{self.trace}-{span_id:016x}-{'01' if self.sampled else '00'}"
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
         """Note that a target was passed over: `breaker`, `cooldown`, `bridging` or `full`."""

@@ -97,7 +97,7 @@ class Attempts:
         except BackendError as failure:
             self._end(attempt, failure)
             before = replica.breaker.state
-            trace_id, counted = f"{call.record.trace_id:032x}", replica in call.counted
+            trace_id, counted = call.record.trace, replica in call.counted
             if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint):
                 call.counted.add(replica)
             self._note_breaker(call.record, replica, before)

@@ -83,34 +83,35 @@ class Forwarder:
                 await self._admission.enter(call.deadline.left_to_commit())
             finally:
                 call.record.queued = self._clock() - queued_at
+        failure: BackendError | None = None
         try:
-            await self._answer(call)
+            if self._repeats:
+                self._look_up(call)
+            answered = False
+            try:
+                answered = await self._try_targets(call, _in_order(call))
+            except BackendError as error:
+                failure = error
+                drop_frames(error)
+            if not answered:
+                await self._wait_and_try(call, failure)
+        except BackendError as error:
+            call.record.attempt.decision = f"gave up: {call.record.stop_reason}"
+            self._remember(call, error)
+            raise
         except (DeadlineExceeded, GatewayOverloaded, GatewayDraining, CallerLeft, CancelledError) as error:
             word = error.reason if isinstance(error, GatewayOverloaded) else END_WORDS.get(type(error), "cancelled")
             call.record.give_up(word)
             raise
         finally:
+            failure = None
             self._admission.leave()
 
-    async def _answer(self, call: "Call") -> None:
-        """Try the targets, then wait where waiting may help."""
+    def _look_up(self, call: "Call") -> None:
+        """Find out whether the same request failed a short time ago."""
+        self._repeats.expire()
         if self._repeats:
-            self._repeats.expire()
-            call.failed_before = self._repeats.failed_by(call.caller(), call.fingerprint()) if self._repeats else None
-        failure: BackendError | None = None
-        try:
-            if await self._try_targets(call, _in_order(call)):
-                return
-        except BackendError as error:
-            failure = error
-            drop_frames(error)
-        try:
-            await self._wait_and_try(call, failure)
-        except BackendError as error:
-            self._remember(call, error)
-            raise
-        finally:
-            failure = None
+            call.failed_before = self._repeats.failed_by(call.caller(), call.fingerprint())
 
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
@@ -279,7 +280,6 @@ class Forwarder:
                 return
         if record.waits and (failure.outage or failure.cools) and not call.committed:
             record.stop_reason = record.waits[-1].kind
-        record.attempt.decision = f"gave up: {record.stop_reason}"
         raise failure
 
     def _remember(self, call: "Call", failure: BackendError) -> None:

@@ -109,7 +109,7 @@ class Waits:
             if outage.is_bridged and now < self._bridged_until:
                 places.append(Place(BRIDGING, target, model, outage.trial_due))
             due = target.free_at(model, now, without=self._left_out(target))
-            may_be_now = not outage.is_bridged and (failure is None or failure.cools)
+            may_be_now = not outage.is_bridged and (failure is None or (failure.cools and target is self._call.target))
             if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
                 places.append(Place(COOLDOWN, target, model, due))
         return min(places, key=lambda place: place.due, default=None)

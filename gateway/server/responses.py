@@ -26,7 +26,7 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
     """Return the headers that explain a request, on success and on error; `now`: instant of the record's clock."""
     headers = {
         "x-request-id": record.request_id,
-        "x-trace-id": f"{record.trace_id:032x}",
+        "x-trace-id": record.trace,
         "x-gateway-attempts": str(len(record.attempts)),
         "server-timing": record.server_timing(now),
         "server": SERVER,

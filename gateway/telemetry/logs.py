@@ -229,7 +229,7 @@ def _json_line(record: "Record", level: int) -> str:
         input_tokens=record.input_tokens,
         output_tokens=record.output_tokens,
         request_id=record.request_id,
-        trace_id=f"{record.trace_id:032x}",
+        trace_id=record.trace,
         span_id=f"{record.span_id:016x}",
     )
     if record.waits:
@@ -261,7 +261,7 @@ def _readable_line(record: "Record", _level: int) -> str:
         f"{clock} {record.status} {record.method} {record.path or '(unknown path)'}"
         f" {record.seconds(0.0) * 1000:.1f} ms {record.outcome}"
         f"{f' [{attempts}]' if attempts else ''}"
-        f" request={record.request_id} trace={record.trace_id:032x}"
+        f" request={record.request_id} trace={record.trace}"
         f"{f' ({error})' if error else ''}\n"
     )
 
