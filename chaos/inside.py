@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import aiohttp.connector
+import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 import gateway.__main__ as production
@@ -52,7 +52,7 @@ def main() -> int:
     """Open the doors, then be the gateway."""
     names, tasks = os.environ.get("CHAOS_NAMES"), os.environ.get("CHAOS_TASKS")
     if names:
-        vars(aiohttp.connector)["DefaultResolver"] = lambda **_: FileResolver(Path(names))
+        vars(aiohttp)["DefaultResolver"] = lambda **_: FileResolver(Path(names))
     run = production.run
 
     async def run_with_doors(settings: "Settings") -> None:

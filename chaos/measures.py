@@ -1,5 +1,6 @@
 """What a game day measures: numbers over a span of an experiment, by the names that definitions use."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,16 @@ class Findings:
         """Return the calls sent in that span (seconds since time zero)."""
         return [call for call in self.calls if since <= call.started - self.began < until]
 
+    def waiting(self, since: float, until: float) -> list[Call]:
+        """Return the calls that waited for the first good answer that came after `since`, in the order of their ends.
+
+        They were sent before it came (and before `until`) and ended with it or later: it is one of them itself.
+        """
+        sent = sorted(self.sent(-math.inf, until), key=lambda call: call.ended)
+        ended = [call for call in sent if call.ended >= self.began + since]
+        first = next((call.ended for call in ended if call.outcome == "ok"), None)
+        return [] if first is None else [call for call in ended if call.ended >= first >= call.started]
+
     def revived(self, since: float, until: float) -> float:
         """Return when the first backend that was started in that span answered its own health probe.
 
@@ -62,6 +73,15 @@ def _number(calls: list[Call], wanted: Callable[[Call], bool]) -> float | None:
 def _cut_short(call: Call) -> bool:
     """Tell whether an answer began and did not end as it should; a connection reset without one byte is no answer."""
     return call.status is not None and call.flaw is not None
+
+
+def _unanswered(call: Call) -> bool:
+    """Tell whether a call has failed before its answer began; of a stream that breaks off no other call can help."""
+    return call.outcome != "ok" and not (call.status == 200 and call.first is not None)
+
+
+def _failed_attempts(calls: list[Call]) -> float | None:
+    return sum(one.outcome != "ok" for call in calls for one in call.tries) if calls else None
 
 
 def _share_good(calls: list[Call]) -> float | None:
@@ -99,6 +119,12 @@ def _recovery_past_open(findings: Findings, since: float, until: float) -> float
     return max(0.0, recovery - max([0.0, *(end - start for end in ends)]))
 
 
+def _release(findings: Findings, since: float, until: float) -> float | None:
+    """Return the seconds from the first good answer after `since` until all calls that waited for it have ended."""
+    waiting = findings.waiting(since, until)
+    return waiting[-1].ended - waiting[0].ended if waiting else None
+
+
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
     """Return it by the gateway's counters, from the last sample before `since`: the burst of a fault counts."""
     before = [sample for sample in findings.samples if sample.at <= since]
@@ -111,6 +137,8 @@ def _attempts_per_request(findings: Findings, since: float, until: float) -> flo
 MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {
     "share_good": lambda f, since, until: _share_good(f.sent(since, until)),
     "failures": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome != "ok"),
+    "unanswered": lambda f, since, until: _number(f.sent(since, until), _unanswered),
+    "failed_attempts": lambda f, since, until: _failed_attempts(f.sent(since, until)),
     "ill_formed": lambda f, since, until: _number(f.sent(since, until), lambda call: call.flaw is not None),
     "cut_short": lambda f, since, until: _number(f.sent(since, until), _cut_short),
     "hung": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome == "hung"),
@@ -119,11 +147,12 @@ MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {
     "p99_seconds": lambda f, since, until: _p99(f.sent(since, until)),
     "recovery_seconds": _recovery,
     "recovery_seconds_past_open": _recovery_past_open,
+    "release_seconds": _release,
     "attempts_per_request": _attempts_per_request,
 }
 """Each takes the findings and a span (seconds since time zero); None: there was nothing to measure."""
 
-COUNTS = frozenset({"failures", "ill_formed", "cut_short", "hung"})
+COUNTS = frozenset({"failures", "unanswered", "ill_formed", "cut_short", "hung"})
 
 
 def measured(name: str, findings: Findings, since: float, until: float) -> tuple[float | None, str]:
@@ -135,6 +164,10 @@ def measured(name: str, findings: Findings, since: float, until: float) -> tuple
     calls = findings.sent(since, until)
     if name == "seconds_over_deadline":
         text += f" (the longest took {max(call.seconds for call in calls):.2f} s)"
+    elif name == "release_seconds":
+        text += f" for {len(findings.waiting(since, until))}"
+    elif name == "failed_attempts":
+        text += f" of {sum(len(call.tries) for call in calls)}, for {len(calls)} calls"
     elif name in COUNTS:
         text += f" of {len(calls)}"
     return value, text

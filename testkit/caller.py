@@ -15,7 +15,7 @@ import msgspec
 import uvloop
 
 from testkit.completions import LAST_RESPONSES, RESPONSES_PATH, prompt, text_in, text_of
-from testkit.http import ERROR_KEYS
+from testkit.http import ERROR_KEYS, Body
 from testkit.load import Call, Plan, Try
 from testkit.sse import Event, read_events
 from testkit.usage import run_delay
@@ -34,9 +34,11 @@ OWN_CODES = frozenset(
     invalid_json invalid_request invalid_api_key not_found model_not_found method_not_allowed request_timeout
     request_too_large unsupported_media_type headers_too_large internal_error backend_connection_error
     backend_invalid_response backend_auth_error backend_unavailable gateway_overloaded gateway_draining backend_timeout
-    deadline_exceeded
+    deadline_exceeded backend_rate_limited rate_limit_exceeded model_not_allowed
     """.split()  # noqa: SIM905
 )
+EITHERS_CODES = frozenset({"backend_invalid_response", "model_not_found", "rate_limit_exceeded"})
+"""Codes of the gateway that a backend's own answer can have too."""
 TRY = re.compile(r'attempt-\d+;desc="(\S+) (\S+)"')
 SDK_STATUSES = frozenset({408, 409, 429})
 SDK_PATIENCE = 60.0
@@ -247,7 +249,7 @@ def _judge(call: Call, body: bytes, expected: str | None) -> None:
         return
     call.outcome, call.param = error.code, error.param
     answered = bool(call.tries) and call.tries[-1].outcome.startswith("status_")
-    if error.code not in OWN_CODES or (error.code == "backend_invalid_response" and answered):
+    if error.code not in OWN_CODES or (error.code in EITHERS_CODES and answered):
         call.outcome = "backend_error"
 
 
@@ -267,20 +269,17 @@ class Reading:
     async def read(self, response: aiohttp.ClientResponse) -> None:
         """Read it to its end, or until the caller leaves."""
         call = self._call
-        try:
-            async for event in read_events(response.content):
-                self._see(event)
-                if self._leave_after is not None and call.events >= self._leave_after:
-                    call.outcome = "left"
-                    response.close()
-                    break
-        except aiohttp.ClientPayloadError as broken:
-            call.outcome, call.flaw = "broken", f"the connection broke: {broken!r}"
-            return
+        body = Body(response)
+        async for event in read_events(body):
+            self._see(event)
+            if self._leave_after is not None and call.events >= self._leave_after:
+                call.outcome = "left"
+                response.close()
+                break
         if self._expected is not None and not self._expected.startswith(self._text):
             call.flaw = f"a wrong text: {self._text!r}"
         if call.outcome != "left":
-            self._judge()
+            self._judge(cut=body.cut)
 
     def _see(self, event: Event) -> None:
         call = self._call
@@ -303,10 +302,16 @@ class Reading:
         self._whole = document.get("type") in LAST_RESPONSES
         self._text += text_in(document)
 
-    def _judge(self) -> None:
+    def _judge(self, *, cut: bool) -> None:
+        """Judge the end: a failed stream has an error event and no proper end, every other one both the other way."""
         call, error = self._call, self._error
         if error is not None:
             call.outcome, call.param = error.code, error.param
+            if not cut:
+                call.flaw = call.flaw or "a proper end after an error event"
+        elif cut:
+            call.outcome, call.flaw = "broken", f"the connection broke: {self._last[:200]}"
+            return
         elif self._whole:
             call.outcome = "ok"
             if self._expected is not None and self._text != self._expected:

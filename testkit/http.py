@@ -1,7 +1,7 @@
 """One HTTP call, and its whole answer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -103,16 +103,30 @@ class Answer:
         return [milliseconds for name, _, milliseconds in self.timing if name.startswith(f"{kind}-")]
 
 
+class Body:
+    """The rest of a body, piece by piece, as far as it comes.
+
+    Attributes:
+        cut: Whether it did not end properly; known when all pieces have come.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._content = response.content
+        self.cut = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            while piece := await self._content.readany():
+                yield piece
+        except (aiohttp.ClientPayloadError, aiohttp.ClientOSError, ConnectionError):
+            self.cut = True
+            yield bytes(self._content._read_nowait(-1))  # noqa: SLF001 - what came before the cut
+
+
 async def rest_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
     """Return the rest of a body, as far as it came, and whether it was cut: it did not end properly."""
-    pieces = []
-    try:
-        while piece := await response.content.readany():
-            pieces.append(piece)
-    except (aiohttp.ClientPayloadError, ConnectionError):
-        pieces.append(bytes(response.content._read_nowait(-1)))  # noqa: SLF001 - what came before the cut
-        return b"".join(pieces), True
-    return b"".join(pieces), False
+    body = Body(response)
+    return b"".join([piece async for piece in body]), body.cut
 
 
 async def ask(

@@ -14,15 +14,25 @@ class Event(NamedTuple):
     data: str
 
 
-async def read_events(lines: AsyncIterable[bytes]) -> AsyncIterator[Event]:
-    """Read a stream's events as its lines come in."""
+async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Event]:
+    """Read a stream's events as its bytes come in, in pieces of any size."""
     name = ""
-    async for line in lines:
+    async for line in _lines(pieces):
         if line.startswith(b"event: "):
             name = line[7:].decode().strip()
         elif line.startswith(b"data: "):
             yield Event(name, line[6:].decode().strip())
             name = ""
+
+
+async def _lines(pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 class Events:

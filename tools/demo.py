@@ -19,6 +19,7 @@ from pathlib import Path
 import aiohttp
 
 from testkit.completions import CHAT_PATH, text_in
+from testkit.http import Body
 from testkit.otlp import Receiver
 from testkit.ports import LOOPBACK, free_port
 from testkit.processes import Process, ProcessError
@@ -99,7 +100,7 @@ async def post_prompt(url: str) -> str:
     async with aiohttp.ClientSession() as session, session.post(url + CHAT_PATH, json=body) as response:
         if not response.ok:
             say(red(await response.text()))
-        async for event in read_events(response.content):
+        async for event in read_events(Body(response)):
             document = json.loads(event.data) if event.data != "[DONE]" else {}
             say(text_in(document), end="")
             if "error" in document:

@@ -91,9 +91,10 @@ async def test_a_caller_who_leaves_during_the_half_open_attempt_does_not_block_t
 ) -> None:
     """The backend dies, comes back hanging, and every caller (each takes the one half-open place) leaves after 0.3 s.
 
-    The place is given back each time (>= 2 half-open attempts in 2 s); first success <= 1 s after the hanging ends.
+    Nobody waits for the end of the outage. The place is given back each time (>= 2 half-open attempts in 2 s); first
+    success <= 1 s after the hanging ends.
     """
-    arena = await start_arena()
+    arena = await start_arena(gateway={"GATEWAY_OUTAGE_WAIT": "0"})
     async with arena.load(30, total=30) as load:
         await load.all_sent(60)
     calls = list(load.calls)
@@ -118,6 +119,45 @@ async def test_a_caller_who_leaves_during_the_half_open_attempt_does_not_block_t
         arena,
         calls,
         Verdict("half-open attempts whose callers left", f"{trials}", 2 <= trials <= 10),
+        recovery,
+        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+    )
+
+
+async def test_callers_who_leave_while_they_wait_for_the_end_of_an_outage_leave_no_trace(
+    start_arena: StartArena,
+) -> None:
+    """The backend dies, comes back hanging; every caller waits for it, some make a trial, all leave after 0.3 s.
+
+    There is a trial a second (1 to 4 in 2 s), whose place is given back: first success <= 1.2 s after the hanging ends;
+    0 failures afterwards; nothing is held.
+    """
+    arena = await start_arena()
+    async with arena.load(30, total=30) as load:
+        await load.all_sent(60)
+    calls = list(load.calls)
+    await arena.mock.kill()
+    async with arena.load(30, total=30, prefix="down", leave_before=0.3) as load:
+        await load.all_sent(60)
+    calls += load.calls
+    await arena.idle()
+    await arena.mock.start()
+    await arena.mock.faults({"kind": "hang_before_headers"})
+    async with arena.load(30, prefix="hanging", leave_before=0.3) as load:
+        await asyncio.sleep(2)
+    calls += load.calls
+    await arena.idle()
+    trials = sum(entry["fault"] is not None for entry in arena.mock.arrivals())
+    await arena.mock.faults()
+    async with arena.load(30, prefix="well") as load:
+        recovery = await recovers(load, now(), within=1.2)
+        recovered = now()
+        await asyncio.sleep(1)
+    calls += load.calls
+    await nothing_is_lost(
+        arena,
+        calls,
+        Verdict("trials whose callers left", f"{trials}", 1 <= trials <= 4),
         recovery,
         all_good(sent_between(load.calls, recovered, now()), "callers after"),
     )

@@ -24,6 +24,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from chaos.experiment import FOLDER
 from testkit import REPOSITORY
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import ask
@@ -132,6 +133,20 @@ def test_a_broken_promise_is_told_by_the_exit_code(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "BROKEN  nobody hangs (failures >= 1000)" in done.stdout
     assert "Game day: 0 of 1 experiments passed" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("wait", "code"), [("5", 0), ("0", 1)], ids=["bridged", "not-bridged"])
+def test_a_short_outage_is_seen_where_nobody_waits_for_its_end(tmp_path: Path, wait: str, code: int) -> None:
+    """The experiment passes, and with `GATEWAY_OUTAGE_WAIT` 0 it fails: its verdict is none that always passes."""
+    definition = (FOLDER / "short-outage.yaml").read_text(encoding="utf-8")
+    settings = f"system: {{gateway: {{GATEWAY_OUTAGE_WAIT: {wait}}}}}\n"
+    done, _ = game_day(tmp_path, definition + settings)
+
+    assert done.returncode == code, done.stdout + done.stderr
+    verdict = "BROKEN" if code else "kept  "
+    assert f"  {verdict}  no caller sees the second of 503s (failures <= 0)" in done.stdout
+    assert f"  {verdict}  no caller without an answer sees the restart (unanswered <= 0)" in done.stdout
+    assert "  kept    every answer is well-formed" in done.stdout
 
 
 def test_a_gateway_that_is_not_there_is_a_problem_and_not_a_pass(tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ from tests.chaos.verdict import StartArena, nothing_is_lost, probed_well, recove
 
 RATE = 30.0
 LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
+LASTING = {"GATEWAY_OUTAGE_WAIT": "1"}
+"""Outages of 3 s last longer than requests wait for their end."""
 UNREACHABLE = {(502, "backend_connection_error"), (503, "backend_unavailable")}
 
 
 async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(start_arena: StartArena) -> None:
     """Connects are dropped for 3 s (0.3 s connect timeout), on an idle gateway, so that no connection is kept.
 
-    Failures are 504 `backend_timeout` of the timer `connect`, or 503 with the breaker open; not one prompt arrives;
-    a probe is good <= 3 s after the network is (one that it swallowed takes 1 s to fail), and first success <= 1 s
-    after that; 0 failures afterwards.
+    Requests wait for 1 s of it. Failures are 504 `backend_timeout` of the timer `connect`, or 503 with the breaker
+    open; not one prompt arrives; a probe is good <= 3 s after the network is (one that it swallowed takes 1 s to fail),
+    and first success <= 1 s after that; 0 failures afterwards.
     """
-    arena = await start_arena(proxied=True)
+    arena = await start_arena(proxied=True, gateway=LASTING)
     await arena.proxy.be(Network.NO_CONNECT)
     async with arena.load(RATE) as load:
         await asyncio.sleep(3)
@@ -86,10 +88,11 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
 async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(start_arena: StartArena) -> None:
     """The backend dies and its name vanishes for 3 s; then it is back under another address, as a container is.
 
-    Failures are 502 `backend_connection_error` or, with the breaker open, 503 (or of the calls under way at its death);
-    attempts per request <= 1.2; first success <= 1 s after the new address answers and resolves; 0 failures afterwards.
+    Requests wait for 1 s of it. Failures are 502 `backend_connection_error` or, with the breaker open, 503 (or of the
+    calls under way at its death); attempts per request <= 1.2; first success <= 1 s after the new address answers and
+    resolves; 0 failures afterwards.
     """
-    arena = await start_arena(named=True)
+    arena = await start_arena(named=True, gateway=LASTING)
     async with arena.load(RATE) as load:
         await asyncio.sleep(1)
         gone = now()
@@ -133,10 +136,11 @@ async def test_a_name_that_vanishes_for_a_short_while_is_not_missed(start_arena:
 async def test_a_name_that_cannot_be_resolved_is_told_and_asked_for_again(start_arena: StartArena) -> None:
     """DNS fails for 3 s from the first prompt on: no connection is kept, no address remembered.
 
-    Failures are 502 `backend_connection_error` and then, with the breaker open, 503; not one prompt arrives; attempts
-    per request <= 1.2; first success <= 1 s after the name resolves again; 0 failures afterwards.
+    Requests wait for 1 s of it. Failures are 502 `backend_connection_error` and then, with the breaker open, 503; not
+    one prompt arrives; attempts per request <= 1.2; first success <= 1 s after the name resolves again; 0 failures
+    afterwards.
     """
-    arena = await start_arena(named=True)
+    arena = await start_arena(named=True, gateway=LASTING)
     arena.resolve(None)
     async with arena.load(RATE) as load:
         await asyncio.sleep(3)

@@ -38,7 +38,7 @@ BEFORE = {
     "short-body": fault("short_body", bytes=20),
     "html": fault("html"),
     "not-json": fault("not_json"),
-    "wrong-content-type": fault("content_type", value="text/plain"),
+    "wrong-content-type": fault("content_type", value="application/octet-stream"),
     "error-500": fault("status", status=500),
     "error-502-html": fault("status", status=502, body="<html>Bad Gateway</html>"),
     "error-503": fault("status", status=503),

@@ -3,7 +3,7 @@
 import pytest
 
 from chaos.measures import MEASURES, Findings, Sample, measured
-from testkit.load import Call
+from testkit.load import Call, Try
 
 
 def call(*, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None) -> Call:
@@ -88,6 +88,35 @@ def test_recovery_counts_from_the_moment_a_started_backend_answers_its_own_probe
 
     assert MEASURES["recovery_seconds"](found, since, 9) == pytest.approx(recovery)
     assert MEASURES["recovery_seconds_past_open"](found, since, 9) == pytest.approx(past_open)
+
+
+def test_who_waited_for_the_end_of_an_outage_is_released_within() -> None:
+    """Sent before the first good answer after the outage, and ended with it or later."""
+    calls = [
+        call(sent=100, took=0.1),
+        call(sent=101, took=1.5),
+        call(sent=101.2, took=1.8),
+        call(sent=101.4, took=0.2, outcome="backend_unavailable"),
+        call(sent=103, took=0.1),
+    ]
+    found = Findings(100.0, calls)
+
+    assert MEASURES["release_seconds"](found, 2, 9) == pytest.approx(0.5)
+    assert measured("release_seconds", found, 2, 9)[1] == "0.5 s for 2"
+    assert measured("release_seconds", found, 4, 9) == (None, "not measured")
+
+
+def test_a_stream_that_had_begun_is_not_unanswered() -> None:
+    begun = call(sent=100, took=0.1, outcome="backend_invalid_response")
+    begun.first = 100.05
+    refused = call(sent=100, took=0.1, outcome="backend_unavailable", status=503)
+    refused.tries = [Try(backend="b", outcome="status_503"), Try(backend="b", outcome="connection_error")]
+    answered = call(sent=100, took=0.1)
+    answered.tries = [Try(backend="b", outcome="ok")]
+    found = Findings(100.0, [begun, refused, answered])
+
+    assert measured("unanswered", found, 0, 9) == (1, "1 of 3")
+    assert measured("failed_attempts", found, 0, 9) == (2, "2 of 3, for 3 calls")
 
 
 def test_counters_that_began_anew_are_not_measured() -> None:

@@ -50,12 +50,13 @@ def test_a_metric_that_is_told_twice_is_an_error() -> None:
         Exposition.parse(METRICS + "waiting 3\n")
 
 
-async def test_events_are_read_line_by_line() -> None:
-    async def lines() -> AsyncIterator[bytes]:
-        for line in STREAM.splitlines(keepends=True):
-            yield line
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_events_are_read_from_pieces_of_any_size(size: int) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(STREAM), size):
+            yield STREAM[start : start + size]
 
-    first, second, last = [event async for event in read_events(lines())]
+    first, second, last = [event async for event in read_events(pieces())]
     assert (first.name, second.name, last) == ("", "x", Event("", "[DONE]"))
     assert text_in(json.loads(first.data)) == "Hel"
 

@@ -163,12 +163,18 @@ def streaming(*events: str) -> Callable[[web.Request], Awaitable[web.StreamRespo
         response = web.StreamResponse(headers=explained(request) | {"content-type": "text/event-stream"})
         await response.prepare(request)
         for event in events:
-            await response.write(f"data: {event}\n\n".encode())
+            if event == CUT:
+                assert request.transport is not None
+                request.transport.close()
+            else:
+                await response.write(f"data: {event}\n\n".encode())
         return response
 
     return stream
 
 
+CUT = "cut"
+"""The body ends here, and not as it should."""
 WORD = json.dumps({"choices": [{"index": 0, "delta": {"content": "word "}}]})
 
 
@@ -176,10 +182,13 @@ WORD = json.dumps({"choices": [{"index": 0, "delta": {"content": "word "}}]})
     ("events", "outcome", "flaw"),
     [
         ((WORD, WORD, "[DONE]"), "ok", None),
-        ((WORD, json.dumps(ERROR)), "backend_unavailable", None),
+        ((WORD, "[DONE]", CUT), "broken", "the connection broke"),
+        ((WORD, json.dumps(ERROR), CUT), "backend_unavailable", None),
+        ((WORD, json.dumps(ERROR)), "backend_unavailable", "a proper end after an error event"),
         ((WORD,), "broken", "a stream that just ends"),
-        ((json.dumps(ERROR), WORD), "backend_unavailable", "an event after the error"),
-        ((json.dumps(ERROR | {"type": "error"}),), "backend_unavailable", "an error event of another API"),
+        ((WORD, CUT), "broken", "the connection broke"),
+        ((json.dumps(ERROR), WORD, CUT), "backend_unavailable", "an event after the error"),
+        ((json.dumps(ERROR | {"type": "error"}), CUT), "backend_unavailable", "an error event of another API"),
     ],
 )
 async def test_a_stream_is_judged_by_its_end(
