@@ -270,6 +270,10 @@ class Record:
     def server_timing(self, now: float) -> str:
         """Return the `server-timing` header (W3C Server Timing), ms: queue, attempts, backoffs and waits."""
         parts = [f"queue;dur={self.queued * 1000:.1f}" if self.queued else "queue;dur=0.0"]
+        if self.events:
+            for _, name, drawn in self.events:
+                if name == TARGET_DRAWN:
+                    parts.append(f'drawn;desc="{drawn["gateway.backend"]}";dur=0.0')
         if self.waits:
             for number, wait in enumerate(self.waits, 1):
                 waited = ((wait.ended if wait.ended is not None else now) - wait.began) * 1000

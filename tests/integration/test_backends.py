@@ -378,6 +378,9 @@ async def test_weights_share_out_the_requests_and_the_trace_says_how(
     gateway.parts.pool.routes[0]._rng.seed(1)
     answers = [await gateway.chat() for _ in range(100)]
     assert {answer.status for answer in answers} == {200}
+    assert [answer.timing[1] for answer in answers] == [
+        ("drawn", answer.headers["x-gateway-backend"], 0.0) for answer in answers
+    ]
     counts = {name: mock.journal.total for name, mock in mocks.items()}
     assert counts["old"] + counts["new"] == 100
     assert 2 <= counts["new"] <= 22
