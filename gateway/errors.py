@@ -44,13 +44,12 @@
           `- Rejected                4xx     all others
 """
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from gateway.dialects.error_words import ErrorWords
 
 
 def drop_frames(error: BaseException) -> None:
@@ -313,6 +312,23 @@ class AnswerTooLarge(InvalidResponse):
     retried = False
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorWords:
+    """What a server says in an error.
+
+    Attributes:
+        document: as it came, of any JSON type.
+        message: for people, or "".
+        names: its code, type and status, in lower case.
+        number: its own HTTP status, 400 to 599, or None.
+    """
+
+    document: object
+    message: str
+    names: frozenset[str]
+    number: int | None
+
+
 class ErrorInside(InvalidResponse):
     """An error in an answer with a good status: `words`. A dialect makes an error answer of it (`read_error_inside`).
 
@@ -323,7 +339,7 @@ class ErrorInside(InvalidResponse):
 
     word = "error_event"
 
-    def __init__(self, words: "ErrorWords", event: bytes | None = None) -> None:
+    def __init__(self, words: ErrorWords, event: bytes | None = None) -> None:
         super().__init__("The backend sent an error with a good status.")
         self.words = words
         self.event = event

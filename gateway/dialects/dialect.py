@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from gateway.errors import BackendError, GatewayError
+from gateway.errors import BackendError, ErrorWords, GatewayError
 
 if TYPE_CHECKING:
-    from gateway.dialects.error_words import ErrorWords
     from gateway.record import Record
 
 
@@ -121,7 +120,7 @@ class StreamState(Answer, Protocol):
     answer: bool
     finished: bool
     ended: bool
-    error: "ErrorWords | None"
+    error: ErrorWords | None
     text: str | None
 
     @property
@@ -177,7 +176,7 @@ class Dialect(Protocol):
         """
 
     def read_error_inside(
-        self, words: "ErrorWords", headers: Mapping[str, str], retry_after: float | None
+        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
     ) -> BackendError:
         """Return the failure that an error inside an answer with a good status is; as `read_error` otherwise."""
 

@@ -4,9 +4,10 @@ The forms and words are those of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama,
 """
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from gateway.errors import ErrorWords
 
 MAX_WORDS = 4096
 """Characters of a message that are searched."""
@@ -99,70 +100,56 @@ TOO_LONG = frozenset({400, 413, 422})
 """Statuses under which servers say that a prompt is too long."""
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorWords:
-    """An error of a server.
+def meaning_of(words: ErrorWords, status: int) -> Meaning | None:
+    """Return what an error says about the request, under an HTTP status."""
+    for name in words.names:
+        if name in NAMES and _may_mean(NAMES[name], status):
+            return NAMES[name]
+    text = words.message[:MAX_WORDS].lower()
+    found: Meaning | None = None
+    if status == 402 or (status == 429 and "quota" in text and _any_of(QUOTA_PHRASES, text)):  # noqa: PLR2004
+        found = Meaning.QUOTA
+    elif status in {400, 403} and _any_of(CONTENT_PHRASES, text):
+        found = Meaning.CONTENT
+    elif status in TOO_LONG and (_any_of(CONTEXT_PHRASES, text) or _says_less_tokens(text)):
+        found = Meaning.CONTEXT
+    elif _says_no_model(words, status, text):
+        found = Meaning.MODEL
+    return found
 
-    Attributes:
-        document: as it came, of any JSON type.
-        message: for people, or "".
-        names: its code, type and status, in lower case.
-        number: its own HTTP status, 400 to 599, or None.
-    """
 
-    document: object
-    message: str
-    names: frozenset[str]
-    number: int | None
+def status_of(words: ErrorWords) -> int:
+    """Return the HTTP status that an error inside a good answer has: its number, else what its words say, else 502."""
+    if words.number is not None:
+        return words.number
+    text = words.message[:MAX_WORDS].lower()
+    for name in words.names:
+        meaning = NAMES.get(name) or STATUS_NAMES.get(name)
+        if meaning is not None:
+            return STATUS_OF[meaning]
+    for phrases, meaning in (
+        (RATE_PHRASES, Meaning.RATE_LIMIT),
+        (CONTEXT_PHRASES, Meaning.CONTEXT),
+        (CONTENT_PHRASES, Meaning.CONTENT),
+        (OVERLOADED_PHRASES, Meaning.OVERLOADED),
+        (REQUEST_PHRASES, Meaning.REQUEST),
+    ):
+        if _any_of(phrases, text):
+            return STATUS_OF[meaning]
+    return 400 if _says_less_tokens(text) else 502
 
-    def meaning(self, status: int) -> Meaning | None:
-        """Return what it says about the request, under an HTTP status."""
-        for name in self.names:
-            if name in NAMES and self._may_mean(NAMES[name], status):
-                return NAMES[name]
-        text = self.message[:MAX_WORDS].lower()
-        found: Meaning | None = None
-        if status == 402 or (status == 429 and "quota" in text and _any_of(QUOTA_PHRASES, text)):  # noqa: PLR2004
-            found = Meaning.QUOTA
-        elif status in {400, 403} and _any_of(CONTENT_PHRASES, text):
-            found = Meaning.CONTENT
-        elif status in TOO_LONG and (_any_of(CONTEXT_PHRASES, text) or _says_less_tokens(text)):
-            found = Meaning.CONTEXT
-        elif self._says_no_model(status, text):
-            found = Meaning.MODEL
-        return found
 
-    @property
-    def status(self) -> int:
-        """The HTTP status that an error inside a good answer has: its number, else what its words say, else 502."""
-        if self.number is not None:
-            return self.number
-        text = self.message[:MAX_WORDS].lower()
-        for name in self.names:
-            meaning = NAMES.get(name) or STATUS_NAMES.get(name)
-            if meaning is not None:
-                return STATUS_OF[meaning]
-        for phrases, meaning in (
-            (RATE_PHRASES, Meaning.RATE_LIMIT),
-            (CONTEXT_PHRASES, Meaning.CONTEXT),
-            (CONTENT_PHRASES, Meaning.CONTENT),
-            (OVERLOADED_PHRASES, Meaning.OVERLOADED),
-            (REQUEST_PHRASES, Meaning.REQUEST),
-        ):
-            if _any_of(phrases, text):
-                return STATUS_OF[meaning]
-        return 400 if _says_less_tokens(text) else 502
+def _says_no_model(words: ErrorWords, status: int, text: str) -> bool:
+    if status == 404:  # noqa: PLR2004
+        if "not_found_error" in words.names and "response" not in text:
+            return True
+        return _any_of(MODEL_PHRASES, text) or NO_MODEL.search(text) is not None
+    return status == 400 and _any_of(WRONG_MODEL_PHRASES, text)  # noqa: PLR2004
 
-    def _says_no_model(self, status: int, text: str) -> bool:
-        if status == 404:  # noqa: PLR2004
-            if "not_found_error" in self.names and "response" not in text:
-                return True
-            return _any_of(MODEL_PHRASES, text) or NO_MODEL.search(text) is not None
-        return status == 400 and _any_of(WRONG_MODEL_PHRASES, text)  # noqa: PLR2004
 
-    def _may_mean(self, meaning: Meaning, status: int) -> bool:
-        """Return whether a name has its meaning under this status: a server that fails says nothing of the request."""
-        return status < 500 and not (meaning is Meaning.MODEL and status not in {400, 404})  # noqa: PLR2004
+def _may_mean(meaning: Meaning, status: int) -> bool:
+    """Return whether a name has its meaning under this status: a server that fails says nothing of the request."""
+    return status < 500 and not (meaning is Meaning.MODEL and status not in {400, 404})  # noqa: PLR2004
 
 
 def read_words(document: object) -> ErrorWords | None:

@@ -67,7 +67,7 @@ class Call:
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
         targets: where it may go, in order; target: the one at hand.
-        failed_before: the replicas that failed the same request before; None when it is no repeat.
+        failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
@@ -121,7 +121,7 @@ class Call:
         self.targets = targets
         self.target = targets[0]
         self.caller = caller
-        self.failed_before: frozenset[Replica] | None = None
+        self.failed_before: frozenset[str] | None = None
         self.given_up: set[Replica] = set()
         self.counted: set[Replica] = set()
         self.bridged = 0

@@ -18,6 +18,7 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
+from gateway.policy.lease import take
 from gateway.policy.retry import Retry
 
 if TYPE_CHECKING:
@@ -164,10 +165,11 @@ class Forwarder:
             return None
         replica = None
         if call.failed_before is not None:
-            replica = target.pick(model, without=call.given_up | call.failed_before)
+            failed = {each for each in target.replicas if each.name in call.failed_before}
+            replica = target.pick(model, without=call.given_up | failed)
         if replica is None:
             replica = target.pick(model, without=call.given_up)
-        lease = replica.lease(model) if replica is not None else None
+        lease = take(replica, model) if replica is not None else None
         if lease is None:
             call.record.skip_target(target.backend, _why_skipped(call, target), self._clock())
             return None
@@ -287,8 +289,7 @@ class Forwarder:
         names = {attempt.backend for attempt in call.record.attempts if not attempt.resend}
         if sum(not attempt.resend for attempt in call.record.attempts) < 2 or failure.unreachable:  # noqa: PLR2004
             return
-        replicas = (replica for target in call.targets for replica in target.replicas)
-        self._repeats.add(call.caller(), call.fingerprint(), frozenset(r for r in replicas if r.name in names))
+        self._repeats.add(call.caller(), call.fingerprint(), frozenset(names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
         """Take the caller's bytes; set the model where the target names another or the caller named none.

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from gateway.policy.lease import take, take_trial
 from gateway.policy.waiting_room import Chance
 from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
 
@@ -178,7 +179,7 @@ class Waits:
         of_budget = chance is Chance.TRIAL and bool(self._call.record.attempts)
         left_out = self._left_out(place.target) if of_budget else self._call.given_up
         replica = place.target.pick(place.model, without=left_out)
-        lease = replica.lease(place.model) if replica is not None else None
+        lease = take(replica, place.model) if replica is not None else None
         if lease is None:
             return None
         if of_budget:
@@ -196,7 +197,7 @@ class Waits:
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
             if not replica.budget.left():
                 continue
-            lease = replica.lease_trial(place.model)
+            lease = take_trial(replica, place.model)
             if lease is not None:
                 replica.budget.take()
                 self._trial = home, trial

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.policy.replica import Replica
-
 MAX_FINGERPRINTS = 1000
 BAD_BODY = 60.0
 """Seconds in which another 500 to the same body says nothing about the replica."""
@@ -43,27 +41,27 @@ class BadBodies:
 
 
 class Repeats:
-    """The requests that failed after more than one attempt, each with the replicas that failed it.
+    """The requests that failed after more than one attempt, each with the names of the replicas that failed it.
 
     Many clients do not know `x-should-retry`, and send a failed request again.
 
     Attributes:
-        failed: until when each is remembered, and the replicas, by caller and body; the oldest first.
+        failed: until when each is remembered, and the names of the replicas, by caller and body; the oldest first.
     """
 
     def __init__(self, clock: "Callable[[], float]") -> None:
         self._clock = clock
-        self.failed: dict[tuple[str, bytes], tuple[float, frozenset[Replica]]] = {}
+        self.failed: dict[tuple[str, bytes], tuple[float, frozenset[str]]] = {}
 
-    def add(self, caller: str, body: bytes, replicas: "frozenset[Replica]") -> None:
+    def add(self, caller: str, body: bytes, replicas: frozenset[str]) -> None:
         """Remember a request that failed."""
         self.failed.pop((caller, body), None)
         self.failed[caller, body] = self._clock() + REPEAT, replicas
         if len(self.failed) > MAX_FINGERPRINTS:
             del self.failed[next(iter(self.failed))]
 
-    def failed_by(self, caller: str, body: bytes) -> "frozenset[Replica] | None":
-        """Return the replicas that failed the same request before; None when it is no repeat."""
+    def failed_by(self, caller: str, body: bytes) -> frozenset[str] | None:
+        """Return the names of the replicas that failed the same request before; None when it is no repeat."""
         until, replicas = self.failed.get((caller, body), (0.0, frozenset()))
         if until > self._clock():
             return replicas

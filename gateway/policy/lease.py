@@ -14,6 +14,22 @@ PLAIN_FAULT = 500
 """The status that servers also answer to what is wrong with a prompt."""
 
 
+def take(replica: "Replica", model: str) -> "Lease | None":
+    """Return a place for one attempt at a replica; None when breaker, cooldown or `max_in_flight` do not admit it."""
+    if replica.full or replica.cooldown.due(model) is not None:
+        return None
+    ticket = replica.breaker.admit()
+    return Lease(replica, model, ticket) if ticket is not None else None
+
+
+def take_trial(replica: "Replica", model: str) -> "Lease | None":
+    """Return a place for the trial of an outage, which an open breaker admits too, one at a time; or None."""
+    if replica.full or replica.cooldown.due(model) is not None:
+        return None
+    ticket = replica.breaker.admit_trial()
+    return Lease(replica, model, ticket) if ticket is not None else None
+
+
 class Lease:
     """An attempt under way at a replica. Ends exactly once: `succeed`, `fail` or `release`.
 

@@ -7,7 +7,6 @@ from urllib.parse import quote, urlencode, urlsplit
 from gateway.errors import ErrorAnswer
 from gateway.policy.breaker import Breaker, State
 from gateway.policy.fingerprints import BadBodies
-from gateway.policy.lease import Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,20 +166,6 @@ class Replica:
     def refuses(self, model: str) -> bool:
         """Return whether it refused our key or the model a short time ago: other targets are asked first, too."""
         return bool(self._avoided) and self._avoided.get(model, 0.0) > self.clock()
-
-    def lease(self, model: str) -> Lease | None:
-        """Return a place for one attempt, or None when breaker or cooldown do not admit one."""
-        if self.full or self.cooldown.due(model) is not None:
-            return None
-        ticket = self.breaker.admit()
-        return Lease(self, model, ticket) if ticket is not None else None
-
-    def lease_trial(self, model: str) -> Lease | None:
-        """Return a place for the trial of an outage, which an open breaker admits too, one at a time."""
-        if self.full or self.cooldown.due(model) is not None:
-            return None
-        ticket = self.breaker.admit_trial()
-        return Lease(self, model, ticket) if ticket is not None else None
 
     def note_success(self, model: str) -> None:
         """Note an answer."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from tenacity import wait_exponential
 
+from gateway.policy.lease import take
 from gateway.policy.outage import TRIALS
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Retry:
             BackendError: `failure`, when breaker or budget refuse at the last moment.
         """
         replica = self._next or self._pick(without=self._tried) or self._pick(without=self._tried[-1:]) or self._pick()
-        lease = replica.lease(self._model) if replica is not None else None
+        lease = take(replica, self._model) if replica is not None else None
         if lease is None:
             self.stopped = self._why_nobody() or "breaker"
             raise failure

@@ -10,7 +10,6 @@ from msgspec import Meta, Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.error_words import ErrorWords
 from gateway.dialects.json_text import decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import ChoicesState, WholeAnswer, decode_whole_answer
@@ -23,7 +22,7 @@ from gateway.dialects.request_fields import (
     check_text_or_list,
     read_fields,
 )
-from gateway.errors import BackendError, GatewayError
+from gateway.errors import BackendError, ErrorWords, GatewayError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

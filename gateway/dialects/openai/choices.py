@@ -1,15 +1,18 @@
 """Answers made of choices: whole ones, and streams that end with `[DONE]`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
-from gateway.dialects.error_words import ErrorWords, read_words
+from gateway.dialects.error_words import read_words
 from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with
 from gateway.dialects.server_sent_events import DONE
+
+if TYPE_CHECKING:
+    from gateway.errors import ErrorWords
 
 MAX_CHOICES_SHOWN = 16
 REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})

@@ -5,13 +5,14 @@ from typing import Any
 
 import msgspec
 
-from gateway.dialects.error_words import ErrorWords, Meaning, read_words
+from gateway.dialects.error_words import Meaning, meaning_of, read_words, status_of
 from gateway.dialects.json_text import NO_JSON, check, decode
 from gateway.errors import (
     AuthRefused,
     BackendError,
     ContextTooLong,
     ErrorAnswer,
+    ErrorWords,
     GatewayError,
     InvalidResponse,
     NoSuchModel,
@@ -77,13 +78,13 @@ def read_error_inside(words: ErrorWords, headers: Mapping[str, str], retry_after
     if not (isinstance(document, dict) and isinstance(document.get("message"), str)):
         document = {
             "message": words.message or "The backend sent an error without a message.",
-            "type": next(iter(sorted(words.names)), type_of(words.status)),
+            "type": next(iter(sorted(words.names)), type_of(status_of(words))),
             "param": None,
             "code": None,
         }
     headers = {name: value for name, value in headers.items() if name != "content-type"}
     body = encode({"error": document})
-    return _failure(words.status, words, body, headers | {"content-type": "application/json"}, retry_after)
+    return _failure(status_of(words), words, body, headers | {"content-type": "application/json"}, retry_after)
 
 
 def _failure(
@@ -93,7 +94,7 @@ def _failure(
     headers: Mapping[str, str],
     retry_after: float | None,
 ) -> BackendError:
-    meaning = words.meaning(status) if words is not None else None
+    meaning = meaning_of(words, status) if words is not None else None
     kind: type[ErrorAnswer] = Rejected
     if status in {401, 403} and meaning is not Meaning.CONTENT:
         return AuthRefused(f"The backend refused the gateway's key ({status}).")

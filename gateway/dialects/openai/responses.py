@@ -9,12 +9,12 @@ from msgspec import Struct
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.error_words import ErrorWords, read_words, words_of
+from gateway.dialects.error_words import read_words, words_of
 from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
-from gateway.errors import BackendError, GatewayError
+from gateway.errors import BackendError, ErrorWords, GatewayError
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})

@@ -1,7 +1,7 @@
 """Bodies that failed are remembered for a while, and not too many of them."""
 
 from gateway.policy.fingerprints import BAD_BODY, MAX_FINGERPRINTS, REPEAT, BadBodies, Repeats, fingerprint
-from tests.unit.gateway.fakes import Clock, target
+from tests.unit.gateway.fakes import Clock
 
 
 def test_a_body_is_known_for_a_minute() -> None:
@@ -24,7 +24,7 @@ def test_a_fingerprint_is_of_path_and_body() -> None:
 def test_a_repeat_is_of_the_same_caller_within_half_a_minute() -> None:
     clock = Clock()
     repeats = Repeats(clock)
-    failed = frozenset(target(clock, 2).replicas)
+    failed = frozenset({"a-1", "a-2"})
     repeats.add("one", b"1", failed)
 
     assert repeats.failed_by("one", b"1") == failed

@@ -20,7 +20,7 @@ from gateway.errors import (
 )
 from gateway.policy.breaker import Breaker
 from gateway.policy.cooldown import Cooldown
-from gateway.policy.lease import Lease
+from gateway.policy.lease import Lease, take
 from gateway.policy.outage import Outage
 from gateway.policy.pool import Pool, Target
 from gateway.policy.replica import Probe, Replica
@@ -44,7 +44,7 @@ def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Repl
 
 
 def leased(of: Replica) -> Lease:
-    lease = of.lease("m")
+    lease = take(of, "m")
     assert lease is not None
     return lease
 
@@ -113,7 +113,7 @@ def test_a_half_open_replica_whose_place_is_taken_is_not_picked() -> None:
     assert of.pick("m") is of.replicas[0]
     lease = leased(of.replicas[0])
     assert of.pick("m") is None
-    assert of.replicas[0].lease("m") is None
+    assert take(of.replicas[0], "m") is None
     lease.release()
     assert of.pick("m") is of.replicas[0]
 
@@ -134,7 +134,7 @@ def test_after_any_mix_of_outcomes_nothing_is_in_flight(ends: list[str]) -> None
     clock = Clock()
     of = replica(clock=clock)
     for end in ends:
-        lease = of.lease("m")
+        lease = take(of, "m")
         if lease is None:
             clock.forward(40)
             lease = leased(of)
@@ -324,7 +324,7 @@ def test_a_full_replica_is_passed_over() -> None:
     assert [each.in_flight for each in of.replicas] == [2, 2, 2]
     assert of.pick("m") is None
     assert of.full
-    assert of.replicas[0].lease("m") is None
+    assert take(of.replicas[0], "m") is None
     leases[0].succeed()
     assert of.pick("m") is leases[0].replica
     assert of.retry_in() is None
