@@ -129,8 +129,8 @@ async def test_callers_who_leave_while_they_wait_for_the_end_of_an_outage_leave_
 ) -> None:
     """The backend dies, comes back hanging; every caller waits for it, some make a trial, all leave after 0.3 s.
 
-    There is a trial a second (1 to 4 in 2 s), whose place is given back: first success <= 1.2 s after the hanging ends;
-    0 failures afterwards; nothing is held.
+    The place of a trial whose caller left is given back: first success <= 1.2 s after the hanging ends (there is a
+    trial a second); 0 failures afterwards; nothing is held.
     """
     arena = await start_arena()
     async with arena.load(30, total=30) as load:
@@ -157,7 +157,7 @@ async def test_callers_who_leave_while_they_wait_for_the_end_of_an_outage_leave_
     await nothing_is_lost(
         arena,
         calls,
-        Verdict("trials whose callers left", f"{trials}", 1 <= trials <= 4),
+        Verdict("trials whose callers left", f"{trials}", trials >= 1),
         recovery,
         all_good(sent_between(load.calls, recovered, now()), "callers after"),
     )
