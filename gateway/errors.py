@@ -29,6 +29,7 @@
        |  `- StaleConnection         502     a kept-alive connection died before a byte of the answer
        |- InvalidResponse            502     backend_invalid_response   cut or unreadable
        |  |- AnswerTooLarge          502     larger than GATEWAY_MAX_ANSWER_BYTES
+       |  |- CutOff                  502     the connection failed in the middle of the answer
        |  |- WrongForm               502     a stream where none was asked for, or the other way round
        |  `- ErrorInside             502     a good status with an error inside: read, it is an error answer
        |- Silent                     504     backend_timeout, param first_token or answer
@@ -343,6 +344,10 @@ class ErrorInside(InvalidResponse):
         super().__init__("The backend sent an error with a good status.")
         self.words = words
         self.event = event
+
+
+class CutOff(InvalidResponse):
+    """The connection failed in the middle of the answer; where that opens a breaker, an outage has begun."""
 
 
 class WrongForm(InvalidResponse):

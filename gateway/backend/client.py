@@ -13,7 +13,7 @@ from yarl import URL
 from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
-from gateway.errors import AnswerTooLarge, InvalidRequest, InvalidResponse
+from gateway.errors import AnswerTooLarge, CutOff, InvalidRequest, InvalidResponse
 from gateway.headers import lines_of, passed_headers
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Exchange:
         """Return what came before a body was cut off. Raises: InvalidResponse, when all of that has been read."""
         if came_before := unread(self._content):
             return came_before
-        raise InvalidResponse("The backend's answer was cut off.") from None
+        raise CutOff("The backend's answer was cut off.") from None
 
     async def read_whole(self, share: "Share", limit: int, each_read: "Callable[[], None]") -> bytes:
         """Return the whole body, held by `share`; `each_read` is called before each read that may have to wait.

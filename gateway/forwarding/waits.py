@@ -71,7 +71,7 @@ class Waits:
         """
         if self._call.committed:
             return None
-        if failure is not None and not (failure.outage or failure.cools):
+        if failure is not None and not self._may_wait_after(failure):
             return None
         while (place := self._place(failure)) is not None and self._limit.takes(self._call.share.held):
             chance = await self._wait(place)
@@ -84,6 +84,11 @@ class Waits:
                 return place.target, lease
             self._again = True
         return None
+
+    def _may_wait_after(self, failure: "BackendError") -> bool:
+        """Return whether waiting may help: also where a retry could not be made since an outage had begun."""
+        may_be_retried = failure.retried and failure.same_replica
+        return failure.outage or failure.cools or (may_be_retried and self._call.target.home.outage.is_bridged)
 
     def end_trial(self) -> None:
         """Note that the attempt after a wait has ended."""
@@ -189,14 +194,15 @@ class Waits:
         return lease
 
     def _lease_trial(self, place: Place) -> "Lease | None":
-        """Take the place for the trial of an outage, which comes from the budget."""
+        """Take the place for the trial of an outage, which comes from the budget.
+
+        Where none is left the trials go on: they are far fewer than what those who wait would send themselves.
+        """
         home = place.target.home
         trial = home.outage.begin_trial()
         asked = [replica for replica in place.target.replicas if replica not in self._call.given_up]
         picked = place.target.pick(place.model, without=self._call.given_up)
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
-            if not replica.budget.left():
-                continue
             lease = take_trial(replica, place.model)
             if lease is not None:
                 replica.budget.take()

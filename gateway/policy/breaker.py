@@ -155,7 +155,7 @@ class Breaker:
             return
         if not good:
             self._probe_may_end = True
-        elif self._probe_may_end:
+        elif self._probe_may_end and not self._trial_out:  # a trial under way tells more
             self._turn(State.HALF_OPEN)
 
     def _open(self, *, unreachable: bool) -> None:

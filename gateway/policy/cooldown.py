@@ -10,7 +10,7 @@ FIRST = 1.0
 LONGEST_OWN = 30.0
 LONGEST = 300.0
 """Seconds; a longer `Retry-After` is cut to it."""
-PATIENCE = 1.0
+PATIENCE = 0.25
 """Seconds after which the first attempt after a cooldown no longer keeps others waiting: a refusal comes at once."""
 MEMORY = 30.0
 """Seconds after the end of a cooldown for which it is remembered, so that the next one can be longer."""
@@ -82,7 +82,7 @@ class Cooldown:
         now = self._clock()
         pauses = self._pauses(model, now)
         for pause in pauses:
-            pause.trial_at = now
+            pause.trial_at = now if pause.trial_at is None else pause.trial_at
         return bool(pauses)
 
     def begin(self, model: str, seconds: float | None, asked_at: float) -> None:

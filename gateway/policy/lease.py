@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from gateway.errors import BackendError, ErrorAnswer, Rejected, Verdict
+from gateway.errors import BackendError, CutOff, ErrorAnswer, Rejected, Verdict
+from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +87,9 @@ class Lease:
         elif error.outage:
             replica.outage.record_failure()
         counts = self._tell_breaker(error, counted=counted or known, known=known)
+        if isinstance(error, CutOff) and replica.breaker.state is State.OPEN:
+            error.outage = True
+            replica.outage.record_failure()
         if error.cools:
             replica.cooldown.begin(self.model, error.retry_after, self._asked_at)
         elif error.verdict is Verdict.SUCCESS:

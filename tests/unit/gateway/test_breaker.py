@@ -476,6 +476,18 @@ def test_the_trial_of_an_outage_is_admitted_while_it_is_open_one_at_a_time_and_l
     assert breaker.retry_in == 5, "half open, it opens for as long as before"
 
 
+def test_a_good_probe_does_not_make_the_trial_of_an_outage_count_for_nothing() -> None:
+    clock = Clock()
+    breaker = Breaker(failures=1, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
+    breaker.record_failure(admitted(breaker), unreachable=True)
+    ticket = breaker.admit_trial()
+    assert ticket is not None
+    breaker.record_probe(good=True)
+    breaker.record_success(ticket)
+
+    assert breaker.state is State.CLOSED
+
+
 def test_a_good_trial_of_an_outage_closes_it() -> None:
     clock = Clock()
     breaker = Breaker(failures=1, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)

@@ -73,6 +73,8 @@ def test_a_first_one_that_takes_long_keeps_nobody_waiting() -> None:
     clock.forward(PATIENCE)
 
     assert of.due("m") is None
+    of.take("m")
+    assert of.due("m") is None, "all of them follow"
 
 
 def test_a_first_one_without_an_answer_lets_another_go_first() -> None:

@@ -139,6 +139,7 @@ def test_a_timeout_names_its_timer() -> None:
         (errors.ErrorInside, (True, True, False, False, True, Verdict.FAILURE, False)),
         (errors.Silent, (True, False, True, False, True, Verdict.FAILURE, False)),
         (errors.Stalled, (True, False, True, False, True, Verdict.FAILURE, False)),
+        (errors.CutOff, (True, True, False, False, True, Verdict.FAILURE, False)),
         (errors.WrongForm, (True, False, True, False, True, Verdict.FAILURE, False)),
         (errors.AuthRefused, (True, False, True, False, True, Verdict.SUCCESS, False)),
         (errors.RateLimited, (True, False, True, False, True, Verdict.FAILURE, False)),

@@ -11,6 +11,7 @@ from gateway.errors import (
     BackendUnavailable,
     ConnectionFailed,
     ConnectTimeout,
+    CutOff,
     ErrorAnswer,
     GatewayDraining,
     Unreachable,
@@ -119,6 +120,33 @@ def test_who_waits_is_not_sent_away_while_a_trial_is_under_way(answer: float) ->
     async def story(clock: Clock) -> None:
         scene = Scene(clock, {"a-1": out("503", since=1, until=3, answer=answer)})
         await scene.traffic(10, 5.5)
+        assert not scene.failed
+
+    run(story)
+
+
+@pytest.mark.parametrize("kind", ["503", "refused"])
+def test_two_restarts_in_a_row_cost_no_caller_an_error(kind: str) -> None:
+    def twice(at: float, body: bytes) -> tuple[float, BackendError | None]:
+        return out(kind, since=1, until=4)(at if at < 5 else at - 4, body)
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": twice})
+        await scene.traffic(15, 12)
+        assert not scene.failed
+
+    run(story)
+
+
+def test_an_answer_that_is_cut_when_the_outage_begins_waits_for_its_end() -> None:
+    def killed(at: float, body: bytes) -> tuple[float, BackendError | None]:
+        if 1 <= at < 3:
+            return 0.001, Unreachable("no")
+        return (1 - at + 0.001, CutOff("cut")) if at < 1 < at + 0.3 else (0.3, None)
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": killed}, gateway_breaker_failures=2)
+        await scene.traffic(10, 4)
         assert not scene.failed
 
     run(story)
