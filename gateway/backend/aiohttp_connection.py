@@ -35,7 +35,7 @@ LARGE_BODY = 1 << 20
 MAX_HEADERS = 65_536
 """Bytes of an answer's headers, one by one and all together; aiohttp allows one 8 KiB."""
 MAX_HEADER_LINES = 1024
-FEW_LINES = 32
+FEW_LINES = 8
 """Lines whose sum is not worth its time: each is within the limit."""
 RESOLVE_AFTER = 10.0
 """Seconds after which the name of a host with kept connections is resolved anew."""

@@ -412,6 +412,7 @@ async def test_the_others_are_the_fallbacks_of_the_drawn_one_in_order(
     answer = await gateway.chat()
     assert (answer.status, answer.headers["x-gateway-backend"]) == (200, "idle")
     assert [part.split('"')[1] for part in answer.headers["server-timing"].split(", ")[1:]] == [
+        "main",
         "main status_500",
         "spare status_500",
         "idle ok",
