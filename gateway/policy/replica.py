@@ -26,6 +26,8 @@ AVOIDED_LIVELY = 5.0
 MAX_MODELS = 1000
 
 
+SLOW_PROBE = 1.0
+"""Seconds; a good probe that took longer says that the replica did not answer for a while, and does now."""
 PROBES_TO_BE_DOWN = 3
 """Failed probes in a row, without a successful attempt since the first of them, after which a replica is down."""
 
@@ -148,6 +150,8 @@ class Replica:
             self._failed_probes.clear()
         else:
             self._failed_probes.append(probe.at)
+        if probe.latency >= SLOW_PROBE:
+            self.breaker.record_probe(good=False)
         self.breaker.record_probe(good=probe.ok)
 
     def _is_silent(self) -> bool:

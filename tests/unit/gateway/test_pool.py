@@ -15,6 +15,7 @@ from gateway.errors import (
     ConnectionFailed,
     ErrorAnswer,
     InvalidResponse,
+    Silent,
     StaleConnection,
     Unreachable,
 )
@@ -23,7 +24,7 @@ from gateway.policy.cooldown import Cooldown
 from gateway.policy.lease import Lease, take
 from gateway.policy.outage import Outage
 from gateway.policy.pool import Pool, Target
-from gateway.policy.replica import Probe, Replica
+from gateway.policy.replica import SLOW_PROBE, Probe, Replica
 from gateway.policy.retry_budget import RetryBudget
 from gateway.settings import load
 from tests.unit.gateway.fakes import Chance, Clock, error_answer, pool, pool_of, replica_config, target, trip
@@ -439,3 +440,13 @@ def test_a_prefix_matches_the_names_that_begin_with_it_and_is_no_model(tmp_path:
     assert of.route("qwen") is None
     assert of.route("my-qwen-3") is None
     assert of.models == ["qwen-max", "m"]
+
+
+def test_a_good_probe_that_was_slow_ends_the_open_time_of_a_backend_that_was_frozen() -> None:
+    for latency, state in ((0.1, "open"), (SLOW_PROBE, "half_open")):
+        clock = Clock()
+        of = replica(clock=clock)
+        fail(of, Silent("late", timer="answer"))
+        fail(of, Silent("late", timer="answer"))
+        of.note_probe(Probe(ok=True, latency=latency, at=clock()))
+        assert of.breaker.state == state
