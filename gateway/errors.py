@@ -428,7 +428,8 @@ class ErrorAnswer(BackendError):
 
 
 BREAKER_STATUSES = frozenset({500, 502, 503, 504})
-OUTAGE_STATUSES = frozenset({502, 503, 504})
+OUTAGE_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 529})
+"""Also Anthropic's `overloaded` (529), and what a content delivery network says of a server it cannot reach."""
 
 
 class RateLimited(ErrorAnswer):

@@ -274,17 +274,22 @@ class Record:
             for _, name, drawn in self.events:
                 if name == TARGET_DRAWN:
                     parts.append(f'drawn;desc="{drawn["gateway.backend"]}";dur=0.0')
-        if self.waits:
-            for number, wait in enumerate(self.waits, 1):
-                waited = ((wait.ended if wait.ended is not None else now) - wait.began) * 1000
-                parts.append(f'{wait.kind}-{number};desc="{wait.backend}";dur={waited:.1f}')
+        waits = list(enumerate(self.waits, 1)) if self.waits else []
         for attempt in self.attempts:
+            while waits and waits[0][1].began <= attempt.started:
+                parts.append(_timing(*waits.pop(0), now))
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")
             outcome = attempt.outcome or ("streaming" if self.stream else "ok")
             took = ((attempt.ended if attempt.ended is not None else now) - attempt.started) * 1000
             parts.append(f'attempt-{attempt.number};desc="{attempt.backend} {outcome}";dur={took:.1f}')
+        parts += [_timing(number, wait, now) for number, wait in waits]
         return ", ".join(parts)
+
+
+def _timing(number: int, wait: Wait, now: float) -> str:
+    waited = ((wait.ended if wait.ended is not None else now) - wait.began) * 1000
+    return f'{wait.kind}-{number};desc="{wait.backend}";dur={waited:.1f}'
 
 
 def _whole(number: float | None) -> int | None:

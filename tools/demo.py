@@ -42,7 +42,8 @@ NEXT = f"""
 curl -N GATEWAY/v1/chat/completions -H 'content-type: application/json' \\
   -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
 
-{dim("# with the OpenAI SDK, from the environment that the demo has made")}
+{dim("# with the OpenAI SDK, in the environment that the demo has made")}
+.venv/bin/python -m pip install -q openai
 .venv/bin/python -c 'import openai
 client = openai.OpenAI(base_url="GATEWAY/v1", api_key="none")
 prompt = dict(role="user", content="Hello")

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import NO_JSON, decode, decode_with, leniently
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode, decode_with, leniently
 from gateway.errors import ErrorInside, InvalidResponse, WrongForm
 
 NULL = msgspec.Raw(b"null")
@@ -47,6 +47,7 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
         raise WrongForm("The backend's answer is a stream, although none was asked for.")
     if not is_json(content_type) and content_type not in {"", "text/plain"}:
         raise InvalidResponse("The backend's answer is not application/json.")
+    body = body.removeprefix(BYTE_ORDER_MARK)
     try:
         try:
             whole = decode_with(decode_typed, body)
@@ -75,7 +76,7 @@ def raise_error_inside(body: bytes) -> None:
         ErrorInside: there is.
     """
     try:
-        words = read_words(leniently(decode, body))
+        words = read_words(leniently(decode, body.removeprefix(BYTE_ORDER_MARK)))
     except NO_JSON:
         return
     if words is not None:

@@ -136,6 +136,8 @@ def status_of(words: ErrorWords) -> int:
     ):
         if _any_of(phrases, text):
             return STATUS_OF[meaning]
+    if "not_found_error" in words.names or _any_of(MODEL_PHRASES, text) or NO_MODEL.search(text) is not None:
+        return STATUS_OF[Meaning.MODEL]
     return 400 if _says_less_tokens(text) else 502
 
 

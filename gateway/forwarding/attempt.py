@@ -98,7 +98,7 @@ class Attempts:
             self._end(attempt, failure)
             before = replica.breaker.state
             trace_id, counted = call.record.trace, replica in call.counted
-            if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint):
+            if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint, outages=call.outages):
                 call.counted.add(replica)
             self._note_breaker(call.record, replica, before)
             if failure.cools:
@@ -189,7 +189,7 @@ class Attempts:
 
     async def _read_no_stream(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
         """Read an answer that is no stream, although one was asked for. Raises: the failure that it is."""
-        if not is_json(exchange.content_type):
+        if not is_json(exchange.content_type) and exchange.content_type not in {"", "text/plain"}:
             raise InvalidResponse("The backend's answer is not text/event-stream.")
         held = call.share.held
         try:
@@ -240,6 +240,7 @@ class Attempts:
             if call.commit != "complete":
                 await relay.pass_on(sink.write)
             await sink.end()
+            await relay.read_end()
         finally:
             call.share.give_back_to(held)
             _describe(call.record, state, None if state.text is None else [state.text])

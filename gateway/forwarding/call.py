@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gateway.dialects.dialect import Prompt, StreamState
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
+    from gateway.policy.outage import Outage
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
     from gateway.record import Record
@@ -70,6 +71,7 @@ class Call:
         failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
+        outages: the number of the outage of each backend that it failed in.
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
@@ -86,6 +88,7 @@ class Call:
         "given_up",
         "headers",
         "model",
+        "outages",
         "prompt",
         "record",
         "share",
@@ -125,6 +128,7 @@ class Call:
         self.given_up: set[Replica] = set()
         self.counted: set[Replica] = set()
         self.bridged = 0
+        self.outages: dict[Outage, int] = {}
         self._fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:

@@ -160,7 +160,7 @@ class Forwarder:
         """Take a place for the first attempt at a target; None, noted, when it has none to give."""
         model = target.model or call.model
         home = target.home
-        if home.full.queue or (home.bridging.queue and home.outage.is_bridged):  # behind those who wait already
+        if home.full.queue or (home.bridging.queue and home.outage.holds_newcomers):  # behind those who wait already
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
         replica = None

@@ -153,9 +153,7 @@ class StreamRelay:
         if not self._state.ended and not self._at_end:
             await self._pass_on_after_finish(write)
         self._raise_failure()
-        if self._state.ended:
-            await self._read_end()
-        elif not self._state.finished:
+        if not (self._state.ended or self._state.finished):
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
         done = self._state.done_event
         if not self._state.ended and done is not None:
@@ -180,8 +178,21 @@ class StreamRelay:
                 last = self._clock() if b"data:" in events else last  # a comment is no event
                 await write(events)
 
+    async def read_end(self) -> None:
+        """Read the end of the body after the last event, so that the connection to the backend can be kept.
+
+        The caller has the whole answer: that it leaves now says nothing.
+        """
+        if not self._state.ended:
+            return
+        try:
+            await self._read_end()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
+
     async def _read_end(self) -> None:
-        """Read the end of the body, and pass on nothing more: the last event has come."""
         end = self._clock() + AFTER_LAST
         while not (self._exchange.at_end or self._at_end):
             try:
@@ -245,9 +256,10 @@ class StreamRelay:
         if error is None:
             return True
         try:
-            self._fail(ErrorInside(words_of(event_document(error), {})))
-        except InvalidResponse as failure:
-            self._fail(failure)
+            document = event_document(error)
+        except InvalidResponse:
+            document = error.decode(errors="replace")  # a text in place of an object
+        self._fail(ErrorInside(words_of(document, {})))
         return False
 
     def _fail(self, failure: InvalidResponse) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
     from gateway.policy.retry import RetryPolicy
-    from gateway.policy.waiting_room import WaitingLimit
+    from gateway.policy.waiting_room import WaitingLimit, WaitingRoom
 
 NO_OUTAGE = 1.0
 """Seconds; a request that waited for the end of an outage which has ended is released within them."""
@@ -52,6 +52,7 @@ class Waits:
         self._end = call.deadline.commit_by - min(target.connect_timeout for target in call.targets)
         self._bridged_until = math.inf
         self._cooled = 0.0
+        self._since = call.record.started
         self._again = False
         self._queued = False
         self.queued_in_vain = False
@@ -77,7 +78,7 @@ class Waits:
             chance = await self._wait(place)
             if chance is None:
                 self.queued_in_vain = place.kind == FULL
-                return None
+                return self._last_chance(place) if place.kind == BRIDGING else None
             lease = self._lease(place, chance)
             if lease is not None:
                 self._call.bridged += place.kind == BRIDGING
@@ -140,32 +141,28 @@ class Waits:
     async def _wait(self, place: Place) -> Chance | None:
         home, call = place.target.home, self._call
         began = self._clock()
-        size = call.share.held
         wait = Wait(place.kind, place.target.backend, began)
         call.record.waits.append(wait)
         try:
             if place.kind == BRIDGING:
                 self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
-                return await home.bridging.wait(
-                    size, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home), in_front=self._again
-                )
+                return await self._in(home.bridging, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home))
             if place.kind == FULL:
                 self._queued = True
-                return await home.full.wait(
-                    size,
-                    lambda: self._end_of_cooldown(place),
-                    lambda: min(self._end, began + self._policy.queue_timeout),
-                )
+                until = min(self._end, began + self._policy.queue_timeout)
+                return await self._in(home.full, lambda: self._end_of_cooldown(place), lambda: until)
             until = min(self._end, began + self._policy.retry_after_max - self._cooled)
-            room = home.cooling(place.model)
             try:
-                return await room.wait(size, lambda: self._end_of_cooldown(place), lambda: until, in_front=self._again)
+                return await self._in(home.cooling(place.model), lambda: self._end_of_cooldown(place), lambda: until)
             finally:
                 home.forget_cooling(place.model)
         finally:
             wait.ended = self._clock()
             if place.kind == COOLDOWN:
                 self._cooled += wait.ended - began
+
+    async def _in(self, room: "WaitingRoom", due: "Callable[[], float]", until: "Callable[[], float]") -> Chance | None:
+        return await room.wait(self._call.share.held, self._since, due, until, tried=self._again)
 
     def _end_of_bridging(self, home: "Backend") -> float:
         if home.outage.is_tried:  # a slow answer is no failure
@@ -176,6 +173,13 @@ class Waits:
     def _end_of_cooldown(self, place: Place) -> float:
         due = place.target.free_at(place.model, -math.inf, without=self._left_out(place.target))
         return due if due is not None else math.inf
+
+    def _last_chance(self, place: Place) -> "tuple[Target, Lease] | None":
+        """Return the place for the one attempt of a request that waited for the end of an outage without any."""
+        if self._call.record.attempts:
+            return None
+        lease = self._lease(place, Chance.RELEASED)
+        return (place.target, lease) if lease is not None else None
 
     def _lease(self, place: Place, chance: Chance) -> "Lease | None":
         """Take the place for an attempt; None: not now."""
@@ -194,7 +198,7 @@ class Waits:
         return lease
 
     def _lease_trial(self, place: Place) -> "Lease | None":
-        """Take the place for the trial of an outage, which comes from the budget.
+        """Take the place for the trial of an outage; a further attempt of its request comes from the budget.
 
         Where none is left the trials go on: they are far fewer than what those who wait would send themselves.
         """
@@ -205,7 +209,10 @@ class Waits:
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
             lease = take_trial(replica, place.model)
             if lease is not None:
-                replica.budget.take()
+                if self._call.record.attempts:
+                    replica.budget.take()
+                else:
+                    replica.budget.count_first()
                 self._trial = home, trial
                 return lease
         home.outage.end_trial(trial)

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from gateway.errors import BackendError, CutOff, ErrorAnswer, Rejected, Verdict
+from gateway.errors import BackendError, ContextTooLong, CutOff, ErrorAnswer, NoSuchModel, Rejected, Verdict
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.policy.breaker import Ticket
+    from gateway.policy.outage import Outage
     from gateway.policy.replica import Replica
 
 PLAIN_FAULT = 500
@@ -68,7 +69,15 @@ class Lease:
             self.replica.breaker.record_success(self._ticket)
             self._note_success()
 
-    def fail(self, error: BackendError, trace_id: str, *, counted: bool, body: "Callable[[], bytes]") -> bool:
+    def fail(
+        self,
+        error: BackendError,
+        trace_id: str,
+        *,
+        counted: bool,
+        body: "Callable[[], bytes]",
+        outages: "dict[Outage, int]",
+    ) -> bool:
         """Report a failure; the error says what it means to the breaker. Return whether the breaker counted it.
 
         Args:
@@ -76,30 +85,33 @@ class Lease:
             trace_id: of its request.
             counted: whether a failure of the same request has counted for this breaker before.
             body: returns the fingerprint of what was sent.
+            outages: those that the same request failed in, by number. One that others have ended since says that the
+                request itself is what fails.
         """
         if not self._end():
             return False
         replica = self.replica
-        known = False
-        if isinstance(error, ErrorAnswer) and error.status == PLAIN_FAULT:
-            known = replica.bad_bodies.add(body())
-            error.outage = replica.outage.record_500(body())
-        elif error.outage:
-            replica.outage.record_failure()
+        known = self._tell_outage(error, body, outages)
         counts = self._tell_breaker(error, counted=counted or known, known=known)
         if isinstance(error, CutOff) and replica.breaker.state is State.OPEN:
             error.outage = True
             replica.outage.record_failure()
+        if error.outage:
+            outages[replica.outage] = replica.outage.number
         if error.cools:
             replica.cooldown.begin(self.model, error.retry_after, self._asked_at)
-        elif error.verdict is Verdict.SUCCESS:
+        elif error.verdict is Verdict.SUCCESS and not error.outage:
             self._end_pauses()
         elif self._first_after_cooldown:
             replica.cooldown.let_go(self.model)
-        if isinstance(error, Rejected):  # the request was wrong, the backend is well
+        if isinstance(error, (Rejected, ContextTooLong)):  # the request was wrong, the backend is well
             self._note_success()
+        elif isinstance(error, NoSuchModel):
+            replica.note_answer()
         else:
-            replica.note_failure(error, self.model, trace_id)
+            replica.note_failure(error, trace_id)
+        if error.avoided:
+            replica.avoid(self.model)
         return counts
 
     def release(self) -> None:
@@ -108,6 +120,19 @@ class Lease:
             self.replica.breaker.cancel(self._ticket)
             if self._first_after_cooldown:
                 self.replica.cooldown.let_go(self.model)
+
+    def _tell_outage(self, error: BackendError, body: "Callable[[], bytes]", outages: "dict[Outage, int]") -> bool:
+        """Tell whether the backend cannot be used; return whether the body is known to be answered with 500."""
+        outage = self.replica.outage
+        alone = outage in outages and outages[outage] != outage.current
+        if isinstance(error, ErrorAnswer) and error.status == PLAIN_FAULT:
+            known = self.replica.bad_bodies.add(body())
+            error.outage = not alone and outage.record_500(body())
+            return known
+        error.outage = error.outage and not alone
+        if error.outage:
+            outage.record_failure()
+        return False
 
     def _tell_breaker(self, error: BackendError, *, counted: bool, known: bool) -> bool:
         breaker = self.replica.breaker

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FIRST_TRIAL = 0.25
-"""Seconds from the beginning to the first trial, and from it to the second; doubled for each further one."""
+"""Seconds from the beginning to the first trial; doubled for each further one."""
 TRIAL_INTERVAL_MAX = 1.0
 TRIALS = 6
 """So many are made in the 5 s that requests wait by default: other retries leave them in the budget."""
@@ -46,6 +46,7 @@ class Outage:
         self._interval = FIRST_TRIAL
         self._due = math.inf
         self._trials: list[float] = []
+        self._by_500s = False
         self.number = 0
 
     @property
@@ -59,21 +60,35 @@ class Outage:
         return self._began is not None and self._clock() < self._began + self._wait
 
     @property
+    def holds_newcomers(self) -> bool:
+        """Whether those who come now wait without an attempt of their own.
+
+        Not while there were only error answers with 500: they may have been about the prompts.
+        """
+        return self.is_bridged and not self._by_500s
+
+    @property
     def trial_due(self) -> float:
         """The instant of the next trial."""
         return self._due
+
+    @property
+    def current(self) -> int:
+        """The number of the outage that goes on; 0 when there is none."""
+        return self.number if self._began is not None else 0
 
     @property
     def is_tried(self) -> bool:
         """Whether a trial is under way."""
         return bool(self._trials)
 
-    def record_failure(self) -> None:
-        """Count a failure that says that the backend cannot be used."""
+    def record_failure(self, *, by_500s: bool = False) -> None:
+        """Count a failure that says that the backend cannot be used; `by_500s`: only error answers with 500 did."""
+        self._by_500s = by_500s and (self._began is None or self._by_500s)
         if self._began is None:
             now = self._began = self._clock()
             self.number += 1
-            self._interval = FIRST_TRIAL
+            self._interval = 2 * FIRST_TRIAL
             self._due = now + FIRST_TRIAL
             self._trials.clear()
         self._failed()
@@ -84,7 +99,7 @@ class Outage:
             self._bodies.add(body)
         if self._began is None and len(self._bodies) < 2:  # noqa: PLR2004
             return False
-        self.record_failure()
+        self.record_failure(by_500s=True)
         return True
 
     def record_success(self, number: int) -> None:

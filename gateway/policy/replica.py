@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 AVOIDED = 10.0
 """Seconds for which a replica that refused our key, or does not know the model, comes after all others."""
 FAILURES_AVOIDED = 5
-"""Failures in a row, whatever their kind, after which a replica comes after all others for `AVOIDED_LIVELY`."""
+"""Failures beyond its successes, whatever their kind, after which a replica comes after all others."""
 AVOIDED_LIVELY = 5.0
-"""Seconds."""
+"""Seconds for which it does."""
 MAX_MODELS = 1000
 
 
@@ -110,7 +110,7 @@ class Replica:
         self.last_error: LastError | None = None
         self.last_failed = False
         self.probe: Probe | None = None
-        self._failures = 0  # in a row
+        self._failures = 0  # each success makes up for one
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
         self._max_in_flight = config.max_in_flight
@@ -172,25 +172,35 @@ class Replica:
         return bool(self._avoided) and self._avoided.get(model, 0.0) > self.clock()
 
     def note_success(self, model: str) -> None:
-        """Note an answer."""
-        self.last_success = self.clock()
-        self.last_failed = False
-        self._failures = 0
+        """Note a good answer, or one that says that the request was wrong."""
+        self.note_answer()
+        self._failures = max(0, self._failures - 1)
         if self._avoided:
             self._avoided.pop(model, None)
-            self._avoided.pop(None, None)
+            if not self._failures:
+                self._avoided.pop(None, None)
 
-    def note_failure(self, error: "BackendError", model: str, trace_id: str) -> None:
-        """Note a failure; what repeats by nature changes the order in which replicas are asked."""
+    def note_answer(self) -> None:
+        """Note that it is well, whatever it says."""
+        self.last_success = self.clock()
+        self.last_failed = False
+
+    def note_failure(self, error: "BackendError", trace_id: str) -> None:
+        """Note a failure; many in a row change the order in which replicas are asked."""
         now = self.clock()
         self.last_failed = True
         code = error.outcome if isinstance(error, ErrorAnswer) and error.body is not None else error.code
         self.last_error = LastError(code, error.message, now, trace_id)
-        self._failures += 1
-        if error.avoided:
-            self._avoid(model, now + AVOIDED)
-        elif self._failures >= FAILURES_AVOIDED:
+        self._failures = min(FAILURES_AVOIDED, self._failures + 1)
+        if self._failures >= FAILURES_AVOIDED:
             self._avoid(None, now + AVOIDED_LIVELY)
+
+    def avoid(self, model: str) -> None:
+        """Ask it for the model after all others for a while: its refusal repeats by nature."""
+        self._avoid(model, self.clock() + AVOIDED)
+        self._failures = min(FAILURES_AVOIDED, self._failures + 1)
+        if self._failures >= FAILURES_AVOIDED:
+            self._avoid(None, self.clock() + AVOIDED_LIVELY)
 
     def _avoid(self, model: str | None, until: float) -> None:
         self._avoided[model] = until

@@ -66,10 +66,12 @@ class WaitingLimit:
 class Waiter:
     """A request that waits."""
 
-    __slots__ = ("released", "size", "woken")
+    __slots__ = ("released", "since", "size", "tried", "woken")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, since: float, *, tried: bool) -> None:
         self.size = size
+        self.since = since
+        self.tried = tried
         self.released = False
         self.woken = asyncio.Event()
 
@@ -77,7 +79,8 @@ class Waiter:
 class WaitingRoom:
     """A queue of requests that wait for the same thing.
 
-    Its head makes the trials. After a success the others are released in order, 2, 4, 8 ... at a time, until a failure.
+    The first one that has not yet tried in vain makes the next trial: what fails may be wrong itself. After a success
+    the others are released in order, 2, 4, 8 ... at a time, until a failure.
 
     Args:
         limit: of all rooms.
@@ -102,15 +105,16 @@ class WaitingRoom:
         self._step: asyncio.TimerHandle | None = None
 
     async def wait(
-        self, size: int, due: "Callable[[], float]", until: "Callable[[], float]", *, in_front: bool = False
+        self, size: int, since: float, due: "Callable[[], float]", until: "Callable[[], float]", *, tried: bool = False
     ) -> Chance | None:
         """Wait for a chance to make an attempt.
 
         Args:
             size: bytes that the request holds.
+            since: when it came, for its place in the queue.
             due: the instant of the next trial.
             until: the instant at which the wait ends in vain.
-            in_front: back to the head, after a trial that failed.
+            tried: whether it made a trial in vain.
 
         Returns:
             The chance, or None at the end of the wait.
@@ -118,15 +122,16 @@ class WaitingRoom:
         Raises:
             GatewayDraining: the gateway is stopping.
         """
-        waiter = Waiter(size)
-        self.queue.insert(0 if in_front else len(self.queue), waiter)
+        waiter = Waiter(size, since, tried=tried)
+        place = next((at for at, other in enumerate(self.queue) if other.since > since), len(self.queue))
+        self.queue.insert(place, waiter)
         self._limit.enter(waiter)
         try:
             while True:
                 self._limit.check_open()
                 if waiter.released:
                     return Chance.RELEASED
-                trial = due() if self.queue[0] is waiter else math.inf
+                trial = due() if self._next() is waiter else math.inf
                 end = until()
                 now = self._clock()  # after the instants, one of which may be "now"
                 if min(trial, end) <= now:
@@ -142,9 +147,9 @@ class WaitingRoom:
             self._remove(waiter)
 
     def wake(self) -> None:
-        """Let the head look again: what it waits for may have changed."""
+        """Let the next one look again: what it waits for may have changed."""
         if self.queue:
-            self.queue[0].woken.set()
+            self._next().woken.set()
 
     def wake_all(self) -> None:
         """Let everybody look again."""
@@ -177,7 +182,11 @@ class WaitingRoom:
     def _remove(self, waiter: Waiter) -> None:
         if waiter.released:
             return
-        head = self.queue[0] is waiter
+        was_next = self._next() is waiter
         self.queue.remove(waiter)
-        if head:
+        if was_next:
             self.wake()
+
+    def _next(self) -> Waiter:
+        """Return who makes the next trial."""
+        return next((waiter for waiter in self.queue if not waiter.tried), self.queue[0])

@@ -141,7 +141,7 @@ class ChoicesState:
             return
         chunk = event_document(data)
         if not isinstance(chunk, dict):
-            self.error = read_words(chunk) if isinstance(chunk, str) and not self.content else None
+            self.error = read_words(chunk) if not self.content else None  # a text, or Gemini's list
             return
         error = chunk.get("error")
         if (error is not None and error is not False) or (chunk.get("object") == "error" and "choices" not in chunk):

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from gateway.dialects.error_words import Meaning, meaning_of, read_words, status_of
-from gateway.dialects.json_text import NO_JSON, check, decode
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode, leniently
+from gateway.dialects.json_text import check as decode_nothing
 from gateway.errors import (
     AuthRefused,
     BackendError,
@@ -100,6 +101,8 @@ def _failure(
         return AuthRefused(f"The backend refused the gateway's key ({status}).")
     if meaning is not None and status < 500:  # noqa: PLR2004
         kind = KINDS[meaning]
+    elif status == 404 and not _is_about_the_request(words):  # noqa: PLR2004
+        kind = NoSuchModel  # the path is gone, or somebody else listens there
     elif status == 402:  # noqa: PLR2004
         kind = QuotaSpent
     elif status == 429 or (status == 503 and retry_after is not None):  # noqa: PLR2004
@@ -109,19 +112,24 @@ def _failure(
     return kind(status, body, headers, retry_after=retry_after)
 
 
+def _is_about_the_request(words: ErrorWords | None) -> bool:
+    """Return whether an error has an error object: a plain 404 says nothing about a prompt."""
+    return words is not None and bool(words.names or words.number) and isinstance(words.document, dict)
+
+
 def _words_in(body: bytes) -> ErrorWords | None:
     """Return what an error answer says; None for what is not JSON, holds no error, or is too large to look into."""
     if len(body) > MAX_OWN_WORDS:
         return None
     try:
-        return read_words(decode(body))
+        return read_words(leniently(decode, body.removeprefix(BYTE_ORDER_MARK)))
     except NO_JSON:
         return None
 
 
 def _is_json(body: bytes) -> bool:
     try:
-        check(body)
+        leniently(decode_nothing, body.removeprefix(BYTE_ORDER_MARK))
     except NO_JSON:
         return False
     return True

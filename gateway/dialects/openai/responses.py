@@ -14,7 +14,7 @@ from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
-from gateway.errors import BackendError, ErrorWords, GatewayError
+from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidResponse
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -133,12 +133,12 @@ class ResponseState:
             self.content = self.answer = True
             return
         if data.strip() == DONE:
-            return  # not of this dialect: only the terminal event ends it
+            raise InvalidResponse("The backend's stream ended before its answer was complete.")
         event = event_document(data)
         if isinstance(event, dict):
             self._feed_event(event)
-        elif isinstance(event, str) and not self.content:
-            self.error = words_of(event, {})
+        elif not self.content:
+            self.error = read_words(event)  # a text, or Gemini's list
 
     def _feed_event(self, event: dict[str, Any]) -> None:
         number = event.get("sequence_number")

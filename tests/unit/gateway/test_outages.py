@@ -94,7 +94,7 @@ def test_those_who_wait_are_released_in_order() -> None:
         asked = [body for at, _, body in scene.calls if at >= 3]
         numbers = [int(body.split(b'"content":"')[1].split(b'"')[0]) for body in asked]
         assert len(numbers) == 30
-        assert numbers[3:] == sorted(numbers[3:])
+        assert numbers[1:] == sorted(numbers[1:]), "the first one is the trial"
 
     run(story)
 
@@ -169,6 +169,67 @@ def test_a_bad_body_of_one_caller_is_no_outage() -> None:
         assert len(scene.failed) == 4
         assert scene.replicas["a-1"].breaker.consecutive_failures <= 1
         assert len([body for _, _, body in scene.calls if body == bad]) == 3 + 3, "a repeat is asked once"
+
+    run(story)
+
+
+@pytest.mark.parametrize("kind", ["503", "502", "504", "500", "reset"])
+def test_a_prompt_that_makes_only_itself_fail_costs_nobody_else_anything(kind: str) -> None:
+    bad = prompt(-1)
+
+    def serve(_at: float, body: bytes) -> tuple[float, BackendError | None]:
+        return (0.001, OUTAGES[kind]()) if body == bad else (0.05, None)
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": serve})
+        good = asyncio.create_task(scene.traffic(10, 8))
+        await asyncio.sleep(2)
+        refused = await scene.send(bad, caller="one")
+        await good
+        assert refused.error is not None
+        assert len(scene.failed) == 1
+        assert max(each.seconds for each in scene.ended if each.error is None) < 1
+        assert len([body for _, _, body in scene.calls if body == bad]) <= 7
+
+    run(story)
+
+
+@pytest.mark.parametrize("kind", ["503", "refused"])
+@pytest.mark.parametrize("seconds", [4.0, 4.5])
+def test_an_outage_that_ends_before_the_wait_does_costs_no_caller_an_error(kind: str, seconds: float) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out(kind, since=1, until=1 + seconds)})
+        await scene.traffic(10, 8)
+        assert not scene.failed
+
+    run(story)
+
+
+def test_without_a_retry_budget_a_short_outage_is_bridged_too() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", since=1, until=2)}, gateway_retry_budget=0)
+        await scene.traffic(10, 5)
+        assert not scene.failed
+
+    run(story)
+
+
+def test_two_bad_prompts_before_the_others_come_cost_nobody_else_anything() -> None:
+    bad = {prompt(-1), prompt(-2)}
+
+    def serve(_at: float, body: bytes) -> tuple[float, BackendError | None]:
+        return (0.01, error_answer(500, b"{}", {})) if body in bad else (0.05, None)
+
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": serve})
+        refused = [asyncio.create_task(scene.send(body, caller="one")) for body in bad]
+        await asyncio.sleep(0.65)
+        for number in range(4):
+            good = await scene.send(prompt(number))
+            assert good.error is None
+            assert good.seconds < 0.1
+        ended = await asyncio.gather(*refused)
+        assert all(isinstance(each.error, ErrorAnswer) and each.seconds < 1.5 for each in ended)
 
     run(story)
 

@@ -55,7 +55,7 @@ def fail(of: Replica, error: BackendError) -> None:
 
 
 def end_with(lease: Lease, error: BackendError) -> None:
-    lease.fail(error, "t" * 32, counted=False, body=lambda: b"1")
+    lease.fail(error, "t" * 32, counted=False, body=lambda: b"1", outages={})
 
 
 def test_of_two_replicas_the_one_with_less_in_flight_is_picked() -> None:

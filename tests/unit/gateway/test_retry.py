@@ -375,7 +375,10 @@ def test_cooldowns_without_a_retry_after_grow_and_end_with_the_answer_of_the_bac
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 501, 505])
 def test_any_other_error_of_the_request_is_one_attempt_and_passed_on(status: int) -> None:
-    told = forward({"a-1": [answered(status)], "a-2": OK, "b-1": OK}, prepare=lambda replicas: trip(replicas["a-2"]))
+    told = forward(
+        {"a-1": [answered(status, b'{"error": {"message": "no", "code": "c"}}')], "a-2": OK, "b-1": OK},
+        prepare=lambda replicas: trip(replicas["a-2"]),
+    )
 
     assert told.calls == ["a-1"]
     assert told.error is not None

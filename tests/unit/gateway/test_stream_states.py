@@ -241,7 +241,8 @@ def test_a_response_is_complete_with_its_terminal_event(status: str) -> None:
 
 def test_a_response_without_its_terminal_event_is_not_complete() -> None:
     state = responses({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.output_item.done"})
-    seen(state, b"[DONE]")
+    with pytest.raises(InvalidResponse):
+        seen(state, b"[DONE]")
 
     assert not state.finished
     assert not state.ended

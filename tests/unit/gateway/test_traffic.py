@@ -51,6 +51,39 @@ def test_beside_a_well_replica_a_failing_one_costs_at_most_2_of_200_callers(kind
     run(story)
 
 
+@pytest.mark.parametrize("kind", ["500", "503", "garbage", "408"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_replica_that_fails_two_of_three_calls_at_once_draws_no_traffic_either(kind: str, replicas: int) -> None:
+    calls = 0
+
+    def flaky(_at: float, _body: bytes) -> tuple[float, BackendError | None]:
+        nonlocal calls
+        calls += 1
+        return (0.4, None) if calls % 3 == 0 else (0.001, ANYHOW[kind]())
+
+    async def story(clock: Clock) -> None:
+        wells = {f"a-{number + 2}": well for number in range(replicas)}
+        scene = Scene(clock, {"a-1": flaky, **wells})
+        await scene.traffic(20, 10)
+        assert len(scene.failed) <= 4
+
+    run(story)
+
+
+@pytest.mark.parametrize("kind", ["401", "404 for the model"])
+def test_a_replica_that_refuses_every_model_draws_no_traffic_with_new_ones(kind: str) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": failing(kind), "a-2": well})
+        tasks = []
+        for number in range(200):
+            tasks.append(asyncio.create_task(scene.send(prompt(number, f"model-{number}"))))
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*tasks)
+        assert len(scene.failed) <= 2
+
+    run(story)
+
+
 @pytest.mark.parametrize("kind", ["500", "garbage"])
 def test_the_same_body_from_everybody_draws_no_traffic_to_the_replica_that_fails_it(kind: str) -> None:
     async def story(clock: Clock) -> None:
