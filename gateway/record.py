@@ -274,17 +274,21 @@ class Record:
             for _, name, drawn in self.events:
                 if name == TARGET_DRAWN:
                     parts.append(f'drawn;desc="{drawn["gateway.backend"]}";dur=0.0')
-        waits = list(enumerate(self.waits, 1)) if self.waits else []
         for attempt in self.attempts:
-            while waits and waits[0][1].began <= attempt.started:
-                parts.append(_timing(*waits.pop(0), now))
+            if self.waits:
+                before = self.attempts[attempt.number - 2].started if attempt.number > 1 else 0.0
+                parts += self._waits_between(before, attempt.started, now)
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")
             outcome = attempt.outcome or ("streaming" if self.stream else "ok")
             took = ((attempt.ended if attempt.ended is not None else now) - attempt.started) * 1000
             parts.append(f'attempt-{attempt.number};desc="{attempt.backend} {outcome}";dur={took:.1f}')
-        parts += [_timing(number, wait, now) for number, wait in waits]
+        if self.waits:
+            parts += self._waits_between(self.attempts[-1].started if self.attempts else 0.0, now, now)
         return ", ".join(parts)
+
+    def _waits_between(self, start: float, end: float, now: float) -> list[str]:
+        return [_timing(number, wait, now) for number, wait in enumerate(self.waits, 1) if start < wait.began <= end]
 
 
 def _timing(number: int, wait: Wait, now: float) -> str:

@@ -43,10 +43,8 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
     Raises:
         InvalidResponse: it is not a good answer; WrongForm: it is a stream; ErrorInside: it is an error.
     """
-    if content_type == "text/event-stream":
-        raise WrongForm("The backend's answer is a stream, although none was asked for.")
-    if not is_json(content_type) and content_type not in {"", "text/plain"}:
-        raise InvalidResponse("The backend's answer is not application/json.")
+    if content_type != "application/json":
+        _check_type(content_type)
     body = body.removeprefix(BYTE_ORDER_MARK)
     try:
         try:
@@ -62,6 +60,13 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
         raise_error_inside(body)
         raise InvalidResponse("The backend's answer is an error with a good status.")
     return whole
+
+
+def _check_type(content_type: str) -> None:
+    if content_type == "text/event-stream":
+        raise WrongForm("The backend's answer is a stream, although none was asked for.")
+    if not is_json(content_type) and content_type not in {"", "text/plain"}:
+        raise InvalidResponse("The backend's answer is not application/json.")
 
 
 def is_json(content_type: str) -> bool:

@@ -90,7 +90,8 @@ class Forwarder:
                 self._look_up(call)
             answered = False
             try:
-                answered = await self._try_targets(call, _in_order(call))
+                targets = call.targets if len(call.targets) == 1 else _in_order(call)
+                answered = await self._try_targets(call, targets)
             except BackendError as error:
                 failure = error
                 drop_frames(error)
@@ -311,10 +312,7 @@ class Forwarder:
 
 def _in_order(call: "Call") -> "tuple[Target, ...]":
     """Return the targets of a call; those that only repeat a refusal come after all others."""
-    targets = call.targets
-    if len(targets) == 1:
-        return targets
-    return tuple(sorted(targets, key=lambda target: target.refuses(target.model or call.model)))
+    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:

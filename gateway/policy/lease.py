@@ -18,7 +18,7 @@ PLAIN_FAULT = 500
 
 def take(replica: "Replica", model: str) -> "Lease | None":
     """Return a place for one attempt at a replica; None when breaker, cooldown or `max_in_flight` do not admit it."""
-    if replica.full or replica.cooldown.due(model) is not None:
+    if (replica.max_in_flight is not None and replica.full) or replica.cooldown.due(model) is not None:
         return None
     ticket = replica.breaker.admit()
     return Lease(replica, model, ticket) if ticket is not None else None
@@ -26,7 +26,7 @@ def take(replica: "Replica", model: str) -> "Lease | None":
 
 def take_trial(replica: "Replica", model: str) -> "Lease | None":
     """Return a place for the trial of an outage, which an open breaker admits too, one at a time; or None."""
-    if replica.full or replica.cooldown.due(model) is not None:
+    if (replica.max_in_flight is not None and replica.full) or replica.cooldown.due(model) is not None:
         return None
     ticket = replica.breaker.admit_trial()
     return Lease(replica, model, ticket) if ticket is not None else None

@@ -113,7 +113,7 @@ class Replica:
         self._failures = 0  # each success makes up for one
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
-        self._max_in_flight = config.max_in_flight
+        self.max_in_flight = config.max_in_flight
 
     @property
     def status(self) -> str:
@@ -128,11 +128,11 @@ class Replica:
     @property
     def full(self) -> bool:
         """Whether as many attempts are under way as the replica may have at once."""
-        return self._max_in_flight is not None and self.in_flight >= self._max_in_flight
+        return self.max_in_flight is not None and self.in_flight >= self.max_in_flight
 
     def admits(self, model: str) -> bool:
         """Return whether an attempt for the model may be made now: breaker, cooldown and `max_in_flight` allow it."""
-        if self._max_in_flight is not None and self.full:
+        if self.max_in_flight is not None and self.full:
             return False
         return self.breaker.admits and self.cooldown.due(model) is None
 
@@ -173,7 +173,8 @@ class Replica:
 
     def note_success(self, model: str) -> None:
         """Note a good answer, or one that says that the request was wrong."""
-        self.note_answer()
+        self.last_success = self.clock()
+        self.last_failed = False
         self._failures = max(0, self._failures - 1)
         if self._avoided:
             self._avoided.pop(model, None)

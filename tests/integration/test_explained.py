@@ -88,10 +88,10 @@ async def test_a_success_after_failures(mock: MockModel, start_gateway: StartGat
     timing = assert_explained(
         answer,
         [
-            ("cooldown-1", "backend"),
-            ("cooldown-2", "backend"),
             ("attempt-1", "backend-1 status_429"),
+            ("cooldown-1", "backend"),
             ("attempt-2", "backend-1 status_503"),
+            ("cooldown-2", "backend"),
             ("attempt-3", f"backend-1 {'streaming' if stream else 'ok'}"),
         ],
         backend="backend-1",

@@ -125,7 +125,7 @@ class Scene:
         """Give each replica a largest number of attempts at once."""
         for target in self.pool.routes[0].targets:
             for replica in target.replicas:
-                replica._max_in_flight = max_in_flight
+                replica.max_in_flight = max_in_flight
                 replica.freed = target.home.full.wake
 
     async def send(self, body: bytes, *, caller: str = "somebody", deadline: float = 600.0) -> Ended:

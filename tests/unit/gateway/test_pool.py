@@ -314,7 +314,7 @@ def test_the_query_of_a_backend_is_encoded() -> None:
 def limited(of: Target, max_in_flight: int) -> Target:
     """The same target; each of its replicas takes so many attempts at once."""
     for each in of.replicas:
-        each._max_in_flight = max_in_flight
+        each.max_in_flight = max_in_flight
     return of
 
 
