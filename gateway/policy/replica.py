@@ -175,7 +175,8 @@ class Replica:
         """Note a good answer, or one that says that the request was wrong."""
         self.last_success = self.clock()
         self.last_failed = False
-        self._failures = max(0, self._failures - 1)
+        if self._failures:
+            self._failures -= 1
         if self._avoided:
             self._avoided.pop(model, None)
             if not self._failures:
