@@ -292,7 +292,8 @@ class Exchange:
             GatewayOverloaded: the share cannot hold it.
         """
         # Most bodies come with their headers.
-        if self._decoder is None and self._content.is_eof() and self._content.exception() is None:
+        at_once = self._decoder is None and not self._peeked
+        if at_once and self._content.is_eof() and self._content.exception() is None:
             whole = self._content.read_nowait()
             if len(whole) > limit:
                 raise _too_large(limit)

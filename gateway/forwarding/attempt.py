@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gateway.dialects.answer_fields import is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
-from gateway.dialects.json_text import NO_JSON, check
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
     BackendError,
@@ -195,7 +195,7 @@ class Attempts:
         try:
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             raise_error_inside(body)
-            check(body)
+            check(body.removeprefix(BYTE_ORDER_MARK))
         except NO_JSON:
             raise InvalidResponse("The backend's answer is not text/event-stream.") from None
         finally:

@@ -120,6 +120,76 @@ async def test_json_with_an_error_in_place_of_a_stream_is_that_error(
     assert (answer.status, answer.error["message"], len(backend.calls)) == (400, WORDS, 1)
 
 
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", None])
+@pytest.mark.parametrize("mark", [b"", BOM])
+async def test_json_in_place_of_a_stream_is_known_whatever_its_type(
+    start_raw: StartRaw, start_gateway: StartGateway, content_type: str | None, mark: bytes
+) -> None:
+    bodies = [json.dumps({"error": {"message": WORDS, "type": "invalid_request_error"}}).encode(), b'{"choices": []}']
+    answers = []
+    for body in bodies:
+        head = f"content-type: {content_type}\r\n" if content_type else ""
+        whole_answer = f"HTTP/1.1 200 OK\r\n{head}content-length: {len(mark + body)}\r\n\r\n".encode() + mark + body
+
+        async def play(call: RawCall, answer: bytes = whole_answer) -> None:
+            await call.send(answer)
+
+        backend = await start_raw(play)
+        answers.append((await (await start_gateway(backend.url)).chat(stream=True), len(backend.calls)))
+    (inside, calls), (wrong, wrong_calls) = answers
+    assert (inside.status, inside.error["message"], calls) == (400, WORDS, 1)
+    assert (wrong.status, wrong.error["code"], wrong_calls) == (502, "backend_invalid_response", 1)
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_a_byte_order_mark_before_a_whole_answer_or_an_error_is_no_failure(
+    start_raw: StartRaw, start_gateway: StartGateway, api: str
+) -> None:
+    good = BOM + b'{"id": "x", "choices": [], "output": []}'
+    backend = await start_raw(whole(good))
+    answer = await ask(await start_gateway(backend.url), stream=False, api=api)
+    assert (answer.status, answer.body, len(backend.calls)) == (200, good, 1)
+
+    bad = BOM + json.dumps({"error": {"message": WORDS, "seconds": float("nan")}}).encode()
+    backend = await start_raw(whole(bad, status="400 Bad Request"))
+    answer = await ask(await start_gateway(backend.url), stream=False, api=api)
+    assert (answer.status, answer.body, len(backend.calls)) == (400, bad, 1)
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_a_list_with_one_error_as_the_first_event_is_that_error(
+    start_raw: StartRaw, start_gateway: StartGateway, api: str
+) -> None:
+    backend = await start_raw(streamed(event([{"error": {"code": 400, "message": WORDS}}])))
+    answer = await ask(await start_gateway(backend.url), stream=True, api=api)
+    assert (answer.status, answer.error["message"], len(backend.calls)) == (400, WORDS, 1)
+
+
+async def test_a_text_in_an_error_field_is_an_error(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    backend = await start_raw(streamed(b"error: the model is overloaded, sorry\n\n"))
+    answer = await (await start_gateway(backend.url, gateway_max_attempts=1)).chat(stream=True)
+    assert (answer.status, answer.error["message"]) == (503, "the model is overloaded, sorry")
+
+
+async def test_a_model_that_is_not_there_is_told_inside_a_200_too(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    backend = await start_raw(whole(b'{"error": "model \'x\' not found, try pulling it first"}'))
+    answer = await (await start_gateway(backend.url)).chat()
+    assert (answer.status, len(backend.calls)) == (404, 1)
+
+
+async def test_done_before_the_end_of_a_response_is_no_end(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    word = b'data: {"type": "response.output_text.delta", "sequence_number": 1, "delta": "a"}\n\n'
+    backend = await start_raw(streamed(word, DONE))
+    answer = await respond(await start_gateway(backend.url, gateway_max_attempts=1))
+    assert b"[DONE]" not in answer.body
+    assert answer.status == 502 or answer.cut
+
+
 async def test_an_error_field_is_an_error_before_the_commit_and_after_it(
     start_raw: StartRaw, start_gateway: StartGateway
 ) -> None:
