@@ -17,22 +17,41 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
     from gateway.policy.retry import RetryPolicy
-    from gateway.policy.waiting_room import WaitingLimit, WaitingRoom
+    from gateway.policy.waiting_room import WaitingLimit
 
 NO_OUTAGE = 1.0
 """Seconds; a request that waited for the end of an outage which has ended is released within them."""
 
 
 class Place:
-    """What a request can wait for: a target, and a lease there in the end."""
+    """What a request can wait for: a target, and a lease there in the end.
 
-    __slots__ = ("due", "kind", "model", "target")
+    Attributes:
+        kind: bridging, cooldown or full.
+        target, model: where, and what is asked for.
+        first: the instant at which it is due, as it looks now.
+        began: when the wait began.
+    """
 
-    def __init__(self, kind: str, target: "Target", model: str, due: float) -> None:
+    __slots__ = ("_waits", "began", "first", "kind", "model", "target")
+
+    def __init__(self, waits: "Waits", kind: str, target: "Target", model: str, first: float) -> None:
+        self._waits = waits
         self.kind = kind
         self.target = target
         self.model = model
-        self.due = due
+        self.first = first
+        self.began = 0.0
+
+    def due(self) -> float:
+        """Return the instant of the next trial."""
+        if self.kind == BRIDGING:
+            return self.target.home.outage.trial_due
+        return self._waits.end_of_cooldown(self)
+
+    def until(self) -> float:
+        """Return the instant at which the wait ends in vain."""
+        return self._waits.end_of(self)
 
 
 class Waits:
@@ -41,6 +60,21 @@ class Waits:
     Attributes:
         queued_in_vain: whether its backends stayed full for too long.
     """
+
+    __slots__ = (
+        "_again",
+        "_bridged_until",
+        "_call",
+        "_clock",
+        "_cooled",
+        "_end",
+        "_limit",
+        "_policy",
+        "_queued",
+        "_since",
+        "_trial",
+        "queued_in_vain",
+    )
 
     def __init__(
         self, call: "Call", *, policy: "RetryPolicy", limit: "WaitingLimit", clock: "Callable[[], float]"
@@ -112,14 +146,14 @@ class Waits:
                 continue
             outage = target.home.outage
             if failure is None and target.full and not self._queued:
-                places.append(Place(FULL, target, model, now))
+                places.append(Place(self, FULL, target, model, now))
             if outage.is_bridged and now < self._bridged_until:
-                places.append(Place(BRIDGING, target, model, outage.trial_due))
+                places.append(Place(self, BRIDGING, target, model, outage.trial_due))
             due = target.free_at(model, now, without=self._left_out(target))
             may_be_now = not outage.is_bridged and (failure is None or (failure.cools and target is self._call.target))
             if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
-                places.append(Place(COOLDOWN, target, model, due))
-        return min(places, key=lambda place: place.due, default=None)
+                places.append(Place(self, COOLDOWN, target, model, due))
+        return min(places, key=lambda place: place.first, default=None)
 
     def _waits_until(self, due: float, target: "Target") -> bool:
         """Return whether the end of a cooldown is near enough, and an attempt is left for it."""
@@ -140,29 +174,31 @@ class Waits:
 
     async def _wait(self, place: Place) -> Chance | None:
         home, call = place.target.home, self._call
-        began = self._clock()
-        wait = Wait(place.kind, place.target.backend, began)
+        place.began = self._clock()
+        wait = Wait(place.kind, place.target.backend, place.began)
         call.record.waits.append(wait)
+        room = home.bridging
+        if place.kind == BRIDGING:
+            self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
+        elif place.kind == FULL:
+            self._queued = True
+            room = home.full
+        else:
+            room = home.cooling(place.model)
         try:
-            if place.kind == BRIDGING:
-                self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
-                return await self._in(home.bridging, lambda: home.outage.trial_due, lambda: self._end_of_bridging(home))
-            if place.kind == FULL:
-                self._queued = True
-                until = min(self._end, began + self._policy.queue_timeout)
-                return await self._in(home.full, lambda: self._end_of_cooldown(place), lambda: until)
-            until = min(self._end, began + self._policy.retry_after_max - self._cooled)
-            try:
-                return await self._in(home.cooling(place.model), lambda: self._end_of_cooldown(place), lambda: until)
-            finally:
-                home.forget_cooling(place.model)
+            return await room.wait(call.share.held, self._since, place, tried=self._again)
         finally:
             wait.ended = self._clock()
             if place.kind == COOLDOWN:
-                self._cooled += wait.ended - began
+                self._cooled += wait.ended - wait.began
+                home.forget_cooling(place.model)
 
-    async def _in(self, room: "WaitingRoom", due: "Callable[[], float]", until: "Callable[[], float]") -> Chance | None:
-        return await room.wait(self._call.share.held, self._since, due, until, tried=self._again)
+    def end_of(self, place: Place) -> float:
+        """Return the instant at which the wait for a place ends in vain."""
+        if place.kind == BRIDGING:
+            return self._end_of_bridging(place.target.home)
+        longest = self._policy.queue_timeout if place.kind == FULL else self._policy.retry_after_max - self._cooled
+        return min(self._end, place.began + longest)
 
     def _end_of_bridging(self, home: "Backend") -> float:
         if home.outage.is_tried:  # a slow answer is no failure
@@ -170,7 +206,8 @@ class Waits:
         end = home.outage.ends_waiting
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
 
-    def _end_of_cooldown(self, place: Place) -> float:
+    def end_of_cooldown(self, place: Place) -> float:
+        """Return the instant at which a replica is free."""
         due = place.target.free_at(place.model, -math.inf, without=self._left_out(place.target))
         return due if due is not None else math.inf
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.errors import GatewayDraining
 
@@ -22,6 +22,16 @@ class Chance(Enum):
 
     TRIAL = "trial"
     RELEASED = "released"
+
+
+class Hope(Protocol):
+    """What a request waits for."""
+
+    def due(self) -> float:
+        """Return the instant of the next trial."""
+
+    def until(self) -> float:
+        """Return the instant at which the wait ends in vain."""
 
 
 class WaitingLimit:
@@ -45,7 +55,7 @@ class WaitingLimit:
         """Send everybody away: the gateway is stopping."""
         self._draining = True
         for waiter in self._waiters:
-            waiter.woken.set()
+            waiter.wake()
 
     def check_open(self) -> None:
         """Raise: GatewayDraining, when the gateway is stopping."""
@@ -73,7 +83,12 @@ class Waiter:
         self.since = since
         self.tried = tried
         self.released = False
-        self.woken = asyncio.Event()
+        self.woken: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let it look again whether its chance has come."""
+        if self.woken is not None and not self.woken.done():
+            self.woken.set_result(None)
 
 
 class WaitingRoom:
@@ -104,16 +119,13 @@ class WaitingRoom:
         self.queue: deque[Waiter] = deque()
         self._step: asyncio.TimerHandle | None = None
 
-    async def wait(
-        self, size: int, since: float, due: "Callable[[], float]", until: "Callable[[], float]", *, tried: bool = False
-    ) -> Chance | None:
+    async def wait(self, size: int, since: float, hope: Hope, *, tried: bool = False) -> Chance | None:
         """Wait for a chance to make an attempt.
 
         Args:
             size: bytes that the request holds.
             since: when it came, for its place in the queue.
-            due: the instant of the next trial.
-            until: the instant at which the wait ends in vain.
+            hope: what it waits for.
             tried: whether it made a trial in vain.
 
         Returns:
@@ -126,22 +138,23 @@ class WaitingRoom:
         place = next((at for at, other in enumerate(self.queue) if other.since > since), len(self.queue))
         self.queue.insert(place, waiter)
         self._limit.enter(waiter)
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 self._limit.check_open()
                 if waiter.released:
                     return Chance.RELEASED
-                trial = due() if self._next() is waiter else math.inf
-                end = until()
+                trial = hope.due() if self._next() is waiter else math.inf
+                end = hope.until()
                 now = self._clock()  # after the instants, one of which may be "now"
                 if min(trial, end) <= now:
                     return Chance.TRIAL if trial <= now else None
-                waiter.woken.clear()
+                waiter.woken = loop.create_future()
+                alarm = loop.call_later(min(trial, end) - now, waiter.wake)
                 try:
-                    async with asyncio.timeout(min(trial, end) - now):
-                        await waiter.woken.wait()
-                except TimeoutError:
-                    continue
+                    await waiter.woken
+                finally:
+                    alarm.cancel()
         finally:
             self._limit.leave(waiter)
             self._remove(waiter)
@@ -149,12 +162,12 @@ class WaitingRoom:
     def wake(self) -> None:
         """Let the next one look again: what it waits for may have changed."""
         if self.queue:
-            self._next().woken.set()
+            self._next().wake()
 
     def wake_all(self) -> None:
         """Let everybody look again."""
         for waiter in self.queue:
-            waiter.woken.set()
+            waiter.wake()
 
     def release(self) -> None:
         """Release everybody, step by step."""
@@ -173,7 +186,7 @@ class WaitingRoom:
         for _ in range(now):
             waiter = self.queue.popleft()
             waiter.released = True
-            waiter.woken.set()
+            waiter.wake()
         if now:
             self._released(now)
         if self.queue:
