@@ -37,6 +37,8 @@ class Case:
 
 
 HOUR = 3600
+LONG = "11"
+"""Seconds; more than anybody waits for the end of a cooldown."""
 INVALID = "backend_invalid_response"
 BEFORE_COMMIT = [
     Case("status 500", fault("status", status=500), 500, "mock_500", 3),
@@ -45,11 +47,11 @@ BEFORE_COMMIT = [
     Case("status 503, no JSON", fault("status", status=503, body="oops"), 503, INVALID, 3),
     Case(
         "status 429, long wait",
-        fault("status", status=429, headers={"retry-after": "3600"}),
+        fault("status", status=429, headers={"retry-after": LONG}),
         429,
         "mock_429",
         1,
-        headers={"retry-after": "3600"},
+        headers={"retry-after": LONG},
     ),
     Case("hang before headers", fault("hang_before_headers"), 504, "backend_timeout", 1, "answer"),
     Case(
@@ -61,7 +63,7 @@ BEFORE_COMMIT = [
         "first_token",
         stream=True,
     ),
-    Case("hang after headers", fault("hang_after_headers"), 504, "backend_timeout", 3, "idle"),
+    Case("hang after headers", fault("hang_after_headers"), 504, "backend_timeout", 1, "idle"),
     Case(
         "hang after headers, stream", fault("hang_after_headers"), 504, "backend_timeout", 1, "first_token", stream=True
     ),
@@ -69,13 +71,13 @@ BEFORE_COMMIT = [
         "slow first token", fault("slow_first_token", delay=HOUR), 504, "backend_timeout", 1, "first_token", stream=True
     ),
     Case("latency", fault("latency", delay=HOUR), 504, "backend_timeout", 1, "answer"),
-    Case("stall", fault("stall"), 504, "backend_timeout", 3, "idle"),
+    Case("stall", fault("stall"), 504, "backend_timeout", 1, "idle"),
     Case("cut by its end", fault("cut"), 502, INVALID, 3),
     Case("cut by a reset", fault("cut", how="reset"), 502, INVALID, 3),
     Case("cut after the role, stream", fault("cut", after_events=1), 502, INVALID, 3, stream=True),
     Case("reset after the role, stream", fault("cut", after_events=1, how="reset"), 502, INVALID, 3, stream=True),
     Case("malformed event first, stream", fault("malformed_event", after_events=1), 502, INVALID, 3, stream=True),
-    Case("wrong content type", fault("content_type", value="text/plain"), 502, INVALID, 3),
+    Case("wrong content type", fault("content_type", value="text/html"), 502, INVALID, 3),
     Case("wrong content type, stream", fault("content_type", value="application/json"), 502, INVALID, 3, stream=True),
     Case("html", fault("html"), 502, INVALID, 3),
     Case("html, stream", fault("html"), 502, INVALID, 3, stream=True),
@@ -96,7 +98,7 @@ def attempts_at_the_model(stack: Stack) -> int:
 @pytest.mark.parametrize("case", BEFORE_COMMIT, ids=lambda case: case.name)
 def test_a_fault_before_the_first_byte_is_a_whole_error(stack: Stack, case: Case) -> None:
     stack.script(case.fault)
-    answer = stack.ask(prompt(stream=case.stream))
+    answer = stack.ask(prompt(stream=case.stream, user=case.name))  # not a repeat of another one
     assert (answer.status, answer.own_error["code"]) == (case.status, case.code), answer
     if case.status != 400:
         assert answer.own_error["param"] == case.param
@@ -164,18 +166,19 @@ def test_a_stream_without_done_gets_one(stack: Stack) -> None:
 
 
 def test_an_overloaded_model_answers_some_and_turns_away_the_others(stack: Stack) -> None:
-    """Sixteen callers at once, one place, an answer takes 0.1 s; nobody waits for the hour that the model asks for."""
-    stack.script(fault("overload", capacity=1, status=429, retry_after=HOUR))
+    """Sixteen callers at once, one place, an answer takes 0.1 s; nobody waits as long as the model asks for."""
+    stack.script(fault("overload", capacity=1, status=429, retry_after=int(LONG)))
     with concurrent.futures.ThreadPoolExecutor(16) as callers:
         answers = list(callers.map(lambda _: stack.ask(), range(16)))
     assert {answer.status for answer in answers} == {200, 429}
     turned_away = [answer for answer in answers if answer.status == 429]
-    assert {(answer.own_error["code"], answer.headers["retry-after"]) for answer in turned_away} == {
-        ("rate_limit_exceeded", str(HOUR))
-    }
+    by_the_model = [answer for answer in turned_away if answer.own_error["code"] == "rate_limit_exceeded"]
+    assert {answer.headers["retry-after"] for answer in by_the_model} == {LONG}
+    others = [answer for answer in turned_away if answer not in by_the_model]
+    assert {answer.own_error["code"] for answer in others} <= {"backend_rate_limited"}
     journal = stack.control("GET", "/journal").json["calls"]
     ends = Counter((entry["fault"], entry["ended"]) for entry in journal)
-    assert ends == {("overload", "fault"): len(turned_away), ("overload", "complete"): 16 - len(turned_away)}
+    assert ends == {("overload", "fault"): len(by_the_model), ("overload", "complete"): 16 - len(turned_away)}
 
 
 def test_a_model_that_crashes_under_a_prompt_is_back_soon(stack: Stack) -> None:
