@@ -48,10 +48,18 @@ def post(chosen: argparse.Namespace) -> tuple[int, Message, str]:
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310  its scheme was checked
     try:
         with DIRECT.open(request, timeout=630) as answer:
-            return answer.status, answer.headers, answer.read().decode(errors="replace")
+            return answer.status, answer.headers, _rest_of(answer).decode(errors="replace")
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.headers, error.read().decode(errors="replace")
+
+
+def _rest_of(answer: http.client.HTTPResponse) -> bytes:
+    """The body, as far as it came: after an error event it has no proper end."""
+    try:
+        return answer.read()
+    except http.client.IncompleteRead as end:
+        return end.partial
 
 
 def readable(body: str) -> str:

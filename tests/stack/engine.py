@@ -69,8 +69,12 @@ def call(
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path or "/"
         connection.request(method, target, data, {"content-type": "application/json", **(headers or {})})
         response = connection.getresponse()
-        received = response.read()
-        return Answer(response.status, dict(response.getheaders()), received, time.monotonic() - started)
+        cut = False
+        try:
+            received = response.read()
+        except http.client.IncompleteRead as end:
+            received, cut = end.partial, True
+        return Answer(response.status, dict(response.getheaders()), received, time.monotonic() - started, cut)
 
 
 @dataclass

@@ -141,6 +141,7 @@ def test_a_fault_after_the_first_byte_is_one_error_event(stack: Stack, name: str
     assert (last["error"]["code"], last["error"]["param"]) == (code, param)
     assert all("error" not in event for event in events)
     assert 2 <= len(events) <= len(good)
+    assert answer.cut, "no proper end of the body"
     assert attempts_at_the_model(stack) == 1, "nothing is retried after the first byte"
 
 
