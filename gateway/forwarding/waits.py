@@ -222,7 +222,8 @@ class Waits:
         """Take the place for an attempt; None: not now."""
         if place.kind == BRIDGING and chance is Chance.TRIAL:
             return self._lease_trial(place)
-        of_budget = chance is Chance.TRIAL and bool(self._call.record.attempts)
+        is_retry = bool(self._call.record.attempts)
+        of_budget = is_retry and (chance is Chance.TRIAL or place.kind == COOLDOWN)
         left_out = self._left_out(place.target) if of_budget else self._call.given_up
         replica = place.target.pick(place.model, without=left_out)
         lease = take(replica, place.model) if replica is not None else None
@@ -230,7 +231,7 @@ class Waits:
             return None
         if of_budget:
             lease.replica.budget.take()
-        elif not self._call.record.attempts:
+        elif not is_retry:
             lease.replica.budget.count_first()
         return lease
 

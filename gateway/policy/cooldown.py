@@ -10,7 +10,7 @@ FIRST = 1.0
 LONGEST_OWN = 30.0
 LONGEST = 300.0
 """Seconds; a longer `Retry-After` is cut to it."""
-PATIENCE = 0.25
+PATIENCE = 0.1
 """Seconds after which the first attempt after a cooldown no longer keeps others waiting: a refusal comes at once."""
 MEMORY = 30.0
 """Seconds after the end of a cooldown for which it is remembered, so that the next one can be longer."""
