@@ -75,7 +75,7 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
 async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartArena) -> None:
     """The backend itself has 4 places and turns the rest away with 429 and Retry-After 0.2 s; 15 calls/s, then 32.
 
-    Each 429 is a cooldown of 0.2 s, after which one request tries first, and the others follow after 0.1 s without a 429:
+    Each 429 is a cooldown of 0.2 s, after which one request tries first; the others follow after 0.1 s without a 429:
     goodput at twice the load >= 60 % of the peak. The rest gets that 429, or 429 `backend_rate_limited` with a
     Retry-After; attempts per request <= 1.2, the retry budget; the breaker stays closed (429 is no failure of the
     backend).
