@@ -18,6 +18,8 @@ GATEWAY_NAMES = frozenset(
     }
 )
 """To backends: those of a hop, and those that the gateway makes or that describe the caller's body and request."""
+MAX_REQUEST_ID = 128
+"""Characters."""
 MAX_WAIT = 1e9
 """Seconds or milliseconds; a longer wait is taken for garbage."""
 
@@ -60,6 +62,11 @@ def lines_of(headers: Iterable[tuple[str, str]]) -> str:
     if text.count("\n") != len(lines) or text.count("\r") != len(lines):
         raise ValueError("a header holds a line end")
     return text
+
+
+def is_request_id(text: str) -> bool:
+    """Return whether a text is fit to be the id of a request: 1 to 128 visible ASCII characters."""
+    return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable() and " " not in text
 
 
 def seconds(text: str | None) -> float | None:

@@ -14,7 +14,7 @@ from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_requ
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
 from gateway.errors import AnswerTooLarge, CutOff, InvalidRequest, InvalidResponse
-from gateway.headers import lines_of, passed_headers
+from gateway.headers import is_request_id, lines_of, passed_headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from gateway.policy.replica import Replica
 
 X_REQUEST_ID, REQUEST_ID = istr("X-Request-Id"), istr("Request-Id")
-MAX_REQUEST_ID = 128
-"""Characters; a longer id of a backend is not passed on."""
 
 
 class HttpClient:
@@ -220,12 +218,9 @@ class Exchange:
 
     @property
     def request_id(self) -> str | None:
-        """What the backend calls the request: 1 to 128 visible ASCII characters, or None."""
+        """What the backend calls the request, or None."""
         given = self.headers.get(X_REQUEST_ID) or self.headers.get(REQUEST_ID)
-        if given is None:
-            return None
-        is_fit = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
-        return given if is_fit else None
+        return given if given is not None and is_request_id(given) else None
 
     async def peek(self) -> bytes:
         """Return the first bytes of the body, which `read` returns again. Raises: as `read`."""

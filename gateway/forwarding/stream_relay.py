@@ -74,8 +74,7 @@ class StreamRelay:
             Stalled: nothing at all came for the idle timeout.
             InvalidResponse: cut, or unreadable; AnswerTooLarge; ErrorInside.
         """
-        held: list[bytes] = []
-        size = 0
+        held = _Held(self._share, limit, f"The backend sent {limit} bytes without any content.")
         alive = False
         while not self._state.content:
             left = due - self._clock()
@@ -89,47 +88,26 @@ class StreamRelay:
             alive = alive or bool(data)
             if data and not may_go_elsewhere():
                 due = self._clock() + seconds
-            events = self._checked_read(data)
-            size += len(events)
-            if size > limit:
-                raise AnswerTooLarge(f"The backend sent {limit} bytes without any content.")
-            self._share.hold(len(events))
-            held.append(events)
+            await held.add(self._checked_read(data))
             self._raise_failure()
             if (self._state.ended or self._at_end) and not self._state.content:
                 raise InvalidResponse("The backend's stream ended without content.")
-        return b"".join(held)
+        return held.joined()
 
     async def until_answer(self, limit: int) -> bytes:
         """Return the events up to the first one of the answer, after any reasoning. Raises: as `until_complete`."""
-        held: list[bytes] = []
-        size = 0
+        held = _Held(self._share, limit, f"The backend sent {limit} bytes of reasoning without an answer.")
         while not (self._state.answer or self._state.ended or self._at_end):
             self._timer.limit(self._idle, self._stalled)
-            events = self._checked_read(await self._exchange.read())
-            size += len(events)
-            if size > limit:
-                raise AnswerTooLarge(f"The backend sent {limit} bytes of reasoning without an answer.")
-            self._share.hold(len(events))
-            held.append(events)
+            await held.add(self._checked_read(await self._exchange.read()))
             self._raise_failure()
-        return b"".join(held)
+        return held.joined()
 
     async def until_complete(self, limit: int) -> bytes:
         """Return the rest of the answer, at most `limit` bytes. Raises: as `until_first_content`, AnswerTooLarge."""
-        held: list[bytes] = []
-        size = 0
-
-        async def hold(events: bytes) -> None:
-            nonlocal size
-            size += len(events)
-            if size > limit:
-                raise AnswerTooLarge(f"The backend's answer is larger than {limit} bytes.")
-            self._share.hold(len(events))
-            held.append(events)
-
-        await self.pass_on(hold)
-        return b"".join(held)
+        held = _Held(self._share, limit, f"The backend's answer is larger than {limit} bytes.")
+        await self.pass_on(held.add)
+        return held.joined()
 
     async def pass_on(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
         """Pass events on as they arrive, to the end of a complete stream.
@@ -150,13 +128,13 @@ class StreamRelay:
             if self._failure is not None:
                 self._raise_failure()
         timer.pause()
-        if not self._state.ended and not self._at_end:
+        if not (state.ended or self._at_end):
             await self._pass_on_after_finish(write)
         self._raise_failure()
-        if not (self._state.ended or self._state.finished):
+        if not (state.ended or state.finished):
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
-        done = self._state.done_event
-        if not self._state.ended and done is not None:
+        done = state.done_event
+        if not state.ended and done is not None:
             await write(done)
 
     async def _pass_on_after_finish(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
@@ -273,6 +251,29 @@ class StreamRelay:
 
     def _stalled(self) -> Stalled:
         return stalled(self._idle)
+
+
+class _Held:
+    """Events that wait for commit, held by a share; beyond the limit in bytes they are too many: `message`."""
+
+    def __init__(self, share: "Share", limit: int, message: str) -> None:
+        self._share = share
+        self._limit = limit
+        self._message = message
+        self._events: list[bytes] = []
+        self._size = 0
+
+    async def add(self, events: bytes) -> None:
+        """Hold further events, as `StreamSink.write` sends them. Raises: AnswerTooLarge, GatewayOverloaded."""
+        self._size += len(events)
+        if self._size > self._limit:
+            raise AnswerTooLarge(self._message)
+        self._share.hold(len(events))
+        self._events.append(events)
+
+    def joined(self) -> bytes:
+        """Return all of them."""
+        return b"".join(self._events)
 
 
 def stalled(seconds: float) -> Stalled:

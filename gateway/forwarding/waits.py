@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from gateway.policy.lease import take, take_trial
+from gateway.policy.lease import take
 from gateway.policy.waiting_room import Chance
 from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
 
@@ -245,7 +245,7 @@ class Waits:
         asked = [replica for replica in place.target.replicas if replica not in self._call.given_up]
         picked = place.target.pick(place.model, without=self._call.given_up)
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
-            lease = take_trial(replica, place.model)
+            lease = take(replica, place.model, trial=True)
             if lease is not None:
                 if self._call.record.attempts:
                     replica.budget.take()

@@ -58,11 +58,6 @@ class Cooldown:
         pauses = [*self._by_model.values(), *([self._whole] if self._whole is not None else [])]
         return max((pause.until - now for pause in pauses if pause.until > now), default=None)
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing is remembered: every model is admitted at once."""
-        return not self._by_model and self._whole is None
-
     def due(self, model: str) -> float | None:
         """Return the instant from which an attempt for the model is admitted; None: at once."""
         if not self._by_model and self._whole is None:

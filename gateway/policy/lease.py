@@ -16,19 +16,14 @@ PLAIN_FAULT = 500
 """The status that servers also answer to what is wrong with a prompt."""
 
 
-def take(replica: "Replica", model: str) -> "Lease | None":
-    """Return a place for one attempt at a replica; None when breaker, cooldown or `max_in_flight` do not admit it."""
+def take(replica: "Replica", model: str, *, trial: bool = False) -> "Lease | None":
+    """Return a place for one attempt at a replica; None when breaker, cooldown or `max_in_flight` do not admit it.
+
+    `trial`: of an outage, which an open breaker admits too, one at a time.
+    """
     if (replica.max_in_flight is not None and replica.full) or replica.cooldown.due(model) is not None:
         return None
-    ticket = replica.breaker.admit()
-    return Lease(replica, model, ticket) if ticket is not None else None
-
-
-def take_trial(replica: "Replica", model: str) -> "Lease | None":
-    """Return a place for the trial of an outage, which an open breaker admits too, one at a time; or None."""
-    if (replica.max_in_flight is not None and replica.full) or replica.cooldown.due(model) is not None:
-        return None
-    ticket = replica.breaker.admit_trial()
+    ticket = replica.breaker.admit_trial() if trial else replica.breaker.admit()
     return Lease(replica, model, ticket) if ticket is not None else None
 
 
@@ -67,7 +62,8 @@ class Lease:
         """Report a whole answer."""
         if self._end():
             self.replica.breaker.record_success(self._ticket)
-            self._note_success()
+            self._end_pauses()
+            self.replica.note_success(self.model)
 
     def fail(
         self,
@@ -105,7 +101,7 @@ class Lease:
         elif self._first_after_cooldown:
             replica.cooldown.let_go(self.model)
         if isinstance(error, (Rejected, ContextTooLong)):  # the request was wrong, the backend is well
-            self._note_success()
+            replica.note_success(self.model)
         elif isinstance(error, NoSuchModel):
             replica.note_answer()
         else:
@@ -160,9 +156,3 @@ class Lease:
         replica = self.replica
         replica.cooldown.succeed(self.model, self._asked_at)
         replica.outage.record_success(self._outage)
-
-    def _note_success(self) -> None:
-        replica = self.replica
-        replica.cooldown.succeed(self.model, self._asked_at)
-        replica.outage.record_success(self._outage)
-        replica.note_success(self.model)

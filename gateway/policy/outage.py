@@ -57,7 +57,7 @@ class Outage:
     @property
     def is_bridged(self) -> bool:
         """Whether requests wait now."""
-        return self._began is not None and self._clock() < self._began + self._wait
+        return self._clock() < self.ends_waiting
 
     @property
     def holds_newcomers(self) -> bool:
@@ -95,10 +95,10 @@ class Outage:
 
     def record_500(self, body: bytes) -> bool:
         """Count an error answer with 500 to a body (its fingerprint); return whether it means an outage."""
-        if self._began is None and len(self._bodies) < 2:  # noqa: PLR2004
+        if self._began is None:
             self._bodies.add(body)
-        if self._began is None and len(self._bodies) < 2:  # noqa: PLR2004
-            return False
+            if len(self._bodies) < 2:  # noqa: PLR2004
+                return False
         self.record_failure(by_500s=True)
         return True
 

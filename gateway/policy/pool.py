@@ -87,16 +87,10 @@ class Target:
             default=None,
         )
 
-    def cooling_until(self, model: str, *, without: "Collection[Replica]" = ()) -> float | None:
+    def cooling_until(self, model: str) -> float | None:
         """Return the instant at which the first cooldown of a replica ends; None when none cools."""
-        return min(
-            (
-                due
-                for replica in self.replicas
-                if replica not in without and (due := replica.cooldown.due(model)) is not None
-            ),
-            default=None,
-        )
+        ends = [end for replica in self.replicas if (end := replica.cooldown.due(model)) is not None]
+        return min(ends, default=None)
 
     def retry_in(self) -> float | None:
         """Return the seconds until a replica admits an attempt again; None when no breaker is open."""

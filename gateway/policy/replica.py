@@ -21,7 +21,7 @@ AVOIDED = 10.0
 """Seconds for which a replica that refused our key, or does not know the model, comes after all others."""
 FAILURES_AVOIDED = 5
 """Failures beyond its successes, whatever their kind, after which a replica comes after all others."""
-AVOIDED_LIVELY = 5.0
+AVOIDED_AFTER_FAILURES = 5.0
 """Seconds for which it does."""
 MAX_MODELS = 1000
 
@@ -193,16 +193,18 @@ class Replica:
         self.last_failed = True
         code = error.outcome if isinstance(error, ErrorAnswer) and error.body is not None else error.code
         self.last_error = LastError(code, error.message, now, trace_id)
-        self._failures = min(FAILURES_AVOIDED, self._failures + 1)
-        if self._failures >= FAILURES_AVOIDED:
-            self._avoid(None, now + AVOIDED_LIVELY)
+        self._count_failure(now)
 
     def avoid(self, model: str) -> None:
         """Ask it for the model after all others for a while: its refusal repeats by nature."""
-        self._avoid(model, self.clock() + AVOIDED)
+        now = self.clock()
+        self._avoid(model, now + AVOIDED)
+        self._count_failure(now)
+
+    def _count_failure(self, now: float) -> None:
         self._failures = min(FAILURES_AVOIDED, self._failures + 1)
         if self._failures >= FAILURES_AVOIDED:
-            self._avoid(None, self.clock() + AVOIDED_LIVELY)
+            self._avoid(None, now + AVOIDED_AFTER_FAILURES)
 
     def _avoid(self, model: str | None, until: float) -> None:
         self._avoided[model] = until

@@ -6,6 +6,7 @@ from random import Random
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Self
 
+from gateway.headers import is_request_id
 from gateway.record import Record
 from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.metrics import Metrics
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from gateway.policy.breaker import State
     from gateway.settings import Settings
 
-MAX_REQUEST_ID = 128
 UUID_RANDOM = ~(0xF000 << 64 | 0xC000 << 48)
 UUID_FIXED = 0x4000 << 64 | 0x8000 << 48
 """The bits of a UUID that are drawn, and those that say version 4, variant 1 (RFC 9562, 5.4)."""
@@ -82,7 +82,7 @@ class Telemetry:
         """Return the record of a request whose headers have arrived; its trace is decided here."""
         method = method if method in METHODS else "_OTHER"
         asked = headers.get("x-request-id")
-        request_id = asked if asked is not None and _visible(asked) else _uuid(self._rng)
+        request_id = asked if asked is not None and is_request_id(asked) else _uuid(self._rng)
         trace_id, span_id, parent_id, sampled = self._tracer.decide(method, path, headers.get("traceparent"))
         record = Record(
             method,
@@ -145,8 +145,3 @@ def _uuid(rng: Random) -> str:
     """Return a new UUID: there are servers that take no other request id."""
     text = f"{rng.getrandbits(128) & UUID_RANDOM | UUID_FIXED:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-def _visible(text: str) -> bool:
-    """Return whether a text is 1 to 128 visible ASCII characters."""
-    return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable() and " " not in text

@@ -6,8 +6,7 @@ from typing import Any
 import msgspec
 
 from gateway.dialects.error_words import Meaning, meaning_of, read_words, status_of
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode, leniently
-from gateway.dialects.json_text import check as decode_nothing
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check, decode, leniently
 from gateway.errors import (
     AuthRefused,
     BackendError,
@@ -129,7 +128,7 @@ def _words_in(body: bytes) -> ErrorWords | None:
 
 def _is_json(body: bytes) -> bool:
     try:
-        leniently(decode_nothing, body.removeprefix(BYTE_ORDER_MARK))
+        leniently(check, body.removeprefix(BYTE_ORDER_MARK))
     except NO_JSON:
         return False
     return True
