@@ -5,11 +5,14 @@ rendered from it. Plain numbers and words only: no HTTP, no telemetry. Instants 
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from gateway.errors import ErrorAnswer, GatewayOverloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gateway.errors import GatewayError
 
 MAX_NAME = 256
@@ -126,7 +129,7 @@ class Record:
     trace_state: str | None = None
     sampled: bool = True
     attempts: list[AttemptRecord] = field(default_factory=list)
-    events: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    events: "list[tuple[float, str, Mapping[str, Any]]]" = field(default_factory=list)
     queued: float = 0.0
     waits: list[Wait] = field(default_factory=list)
     ended: float | None = None
@@ -167,7 +170,7 @@ class Record:
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
         """Note that a target was passed over: `breaker`, `cooldown`, `bridging` or `full`."""
-        self.events.append((now, TARGET_SKIPPED, {"gateway.backend": backend, "gateway.skip_reason": why}))
+        self.events.append((now, TARGET_SKIPPED, _skipped(backend, why)))
 
     def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
         """Note which target of a route with weights was drawn."""
@@ -294,6 +297,12 @@ class Record:
 def _timing(number: int, wait: Wait, now: float) -> str:
     waited = ((wait.ended if wait.ended is not None else now) - wait.began) * 1000
     return f'{wait.kind}-{number};desc="{wait.backend}";dur={waited:.1f}'
+
+
+@lru_cache
+def _skipped(backend: str, why: str) -> "Mapping[str, str]":
+    """Return the attributes of a skipped target's event, one for all requests: a thousand may wait."""
+    return {"gateway.backend": backend, "gateway.skip_reason": why}
 
 
 def _whole(number: float | None) -> int | None:

@@ -253,32 +253,43 @@ class Forwarder:
             BackendError: the last attempt's failure.
             Refusal: no attempt was made.
         """
-        record = call.record
         waits = Waits(call, policy=self._policy, limit=self._admission.waiting, clock=self._clock)
-        waited_at: Target | None = None
-        while (place := await waits.next(failure)) is not None:
-            target, lease = place
-            waited_at = target
-            if record.attempts:
-                record.attempt.decision = f"waited: {record.waits[-1].kind}"
-                self._retry_allowed(lease.replica.name)
-            record.fell_back = target is not call.targets[0]
+        while (waiter := waits.begin(failure)) is not None:
             try:
-                await self._try_target(call, target, lease, waited=True)
-            except BackendError as error:
-                failure = error
-                drop_frames(error)
-                if call.committed:
-                    break
-            else:
-                record.stop_reason = None
-                return
+                await waiter.chance
             finally:
-                waits.end_trial()
+                waits.end(waiter)
+            lease = waits.take(waiter.chance.result())
+            if lease is not None:
+                failure = await self._try_after_wait(call, waits, lease)
+                if failure is None:
+                    return
         if failure is None:
             raise _refusal(call, self._clock(), full=waits.queued_in_vain)
-        if waited_at is not None and failure.falls_back and not call.committed:
-            later = call.targets[call.targets.index(waited_at) + 1 :]
+        await self._try_later_targets(call, waits, failure)
+
+    async def _try_after_wait(self, call: "Call", waits: Waits, lease: "Lease") -> BackendError | None:
+        """Try the target that was waited for; return the failure."""
+        record, target = call.record, waits.target
+        if record.attempts:
+            record.attempt.decision = f"waited: {record.waits[-1].kind}"
+            self._retry_allowed(lease.replica.name)
+        record.fell_back = target is not call.targets[0]
+        try:
+            await self._try_target(call, target, lease, waited=True)
+        except BackendError as error:
+            drop_frames(error)
+            return error
+        finally:
+            waits.end_trial()
+        record.stop_reason = None
+        return None
+
+    async def _try_later_targets(self, call: "Call", waits: Waits, failure: BackendError) -> None:
+        """Try the targets after the one that failed after a wait. Raises: the last failure."""
+        record = call.record
+        if waits.led_to_attempt and failure.falls_back and not call.committed:
+            later = call.targets[call.targets.index(waits.target) + 1 :]
             if later and await self._try_targets(call, later, failure):
                 return
         if record.waits and (failure.outage or failure.cools) and not call.committed:

@@ -1,10 +1,11 @@
 """The waits of one request: for the end of an outage (bridging), or of a cooldown."""
 
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from gateway.policy.lease import take
-from gateway.policy.waiting_room import Chance
+from gateway.policy.waiting_room import Chance, Waiter
 from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
 
 if TYPE_CHECKING:
@@ -17,47 +18,19 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
     from gateway.policy.retry import RetryPolicy
-    from gateway.policy.waiting_room import WaitingLimit
+    from gateway.policy.waiting_room import WaitingLimit, WaitingRoom
 
 NO_OUTAGE = 1.0
 """Seconds; a request that waited for the end of an outage which has ended is released within them."""
 
 
-class Place:
-    """What a request can wait for: a target, and a lease there in the end.
-
-    Attributes:
-        kind: bridging, cooldown or full.
-        target, model: where, and what is asked for.
-        first: the instant at which it is due, as it looks now.
-        began: when the wait began.
-    """
-
-    __slots__ = ("_waits", "began", "first", "kind", "model", "target")
-
-    def __init__(self, waits: "Waits", kind: str, target: "Target", model: str, first: float) -> None:
-        self._waits = waits
-        self.kind = kind
-        self.target = target
-        self.model = model
-        self.first = first
-        self.began = 0.0
-
-    def due(self) -> float:
-        """Return the instant of the next trial."""
-        if self.kind == BRIDGING:
-            return self.target.home.outage.trial_due
-        return self._waits.end_of_cooldown(self)
-
-    def until(self) -> float:
-        """Return the instant at which the wait ends in vain."""
-        return self._waits.end_of(self)
-
-
 class Waits:
-    """The waits of one request, made when no target could answer it.
+    """The waits of one request, made when no target could answer it; one at a time.
 
     Attributes:
+        kind: what the latest one is for: bridging, cooldown or full.
+        target, model: where, and what is asked for.
+        led_to_attempt: whether one of them did.
         queued_in_vain: whether its backends stayed full for too long.
     """
 
@@ -69,11 +42,16 @@ class Waits:
         "_cooled",
         "_end",
         "_limit",
+        "_missed",
+        "_over",
         "_policy",
         "_queued",
-        "_since",
         "_trial",
+        "kind",
+        "led_to_attempt",
+        "model",
         "queued_in_vain",
+        "target",
     )
 
     def __init__(
@@ -86,39 +64,69 @@ class Waits:
         self._end = call.deadline.commit_by - min(target.connect_timeout for target in call.targets)
         self._bridged_until = math.inf
         self._cooled = 0.0
-        self._since = call.record.started
         self._again = False
+        self._missed = False
         self._queued = False
+        self._over = False
+        self.kind = ""
+        self.target = call.target
+        self.model = call.model
+        self.led_to_attempt = False
         self.queued_in_vain = False
         self._trial: tuple[Backend, float] | None = None
 
-    async def next(self, failure: "BackendError | None") -> "tuple[Target, Lease] | None":
-        """Wait for a place for another attempt.
+    def begin(self, failure: "BackendError | None") -> Waiter | None:
+        """Begin to wait for a place for another attempt; `end` the wait when its chance has come, or in any other case.
 
         Args:
             failure: of the latest attempt; None when there was none.
 
         Returns:
-            The target and the place, or None when there is nothing to wait for, or it took too long.
+            The wait, or None when there is nothing to wait for, or it took too long.
 
         Raises:
             GatewayDraining: the gateway is stopping.
         """
-        if self._call.committed:
+        if self._over or self._call.committed:
             return None
-        if failure is not None and not self._may_wait_after(failure):
+        if failure is not None and not self._missed and not self._may_wait_after(failure):
             return None
-        while (place := self._place(failure)) is not None and self._limit.takes(self._call.share.held):
-            chance = await self._wait(place)
-            if chance is None:
-                self.queued_in_vain = place.kind == FULL
-                return self._last_chance(place) if place.kind == BRIDGING else None
-            lease = self._lease(place, chance)
-            if lease is not None:
-                self._call.bridged += place.kind == BRIDGING
-                return place.target, lease
-            self._again = True
-        return None
+        places = self._places(failure)
+        if not places or not self._limit.takes(self._call.share.held):
+            return None
+        _, self.kind, self.target, self.model = min(places, key=itemgetter(0))
+        return self._wait()
+
+    def end(self, waiter: Waiter) -> None:
+        """End a wait, however it ended."""
+        self._room().leave(waiter)
+        wait = self._call.record.waits[-1]
+        wait.ended = self._clock()
+        if self.kind == COOLDOWN:
+            self._cooled += wait.ended - wait.began
+            self.target.home.forget_cooling(self.model)
+
+    def take(self, chance: Chance | None) -> "Lease | None":
+        """Take the place at `target` that a wait was for; None: it is gone, or the wait was in vain.
+
+        Args:
+            chance: what the wait ended with.
+
+        Raises:
+            GatewayDraining: the gateway is stopping.
+        """
+        self._limit.check_open()
+        if chance is not None:
+            lease = self._lease(chance)
+            self._missed = lease is None
+            self._again = self._again or self._missed
+            self._call.bridged += self.kind == BRIDGING and not self._missed
+        else:
+            lease = self._last_chance() if self.kind == BRIDGING else None
+            self._over = lease is None
+            self.queued_in_vain = self.kind == FULL
+        self.led_to_attempt = self.led_to_attempt or lease is not None
+        return lease
 
     def _may_wait_after(self, failure: "BackendError") -> bool:
         """Return whether waiting may help: also where a retry could not be made since an outage had begun."""
@@ -133,12 +141,12 @@ class Waits:
             home.outage.end_trial(trial)
             self._trial = None
 
-    def _place(self, failure: "BackendError | None") -> Place | None:
-        """Return what is due first, or None."""
+    def _places(self, failure: "BackendError | None") -> "list[tuple[float, str, Target, str]]":
+        """Return what can be waited for, each as (when it is due as it looks now, kind, target, model)."""
         now = self._clock()
+        places: list[tuple[float, str, Target, str]] = []
         if now >= self._end:
-            return None
-        places = []
+            return places
         for target in self._call.targets:
             model = target.model or self._call.model
             asked = [replica for replica in target.replicas if replica not in self._call.given_up]
@@ -146,14 +154,14 @@ class Waits:
                 continue
             outage = target.home.outage
             if failure is None and target.full and not self._queued:
-                places.append(Place(self, FULL, target, model, now))
+                places.append((now, FULL, target, model))
             if outage.is_bridged and now < self._bridged_until:
-                places.append(Place(self, BRIDGING, target, model, outage.trial_due))
+                places.append((outage.trial_due, BRIDGING, target, model))
             due = target.free_at(model, now, without=self._left_out(target))
             may_be_now = not outage.is_bridged and (failure is None or (failure.cools and target is self._call.target))
             if due is not None and (due > now or may_be_now) and self._waits_until(due, target):
-                places.append(Place(self, COOLDOWN, target, model, due))
-        return min(places, key=lambda place: place.first, default=None)
+                places.append((due, COOLDOWN, target, model))
+        return places
 
     def _waits_until(self, due: float, target: "Target") -> bool:
         """Return whether the end of a cooldown is near enough, and an attempt is left for it."""
@@ -172,33 +180,35 @@ class Waits:
             if replica in self._call.given_up or (needs_budget and not replica.budget.left())
         ]
 
-    async def _wait(self, place: Place) -> Chance | None:
-        home, call = place.target.home, self._call
-        place.began = self._clock()
-        wait = Wait(place.kind, place.target.backend, place.began)
-        call.record.waits.append(wait)
-        room = home.bridging
-        if place.kind == BRIDGING:
-            self._bridged_until = min(self._bridged_until, home.outage.ends_waiting)
-        elif place.kind == FULL:
+    def _wait(self) -> Waiter:
+        call = self._call
+        call.record.waits.append(Wait(self.kind, self.target.backend, self._clock()))
+        if self.kind == BRIDGING:
+            self._bridged_until = min(self._bridged_until, self.target.home.outage.ends_waiting)
+        elif self.kind == FULL:
             self._queued = True
-            room = home.full
-        else:
-            room = home.cooling(place.model)
-        try:
-            return await room.wait(call.share.held, self._since, place, tried=self._again)
-        finally:
-            wait.ended = self._clock()
-            if place.kind == COOLDOWN:
-                self._cooled += wait.ended - wait.began
-                home.forget_cooling(place.model)
+        return self._room().enter(call.share.held, call.record.started, self, tried=self._again)
 
-    def end_of(self, place: Place) -> float:
-        """Return the instant at which the wait for a place ends in vain."""
-        if place.kind == BRIDGING:
-            return self._end_of_bridging(place.target.home)
-        longest = self._policy.queue_timeout if place.kind == FULL else self._policy.retry_after_max - self._cooled
-        return min(self._end, place.began + longest)
+    def _room(self) -> "WaitingRoom":
+        """Return where those wait who wait for the same."""
+        home = self.target.home
+        if self.kind == BRIDGING:
+            return home.bridging
+        return home.full if self.kind == FULL else home.cooling(self.model)
+
+    def due(self) -> float:
+        """Return the instant of the next trial."""
+        if self.kind == BRIDGING:
+            return self.target.home.outage.trial_due
+        due = self.target.free_at(self.model, -math.inf, without=self._left_out(self.target))
+        return due if due is not None else math.inf
+
+    def until(self) -> float:
+        """Return the instant at which the wait ends in vain."""
+        if self.kind == BRIDGING:
+            return self._end_of_bridging(self.target.home)
+        longest = self._policy.queue_timeout if self.kind == FULL else self._policy.retry_after_max - self._cooled
+        return min(self._end, self._call.record.waits[-1].began + longest)
 
     def _end_of_bridging(self, home: "Backend") -> float:
         if home.outage.is_tried:  # a slow answer is no failure
@@ -206,27 +216,19 @@ class Waits:
         end = home.outage.ends_waiting
         return min(self._end, end if end > 0 else self._bridged_until + NO_OUTAGE)
 
-    def end_of_cooldown(self, place: Place) -> float:
-        """Return the instant at which a replica is free."""
-        due = place.target.free_at(place.model, -math.inf, without=self._left_out(place.target))
-        return due if due is not None else math.inf
-
-    def _last_chance(self, place: Place) -> "tuple[Target, Lease] | None":
+    def _last_chance(self) -> "Lease | None":
         """Return the place for the one attempt of a request that waited for the end of an outage without any."""
-        if self._call.record.attempts:
-            return None
-        lease = self._lease(place, Chance.RELEASED)
-        return (place.target, lease) if lease is not None else None
+        return self._lease(Chance.RELEASED) if not self._call.record.attempts else None
 
-    def _lease(self, place: Place, chance: Chance) -> "Lease | None":
+    def _lease(self, chance: Chance) -> "Lease | None":
         """Take the place for an attempt; None: not now."""
-        if place.kind == BRIDGING and chance is Chance.TRIAL:
-            return self._lease_trial(place)
+        if self.kind == BRIDGING and chance is Chance.TRIAL:
+            return self._lease_trial()
         is_retry = bool(self._call.record.attempts)
-        of_budget = is_retry and (chance is Chance.TRIAL or place.kind == COOLDOWN)
-        left_out = self._left_out(place.target) if of_budget else self._call.given_up
-        replica = place.target.pick(place.model, without=left_out)
-        lease = take(replica, place.model) if replica is not None else None
+        of_budget = is_retry and (chance is Chance.TRIAL or self.kind == COOLDOWN)
+        left_out = self._left_out(self.target) if of_budget else self._call.given_up
+        replica = self.target.pick(self.model, without=left_out)
+        lease = take(replica, self.model) if replica is not None else None
         if lease is None:
             return None
         if of_budget:
@@ -235,17 +237,17 @@ class Waits:
             lease.replica.budget.count_first()
         return lease
 
-    def _lease_trial(self, place: Place) -> "Lease | None":
+    def _lease_trial(self) -> "Lease | None":
         """Take the place for the trial of an outage; a further attempt of its request comes from the budget.
 
         Where none is left the trials go on: they are far fewer than what those who wait would send themselves.
         """
-        home = place.target.home
+        home = self.target.home
         trial = home.outage.begin_trial()
-        asked = [replica for replica in place.target.replicas if replica not in self._call.given_up]
-        picked = place.target.pick(place.model, without=self._call.given_up)
+        asked = [replica for replica in self.target.replicas if replica not in self._call.given_up]
+        picked = self.target.pick(self.model, without=self._call.given_up)
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
-            lease = take(replica, place.model, trial=True)
+            lease = take(replica, self.model, trial=True)
             if lease is not None:
                 if self._call.record.attempts:
                     replica.budget.take()

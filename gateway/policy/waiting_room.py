@@ -40,55 +40,60 @@ class WaitingLimit:
     def __init__(self, *, max_requests: int, max_bytes: int) -> None:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
-        self._waiters: set[Waiter] = set()
+        self._rooms: set[WaitingRoom] = set()
         self._bytes = 0
+        self._requests = 0
         self._draining = False
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return self._requests
 
     def takes(self, size: int) -> bool:
         """Return whether one more request, which holds `size` bytes, may wait."""
-        return not self._draining and len(self._waiters) < self._max_requests and self._bytes + size <= self._max_bytes
+        return not self._draining and self._requests < self._max_requests and self._bytes + size <= self._max_bytes
 
     def drain(self) -> None:
         """Send everybody away: the gateway is stopping."""
         self._draining = True
-        for waiter in self._waiters:
-            waiter.wake()
+        for room in self._rooms:
+            room.send_away()
 
     def check_open(self) -> None:
         """Raise: GatewayDraining, when the gateway is stopping."""
         if self._draining:
             raise GatewayDraining
 
-    def enter(self, waiter: "Waiter") -> None:
-        """Count a request that waits."""
-        self._waiters.add(waiter)
-        self._bytes += waiter.size
+    def enter(self, room: "WaitingRoom", size: int) -> None:
+        """Count a request that waits in a room."""
+        self._rooms.add(room)
+        self._requests += 1
+        self._bytes += size
 
-    def leave(self, waiter: "Waiter") -> None:
+    def leave(self, room: "WaitingRoom", size: int) -> None:
         """Count it no longer."""
-        self._waiters.discard(waiter)
-        self._bytes -= waiter.size
+        self._requests -= 1
+        self._bytes -= size
+        if not room.queue:
+            self._rooms.discard(room)
 
 
 class Waiter:
-    """A request that waits."""
+    """A request that waits.
 
-    __slots__ = ("released", "since", "size", "tried", "woken")
+    Attributes:
+        chance: what the wait ends with; None: the wait was in vain, or the gateway stops.
+    """
 
-    def __init__(self, size: int, since: float, *, tried: bool) -> None:
+    __slots__ = ("alarm", "chance", "hope", "released", "since", "size", "tried")
+
+    def __init__(self, size: int, since: float, hope: Hope, *, tried: bool) -> None:
         self.size = size
         self.since = since
+        self.hope = hope
         self.tried = tried
         self.released = False
-        self.woken: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        """Let it look again whether its chance has come."""
-        if self.woken is not None and not self.woken.done():
-            self.woken.set_result(None)
+        self.alarm: asyncio.Handle | None = None
+        self.chance: asyncio.Future[Chance | None] = asyncio.get_running_loop().create_future()
 
 
 class WaitingRoom:
@@ -119,8 +124,8 @@ class WaitingRoom:
         self.queue: deque[Waiter] = deque()
         self._step: asyncio.TimerHandle | None = None
 
-    async def wait(self, size: int, since: float, hope: Hope, *, tried: bool = False) -> Chance | None:
-        """Wait for a chance to make an attempt.
+    def enter(self, size: int, since: float, hope: Hope, *, tried: bool = False) -> Waiter:
+        """Begin to wait for a chance to make an attempt; `leave` afterwards, however the wait ended.
 
         Args:
             size: bytes that the request holds.
@@ -128,46 +133,64 @@ class WaitingRoom:
             hope: what it waits for.
             tried: whether it made a trial in vain.
 
-        Returns:
-            The chance, or None at the end of the wait.
-
         Raises:
             GatewayDraining: the gateway is stopping.
         """
-        waiter = Waiter(size, since, tried=tried)
+        self._limit.check_open()
+        waiter = Waiter(size, since, hope, tried=tried)
         place = next((at for at, other in enumerate(self.queue) if other.since > since), len(self.queue))
         self.queue.insert(place, waiter)
-        self._limit.enter(waiter)
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                self._limit.check_open()
-                if waiter.released:
-                    return Chance.RELEASED
-                trial = hope.due() if self._next() is waiter else math.inf
-                end = hope.until()
-                now = self._clock()  # after the instants, one of which may be "now"
-                if min(trial, end) <= now:
-                    return Chance.TRIAL if trial <= now else None
-                waiter.woken = loop.create_future()
-                alarm = loop.call_later(min(trial, end) - now, waiter.wake)
-                try:
-                    await waiter.woken
-                finally:
-                    alarm.cancel()
-        finally:
-            self._limit.leave(waiter)
-            self._remove(waiter)
+        self._limit.enter(self, size)
+        self._look(waiter)
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """End a wait."""
+        if waiter.alarm is not None:
+            waiter.alarm.cancel()
+        if not waiter.released:
+            was_next = self._next() is waiter
+            self.queue.remove(waiter)
+            if was_next:
+                self.wake()
+        self._limit.leave(self, waiter.size)
+
+    def _look(self, waiter: Waiter) -> None:
+        """Look whether the chance of a request has come, or its wait has ended."""
+        if waiter.chance.done():
+            return
+        if waiter.released:
+            waiter.chance.set_result(Chance.RELEASED)
+            return
+        trial = waiter.hope.due() if self._next() is waiter else math.inf
+        end = waiter.hope.until()
+        now = self._clock()  # after the instants, one of which may be "now"
+        if min(trial, end) <= now:
+            waiter.chance.set_result(Chance.TRIAL if trial <= now else None)
+        else:
+            waiter.alarm = asyncio.get_running_loop().call_later(min(trial, end) - now, self._look, waiter)
+
+    def _wake(self, waiter: Waiter) -> None:
+        """Let a request look again, when what is under way now is done."""
+        if waiter.alarm is not None:
+            waiter.alarm.cancel()
+        waiter.alarm = asyncio.get_running_loop().call_soon(self._look, waiter)
 
     def wake(self) -> None:
         """Let the next one look again: what it waits for may have changed."""
         if self.queue:
-            self._next().wake()
+            self._wake(self._next())
 
     def wake_all(self) -> None:
         """Let everybody look again."""
         for waiter in self.queue:
-            waiter.wake()
+            self._wake(waiter)
+
+    def send_away(self) -> None:
+        """End everybody's wait without a chance; who has been released already goes on."""
+        for waiter in self.queue:
+            if not waiter.chance.done():
+                waiter.chance.set_result(None)
 
     def release(self) -> None:
         """Release everybody, step by step."""
@@ -186,19 +209,11 @@ class WaitingRoom:
         for _ in range(now):
             waiter = self.queue.popleft()
             waiter.released = True
-            waiter.wake()
+            self._wake(waiter)
         if now:
             self._released(now)
         if self.queue:
             self._step = asyncio.get_running_loop().call_later(RELEASE_STEP, self._release, 2 * number)
-
-    def _remove(self, waiter: Waiter) -> None:
-        if waiter.released:
-            return
-        was_next = self._next() is waiter
-        self.queue.remove(waiter)
-        if was_next:
-            self.wake()
 
     def _next(self) -> Waiter:
         """Return who makes the next trial."""
