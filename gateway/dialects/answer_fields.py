@@ -1,12 +1,12 @@
 """Reading the few fields of answers and events that the gateway needs; a backend may send anything in them."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode, decode_with, leniently
+from gateway.dialects.json_text import BLOCK, BYTE_ORDER_MARK, NO_JSON, check, decode, decode_with, leniently
 from gateway.errors import ErrorInside, InvalidResponse, WrongForm
 
 NULL = msgspec.Raw(b"null")
@@ -28,6 +28,19 @@ class _OnlyError(msgspec.Struct):
     error: msgspec.Raw = NULL
 
 
+class _OuterWords(msgspec.Struct):
+    """Where an error can be in an answer."""
+
+    error: msgspec.Raw = NULL
+    error_type: msgspec.Raw = NULL
+    code: msgspec.Raw = NULL
+    type: msgspec.Raw = NULL
+    status: msgspec.Raw = NULL
+    message: msgspec.Raw = NULL
+    detail: msgspec.Raw = NULL
+
+
+OUTER_WORDS = msgspec.json.Decoder(_OuterWords)
 _decode_only_error = msgspec.json.Decoder(_OnlyError).decode
 
 
@@ -81,7 +94,7 @@ def raise_error_inside(body: bytes) -> None:
         ErrorInside: there is.
     """
     try:
-        words = read_words(leniently(decode, body.removeprefix(BYTE_ORDER_MARK)))
+        words = read_words(_small_parts_of(body.removeprefix(BYTE_ORDER_MARK), OUTER_WORDS))
     except NO_JSON:
         return
     if words is not None:
@@ -97,16 +110,39 @@ def _read(body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[
         return whole
 
 
-def event_document(data: bytes) -> object:
-    """Return the document in an event.
+def event_document(data: bytes, large: "msgspec.json.Decoder[Any]") -> object:
+    """Return the document in an event; where that is large only its fields that `large` names, see `small_parts`.
 
     Raises:
         InvalidResponse: its data is not JSON.
     """
     try:
-        return leniently(decode, data)
+        return _small_parts_of(data, large)
     except NO_JSON:
         raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
+
+
+def _small_parts_of(data: bytes, large: "msgspec.json.Decoder[Any]") -> object:
+    if len(data) <= BLOCK:
+        return leniently(decode, data)
+    try:
+        return small_parts(leniently(lambda text: decode_with(large.decode, text), data))
+    except msgspec.ValidationError:
+        leniently(check, data)
+        return None  # JSON, but no object
+
+
+def small_parts(fields: msgspec.Struct) -> dict[str, Any]:
+    """Return the values of fields that are all `msgspec.Raw`, `NULL` where one is missing.
+
+    What is large among them, and is no text, stays as it is: decoded, it would take many times its bytes.
+    """
+    raws = msgspec.structs.asdict(fields).items()
+    return {field: _small(bytes(raw)) for field, raw in raws if raw is not NULL}
+
+
+def _small(raw: bytes) -> object:
+    return decode(raw) if len(raw) <= BLOCK or raw.startswith(b'"') else raw
 
 
 def name(value: object) -> str | None:

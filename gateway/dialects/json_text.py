@@ -5,7 +5,7 @@ Some servers and clients cut texts between the two halves of a surrogate pair; R
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TypeVar
 
@@ -22,21 +22,25 @@ SHALLOW = 2 * MAX_DEPTH
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What these functions raise for text that is not JSON."""
 
-# Atomic groups: a long text is passed over in one go, without a way back into it.
-_TOKEN = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[{}\[\]]', re.DOTALL)
+BLOCK = 65_536
+"""Bytes that are looked at in one go; between two of them other threads get their turn."""
+STRETCH = 256
+"""Brackets that are counted in one go."""
+
 _COLON = re.compile(rb"\s*:\s*")
-_NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
-_STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
-_STRETCH = 4096
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-_NOT_FINITE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|-?Infinity|NaN', re.DOTALL)
+_DROPPED = bytes(set(range(256)) - set(b'"[]{}'))
+_STEPS = bytes({"[": 1, "{": 1, "]": 255, "}": 255}.get(chr(byte), 0) for byte in range(256))
+"""What each byte adds to the depth; 255 is -1 in a signed byte."""
+_SURROGATES = [rb"\%b%c" % (start, digit) for start in (b"ud", b"uD") for digit in b"89abcdefABCDEF"]
 _decode = msgspec.json.Decoder().decode
 _pass_over = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
 
 
 def decode(data: bytes) -> object:
-    """Return the value of a JSON text; numbers too large for a float become infinite, half surrogates U+FFFD.
+    """Return the value of a JSON text; numbers too large for a float become infinite.
+
+    Where it has half a surrogate pair, surrogates become characters for private use.
 
     Raises:
         NO_JSON: it is not JSON.
@@ -44,7 +48,7 @@ def decode(data: bytes) -> object:
     try:
         value = _decode(data)
     except msgspec.DecodeError:
-        value = _decode_any_number(_SURROGATE.sub(rb"\\ufffd", data))
+        value = _decode_any_number(_without_surrogates(data))
     _check_depth(data)
     return value
 
@@ -63,9 +67,10 @@ def decode_with(decode_typed: Callable[[bytes], T], data: bytes) -> T:
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        if _SURROGATE.search(data) is None:
+        whole = _without_surrogates(data)
+        if whole is data:
             raise
-        value = decode_typed(_SURROGATE.sub(rb"\\ufffd", data))
+        value = decode_typed(whole)
     _check_depth(data)
     return value
 
@@ -83,12 +88,8 @@ def leniently(read: Callable[[bytes], T], data: bytes) -> T:
     except msgspec.DecodeError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-        return read(_NOT_FINITE.sub(_null, data))
-
-
-def _null(found: "re.Match[bytes]") -> bytes:
-    """Return a text as it is, a number that is not finite as null."""
-    return found[0] if found[0].startswith(b'"') else b"null"
+        # In texts too: what is decoded here is only inspected.
+        return read(data.replace(b"NaN", b"null").replace(b"-Infinity", b"null").replace(b"Infinity", b"null"))
 
 
 def check(data: bytes) -> None:
@@ -100,38 +101,74 @@ def check(data: bytes) -> None:
     decode_with(_pass_over, data)
 
 
-def names_in(data: bytes) -> Iterator[tuple[str, int]]:
-    """Yield the name of each top-level member of a valid JSON object, and where its value begins."""
-    depth = position = 0
-    while (token := _TOKEN.search(data, position)) is not None:
-        position = token.end()
-        first = token.group()[:1]
-        if first in b"{[":
-            depth += 1
-        elif first in b"}]":
-            depth -= 1
-        elif depth == 1 and (colon := _COLON.match(data, position)) is not None:
-            position = colon.end()
-            yield str(decode(token.group())), position
+def has_many_objects(data: bytes) -> bool:
+    """Return whether a large text holds so many objects that they would take many times its bytes.
+
+    What real clients and servers send is text, tokens or numbers for the most part.
+    """
+    least = len(data) // 24
+    if len(data) <= BLOCK or data.count(b"{") < least:
+        return False
+    return sum(brackets.count(b"{") for brackets in _brackets(data, 0, len(data))) >= least
 
 
-def value_after(name: str, data: bytes, value: bytes) -> int | None:
-    """Return where `value` stands, if it is that of the first member called `name`, at whatever level."""
-    at = data.find(b'"%s"' % name.encode())
-    colon = _COLON.match(data, at + len(name.encode()) + 2) if at >= 0 else None
-    return colon.end() if colon is not None and data.startswith(value, colon.end()) else None
+def at_top_level(data: bytes, starts: Iterable[int]) -> Iterator[int]:
+    """Yield those of some places, in order and outside of texts, that are directly in a valid JSON object."""
+    depth = at = 0
+    for start in starts:
+        for brackets in _brackets(data, at, start):
+            depth += _rise(brackets)
+        at = start
+        if depth == 1:
+            yield start
+
+
+def value_after(data: bytes, end: int) -> int | None:
+    """Return where the value of a name begins that ends at `end`; None for a text that is no name."""
+    colon = _COLON.match(data, end)
+    return colon.end() if colon is not None else None
+
+
+def _without_surrogates(data: bytes) -> bytes:
+    """Return a text whose escaped surrogates are characters for private use; itself when it has none."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    for escape in _SURROGATES:
+        data = data.replace(escape, rb"\ue0")
+    return data
 
 
 def _check_depth(data: bytes) -> None:
     """Check the depth of valid JSON; what has few brackets, texts included, cannot be deep. Raises: RecursionError."""
     if len(data) <= SHALLOW or data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    # Without escapes every quote begins or ends a text; two adjacent ones do not affect the brackets after them.
-    marks = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS).replace(b'""', b"")
-    brackets = b"".join(marks.split(b'"')[::2])
     depth = 0
-    for at in range(0, len(brackets), _STRETCH):  # in stretches: other threads get their turn
-        depths = list(accumulate((_STEPS[byte] for byte in brackets[at : at + _STRETCH]), initial=depth))
-        if max(depths) > MAX_DEPTH:
-            raise RecursionError("the JSON is nested too deep")
-        depth = depths[-1]
+    for brackets in _brackets(data, 0, len(data)):
+        for at in range(0, len(brackets), STRETCH):
+            stretch = brackets[at : at + STRETCH]
+            opened = stretch.count(b"[") + stretch.count(b"{")
+            if depth + opened > MAX_DEPTH:
+                steps = memoryview(stretch.translate(_STEPS)).cast("b")
+                if max(accumulate(steps, initial=depth)) > MAX_DEPTH:
+                    raise RecursionError("the JSON is nested too deep")
+            depth += 2 * opened - len(stretch)
+
+
+def _rise(brackets: bytes) -> int:
+    """Return by how much the depth is greater after some brackets than before."""
+    return 2 * (brackets.count(b"[") + brackets.count(b"{")) - len(brackets)
+
+
+def _brackets(data: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Yield the brackets between two places of valid JSON, the first of them outside of texts; none that texts hold."""
+    inside = 0
+    while start < end:
+        block = data[start : min(start + BLOCK, end)]
+        torn = (len(block) - len(block.rstrip(b"\\"))) % 2
+        start += len(block) - torn
+        if b"\\" in block:
+            block = block[: len(block) - torn].replace(rb"\\", b"").replace(rb"\"", b"")
+        # Without escapes every quote begins or ends a text; two adjacent ones do not affect the brackets after them.
+        pieces = block.translate(None, _DROPPED).replace(b'""', b"").split(b'"')
+        yield b"".join(pieces[inside::2])
+        inside = (inside + len(pieces) - 1) % 2

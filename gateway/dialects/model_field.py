@@ -1,13 +1,21 @@
 """Setting the `model` of a JSON body while every other byte stays as it is."""
 
 import re
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.dialects.json_text import names_in
+from gateway.dialects.json_text import BLOCK, at_top_level, value_after
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Atomic groups: a long text is passed over in one go, without a way back into it.
 _VALUE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[^\s,}\]]++', re.DOTALL)
+_NAME = re.compile(rb'"(?<!\\")(?:m|\\u006[dD])(?:o|\\u006[fF])(?:d|\\u0064)(?:e|\\u0065)(?:l|\\u006[cC])"')
+LONGEST = len(rb'"\u006d\u006f\u0064\u0065\u006c"')
+"""Bytes of the name with all of its letters escaped."""
+_EMPTY = re.compile(rb"\s*}")
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -20,19 +28,25 @@ def with_model(body: bytes, model: str) -> bytes:
         model: the new value.
     """
     value = msgspec.json.encode(model)
-    if b'"model"' not in body and b"\\u" not in body:  # no key can be it, not even an escaped one
-        return _added(body, value)
+    names = dict(_names(body))
     pieces, kept = [], 0
-    for name, start in names_in(body):
-        if name == "model" and (old := _VALUE.match(body, start)) is not None:
-            pieces += [body[kept:start], value]
+    for start in at_top_level(body, names):
+        at = value_after(body, names[start])
+        if at is not None and (old := _VALUE.match(body, at)) is not None:
+            pieces += [body[kept:at], value]
             kept = old.end()
     if pieces:
         return b"".join([*pieces, body[kept:]])
-    return _added(body, value)
-
-
-def _added(body: bytes, value: bytes) -> bytes:
     start = body.index(b"{") + 1
-    comma = b"" if body[start:].lstrip().startswith(b"}") else b","
+    comma = b"" if _EMPTY.match(body, start) else b","
     return b"".join([body[:start], b'"model":', value, comma, body[start:]])
+
+
+def _names(body: bytes) -> "Iterator[tuple[int, int]]":
+    """Yield where each text "model" begins and ends, also one with escaped letters."""
+    if b"\\u00" not in body and b'"model"' not in body:
+        return
+    for block in range(0, len(body), BLOCK):  # block by block: other threads get their turn
+        for found in _NAME.finditer(body, block, block + BLOCK + LONGEST):
+            if found.start() < block + BLOCK:
+                yield found.span()

@@ -1,14 +1,16 @@
 """Reading the body of a request by the types of its fields, and naming the field that is wrong."""
 
 import re
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check, decode_with, names_in, value_after
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, at_top_level, check, decode_with, value_after
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
 
 T = TypeVar("T", bound=Struct)
@@ -23,17 +25,19 @@ Count = (
 Number = Annotated[float, Meta(description="a number")]
 Tokens = Annotated[int | float, Meta(description="a number")]
 """Some clients write 10.0 for 10."""
-LARGE_VALUE = 512
-SMALL_VALUE = 16
-"""Bytes; the names of a body are searched without the values that are larger: first the large ones, then nearly all."""
-SMALL_BODY = 65_536
-"""Bytes; a larger body is not copied to be compared."""
-LARGE_LIST = 1 << 20
+LARGE_LIST = 1 << 18
 """Bytes; of a larger list the wrong item is not searched for."""
+MAX_PLACES = 10_000
+"""Places of a name in a body, at whatever level, beyond which it is not searched for the one at the top level."""
 
-_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
-"""Of a name that is read: they consist of small letters and underscores."""
-_encode = msgspec.json.Encoder().encode
+_ESCAPES = (rb"\u00", rb"\u017", rb"\u212")
+_ESCAPED = re.compile(rb"\\u00(?:4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])|\\u017[fF]|\\u212[aA]")
+"""What could stand for a letter or underscore of a name, in either case."""
+_ALSO_LETTERS = {
+    **dict.fromkeys(("\u017f".encode(), rb"\u017f", rb"\u017F"), b"S"),
+    **dict.fromkeys(("\u212a".encode(), rb"\u212a", rb"\u212A"), b"K"),
+}
+"""The long s and the sign of Kelvin: Go's JSON takes them for letters in another case."""
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -54,7 +58,7 @@ def read_fields(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         raise _error_in(decoder.type, text) from None
     except NO_JSON as error:
         raise _not_json(error) from None
-    _check_names(_names_of(decoder.type), text)
+    check_names(_names_of(decoder.type), text)
     return fields
 
 
@@ -71,7 +75,7 @@ def _names_of(kind: type[Struct]) -> dict[str, bytes]:
     return {name: b'"%s"' % name.encode() for name in kind.__struct_fields__}
 
 
-def _check_names(names: dict[str, bytes], body: bytes) -> None:
+def check_names(names: dict[str, bytes], body: bytes) -> None:
     """Refuse what a backend could read otherwise than the gateway: a field that is there twice or in another case.
 
     Args:
@@ -81,53 +85,56 @@ def _check_names(names: dict[str, bytes], body: bytes) -> None:
     Raises:
         InvalidRequest: `param` names the field.
     """
-    try:
-        members = _members(body)
-    except msgspec.DecodeError:  # half a surrogate pair
-        members = decode_with(_members, body)
-    if not members.keys() <= names.keys():
-        for name in members:
-            if name not in names and (low := name.lower()) in names:
-                raise InvalidRequest(f"`{low}` must be written in lower case.", param=low)
-    if len(body) <= SMALL_BODY:
-        least = len(_encode(members))
-    else:  # quotes, colons, commas and braces
-        least = sum(map(len, members)) + sum(map(len, members.values())) + 4 * len(members) + 1
-    if len(body) == least:  # there is no room for anything that comes twice
-        return
-    _check_repeats(names, members, body)
+    low = body.lower()
+    doubtful = [
+        name for name, quoted in names.items() if (times := low.count(quoted)) and (times > 1 or quoted not in body)
+    ]
+    may_hide = any(start in body for start in _ESCAPES) and _ESCAPED.search(body) is not None
+    if may_hide or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
+        doubtful, body = list(names), _unescaped(body, "".join(names))
+        low = body.lower()
+    if doubtful:
+        _check_doubtful(doubtful, names, body, low)
 
 
-def _check_repeats(names: dict[str, bytes], members: dict[str, msgspec.Raw], body: bytes) -> None:
-    """Refuse a body that holds one of the names twice. Raises: InvalidRequest."""
-    known = members.keys() & names
-    quoted = [names[name] for name in known]
-    for largest in (LARGE_VALUE, SMALL_VALUE):
-        if len(body) > largest:
-            body = _without_values(body, members, largest)
-        if not _may_repeat(quoted, body):
-            return
-    there = [name for name, _ in names_in(body) if name in names]
-    for name in known:
-        if there.count(name) > 1:
+def _check_doubtful(doubtful: list[str], names: dict[str, bytes], body: bytes, low: bytes) -> None:
+    """Look at the names that are in a body twice, or in another case, at whatever level. Raises: InvalidRequest."""
+    body, low = (text.replace(rb"\\", b"//").replace(rb"\"", b"''") for text in (body, low))
+    found = {name: list(islice(_places(names[name], low), MAX_PLACES + 1)) for name in doubtful}
+    for name, places in found.items():
+        if len(places) > MAX_PLACES:
+            raise InvalidRequest(f"`{name}` comes more than {MAX_PLACES} times in the body.", param=name)
+    starts = sorted((start, name) for name, places in found.items() for start in places)
+    names_at = dict(starts)
+    seen: set[str] = set()
+    for start in at_top_level(low, names_at):
+        name = names_at[start]
+        quoted = names[name]
+        if value_after(low, start + len(quoted)) is None:
+            continue
+        if name in seen:
             raise InvalidRequest(f"`{name}` is there more than once. Send it once.", param=name)
+        if not body.startswith(quoted, start):
+            raise InvalidRequest(f"`{name}` must be written in lower case.", param=name)
+        seen.add(name)
 
 
-def _may_repeat(quoted: list[bytes], body: bytes) -> bool:
-    """Return whether one of the names stands in the text more than once, or could with its letters escaped."""
-    if b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None:
-        return True
-    return any([body.count(name) > 1 for name in quoted])  # a generator costs more  # noqa: C419
+def _places(quoted: bytes, text: bytes) -> Iterator[int]:
+    """Yield where a quoted name begins."""
+    at = text.find(quoted)
+    while at >= 0:
+        yield at
+        at = text.find(quoted, at + len(quoted) - 1)
 
 
-def _without_values(body: bytes, members: dict[str, msgspec.Raw], largest: int) -> bytes:
-    """Return an object with the same top-level names, but without those larger values that are quickly found."""
-    for name, raw in members.items():
-        if len(raw) > largest:
-            value = bytes(raw)
-            start = value_after(name, body, value)
-            if start is not None:
-                body = b"0".join([body[:start], body[start + len(value) :]])
+def _unescaped(body: bytes, letters: str) -> bytes:
+    """Return a body in which what stands for one of the letters, in either case, is that letter."""
+    body = body.replace(rb"\\", b"//")
+    for letter in {*letters, *letters.upper()}:
+        for digits in {f"{ord(letter):04x}", f"{ord(letter):04X}"}:
+            body = body.replace(b"\\u" + digits.encode(), letter.encode())
+    for letter, capital in _ALSO_LETTERS.items():
+        body = body.replace(letter, capital)
     return body
 
 

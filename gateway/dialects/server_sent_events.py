@@ -13,12 +13,20 @@ BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"
 """How a stream begins, after a byte order mark."""
 DONE = b"[DONE]"
 
-_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+BORDER = 3
+"""Bytes before new ones that can be part of the end of an event."""
+MAX_LINES = 10_000
+"""Lines of one event; real servers write a few."""
+
+_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)(?>(?::[^\r\n]*+)?(?>\r\n|\n|\r))*+")
+"""With the empty lines and comments that follow: an event each would cost as much as real ones."""
 _LINE = re.compile(rb"\r\n|\n|\r")
 
 
 class EventSplitter:
     """Takes bytes in any pieces and returns whole events, each with the empty line that ends it, byte for byte.
+
+    Comments and further empty lines that follow it at once belong to it.
 
     An event that has not ended stays inside: half an event never goes on.
 
@@ -29,11 +37,12 @@ class EventSplitter:
         waiting: bytes of the event that has not ended.
     """
 
-    __slots__ = ("_limit", "_pieces", "waiting")
+    __slots__ = ("_border", "_limit", "_pieces", "waiting")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pieces: list[bytes] = []
+        self._border = b""
         self.waiting = 0
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -43,19 +52,21 @@ class EventSplitter:
             InvalidResponse: an event is longer than the limit.
         """
         if self._pieces:
-            whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
-            if not whole_line and self.waiting + len(data) <= self._limit:
-                self._pieces.append(data)  # joined when a line ends: small pieces of a large event stay cheap
+            border = self._border + data
+            if _END_OF_EVENT.search(border) is None and self.waiting + len(data) <= self._limit:
+                self._pieces.append(data)  # joined when the event ends: a large one stays cheap
+                self._border = border[-BORDER:]
                 self.waiting += len(data)
                 return []
             data = b"".join([*self._pieces, data])
-        if b"\r" in data:
+        if b"\r" in data or b"\n\n\n" in data or b"\n\n:" in data:
             events, rest = _split_any(data)
         else:
             parts = data.split(b"\n\n")
             rest = parts.pop()
             events = [part + b"\n\n" for part in parts]
         self._pieces = [rest] if rest else []
+        self._border = rest[-BORDER:]
         self.waiting = len(rest)
         if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
             raise InvalidResponse(f"The backend sent an event longer than {self._limit} bytes.")

@@ -4,8 +4,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway.dialects.answer_fields import event_document
-from gateway.dialects.error_words import words_of
+from gateway.dialects.answer_fields import OUTER_WORDS, event_document
+from gateway.dialects.error_words import MAX_WORDS, words_of
 from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 
@@ -234,9 +234,9 @@ class StreamRelay:
         if error is None:
             return True
         try:
-            document = event_document(error)
+            document = event_document(error, OUTER_WORDS)
         except InvalidResponse:
-            document = error.decode(errors="replace")  # a text in place of an object
+            document = error[:MAX_WORDS].decode(errors="replace")  # a text in place of an object
         self._fail(ErrorInside(words_of(document, {})))
         return False
 

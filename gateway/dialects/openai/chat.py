@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.json_text import decode_with
+from gateway.dialects.json_text import has_many_objects
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import ChoicesState, WholeAnswer, decode_whole_answer
 from gateway.dialects.request_fields import (
@@ -22,7 +22,7 @@ from gateway.dialects.request_fields import (
     check_text_or_list,
     read_fields,
 )
-from gateway.errors import BackendError, ErrorWords, GatewayError
+from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidRequest
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -58,6 +58,13 @@ class ChatRequest(_GenerationRequest, kw_only=True):
     max_completion_tokens: Tokens | None = None
 
 
+class ManyMessages(_GenerationRequest, kw_only=True):
+    """The same with more small messages than are looked at."""
+
+    messages: msgspec.Raw
+    max_completion_tokens: Tokens | None = None
+
+
 class CompletionsRequest(_GenerationRequest, kw_only=True):
     """`POST /v1/completions`."""
 
@@ -72,10 +79,11 @@ class EmbeddingsRequest(Struct):
 
 
 _chat = msgspec.json.Decoder(ChatRequest)
+_many_messages = msgspec.json.Decoder(ManyMessages)
 _completions = msgspec.json.Decoder(CompletionsRequest)
 _embeddings = msgspec.json.Decoder(EmbeddingsRequest)
-_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_SEVERAL = re.compile(rb'\s*\[\s*["\[{]')
+_A_MESSAGE = re.compile(rb"\s*\[\s*\{")
+_SEVERAL = re.compile(rb'\s*\[\s*(["\[{])')
 """The beginning of a list of prompts; a list of numbers would be the tokens of one prompt."""
 
 
@@ -90,9 +98,9 @@ class OpenAIChat:
             embeddings = read_fields(_embeddings, body)
             check_text_or_list("input", embeddings.input, may_be_null=False)
             return Prompt(self, path, body, model=embeddings.model)
-        fields: ChatRequest | CompletionsRequest
+        fields: ChatRequest | ManyMessages | CompletionsRequest
         if path == CHAT:
-            fields = read_fields(_chat, body)
+            fields = _read_chat(body)
             choices, max_tokens = int(fields.n or 1), fields.max_tokens or fields.max_completion_tokens
         else:
             fields = read_fields(_completions, body)
@@ -155,8 +163,24 @@ class OpenAIChat:
         return texts
 
 
+def _read_chat(body: bytes) -> ChatRequest | ManyMessages:
+    if not has_many_objects(body):
+        return read_fields(_chat, body)
+    fields = read_fields(_many_messages, body)
+    if _A_MESSAGE.match(fields.messages) is None:
+        raise InvalidRequest("`messages` must be a list of at least one message.", param="messages")
+    return fields
+
+
 def _choices(fields: CompletionsRequest) -> int:
     """Return the number of choices: `n` for each prompt."""
     check_text_or_list("prompt", fields.prompt, may_be_null=True)
     several = _SEVERAL.match(fields.prompt)
-    return int(fields.n or 1) * (len(decode_with(_items, bytes(fields.prompt))) if several else 1)
+    return int(fields.n or 1) * (_prompts(bytes(fields.prompt), several[1]) if several else 1)
+
+
+def _prompts(prompts: bytes, first: bytes) -> int:
+    """Return the number of prompts in a list, of which the first one begins with `first`; nothing is built for it."""
+    if first == b'"':
+        return prompts.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"') // 2
+    return prompts.count(first) - (first == b"[")  # lists of tokens, in a list

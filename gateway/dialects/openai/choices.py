@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name
+from gateway.dialects.answer_fields import NULL, count, event_document, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with
+from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with, has_many_objects
 from gateway.dialects.server_sent_events import DONE
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class WholeAnswer(Struct):
     id: str | None = None
     object: str | None = None
     model: str | None = None
-    choices: list[_Choice] | None = None
+    choices: msgspec.Raw = NULL
     usage: _Usage | None = None
 
     @property
@@ -46,8 +46,13 @@ class WholeAnswer(Struct):
 
     @property
     def finish_reasons(self) -> list[str] | None:
-        """Of each choice; `error` for a choice without one."""
-        return None if self.choices is None else [choice.finish_reason or "error" for choice in self.choices]
+        """Of each choice, `error` for a choice without one; None where there are none that could be read."""
+        choices = bytes(self.choices)
+        try:
+            read = None if has_many_objects(choices) else _decode_choices(choices)
+        except msgspec.ValidationError:
+            read = None
+        return None if read is None else [choice.finish_reason or "error" for choice in read]
 
     @property
     def input_tokens(self) -> int | None:
@@ -60,6 +65,7 @@ class WholeAnswer(Struct):
         return self.usage.completion_tokens if self.usage is not None else None
 
 
+_decode_choices = msgspec.json.Decoder(list[_Choice] | None).decode
 decode_whole_answer = msgspec.json.Decoder(WholeAnswer).decode
 
 
@@ -75,6 +81,35 @@ class _Words(Struct):
     choices: list[_Unfinished] | None = None
 
 
+class _LargeChunk(Struct):
+    error: msgspec.Raw = NULL
+    object: msgspec.Raw = NULL
+    id: msgspec.Raw = NULL
+    model: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
+    choices: msgspec.Raw = NULL
+
+
+class _LargeChoice(Struct):
+    index: msgspec.Raw = NULL
+    finish_reason: msgspec.Raw = NULL
+    text: msgspec.Raw = NULL
+    delta: msgspec.Raw = NULL
+
+
+class _LargeDelta(Struct):
+    content: msgspec.Raw = NULL
+    tool_calls: msgspec.Raw = NULL
+    reasoning: msgspec.Raw = NULL
+    reasoning_content: msgspec.Raw = NULL
+    reasoning_details: msgspec.Raw = NULL
+    thinking: msgspec.Raw = NULL
+    thinking_blocks: msgspec.Raw = NULL
+
+
+_large_chunk = msgspec.json.Decoder(_LargeChunk)
+_raw_choices = msgspec.json.Decoder(list[_LargeChoice]).decode
+_large_delta = msgspec.json.Decoder(_LargeDelta).decode
 _decode_words = msgspec.json.Decoder(_Words).decode
 
 
@@ -139,7 +174,7 @@ class ChoicesState:
         if data.strip() == DONE:
             self.ended = True
             return
-        chunk = event_document(data)
+        chunk = event_document(data, _large_chunk)
         if not isinstance(chunk, dict):
             self.error = read_words(chunk) if not self.content else None  # a text, or Gemini's list
             return
@@ -154,7 +189,8 @@ class ChoicesState:
         if usage is not None and isinstance(usage, dict):
             self.input_tokens = count(usage.get("prompt_tokens"))
             self.output_tokens = count(usage.get("completion_tokens"))
-        for choice in objects_in(chunk.get("choices")):
+        choices = chunk.get("choices")
+        for choice in _large_choices(choices) if isinstance(choices, bytes) else objects_in(choices):
             self._feed_choice(choice)
 
     def _feed_choice(self, choice: dict[str, Any]) -> None:
@@ -178,11 +214,30 @@ class ChoicesState:
                     self.text = (self.text + words)[:MAX_TEXT]
 
 
+def _large_choices(choices: bytes) -> list[dict[str, Any]]:
+    """Return the choices of a large chunk, as far as they are read; none when they are too many, or no objects."""
+    try:
+        read = [] if has_many_objects(choices) else _raw_choices(choices)
+    except msgspec.ValidationError:
+        read = []
+    return [_large_choice(choice) for choice in read]
+
+
+def _large_choice(choice: "_LargeChoice") -> dict[str, Any]:
+    fields = small_parts(choice)
+    delta = fields.get("delta")
+    if isinstance(delta, bytes):  # it has words, whatever they are
+        fields["delta"] = (delta.startswith(b"{") and small_parts(_large_delta(delta))) or {"": True}
+    return fields
+
+
 def _is_only_words(data: bytes) -> bool:
     """Return whether an event is one of `_Words`: JSON, checked as a full decoding does except for large numbers."""
     try:
         if len(data) <= SHALLOW and data.isascii():
             _decode_words(data)
+        elif has_many_objects(data):
+            return False
         else:
             decode_with(_decode_words, data)
     except NO_JSON:

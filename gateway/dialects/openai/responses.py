@@ -6,7 +6,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole
+from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_words import read_words, words_of
@@ -78,6 +78,33 @@ class _Delta(Struct):
     sequence_number: int
 
 
+class _LargeEvent(Struct):
+    type: msgspec.Raw = NULL
+    sequence_number: msgspec.Raw = NULL
+    object: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
+    code: msgspec.Raw = NULL
+    message: msgspec.Raw = NULL
+    param: msgspec.Raw = NULL
+    delta: msgspec.Raw = NULL
+    item: msgspec.Raw = NULL
+    response: msgspec.Raw = NULL
+
+
+class _LargeResponse(Struct):
+    id: msgspec.Raw = NULL
+    model: msgspec.Raw = NULL
+    error: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
+
+
+class _LargeItem(Struct):
+    type: msgspec.Raw = NULL
+
+
+_large_event = msgspec.json.Decoder(_LargeEvent)
+_decode_large_response = msgspec.json.Decoder(_LargeResponse).decode
+_decode_large_item = msgspec.json.Decoder(_LargeItem).decode
 _decode_delta = msgspec.json.Decoder(_Delta).decode
 
 
@@ -134,8 +161,11 @@ class ResponseState:
             return
         if data.strip() == DONE:
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
-        event = event_document(data)
+        event = event_document(data, _large_event)
         if isinstance(event, dict):
+            for part, decode_part in (("response", _decode_large_response), ("item", _decode_large_item)):
+                if isinstance(large := event.get(part), bytes):
+                    event[part] = small_parts(decode_part(large)) if large.startswith(b"{") else None
             self._feed_event(event)
         elif not self.content:
             self.error = read_words(event)  # a text, or Gemini's list

@@ -12,7 +12,7 @@ from gateway.dialects.dialect import Prompt
 from gateway.dialects.model_field import with_model
 from gateway.dialects.openai.chat import ChatRequest, CompletionsRequest, EmbeddingsRequest
 from gateway.dialects.openai.responses import ResponsesRequest
-from gateway.dialects.request_fields import _ESCAPED_LETTER
+from gateway.dialects.request_fields import _ESCAPED
 from gateway.dialects.table import BY_PATH
 from gateway.errors import InvalidJson, InvalidRequest
 from gateway.record import Record
@@ -219,8 +219,8 @@ def test_names_that_are_read_consist_of_small_letters_and_underscores() -> None:
     for kind in (ChatRequest, CompletionsRequest, EmbeddingsRequest, ResponsesRequest):
         for name in kind.__struct_fields__:
             assert re.fullmatch(r"[a-z_]+", name)
-            assert all(_ESCAPED_LETTER.search(b"\\u%04x" % ord(letter)) for letter in name)
-            assert all(_ESCAPED_LETTER.search(b"\\u%04X" % ord(letter)) for letter in name)
+            assert all(_ESCAPED.search(b"\\u%04x" % ord(letter)) for letter in name)
+            assert all(_ESCAPED.search(b"\\u%04X" % ord(letter)) for letter in name)
 
 
 @pytest.mark.parametrize(

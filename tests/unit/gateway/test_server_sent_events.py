@@ -51,6 +51,12 @@ def reference(data: bytes) -> list[bytes]:
     return events
 
 
+def heard(events: list[bytes]) -> list[tuple[bytes | None, bytes | None]]:
+    """What a reader hears of events: nothing of comments and empty lines."""
+    each = [(data_of(event), error_of(event)) for event in events]
+    return [words for words in each if words != (None, None)]
+
+
 CUTS = st.lists(st.integers(0, 200), max_size=12)
 
 
@@ -60,11 +66,12 @@ CUTS = st.lists(st.integers(0, 200), max_size=12)
 @example(b"data: a\n\r\ndata: b\n\n", [9])
 @example(b"\n\n\r\n\r\r", [1, 2, 3, 4, 5])
 def test_any_split_of_the_bytes_gives_the_same_events(data: bytes, cuts: list[int]) -> None:
-    expected = reference(data)
+    events = reference(data)
 
-    assert feed([data]) == expected
-    assert feed(split(data, cuts)) == expected
-    assert feed([data[at : at + 1] for at in range(len(data))]) == expected
+    for pieces in ([data], split(data, cuts), [data[at : at + 1] for at in range(len(data))]):
+        found = feed(pieces)
+        assert heard(found) == heard(events)
+        assert data.startswith(b"".join(found))
 
 
 @given(streams(), CUTS)
@@ -72,12 +79,35 @@ def test_events_joined_are_the_bytes_that_came(data: bytes, cuts: list[int]) -> 
     joined = b"".join(feed(split(data, cuts)))
 
     assert data.startswith(joined)
-    assert reference(data[len(joined) :]) == []
+    assert heard(reference(data[len(joined) :])) == []
 
 
 @given(st.lists(st.binary(max_size=30), max_size=10))
 def test_no_bytes_make_it_fail(pieces: list[bytes]) -> None:
-    assert feed(pieces) == reference(b"".join(pieces))
+    assert heard(feed(pieces)) == heard(reference(b"".join(pieces)))
+
+
+@pytest.mark.parametrize("nothing", [b"\n", b"\r", b"\r\n", b":\n", b": ping\n\n", b":\r\r", b": \xff\r\n\r\n"])
+def test_a_hundred_thousand_empty_lines_and_comments_are_one_event_or_a_few(nothing: bytes) -> None:
+    run = nothing * 100_000
+    pieces = [b"data: a\n\n", *(run[at : at + 16_384] for at in range(0, len(run), 16_384)), b"data: b\n\n"]
+
+    events = feed(pieces)
+
+    assert heard(events) == [(b"a", None), (b"b", None)]
+    assert b"".join(events) == b"".join(pieces)
+    assert len(events) <= 2 * len(pieces)
+
+
+def test_a_large_event_of_many_lines_is_joined_once() -> None:
+    splitter = EventSplitter(1 << 26)
+    line = b"data: " + b"x" * 100 + b"\n"
+    copied = 0
+    for _ in range(2000):
+        assert splitter.feed(line * 10) == []
+        copied += len(splitter._pieces) == 1
+    assert copied == 1
+    assert splitter.feed(b"\n") == [line * 20_000 + b"\n"]
 
 
 def test_half_an_event_never_goes_on() -> None:
