@@ -10,6 +10,7 @@ from aiohttp import web
 
 from gateway.backend.client import HttpClient
 from gateway.dialects.table import BY_PATH
+from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
@@ -43,6 +44,7 @@ class Parts:
         in_flight: the requests in flight.
         pool: the replicas and routes.
         client: sends calls to backends.
+        executor: looks into large bodies and answers.
         health: probes, and the document of `/health`.
         handlers, middleware: of the routes.
         telemetry: traces, metrics, logs.
@@ -60,6 +62,7 @@ class Parts:
     ) -> None:
         self.telemetry = telemetry
         self.client = client
+        self.executor = Executor()
         self.in_flight = InFlight()
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
@@ -81,8 +84,9 @@ class Parts:
         forwarder = Forwarder(
             admission=self.admission,
             policy=RetryPolicy(settings, rng),
-            attempts=Attempts(settings, client=client, clock=clock, rng=rng),
+            attempts=Attempts(settings, client=client, executor=self.executor, clock=clock, rng=rng),
             repeats=self.pool.repeats,
+            executor=self.executor,
             clock=clock,
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
@@ -94,7 +98,7 @@ class Parts:
         self.handlers = Handlers(
             settings,
             keys=keys,
-            reader=RequestReader(settings, clock),
+            reader=RequestReader(settings, self.executor, clock),
             pool=self.pool,
             admission=self.admission,
             byte_budget=self.byte_budget,
@@ -173,6 +177,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     """Start telemetry, client, probes; stop them in reverse: what happens until the end is still reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
+        stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)

@@ -102,12 +102,12 @@ def check(data: bytes) -> None:
 
 
 def has_many_objects(data: bytes) -> bool:
-    """Return whether a large text holds so many objects that they would take many times its bytes.
+    """Return whether a text holds so many objects that they would take many times its bytes.
 
     What real clients and servers send is text, tokens or numbers for the most part.
     """
     least = len(data) // 24
-    if len(data) <= BLOCK or data.count(b"{") < least:
+    if data.count(b"{") < least:
         return False
     return sum(brackets.count(b"{") for brackets in _brackets(data, 0, len(data))) >= least
 

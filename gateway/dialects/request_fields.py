@@ -1,7 +1,7 @@
 """Reading the body of a request by the types of its fields, and naming the field that is wrong."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import islice
 from types import NoneType, UnionType
@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, at_top_level, check, decode_with, value_after
+from gateway.dialects.json_text import BLOCK, BYTE_ORDER_MARK, NO_JSON, at_top_level, check, decode_with, value_after
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
 
 T = TypeVar("T", bound=Struct)
@@ -38,6 +38,7 @@ _ALSO_LETTERS = {
     **dict.fromkeys(("\u212a".encode(), rb"\u212a", rb"\u212A"), b"K"),
 }
 """The long s and the sign of Kelvin: Go's JSON takes them for letters in another case."""
+_encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -58,7 +59,7 @@ def read_fields(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         raise _error_in(decoder.type, text) from None
     except NO_JSON as error:
         raise _not_json(error) from None
-    check_names(_names_of(decoder.type), text)
+    _check_names(_names_of(decoder.type), text)
     return fields
 
 
@@ -69,47 +70,85 @@ def check_text_or_list(name: str, value: msgspec.Raw, *, may_be_null: bool) -> N
         raise InvalidRequest(f"`{name}` must be a text or a list.", param=name)
 
 
+class _Names:
+    """The names of the fields that are read.
+
+    Attributes:
+        quoted: each as it stands in JSON.
+        pattern: finds any of them.
+        longest: bytes of the longest.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.quoted = {name: b'"%s"' % name.encode() for name in names}
+        self.pattern = re.compile(b"|".join(self.quoted.values()))
+        self.longest = max(map(len, self.quoted.values()))
+
+
 @cache
-def _names_of(kind: type[Struct]) -> dict[str, bytes]:
-    """Return the names of the fields that are read, each as it stands in JSON."""
-    return {name: b'"%s"' % name.encode() for name in kind.__struct_fields__}
+def _names_of(kind: type[Struct]) -> _Names:
+    return _Names(kind.__struct_fields__)
 
 
-def check_names(names: dict[str, bytes], body: bytes) -> None:
+def _check_names(names: _Names, body: bytes) -> None:
     """Refuse what a backend could read otherwise than the gateway: a field that is there twice or in another case.
 
     Args:
-        names: of the fields that are read, each as it stands in JSON.
+        names: of the fields that are read.
         body: a valid JSON object.
 
     Raises:
         InvalidRequest: `param` names the field.
     """
-    low = body.lower()
-    doubtful = [
-        name for name, quoted in names.items() if (times := low.count(quoted)) and (times > 1 or quoted not in body)
-    ]
+    if len(body) <= BLOCK and _is_plain(names, body):
+        return
     may_hide = any(start in body for start in _ESCAPES) and _ESCAPED.search(body) is not None
     if may_hide or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
-        doubtful, body = list(names), _unescaped(body, "".join(names))
-        low = body.lower()
-    if doubtful:
-        _check_doubtful(doubtful, names, body, low)
+        _check_doubtful(names, _unescaped(body, "".join(names.quoted)))
+    elif _may_be_twice(names, body):
+        _check_doubtful(names, body)
 
 
-def _check_doubtful(doubtful: list[str], names: dict[str, bytes], body: bytes, low: bytes) -> None:
-    """Look at the names that are in a body twice, or in another case, at whatever level. Raises: InvalidRequest."""
-    body, low = (text.replace(rb"\\", b"//").replace(rb"\"", b"''") for text in (body, low))
-    found = {name: list(islice(_places(names[name], low), MAX_PLACES + 1)) for name in doubtful}
-    for name, places in found.items():
+def _is_plain(names: _Names, body: bytes) -> bool:
+    """Return whether there is no room in a body for anything twice, and no name in another case."""
+    try:
+        members = _members(body)
+    except msgspec.DecodeError:  # half a surrogate pair
+        return False
+    quoted = names.quoted
+    return len(_encode(members)) == len(body) and (
+        members.keys() <= quoted.keys() or all(name in quoted or name.casefold() not in quoted for name in members)
+    )
+
+
+def _may_be_twice(names: _Names, body: bytes) -> bool:
+    """Return whether a name is in a body twice, or in another case, at whatever level."""
+    low = body.lower()
+    seen: set[bytes] = set()
+    for at in range(0, len(body), BLOCK):  # block by block: other threads get their turn
+        end = at + BLOCK + names.longest
+        found = names.pattern.findall(low, at, end)
+        before = len(seen)
+        seen.update(found)
+        if len(seen) != before + len(found) or names.pattern.findall(body, at, end) != found:
+            return True
+    return False
+
+
+def _check_doubtful(names: _Names, body: bytes) -> None:
+    """Look at which level the names stand. Raises: InvalidRequest."""
+    body = body.replace(rb"\\", b"//").replace(rb"\"", b"''")
+    low = body.lower()
+    names_at: dict[int, str] = {}
+    for name, quoted in names.quoted.items():
+        places = list(islice(_places(quoted, low), MAX_PLACES + 1))
         if len(places) > MAX_PLACES:
             raise InvalidRequest(f"`{name}` comes more than {MAX_PLACES} times in the body.", param=name)
-    starts = sorted((start, name) for name, places in found.items() for start in places)
-    names_at = dict(starts)
+        names_at.update(dict.fromkeys(places, name))
     seen: set[str] = set()
-    for start in at_top_level(low, names_at):
+    for start in at_top_level(low, sorted(names_at)):
         name = names_at[start]
-        quoted = names[name]
+        quoted = names.quoted[name]
         if value_after(low, start + len(quoted)) is None:
             continue
         if name in seen:

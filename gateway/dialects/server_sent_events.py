@@ -6,6 +6,7 @@ that begins with a colon is a comment.
 
 import re
 
+from gateway.dialects.json_text import BLOCK
 from gateway.errors import InvalidResponse
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -16,9 +17,10 @@ DONE = b"[DONE]"
 BORDER = 3
 """Bytes before new ones that can be part of the end of an event."""
 MAX_LINES = 10_000
-"""Lines of one event; real servers write a few."""
+"""Lines of data of one event; real servers write a few."""
 
-_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)(?>(?::[^\r\n]*+)?(?>\r\n|\n|\r))*+")
+_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_ENDS = re.compile(_END_OF_EVENT.pattern + rb"(?>(?::[^\r\n]*+)?(?>\r\n|\n|\r))*+")
 """With the empty lines and comments that follow: an event each would cost as much as real ones."""
 _LINE = re.compile(rb"\r\n|\n|\r")
 
@@ -70,6 +72,8 @@ class EventSplitter:
         self.waiting = len(rest)
         if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
             raise InvalidResponse(f"The backend sent an event longer than {self._limit} bytes.")
+        if len(data) > BLOCK and any(map(_has_many_lines, events)):
+            raise InvalidResponse(f"The backend sent an event of more than {MAX_LINES} lines.")
         return events
 
     def end(self, *, proper: bool) -> list[bytes]:
@@ -86,13 +90,20 @@ class EventSplitter:
         return [rest + (b"\n" if rest.endswith((b"\n", b"\r")) else b"\n\n")]
 
 
+def _has_many_lines(event: bytes) -> bool:
+    return event.count(b"\ndata") + event.count(b"\rdata") > MAX_LINES
+
+
 def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
     events = []
     start = 0
-    for match in _END_OF_EVENT.finditer(data):
+    for match in _ENDS.finditer(data):
         end = match.end()
-        if end == len(data) and data.endswith(b"\r"):
-            break  # the LF of this CR may follow
+        if end == len(data) and data.endswith(b"\r"):  # the LF of this CR may follow
+            first = _END_OF_EVENT.match(data, match.start())
+            if first is None or first.end() == len(data):
+                break
+            end = first.end()
         events.append(data[start:end])
         start = end
     return events, data[start:]

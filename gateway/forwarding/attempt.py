@@ -21,6 +21,7 @@ from gateway.errors import (
     WrongForm,
     drop_frames,
 )
+from gateway.executor import LARGE
 from gateway.forwarding.call import WholeAnswer
 from gateway.forwarding.phase_timer import PhaseTimer
 from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from gateway.backend.client import Exchange, HttpClient
     from gateway.dialects.dialect import Answer
+    from gateway.executor import Executor
     from gateway.forwarding.call import Call, StreamSink
     from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
@@ -47,6 +49,7 @@ class Attempts:
     Args:
         settings: the largest answer, whether text is captured.
         client: sends the calls.
+        executor: looks into large answers.
         clock: seconds, monotonic.
         rng: draws the ids of spans.
         wall_clock: seconds since the epoch, for dates in `Retry-After`.
@@ -57,11 +60,13 @@ class Attempts:
         settings: "Settings",
         *,
         client: "HttpClient",
+        executor: "Executor",
         clock: "Callable[[], float]",
         rng: "Random",
         wall_clock: "Callable[[], float]" = time,
     ) -> None:
         self._client = client
+        self._executor = executor
         self._clock = clock
         self._wall_clock = wall_clock
         self._rng = rng
@@ -96,6 +101,8 @@ class Attempts:
                 await self._exchange(call, lease, attempt, fresh=True)
         except BackendError as failure:
             self._end(attempt, failure)
+            if len(call.prompt.body) > LARGE:
+                await self._executor.run(len(call.prompt.body), call.fingerprint)
             before = replica.breaker.state
             trace_id, counted = call.record.trace, replica in call.counted
             if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint, outages=call.outages):
@@ -151,7 +158,11 @@ class Attempts:
         try:
             exchange.decode_within(self._max_answer)
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
-            answer = dialect.read_answer(exchange.content_type, body)
+            if len(body) <= LARGE:
+                answer = dialect.read_answer(exchange.content_type, body)
+            else:
+                timer.pause()
+                answer = await self._executor.run(len(body), dialect.read_answer, exchange.content_type, body)
         except BaseException:
             call.share.give_back_to(held)
             raise
@@ -171,9 +182,10 @@ class Attempts:
             body = b""  # its status still says something
         finally:
             call.share.give_back_to(held)
+        timer.pause()
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
-        raise call.prompt.dialect.read_error(exchange.status, body, passed, wait)
+        raise await self._executor.run(len(body), call.prompt.dialect.read_error, exchange.status, body, passed, wait)
 
     def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
         """Return the error answer that an error inside a good answer is."""
@@ -194,8 +206,9 @@ class Attempts:
         held = call.share.held
         try:
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
-            raise_error_inside(body)
-            check(body.removeprefix(BYTE_ORDER_MARK))
+            timer.pause()
+            await self._executor.run(len(body), raise_error_inside, body)
+            await self._executor.run(len(body), check, body.removeprefix(BYTE_ORDER_MARK))
         except NO_JSON:
             raise InvalidResponse("The backend's answer is not text/event-stream.") from None
         finally:
@@ -221,6 +234,7 @@ class Attempts:
             idle=timeouts.idle,
             max_event=self._max_answer,
             share=call.share,
+            executor=self._executor,
             clock=self._clock,
         )
         held = call.share.held

@@ -1,6 +1,6 @@
 """The way of a request, top to bottom: deadline > admission > target > retry > breaker > attempt > wait."""
 
-from asyncio import CancelledError, sleep, to_thread
+from asyncio import CancelledError, sleep
 from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
@@ -24,6 +24,7 @@ from gateway.policy.retry import Retry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gateway.executor import Executor
     from gateway.forwarding.attempt import Attempts
     from gateway.forwarding.call import Call
     from gateway.policy.admission import Admission
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Target
     from gateway.policy.retry import RetryPolicy
 
-LARGE_BODY = 65_536
-"""Bytes; setting the model in a larger body takes milliseconds, and is done off the event loop."""
 END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayDraining: "draining"}
 
 
@@ -45,6 +44,7 @@ class Forwarder:
         policy: of retries.
         attempts: makes the attempts.
         repeats: the requests that failed lately.
+        executor: looks into large bodies.
         clock: seconds, monotonic.
         retry_allowed, retry_refused: called with the name of the replica that gets a retry, or whose budget refused it.
     """
@@ -56,6 +56,7 @@ class Forwarder:
         policy: "RetryPolicy",
         attempts: "Attempts",
         repeats: "Repeats",
+        executor: "Executor",
         clock: "Callable[[], float]",
         retry_allowed: "Callable[[str], None]",
         retry_refused: "Callable[[str], None]",
@@ -64,6 +65,7 @@ class Forwarder:
         self._policy = policy
         self._attempts = attempts
         self._repeats = repeats
+        self._executor = executor
         self._clock = clock
         self._retry_allowed = retry_allowed
         self._retry_refused = retry_refused
@@ -87,7 +89,7 @@ class Forwarder:
         failure: BackendError | None = None
         try:
             if self._repeats.failed:
-                self._look_up(call)
+                await self._look_up(call)
             answered = False
             try:
                 targets = call.targets if len(call.targets) == 1 else _in_order(call)
@@ -109,11 +111,12 @@ class Forwarder:
             failure = None
             self._admission.leave()
 
-    def _look_up(self, call: "Call") -> None:
+    async def _look_up(self, call: "Call") -> None:
         """Find out whether the same request failed a short time ago."""
         self._repeats.expire()
         if self._repeats.failed:
-            call.failed_before = self._repeats.failed_by(call.caller(), call.fingerprint())
+            fingerprint = await self._executor.run(len(call.prompt.body), call.fingerprint)
+            call.failed_before = self._repeats.failed_by(call.caller(), fingerprint)
 
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
@@ -315,10 +318,7 @@ class Forwarder:
         if model == prompt.model:
             return
         call.share.hold(len(prompt.body))
-        if len(prompt.body) < LARGE_BODY:
-            call.body = with_model(prompt.body, model)
-        else:
-            call.body = await to_thread(with_model, prompt.body, model)
+        call.body = await self._executor.run(len(prompt.body), with_model, prompt.body, model)
 
 
 def _in_order(call: "Call") -> "tuple[Target, ...]":

@@ -8,17 +8,21 @@ from gateway.dialects.answer_fields import OUTER_WORDS, event_document
 from gateway.dialects.error_words import MAX_WORDS, words_of
 from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
+from gateway.executor import LARGE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from gateway.backend.client import Exchange
     from gateway.dialects.dialect import StreamState
+    from gateway.executor import Executor
     from gateway.forwarding.phase_timer import PhaseTimer
     from gateway.policy.byte_budget import Share
 
 AFTER_FINISH = 5.0
 """Seconds without an event after the last finish reason that end a stream; each further event starts them anew."""
+SLICE = 16_384
+"""Bytes of a read that are looked into in one go: some milliseconds, whatever they are."""
 AFTER_LAST = 0.05
 """Seconds after the last event for the end of the body, so that the connection to the backend can be kept."""
 
@@ -33,6 +37,7 @@ class StreamRelay:
         idle: seconds between two reads.
         max_event: bytes.
         share: holds the bytes that wait for commit.
+        executor: looks into large events.
         clock: seconds, monotonic.
     """
 
@@ -45,6 +50,7 @@ class StreamRelay:
         idle: float,
         max_event: int,
         share: "Share",
+        executor: "Executor",
         clock: "Callable[[], float]",
     ) -> None:
         self._exchange = exchange
@@ -52,6 +58,7 @@ class StreamRelay:
         self._timer = timer
         self._idle = idle
         self._share = share
+        self._executor = executor
         self._clock = clock
         self._splitter = EventSplitter(max_event)
         self._failure: BackendError | None = None
@@ -88,7 +95,7 @@ class StreamRelay:
             alive = alive or bool(data)
             if data and not may_go_elsewhere():
                 due = self._clock() + seconds
-            await held.add(self._checked_read(data))
+            await held.add(await self._checked_slowly(data))
             self._raise_failure()
             if (self._state.ended or self._at_end) and not self._state.content:
                 raise InvalidResponse("The backend's stream ended without content.")
@@ -99,7 +106,7 @@ class StreamRelay:
         held = _Held(self._share, limit, f"The backend sent {limit} bytes of reasoning without an answer.")
         while not (self._state.answer or self._state.ended or self._at_end):
             self._timer.limit(self._idle, self._stalled)
-            await held.add(self._checked_read(await self._exchange.read()))
+            await held.add(await self._checked_slowly(await self._exchange.read()))
             self._raise_failure()
         return held.joined()
 
@@ -119,10 +126,15 @@ class StreamRelay:
             InvalidResponse: cut, or unreadable; ErrorInside: the backend sent an error.
         """
         state, timer, read, late = self._state, self._timer, self._exchange.read, self._stalled
+        splitter = self._splitter
         while not (state.ended or state.finished or self._at_end):
             timer.limit(self._idle, late)
-            events = self._checked_read(await read())
+            data = await read()
             timer.pause()
+            if len(data) <= SLICE and splitter.waiting <= LARGE:
+                events = self._checked_read(data)
+            else:
+                events = await self._checked_slowly(data)
             if events:
                 await write(events)
             if self._failure is not None:
@@ -147,7 +159,8 @@ class StreamRelay:
             patience = self._idle if self._state.awaits_usage else AFTER_FINISH
             try:
                 async with asyncio.timeout(last + patience - self._clock()):
-                    events = self._checked_read(await self._exchange.read())
+                    data = await self._exchange.read()
+                events = await self._checked_slowly(data)
             except (TimeoutError, InvalidResponse) as end:
                 drop_frames(end)
                 events = self._checked(self._splitter.end(proper=False))
@@ -185,18 +198,37 @@ class StreamRelay:
         line = line_of(data) if not self._splitter.waiting else None
         if line is not None:
             return data if not self._state.ended and self._is_good(data, line) else b""
+        return self._checked(self._split(data))
+
+    async def _checked_slowly(self, data: bytes) -> bytes:
+        """Return the same, looking into a long read slice by slice, so that others get their turn."""
+        self._timer.pause()
+        if len(data) <= SLICE and self._splitter.waiting <= LARGE:
+            return self._checked_read(data)
+        good = []
+        width = SLICE if self._splitter.waiting <= LARGE else len(data)
+        for at in range(0, len(data) or 1, width or 1):
+            events = self._split(data[at : at + width])
+            good.append(await self._executor.run(max(map(len, events), default=0), self._checked, events))
+            if self._failure is not None or self._state.ended:
+                break
+            await asyncio.sleep(0)
+        return b"".join(good)
+
+    def _split(self, data: bytes) -> list[bytes]:
+        """Return the events that a read completes; none when it is bad, which sets `_failure`."""
         if not data:
             self._at_end = True
         try:
             events = self._splitter.feed(data) if data else self._splitter.end(proper=True)
         except InvalidResponse as failure:
             self._fail(failure)
-            return b""
+            return []
         if self._splitter.waiting != self._half:
             self._hold_half(self._splitter.waiting)
         if self._at_end and not events and not (self._state.finished or self._state.ended):
             raise InvalidResponse("The backend's stream was cut off.")
-        return self._checked(events)
+        return events
 
     def _hold_half(self, size: int) -> None:
         """Count an unfinished event as held. Raises: GatewayOverloaded."""

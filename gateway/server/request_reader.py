@@ -22,6 +22,7 @@ from gateway.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from gateway.executor import LARGE
 from gateway.headers import forwarded_as, seconds
 from gateway.policy.deadline import Deadline
 from gateway.settings import COMMITS
@@ -32,21 +33,29 @@ if TYPE_CHECKING:
     from aiohttp import StreamReader
 
     from gateway.dialects.dialect import Dialect, Prompt
+    from gateway.executor import Executor
     from gateway.policy.byte_budget import Share
     from gateway.record import Record
     from gateway.settings import Commit, Settings
 
 LARGE_BODY = 1 << 20
-"""Bytes; decoding and checking a larger body takes long enough to be done off the event loop."""
+"""Bytes; decoding a larger body takes long enough to be done off the event loop."""
 MANY_MEMBERS = 100
 """Of a compressed body; decoding more of them takes as long as a large body, however little they hold."""
 
 
 class RequestReader:
-    """Reads requests within the limits of the settings. `clock`: seconds, monotonic."""
+    """Reads requests within the limits of the settings.
 
-    def __init__(self, settings: "Settings", clock: "Callable[[], float]") -> None:
+    Args:
+        settings: limits and timers.
+        executor: looks into large bodies.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, settings: "Settings", executor: "Executor", clock: "Callable[[], float]") -> None:
         self._settings = settings
+        self._executor = executor
         self._clock = clock
 
     def deadline(self, request: web.Request, started: float) -> Deadline:
@@ -89,9 +98,13 @@ class RequestReader:
             GatewayOverloaded: the share cannot hold it.
         """
         body = await self._body(request, deadline, share)
-        if len(body) < LARGE_BODY:
+        if len(body) <= LARGE:
             return dialect.read_request(path, body)
-        return await asyncio.to_thread(dialect.read_request, path, body)
+        try:
+            async with asyncio.timeout(deadline.left()):
+                return await self._executor.run(len(body), dialect.read_request, path, body)
+        except TimeoutError:
+            raise DeadlineExceeded("The deadline passed before the request's body could be checked.") from None
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.json_text import has_many_objects
+from gateway.dialects.json_text import BLOCK, has_many_objects
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import ChoicesState, WholeAnswer, decode_whole_answer
 from gateway.dialects.request_fields import (
@@ -164,7 +164,7 @@ class OpenAIChat:
 
 
 def _read_chat(body: bytes) -> ChatRequest | ManyMessages:
-    if not has_many_objects(body):
+    if len(body) <= BLOCK or not has_many_objects(body):
         return read_fields(_chat, body)
     fields = read_fields(_many_messages, body)
     if _A_MESSAGE.match(fields.messages) is None:

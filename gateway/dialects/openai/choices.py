@@ -8,7 +8,7 @@ from msgspec import Struct
 from gateway.dialects.answer_fields import NULL, count, event_document, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with, has_many_objects
+from gateway.dialects.json_text import BLOCK, NO_JSON, SHALLOW, decode_with, has_many_objects
 from gateway.dialects.server_sent_events import DONE
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ class WholeAnswer(Struct):
     @property
     def finish_reasons(self) -> list[str] | None:
         """Of each choice, `error` for a choice without one; None where there are none that could be read."""
-        choices = bytes(self.choices)
+        choices = self.choices
         try:
-            read = None if has_many_objects(choices) else _decode_choices(choices)
+            few = len(choices) <= BLOCK or not has_many_objects(bytes(choices))
+            read = _decode_choices(choices) if few else None
         except msgspec.ValidationError:
             read = None
         return None if read is None else [choice.finish_reason or "error" for choice in read]
@@ -236,7 +237,7 @@ def _is_only_words(data: bytes) -> bool:
     try:
         if len(data) <= SHALLOW and data.isascii():
             _decode_words(data)
-        elif has_many_objects(data):
+        elif len(data) > BLOCK and has_many_objects(data):
             return False
         else:
             decode_with(_decode_words, data)

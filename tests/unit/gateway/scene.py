@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from gateway.backend.client import HttpClient
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.errors import BackendError, GatewayError
+from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.call import Call
 from gateway.forwarding.forwarder import Forwarder
@@ -99,8 +100,11 @@ class Scene:
         self._forwarder = Forwarder(
             admission=self.admission,
             policy=RetryPolicy(made, rng),
-            attempts=Attempts(made, client=_Servers(self, servers), clock=clock, rng=Chance()),
+            attempts=Attempts(
+                made, client=_Servers(self, servers), executor=Executor(at_once=1 << 40), clock=clock, rng=Chance()
+            ),
             repeats=self.pool.repeats,
+            executor=Executor(at_once=1 << 40),
             clock=clock,
             retry_allowed=lambda _name: None,
             retry_refused=lambda _name: None,

@@ -22,6 +22,7 @@ from gateway.errors import (
     Stalled,
     Verdict,
 )
+from gateway.executor import Executor
 from gateway.forwarding.phase_timer import PhaseTimer
 from gateway.forwarding.stream_relay import AFTER_FINISH, AFTER_LAST, StreamRelay
 from gateway.policy.byte_budget import ByteBudget
@@ -113,7 +114,16 @@ def relay(
         timer = PhaseTimer(clock, clock() + DEADLINE)
         share = ByteBudget(memory).share()
         exchange = cast("Exchange", FakeExchange(list(steps), end))
-        subject = StreamRelay(exchange, state, timer, idle=idle, max_event=max_event, share=share, clock=clock)
+        subject = StreamRelay(
+            exchange,
+            state,
+            timer,
+            idle=idle,
+            max_event=max_event,
+            share=share,
+            executor=Executor(at_once=1 << 40),
+            clock=clock,
+        )
 
         async def write(events: bytes) -> None:
             assert events
