@@ -20,8 +20,8 @@ MAX_LINES = 10_000
 """Lines of data of one event; real servers write a few."""
 
 _END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_ENDS = re.compile(_END_OF_EVENT.pattern + rb"(?>(?::[^\r\n]*+)?(?>\r\n|\n|\r))*+")
-"""With the empty lines and comments that follow: an event each would cost as much as real ones."""
+_ENDS = re.compile(_END_OF_EVENT.pattern + rb"(?>(?>:[^\r\n]*+(?>\r\n|\n|\r))*+(?>\r\n|\n|\r))*+")
+"""With the further empty lines and events of comments that follow: one by one they would cost as much as real ones."""
 _LINE = re.compile(rb"\r\n|\n|\r")
 
 
