@@ -27,7 +27,7 @@ Tokens = Annotated[int | float, Meta(description="a number")]
 """Some clients write 10.0 for 10."""
 LARGE_LIST = 1 << 18
 """Bytes; of a larger list the wrong item is not searched for."""
-MAX_PLACES = 10_000
+MAX_PLACES = 5_000
 """Places of a name in a body, at whatever level, beyond which it is not searched for the one at the top level."""
 
 _ESCAPES = (rb"\u00", rb"\u017", rb"\u212")

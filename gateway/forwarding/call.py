@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Protocol
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from gateway.dialects.dialect import Prompt, StreamState
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
@@ -61,7 +59,7 @@ class Call:
         deadline: of the whole request.
         record: what happens is noted in it.
         sink: where a stream goes; None when none was asked for.
-        caller: returns who asks: the key, else the address.
+        caller: who asks: the key, else the address.
         share: holds its bytes.
         headers: the caller's that go to the backend, names in lower case.
         commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
@@ -106,7 +104,7 @@ class Call:
         *,
         model: str,
         targets: "tuple[Target, ...]",
-        caller: "Callable[[], str]",
+        caller: str,
         share: "Share",
         headers: list[tuple[str, str]],
         commit: "Commit",

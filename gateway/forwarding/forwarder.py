@@ -79,11 +79,10 @@ class Forwarder:
             BackendError: the last attempt's failure, before or after commit.
             CallerLeft: while a stream was written.
         """
-        if not self._admission.enter_at_once():
-            self._admission.check()
+        if not self._admission.enter_at_once(call.caller):
             queued_at = self._clock()
             try:
-                await self._admission.enter(call.deadline.left_to_commit())
+                await self._admission.enter(call.deadline.left_to_commit(), call.caller)
             finally:
                 call.record.queued = self._clock() - queued_at
         failure: BackendError | None = None
@@ -109,14 +108,14 @@ class Forwarder:
             raise
         finally:
             failure = None
-            self._admission.leave()
+            self._admission.leave(call.caller)
 
     async def _look_up(self, call: "Call") -> None:
         """Find out whether the same request failed a short time ago."""
         self._repeats.expire()
         if self._repeats.failed:
             fingerprint = await self._executor.run(len(call.prompt.body), call.fingerprint)
-            call.failed_before = self._repeats.failed_by(call.caller(), fingerprint)
+            call.failed_before = self._repeats.failed_by(call.caller, fingerprint)
 
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
@@ -304,7 +303,7 @@ class Forwarder:
         names = {attempt.backend for attempt in call.record.attempts if not attempt.resend}
         if sum(not attempt.resend for attempt in call.record.attempts) < 2 or failure.unreachable:  # noqa: PLR2004
             return
-        self._repeats.add(call.caller(), call.fingerprint(), frozenset(names))
+        self._repeats.add(call.caller, call.fingerprint(), frozenset(names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
         """Take the caller's bytes; set the model where the target names another or the caller named none.

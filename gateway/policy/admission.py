@@ -7,10 +7,22 @@ from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayOverloaded
 from gateway.policy.waiting_room import WaitingLimit
 
 
+class _Place:
+    """A place in the queue."""
+
+    __slots__ = ("caller", "slot")
+
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
+        self.slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
 class Admission:
     """At most `max_in_flight` requests at once; up to `max_queue` more wait, each at most `queue_timeout` seconds.
 
-    The queue is first in, first out. A slot that becomes free goes straight to the head of the queue.
+    The queue is first in, first out. A slot that becomes free goes straight to the first in the queue who may have it:
+    one caller has at most half of the slots, so that the rest is for others. A caller without a name is nobody in
+    particular, and has no such limit.
 
     Attributes:
         in_flight: requests that have a slot.
@@ -24,7 +36,9 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[_Place] = deque()
+        self._slots_of: dict[str, int] = {}
+        self._slots_of_one = max(1, max_in_flight // 2)
         self.in_flight = 0
         self.draining = False
         self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
@@ -39,25 +53,26 @@ class Admission:
         if self.draining:
             raise GatewayDraining
 
-    def check(self) -> None:
+    def check(self, caller: str = "") -> None:
         """Refuse a request that could not even queue, before its body is read.
 
         Raises:
             GatewayDraining: the gateway is stopping.
-            GatewayOverloaded: all slots are taken and the queue is full.
+            GatewayOverloaded: all slots that the caller may have are taken, and so is the queue.
         """
         self.check_open()
-        if self.in_flight >= self._max_in_flight and len(self._waiting) >= self._max_queue:
-            raise GatewayOverloaded("The gateway is full, and so is its queue. Try again shortly.", reason="queue_full")
+        if len(self._waiting) >= self._max_queue and not self._has_slot(caller):
+            whose = "You have as many requests under way as you may" if self._has_slot("") else "The gateway is full"
+            raise GatewayOverloaded(f"{whose}, and the queue is full. Try again shortly.", reason="queue_full")
 
-    def enter_at_once(self) -> bool:
+    def enter_at_once(self, caller: str = "") -> bool:
         """Take a free slot; False when there is none, or the gateway is stopping: then `enter` waits or refuses."""
-        if self.draining or self.in_flight >= self._max_in_flight:
+        if self.draining or not self._has_slot(caller):
             return False
-        self.in_flight += 1
+        self._take(caller)
         return True
 
-    async def enter(self, left: float) -> None:
+    async def enter(self, left: float, caller: str = "") -> None:
         """Take a slot, waiting in the queue at most `left` seconds. `leave` gives it back.
 
         Raises:
@@ -65,14 +80,14 @@ class Admission:
             GatewayOverloaded: the queue is full, or the wait took longer than `queue_timeout`.
             DeadlineExceeded: `left` ended first.
         """
-        self.check()
-        if self.enter_at_once():
+        self.check(caller)
+        if self.enter_at_once(caller):
             return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place = _Place(caller)
         self._waiting.append(place)
         try:
             async with asyncio.timeout(min(self._queue_timeout, left)):
-                await place
+                await place.slot
         except TimeoutError:
             self._give_up(place)
             if left <= self._queue_timeout:
@@ -84,14 +99,17 @@ class Admission:
             self._give_up(place)
             raise
 
-    def leave(self) -> None:
-        """Give the slot back: to the head of the queue, if there is one."""
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
+    def leave(self, caller: str = "") -> None:
+        """Give the slot back: to the first in the queue who may have it."""
         self.in_flight -= 1
+        if caller:
+            left = self._slots_of[caller] - 1
+            if left:
+                self._slots_of[caller] = left
+            else:
+                del self._slots_of[caller]
+        if self._waiting:
+            self._hand_over()
 
     def drain(self) -> None:
         """Refuse new and queued requests from now on; requests in flight continue."""
@@ -99,13 +117,32 @@ class Admission:
         self.waiting.drain()
         while self._waiting:
             place = self._waiting.popleft()
-            if not place.done():
-                place.set_exception(GatewayDraining())
+            if not place.slot.done():
+                place.slot.set_exception(GatewayDraining())
 
-    def _give_up(self, place: "asyncio.Future[None]") -> None:
+    def _has_slot(self, caller: str) -> bool:
+        """Return whether a slot is free that the caller may have."""
+        return self.in_flight < self._max_in_flight and self._slots_of.get(caller, 0) < self._slots_of_one
+
+    def _take(self, caller: str) -> None:
+        self.in_flight += 1
+        if caller:
+            self._slots_of[caller] = self._slots_of.get(caller, 0) + 1
+
+    def _hand_over(self) -> None:
+        """Give a free slot to the first in the queue who may have it."""
+        for place in self._waiting:
+            if not place.slot.done() and self._has_slot(place.caller):
+                self._waiting.remove(place)
+                self._take(place.caller)
+                place.slot.set_result(None)
+                return
+
+    def _give_up(self, place: _Place) -> None:
         """Leave the queue; a slot that was handed over at the same moment goes on to the next request."""
-        if place.done() and not place.cancelled() and place.exception() is None:
-            self.leave()
+        slot = place.slot
+        if slot.done() and not slot.cancelled() and slot.exception() is None:
+            self.leave(place.caller)
             return
         try:
             self._waiting.remove(place)

@@ -1,7 +1,6 @@
 """One handler for each call of the contract: read the request, do what it asks, answer."""
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -69,9 +68,10 @@ class Handlers:
         dialect = BY_PATH[path]
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
-        self._admission.check()
+        caller = self._keys.caller(request)
+        self._admission.check(caller)
         check_media_type(request)
-        with self._byte_budget.share() as share:
+        with self._byte_budget.share(caller) as share:
             prompt = await self._reader.prompt(request, path, dialect, deadline, share)
             model = prompt.model or self._pool.default_model
             route = self._pool.route(model)
@@ -94,7 +94,7 @@ class Handlers:
                 writer,
                 model=model,
                 targets=self._targets(route, model, record),
-                caller=partial(self._keys.caller, request),
+                caller=caller,
                 share=share,
                 headers=headers,
                 commit=commit,

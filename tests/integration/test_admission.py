@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from random import Random, randrange
 from typing import Any
 
@@ -51,7 +51,7 @@ def overloaded(answer: Answer) -> bool:
 
 
 async def test_no_more_requests_in_flight_than_allowed(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_in_flight=3, gateway_queue_timeout=LONG)
+    gateway = await start_gateway(mock, gateway_max_in_flight=6, gateway_queue_timeout=LONG)
     mock.set_faults([{"kind": "latency", "with": {"delay": 0.03}}])
     most = 0
 
@@ -169,7 +169,7 @@ def padded(size: int) -> dict[str, Any]:
 
 
 async def test_bodies_of_all_requests_together_are_bounded(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=100_000)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=200_000)
     first = await occupy(gateway, mock, 1, **padded(60_000))
     assert 60_000 < gateway.parts.byte_budget.held < 61_000
     assert overloaded(await gateway.chat(**padded(60_000)))
@@ -184,7 +184,7 @@ async def test_bodies_of_all_requests_together_are_bounded(mock: MockModel, star
 
 
 async def test_a_body_with_another_model_counts_twice(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=150_000)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=300_000)
     gateway.parts.pool.routes[0].targets[0].model = "another"
     assert overloaded(await gateway.chat(**padded(100_000)))
     assert mock.journal.total == 0
@@ -196,7 +196,7 @@ async def test_a_body_with_another_model_counts_twice(mock: MockModel, start_gat
 
 
 async def test_bodies_count_while_they_arrive(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=100_000)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=200_000)
     async with dial(gateway.url) as wire:
         await wire.send(post(b"x" * 60_000, {"content-length": "70000"}))
         await until(lambda: gateway.parts.byte_budget.held == 60_000)
@@ -217,7 +217,7 @@ async def test_answers_are_bounded_too(start_raw: StartRaw, start_gateway: Start
             await call.answer(b'{"id": "' + b"x" * 200_000 + b'"}')
 
     backend = await start_raw(play)
-    gateway = await start_gateway(backend.url, gateway_max_buffered_bytes=100_000, gateway_stream_commit="complete")
+    gateway = await start_gateway(backend.url, gateway_max_buffered_bytes=200_000, gateway_stream_commit="complete")
     changes = {"stream": True} if stream else {}
     answer = await gateway.chat(**changes)
     assert (answer.status, answer.error["code"]) == (503, "gateway_overloaded")
@@ -251,7 +251,7 @@ async def test_retries_hold_one_answer_at_a_time(start_raw: StartRaw, start_gate
         call.close()
 
     backend = await start_raw(play)
-    gateway = await start_gateway(backend.url, gateway_max_buffered_bytes=100_000, gateway_backoff_initial=0.01)
+    gateway = await start_gateway(backend.url, gateway_max_buffered_bytes=200_000, gateway_backoff_initial=0.01)
     answer = await gateway.chat()
     assert answer.status == 200
     assert len(backend.calls) == 3
@@ -339,3 +339,45 @@ async def test_slots_and_bytes_are_given_back_on_every_way_out(
     metrics = await gateway.metrics()
     assert "gateway_in_flight_requests 0.0" in metrics
     assert "gateway_queued_requests 0.0" in metrics
+
+
+# One caller and the others
+
+
+async def test_bodies_of_one_caller_that_never_end_leave_half_of_the_bytes_to_others(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=200_000, gateway_api_keys="greedy,modest")
+    async with AsyncExitStack() as stack:
+        for _ in range(8):
+            wire = await stack.enter_async_context(dial(gateway.url))
+            unfinished = {"content-length": "70000", "authorization": "Bearer greedy"}
+            await wire.send(post(b"x" * 30_000, unfinished))
+        await until(lambda: gateway.parts.byte_budget.held == 90_000)
+        assert overloaded(await gateway.chat(headers={"authorization": "Bearer greedy"}, **padded(30_000)))
+        for _ in range(3):
+            answer = await gateway.chat(headers={"authorization": "Bearer modest"}, **padded(80_000))
+            assert answer.status == 200
+    await until(lambda: idle(gateway))
+
+
+async def test_requests_of_one_caller_leave_half_of_the_slots_to_others(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(
+        mock, gateway_max_in_flight=4, gateway_queue_timeout=LONG, gateway_api_keys="greedy,modest"
+    )
+    mock.set_faults([{"kind": "hang_before_headers", "match": {"model": "slow"}}])
+    greedy = [
+        asyncio.create_task(gateway.chat(model="slow", headers={"authorization": "Bearer greedy"})) for _ in range(4)
+    ]
+    await until(lambda: gateway.parts.admission.queued == 2)
+    for stream in (False, True):
+        answer = await gateway.chat(headers={"authorization": "Bearer modest"}, stream=stream)
+        assert answer.status == 200
+        assert answer.timing[0] == ("queue", "", 0.0)
+    assert mock.in_flight == 2
+    for task in greedy:
+        task.cancel()
+    await asyncio.gather(*greedy, return_exceptions=True)
+    await until(lambda: idle(gateway))

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.dialects.openai.chat import OpenAIChat
+from gateway.executor import LARGE
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
-from testkit.polling import until
-from tests.integration.gateways import Gateway, StartGateway, config
+from testkit.polling import PATIENCE, until
+from tests.integration.backends_raw import StartRaw
+from tests.integration.gateways import Gateway, StartGateway, config, get
 from tests.integration.recorder import ANSWER, STREAM, Recorder
 from tests.integration.wire import BODY, chunked, dial, post, send
 
@@ -219,3 +223,41 @@ async def test_a_whole_answer_cut_off_on_its_way_is_not_followed_by_another(
     assert b"HTTP/1.1" not in rest
     await until(lambda: not len(gateway.parts.in_flight))
     assert gateway.parts.byte_budget.held == 0
+
+
+# Large ones
+
+
+async def test_while_a_large_body_or_answer_is_looked_into_others_are_answered(
+    start_raw: StartRaw, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, inside = threading.Event(), threading.Semaphore(0)
+
+    def held(work: Any) -> Any:  # noqa: ANN401
+        def wait(self: OpenAIChat, about: str, body: bytes) -> Any:  # noqa: ANN401
+            if len(body) > LARGE:
+                inside.release()
+                assert go_on.wait(PATIENCE)
+            return work(self, about, body)
+
+        return wait
+
+    monkeypatch.setattr(OpenAIChat, "read_request", held(OpenAIChat.read_request))
+    monkeypatch.setattr(OpenAIChat, "read_answer", held(OpenAIChat.read_answer))
+    backend = await start_raw(
+        lambda call: call.answer(
+            b'{"id": "x", "x": "%b"}' % (b"x" * (2 * LARGE if b"large answer" in call.body else 1))
+        )
+    )
+    gateway = await start_gateway(backend.url)
+    large = [
+        asyncio.create_task(gateway.chat(messages=[{"role": "user", "content": "x" * 2 * LARGE}])),
+        asyncio.create_task(gateway.chat(messages=[{"role": "user", "content": "large answer"}])),
+    ]
+    await asyncio.to_thread(inside.acquire)
+    for _ in range(3):
+        assert (await get(gateway, "/livez")).status == 200
+        assert (await gateway.chat()).status == 200
+    assert not any(task.done() for task in large)
+    go_on.set()
+    assert [(await task).status for task in large] == [200, 200]

@@ -227,7 +227,7 @@ async def test_requests_under_way_and_queued_are_told(mock: MockModel, start_gat
 
 async def test_each_reason_for_refusing_load_is_counted(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(
-        mock, gateway_max_in_flight=1, gateway_max_queue=1, gateway_queue_timeout=0.2, gateway_max_buffered_bytes=1000
+        mock, gateway_max_in_flight=1, gateway_max_queue=1, gateway_queue_timeout=0.2, gateway_max_buffered_bytes=2000
     )
     large = await gateway.chat(user="x" * 2000)
     mock.set_faults([{"kind": "hang_before_headers"}])

@@ -148,7 +148,7 @@ async def test_a_window_of_more_than_8_mib_is_refused(mock: MockModel, start_gat
 
 
 async def test_what_is_decoded_is_held_as_it_comes(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=4 << 20)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=8 << 20)
     body = gzip.compress(b" " * (16 << 20))
     answer = await send(gateway, post(body, {"content-encoding": "gzip"}))
     assert (answer.status, answer.error["code"]) == (503, "gateway_overloaded")

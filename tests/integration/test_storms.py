@@ -219,7 +219,7 @@ async def test_the_gateway_answers_before_the_sdks_own_timeout(mock: MockModel, 
 async def test_an_answer_too_large_for_our_memory_is_not_fetched_again(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=400)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=800)
     mock.set_faults([{"kind": "status", "with": {"status": 200, "body": {"choices": [], "padding": "x" * 1000}}}])
     async with Sdk(gateway) as sdk:
         failure = await sdk.ask()
@@ -375,7 +375,7 @@ async def test_a_queue_that_takes_too_long_never_reaches_the_backend(
 async def test_a_prompt_too_large_for_our_memory_never_reaches_the_backend(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, gateway_max_buffered_bytes=20)
+    gateway = await start_gateway(mock, gateway_max_buffered_bytes=40)
     async with Sdk(gateway) as sdk:
         failure = await sdk.ask()
     assert failure.code == "gateway_overloaded"

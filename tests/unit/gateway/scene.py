@@ -149,7 +149,7 @@ class Scene:
                     None,
                     model=request.model or "m",
                     targets=self.pool.routes[0].targets,
-                    caller=lambda: caller,
+                    caller=caller,
                     share=share,
                     headers=[],
                     commit="first_token",

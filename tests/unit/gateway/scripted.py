@@ -158,7 +158,7 @@ def forward(
                 None,
                 model="m",
                 targets=where.routes[0].targets,
-                caller=lambda: "somebody",
+                caller="somebody",
                 share=share,
                 headers=[],
                 commit="first_token",

@@ -382,3 +382,107 @@ def test_after_any_mix_of_shares_no_byte_is_held(steps: list[tuple[int, str, int
     for share in shares:
         share.__exit__(None, None, None)
     assert budget.held == 0
+
+
+def test_one_caller_has_half_of_the_slots_and_the_rest_is_for_others() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=4, queue=2)
+        assert [gate.enter_at_once("greedy") for _ in range(3)] == [True, True, False]
+        third, fourth = (asyncio.create_task(gate.enter(LONG, "greedy")) for _ in range(2))
+        await settle()
+        with pytest.raises(GatewayOverloaded) as refused:
+            gate.check("greedy")
+        assert refused.value.reason == "queue_full"
+
+        gate.check("modest")
+        assert gate.enter_at_once("modest")  # past those who wait for a slot that only they may have
+        assert gate.queued == 2
+        gate.leave("modest")
+        assert gate.queued == 2
+
+        gate.leave("greedy")
+        await third
+        gate.leave("greedy")
+        await fourth
+        for _ in range(2):
+            gate.leave("greedy")
+        assert_empty(gate)
+        assert not gate._slots_of
+
+    run(story)
+
+
+def test_a_slot_goes_to_the_first_in_the_queue_who_may_have_it() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=2, queue=8)
+        assert gate.enter_at_once("greedy")
+        assert gate.enter_at_once("other")
+        again = asyncio.create_task(gate.enter(LONG, "greedy"))
+        await settle()
+        modest = asyncio.create_task(gate.enter(LONG, "modest"))
+        await settle()
+
+        gate.leave("other")
+        await modest
+        assert not again.done()
+        gate.leave("greedy")
+        await again
+        gate.leave("greedy")
+        gate.leave("modest")
+        assert_empty(gate)
+
+    run(story)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", ""]), st.booleans()), max_size=60), st.integers(1, 6))
+def test_whoever_comes_and_leaves_nobody_has_more_than_half_and_all_is_given_back(
+    steps: list[tuple[str, bool]], slots: int
+) -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=slots, queue=6)
+        inside: list[str] = []
+        waiting: list[tuple[str, asyncio.Task[None]]] = []
+
+        async def look() -> None:
+            await settle()
+            for caller, task in [each for each in waiting if each[1].done()]:
+                waiting.remove((caller, task))
+                if not task.cancelled() and task.exception() is None:
+                    inside.append(caller)
+            assert gate.in_flight == len(inside) <= slots
+            assert all(inside.count(caller) <= max(1, slots // 2) for caller in "abc")
+            free = slots - len(inside)
+            assert not free or not any(inside.count(who) < max(1, slots // 2) or not who for who, _ in waiting)
+
+        for caller, comes in steps:
+            if comes:
+                waiting.append((caller, asyncio.create_task(gate.enter(LONG, caller))))
+            elif inside:
+                gate.leave(inside.pop(0))
+            await look()
+        for _, task in waiting:
+            task.cancel()
+        await look()
+        for caller in inside:
+            gate.leave(caller)
+        assert_empty(gate)
+        assert not gate._slots_of
+
+    run(story)
+
+
+def test_one_caller_holds_half_of_the_bytes() -> None:
+    budget = ByteBudget(100)
+    with budget.share("greedy") as one, budget.share("greedy") as two, budget.share("modest") as third:
+        one.hold(30)
+        two.hold(20)
+        with pytest.raises(GatewayOverloaded) as refused:
+            two.hold(1)
+        assert refused.value.reason == "memory"
+        third.hold(50)
+        with pytest.raises(GatewayOverloaded):
+            third.hold(1)
+        one.give_back(30)
+        two.hold(30)
+    assert budget.held == 0
+    assert not budget._of_one

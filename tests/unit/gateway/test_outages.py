@@ -348,7 +348,7 @@ async def held_by_a_thousand(scene: Scene) -> int:
     tracemalloc.start()
     try:
         before = tracemalloc.take_snapshot()
-        tasks = [asyncio.create_task(scene.send(prompt(number))) for number in range(1, 1001)]
+        tasks = [asyncio.create_task(scene.send(prompt(n), caller=f"caller {n}")) for n in range(1, 1001)]
         await asyncio.sleep(0.01)
         assert len(scene.admission.waiting) + scene.admission.queued >= 1000
         grown = sum(each.size_diff for each in tracemalloc.take_snapshot().compare_to(before, "filename"))
