@@ -4,7 +4,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from gateway.dialects.openai.choices import ChoicesState
 from gateway.dialects.openai.responses import RESPONSES, OpenAIResponses, ResponseState
 from gateway.dialects.table import BY_PATH
 from gateway.errors import BackendError, GatewayError
+
+if TYPE_CHECKING:
+    from gateway.dialects.dialect import StreamState
 
 SIZE = 1 << 20
 A_MESSAGE = b'"messages":[{"role":"user","content":"hi"}]'
@@ -140,8 +143,8 @@ def test_an_answer_costs_little_more_than_its_bytes(shape: str) -> None:
 @pytest.mark.parametrize("shape", EVENTS)
 def test_an_event_costs_little_more_than_its_bytes(shape: str) -> None:
     data = EVENTS[shape]
-    for make in (ChoicesState, ResponseState):
-        begun = make(1) if make is ChoicesState else make()
+    for make in (lambda: ChoicesState(1), ResponseState):
+        begun: StreamState = make()
         begun.feed(b'{"model":"m","type":"response.created","choices":[{"index":0,"delta":{"content":"hi"}}]}')
-        for state in (begun, make(1) if make is ChoicesState else make()):
+        for state in (begun, make()):
             cost(len(data), lambda state=state: refused(lambda: state.feed(data)))  # type: ignore[misc]
