@@ -6,8 +6,9 @@ from random import Random
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Self
 
+from gateway.errors import InvalidApiKey
 from gateway.headers import is_request_id
-from gateway.record import Record
+from gateway.record import MAX_TRACE_STATE, Record
 from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracer
@@ -97,8 +98,14 @@ class Telemetry:
         record.sampled = sampled
         if "tracestate" in headers and (parent_id is not None or "traceparent" not in headers):
             # The state of a trace that was not joined does not pass.
-            record.trace_state = ",".join(headers.getall("tracestate")) or None
+            state = ",".join(headers.getall("tracestate"))
+            record.trace_state = state if 0 < len(state) <= MAX_TRACE_STATE else None
         return record
+
+    def turn_away(self, record: Record) -> None:
+        """Keep of a request without a valid key only its outcome; a stranger's flag and trace id sample nothing."""
+        record.trace_state = None
+        record.sampled = self._tracer.decide(record.method, record.path, None)[3]
 
     def finish(self, record: Record) -> None:
         """Report a request that has ended."""
@@ -129,7 +136,7 @@ class Telemetry:
 
     def _worth_keeping(self, record: Record) -> bool:
         """Return whether a request failed, was retried, fell back or was slow: exported whatever the sampler said."""
-        if self._keep_slow == "off":
+        if self._keep_slow == "off" or record.outcome == InvalidApiKey.code:
             return False
         return bool(
             record.status >= 500  # noqa: PLR2004
