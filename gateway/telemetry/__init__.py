@@ -14,12 +14,13 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from multidict import MultiMapping
 
     from gateway.policy.breaker import State
     from gateway.settings import Settings
+    from gateway.telemetry.output import Output
 
 UUID_RANDOM = ~(0xF000 << 64 | 0xC000 << 48)
 UUID_FIXED = 0x4000 << 64 | 0x8000 << 48
@@ -36,6 +37,7 @@ class Telemetry:
         settings: which traces are kept.
         tracer: exports spans.
         log: writes the lines of requests.
+        outputs: where lines go; those they lose are counted.
         clock: seconds, monotonic.
         wall_clock: nanoseconds since the epoch.
         rng: draws request ids.
@@ -47,12 +49,13 @@ class Telemetry:
         *,
         tracer: Tracer,
         log: RequestLog,
+        outputs: "Iterable[Output]" = (),
         clock: "Callable[[], float]" = monotonic,
         wall_clock: "Callable[[], int]" = time_ns,
         rng: Random | None = None,
     ) -> None:
         self.metrics = Metrics()
-        self.metrics.watch_dropped(lambda: tracer.dropped)
+        self.metrics.watch_dropped(lambda: tracer.dropped, tuple(outputs))
         self._tracer = tracer
         self._log = log
         self._clock = clock
@@ -62,11 +65,9 @@ class Telemetry:
 
     async def __aenter__(self) -> Self:
         self._tracer.start()
-        self._log.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._log.stop()
         await asyncio.to_thread(self._tracer.stop)
 
     @property

@@ -11,7 +11,7 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gateway.policy.byte_budget import ByteBudget
     from gateway.policy.pool import Pool
     from gateway.record import Record
+    from gateway.telemetry.output import Output
 
 M = TypeVar("M", Counter, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -93,9 +94,9 @@ class Metrics:
                 self._transitions.labels(replica.name, state.value)
         self._registry.register(_Parts(pool, admission, byte_budget))
 
-    def watch_dropped(self, dropped: "Callable[[], int]") -> None:
-        """Read the number of lost spans whenever the metrics are asked for."""
-        self._registry.register(_Dropped(dropped))
+    def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
+        """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
+        self._registry.register(_Dropped(spans, outputs))
 
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
@@ -224,16 +225,23 @@ class _Parts:
 
 
 class _Dropped:
-    """The lost spans."""
+    """The lost spans and lines."""
 
-    def __init__(self, dropped: "Callable[[], int]") -> None:
-        self._read = dropped
+    def __init__(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
+        self._spans = spans
+        self._outputs = outputs
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
-        family = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
-        family.add_metric([], self._read())
-        yield family
+        spans = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
+        spans.add_metric([], self._spans())
+        yield spans
+        lines = CounterMetricFamily(
+            "gateway_log_lines_dropped", "Lines of the logs that could not be written.", labels=["stream"]
+        )
+        for output in self._outputs:
+            lines.add_metric([output.name], output.dropped)
+        yield lines
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
