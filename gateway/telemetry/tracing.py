@@ -48,6 +48,8 @@ INTERVAL = 0.5
 """Seconds between exports while less than a batch waits."""
 LAST_EXPORT = 2.0
 """Seconds the last export may take when the gateway stops."""
+LAST_STEP = 0.2
+"""Seconds that the exporter may take to shut down, and then the thread to end."""
 ASK_AGAIN = 2.0
 """Seconds between two empty exports that check whether a failing collector is back, while no spans wait."""
 RECENT = 10.0
@@ -174,8 +176,10 @@ class Tracer:
         self._thread.join(LAST_EXPORT)
         if self._thread.is_alive():
             _log.warning("the last spans could not be exported within %g s", LAST_EXPORT)
-        threading.Thread(target=self._exporter.shutdown, daemon=True).start()
-        self._thread.join(0.1)
+        shutdown = threading.Thread(target=self._exporter.shutdown, daemon=True)
+        shutdown.start()
+        for thread in (shutdown, self._thread):
+            thread.join(LAST_STEP)
 
     def _run(self) -> None:
         while not self._stopping:

@@ -31,10 +31,11 @@ from gateway.dialects.captured_text import output_messages
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.errors import InvalidRequest
 from gateway.record import MAX_MESSAGE, MAX_TRACE_STATE, AttemptRecord, Record
-from gateway.settings import SettingsError, load, load_otel, needs_requests
+from gateway.settings import CollectorSettings, SettingsError, load, load_collector, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp_encoder import Encoder
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+from gateway.telemetry.otlp_transport import Transport
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value
 from gateway.telemetry.spans import spans_of
@@ -379,45 +380,86 @@ def test_the_environment_chooses_the_exporter(
         exporter.shutdown()
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
 @pytest.mark.parametrize(
-    ("url", "environment", "transport"),
+    ("url", "environment", "reached"),
     [
-        ("http://collector:4318", {}, "Urllib3HTTPTransport"),
-        ("https://collector:4318", {}, "RequestsHTTPTransport"),
-        ("http://me:secret@collector:4318", {}, "RequestsHTTPTransport"),
-        ("http://collector:4318", {"https_proxy": "http://proxy"}, "RequestsHTTPTransport"),
-        ("http://collector:4318", {"NETRC": "/there"}, "RequestsHTTPTransport"),
+        ("http://collector:4318", {}, CollectorSettings()),
+        ("http://collector:4318", {"https_proxy": "http://proxy"}, CollectorSettings()),
+        ("https://collector:4318", {"https_proxy": "http://proxy"}, CollectorSettings(proxy="http://proxy")),
+        ("http://collector:4318", {"all_proxy": "http://proxy"}, CollectorSettings(proxy="http://proxy")),
+        ("http://collector:4318", {"all_proxy": "http://proxy", "no_proxy": "collector"}, CollectorSettings()),
+        ("http://collector:4318", {"NETRC": "/there"}, CollectorSettings(trusts_environment=True)),
+        ("https://collector", {"OTEL_EXPORTER_OTLP_CERTIFICATE": "ca"}, CollectorSettings(certificate="ca")),
+        (
+            "https://collector",
+            {
+                "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": "all",
+                "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE": "cert",
+                "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY": "key",
+            },
+            CollectorSettings(client_certificate="cert", client_key="key"),
+        ),
+        (
+            "http://collector",
+            {"OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER": "plugin"},
+            CollectorSettings(by_provider=True),
+        ),
     ],
 )
-@pytest.mark.parametrize("by", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "argument"])
-def test_requests_carries_the_spans_only_where_it_has_to(  # noqa: PLR0917
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str, url: str, environment: dict[str, str], transport: str
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+def test_how_a_collector_is_reached(  # noqa: PLR0917
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    url: str,
+    environment: dict[str, str],
+    reached: CollectorSettings,
 ) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    for proxy in PROXIES:
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if by != "argument":
-        monkeypatch.setenv(by, url)
-    over_requests = needs_requests(url) if by == "argument" else load_otel().needs_requests
-    exporter = OtlpHttpExporter(url if by == "argument" else None, over_requests=over_requests)
+    for variable, value in {name: url, **environment}.items():
+        monkeypatch.setenv(variable, value)
 
-    assert type(exporter._client._transport).__name__ == transport
+    assert load_otel().collector == reached
+
+
+def test_the_sdk_takes_our_transport() -> None:
+    exporter = OtlpHttpExporter("http://127.0.0.1:9/v1/traces")
+
+    assert type(exporter._client._transport) is Transport
     exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_a_plugin_that_logs_in_has_a_session_whose_answers_are_not_read() -> None:
+    exporter = OtlpHttpExporter("http://127.0.0.1:9/v1/traces", reached=CollectorSettings(by_provider=True))
+
+    assert exporter._client._transport._session.stream  # type: ignore[attr-defined]
+    exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_a_certificate_that_is_not_there_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", "/not/there")
+
+    with pytest.raises(SettingsError, match="a certificate for the collector of spans cannot be read"):
+        exporter_for(load(app_mode="prod"), load_otel())
 
 
 def test_a_home_that_cannot_be_looked_into_holds_no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr("os.stat", refuse)
 
-    assert not needs_requests("http://collector:4318")
+    assert not load_collector("http://collector:4318").trusts_environment
 
 
 def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
