@@ -54,7 +54,7 @@ class Telemetry:
         wall_clock: "Callable[[], int]" = time_ns,
         rng: Random | None = None,
     ) -> None:
-        self.metrics = Metrics()
+        self.metrics = Metrics(clock=clock)
         self.metrics.watch_dropped(lambda: tracer.dropped, tuple(outputs))
         self._tracer = tracer
         self._log = log

@@ -1,6 +1,8 @@
 """The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
 
 from bisect import bisect_left
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,15 +31,27 @@ BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
+MAX_AGE = 1.0
+"""Seconds for which a document is given again: rendering one takes milliseconds, and anybody may ask for it."""
 OPENMETRICS = "application/openmetrics-text"
 OTHER = "other"
 """The `route` of a call to an unknown path."""
 
 
 class Metrics:
-    """One set of instruments, in a registry of its own. No label value comes from a caller."""
+    """One set of instruments, in a registry of its own. No label value comes from a caller.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        max_age: seconds for which a document is given again.
+    """
+
+    def __init__(self, *, clock: "Callable[[], float]" = monotonic) -> None:
+        self.max_age = MAX_AGE
+        self._clock = clock
+        self._documents: dict[bool, tuple[float, bytes, str]] = {}
         self._registry = registry = CollectorRegistry()
         self._requests = _Children(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
@@ -134,12 +148,18 @@ class Metrics:
         self._transitions.labels(backend, to.value).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics in the form that `accept` asks for, and its content type."""
-        self._duration.observe_latest()
-        self._first_token.observe_latest()
+        """Return the metrics in the form that `accept` asks for, up to `max_age` seconds old, and its content type."""
         # Not the header itself: an invalid version would fail, and any other would come back in the content type.
-        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
-        return encode(self._registry), content_type
+        newer = OPENMETRICS in accept
+        now = self._clock()
+        rendered, document, content_type = self._documents.get(newer, (-inf, b"", ""))
+        if now - rendered >= self.max_age:
+            self._duration.observe_latest()
+            self._first_token.observe_latest()
+            encode, content_type = choose_encoder(OPENMETRICS if newer else "")
+            document = encode(self._registry)
+            self._documents[newer] = now, document, content_type
+        return document, content_type
 
 
 class _Durations:
