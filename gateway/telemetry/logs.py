@@ -24,6 +24,8 @@ MAX_TEXT = 16_384
 """Characters of a message, and the last so many of an exception."""
 MAX_MODEL = 128
 """Characters kept of a model's name."""
+NO_FAILURE = frozenset({"ok", CallerLeft.code})
+"""The outcomes of requests whose status is all there is to say."""
 OWN_PER_SECOND = 20
 """Lines a second of the gateway at most: breaker changes, defects."""
 OTHERS_PER_SECOND = 1
@@ -121,7 +123,7 @@ class RequestLog:
 
 def level_of(record: "Record") -> int:
     """Return WARNING for failures behind the caller, INFO for answers, wrong requests and callers who left."""
-    failed = record.status >= 500 or (record.status < 400 and record.outcome not in {"ok", CallerLeft.code})  # noqa: PLR2004
+    failed = record.status >= 500 or (record.status < 400 and record.outcome not in NO_FAILURE)  # noqa: PLR2004
     return logging.WARNING if failed else logging.INFO
 
 
