@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import aiohttp
 import uvloop
@@ -141,6 +141,7 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     from gateway.telemetry import Telemetry
     from gateway.telemetry.logs import RequestLog
     from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+    from gateway.telemetry.output import Output
     from gateway.telemetry.tracing import Tracer
 
     class Nobody(OtlpHttpExporter):
@@ -151,7 +152,9 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
     settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
-    log = RequestLog(level="INFO", as_json=True, stream=nowhere)
+    output = Output("stdout", nowhere)
+    output.start()
+    log = RequestLog(level="INFO", as_json=True, stream=cast("TextIO", output))
     tracer = Tracer(Nobody(endpoint=NOWHERE) if traced else None)
     telemetry = Telemetry(settings, tracer=tracer, log=log)
     app = create_app(settings, load_routing(settings), telemetry)

@@ -12,6 +12,7 @@ from gateway.settings import Settings, SettingsError, load, load_otel, set_threa
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.logs import RequestLog, setup_logs
+from gateway.telemetry.output import Output, standard_outputs, write_last
 from gateway.telemetry.tracing import Tracer
 
 
@@ -19,7 +20,9 @@ async def run(settings: Settings) -> None:
     """Build the parts and serve until told to stop."""
     tracer = Tracer(exporter_for(settings, load_otel()))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
-    app = create_app(settings, load_routing(settings), Telemetry(settings, tracer=tracer, log=log))
+    outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
+    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
+    app = create_app(settings, load_routing(settings), telemetry)
     parts = app[PARTS]
     await listen(
         runner_of(app),
@@ -32,6 +35,15 @@ async def run(settings: Settings) -> None:
 
 def main() -> int:
     """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
+    outputs = standard_outputs()
+    try:
+        return serve()
+    finally:
+        write_last(*outputs)
+
+
+def serve() -> int:
+    """Serve until told to stop; return the exit code."""
     try:
         settings = load()
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
@@ -44,6 +56,9 @@ def main() -> int:
         return 2
     except OSError as error:
         print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1
+    except Exception:
+        logging.getLogger("gateway").critical("the gateway failed", exc_info=True)
         return 1
     return 0
 

@@ -6,6 +6,7 @@ rendered from it. Plain numbers and words only: no HTTP, no telemetry. Instants 
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
 from gateway.errors import ErrorAnswer, GatewayOverloaded
@@ -19,6 +20,17 @@ MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
 MAX_CHOICES = 16
 """Finish reasons kept of one answer."""
+MAX_REASON = 64
+"""Characters kept of a finish reason."""
+MAX_MESSAGE = 512
+"""Characters kept of an error's message: it may quote a name of the caller's."""
+MAX_TRACE_STATE = 512
+"""Characters of a `tracestate`; a longer one is dropped (W3C Trace Context, 3.3.1.5)."""
+MAX_NUMBER = 10**100
+"""A number of a caller's that is larger is not kept."""
+ATTEMPT_SIZE = 2048
+EVENT_SIZE = 256
+"""Bytes that an attempt, and an event or a wait, hold at most."""
 TARGET_SKIPPED = "gateway.target_skipped"
 """The event of a target that was passed over."""
 TARGET_DRAWN = "gateway.target_drawn"
@@ -116,6 +128,7 @@ class Record:
         shed: why it was refused at admission, or None.
         events: (instant, name, attributes) in order.
         input_text, output_text: captured text, or None.
+        extra: bytes beyond those that every request may hold, while it waits for its export.
     """
 
     method: str
@@ -155,6 +168,7 @@ class Record:
     output_tokens: int | None = None
     input_text: str | None = None
     output_text: str | None = None
+    extra: int = 0
     _trace: str = ""
 
     @property
@@ -205,7 +219,7 @@ class Record:
         self.model = model
         self.route = route
         self.stream = stream
-        self.choices = choices
+        self.choices = choices if choices < MAX_NUMBER else 1
         self.max_tokens = _whole(max_tokens)
         self.temperature = temperature
         self.top_p = top_p
@@ -222,7 +236,7 @@ class Record:
         """Note what an answer says about itself, within bounds: a backend may say anything."""
         self.response_id = response_id and response_id[:MAX_NAME]
         self.response_model = model and model[:MAX_NAME]
-        self.finish_reasons = finish_reasons and [reason[:MAX_NAME] for reason in finish_reasons[:MAX_CHOICES]]
+        self.finish_reasons = finish_reasons and [reason[:MAX_REASON] for reason in finish_reasons[:MAX_CHOICES]]
         self.input_tokens = _count(input_tokens)
         self.output_tokens = _count(output_tokens)
 
@@ -236,14 +250,27 @@ class Record:
         """Note the error that the request ends with."""
         self.status = self.status or error.status
         self.outcome = "backend_error" if isinstance(error, ErrorAnswer) else error.code
-        self.error_message = error.message
+        self.error_message = error.message[:MAX_MESSAGE]
         if isinstance(error, GatewayOverloaded):
             self.shed = error.reason
 
     @property
-    def texts(self) -> int:
-        """Number of characters captured of prompt and answer."""
-        return len(self.input_text or "") + len(self.output_text or "")
+    def is_large(self) -> bool:
+        """Whether it holds more than every request may: texts, further attempts, events, waits."""
+        return bool(
+            self.events
+            or self.waits
+            or len(self.attempts) > 1
+            or self.input_text is not None
+            or self.output_text is not None
+        )
+
+    def measure(self) -> int:
+        """Return the bytes that it holds beyond those that every request may, at most; kept as `extra`."""
+        texts = [text for text in (self.input_text, self.output_text) if text is not None]
+        attempts, events = max(0, len(self.attempts) - 1), len(self.events) + len(self.waits)
+        self.extra = sum(map(getsizeof, texts)) + ATTEMPT_SIZE * attempts + EVENT_SIZE * events
+        return self.extra
 
     def forget_texts(self) -> None:
         """Drop what was captured of prompt and answer."""
@@ -308,8 +335,8 @@ def _skipped(backend: str, why: str) -> "Mapping[str, str]":
 def _whole(number: float | None) -> int | None:
     """Return a whole number: some clients write 10.0 for 10."""
     if isinstance(number, float):
-        return int(number) if number.is_integer() else None
-    return number
+        number = int(number) if number.is_integer() else None
+    return number if number is None or -MAX_NUMBER < number < MAX_NUMBER else None
 
 
 def _count(tokens: int | None) -> int | None:

@@ -10,7 +10,7 @@ from os.path import exists, expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -223,13 +223,33 @@ class OtelSettings:
         disabled: no spans at all.
         has_endpoint: an OTLP endpoint is set.
         protocol: `http/protobuf` or `grpc`.
-        needs_requests: the exporter needs the `requests` library, not just urllib3.
+        collector: how it is reached by HTTP.
     """
 
     disabled: bool
     has_endpoint: bool
     protocol: str
-    needs_requests: bool
+    collector: "CollectorSettings"
+
+
+@dataclass(frozen=True)
+class CollectorSettings:
+    """How a collector is reached by HTTP.
+
+    Attributes:
+        certificate: file of the authorities that are trusted, or None: the system's.
+        client_certificate, client_key: files of our own certificate, or None.
+        proxy: url of the proxy on the way, or None.
+        trusts_environment: its name and password may be in a file (`.netrc`).
+        by_provider: a plugin of the SDK logs in, with a session of `requests`.
+    """
+
+    certificate: str | None = None
+    client_certificate: str | None = None
+    client_key: str | None = None
+    proxy: str | None = None
+    trusts_environment: bool = False
+    by_provider: bool = False
 
 
 def load_otel() -> OtelSettings:
@@ -252,19 +272,33 @@ def load_otel() -> OtelSettings:
         disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
         has_endpoint=endpoint is not None,
         protocol=protocol,
-        needs_requests=needs_requests(endpoint or ""),
+        collector=load_collector(endpoint or ""),
     )
 
 
-def needs_requests(endpoint: str) -> bool:
-    """Return whether an exporter needs `requests` for its certificates, its proxies or its ways to find passwords."""
-    return (
-        not endpoint.startswith("http://")
-        or "@" in endpoint
-        or bool(getproxies())
-        or any(os.environ.get(name) for name in ("NETRC", *CREDENTIAL_PROVIDERS))
-        or any(exists(expanduser(file)) for file in NETRC)  # noqa: PTH110, PTH111 - pathlib raises without a HOME
+def load_collector(endpoint: str) -> CollectorSettings:
+    """Read how a collector is reached by HTTP."""
+    return CollectorSettings(
+        certificate=_of_traces("CERTIFICATE"),
+        client_certificate=_of_traces("CLIENT_CERTIFICATE"),
+        client_key=_of_traces("CLIENT_KEY"),
+        proxy=_proxy(endpoint),
+        trusts_environment=bool(os.environ.get("NETRC")) or any(exists(expanduser(file)) for file in NETRC),  # noqa: PTH110, PTH111 - pathlib raises without a HOME
+        by_provider=any(os.environ.get(name) for name in CREDENTIAL_PROVIDERS),
     )
+
+
+def _of_traces(name: str) -> str | None:
+    """Return a variable of the exporter, its form for traces first."""
+    prefix = "OTEL_EXPORTER_OTLP_"
+    return os.environ.get(f"{prefix}TRACES_{name}") or os.environ.get(f"{prefix}{name}") or None
+
+
+def _proxy(endpoint: str) -> str | None:
+    url, proxies = urlsplit(endpoint), getproxies()
+    if not proxies or proxy_bypass(url.hostname or ""):
+        return None
+    return proxies.get(url.scheme) or proxies.get("all")
 
 
 def _check_endpoints(protocol: str) -> None:

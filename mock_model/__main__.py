@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from mock_model.logs import start_logging
+from mock_model.logs import let_nobody_wait_for_stderr, start_logging
 from mock_model.serve import MockModel
 from mock_model.settings import Settings, SettingsError, read_settings
 
@@ -18,6 +18,7 @@ CRASHED = 70
 
 def main() -> int:
     """Run until SIGTERM or SIGINT; return the exit code."""
+    let_nobody_wait_for_stderr()
     try:
         settings = read_settings()
     except SettingsError as error:

@@ -1,5 +1,6 @@
 """The gateway and the mock model, each as a process of its own."""
 
+import asyncio
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from testkit.exposition import Exposition
 from testkit.http import Answer, ask
 from testkit.ports import LOOPBACK, free_port
 from testkit.processes import Process, ProcessError, python
+
+METRICS_AGE = 1.05
+"""Seconds for which the gateway gives the same document again, and what two clocks may differ."""
 
 
 class MockModel(Process):
@@ -83,7 +87,8 @@ class Gateway(Process):
         super().__init__(name, python(module), env={**env, **own}, folder=folder, ready_url=ready_url, cores=cores)
 
     async def metrics(self) -> Exposition:
-        """Return what `/metrics` says now."""
+        """Return what `/metrics` says after this call has begun: it may be as old as `METRICS_AGE`."""
+        await asyncio.sleep(METRICS_AGE)
         return Exposition.parse((await ask(f"{self.url}/metrics")).body.decode())
 
     async def health(self) -> dict[str, Any]:

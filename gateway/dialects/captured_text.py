@@ -22,10 +22,11 @@ MAX_WORD = 64
 
 
 class _Room:
-    """How many characters may still be kept."""
+    """How many characters, and how many parts, may still be kept."""
 
     def __init__(self) -> None:
         self.left = MAX_TEXT
+        self.parts_left = MAX_MESSAGES
 
     def part(self, text: str) -> dict[str, str]:
         kept = text[: self.left]
@@ -83,9 +84,10 @@ def _parts(content: object, room: _Room) -> list[dict[str, str]]:
     if not isinstance(content, list):
         return []
     parts = []
-    for item in content[:MAX_MESSAGES]:
-        if room.left <= 0:
+    for item in content:
+        if room.left <= 0 or room.parts_left <= 0:
             break
+        room.parts_left -= 1
         text = item.get("text") if isinstance(item, dict) else item
         if isinstance(text, str):
             parts.append(room.part(text))

@@ -26,7 +26,7 @@ from gateway.forwarding.call import WholeAnswer
 from gateway.forwarding.phase_timer import PhaseTimer
 from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
 from gateway.headers import retry_after
-from gateway.record import AttemptRecord
+from gateway.record import MAX_MESSAGE, AttemptRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -281,7 +281,7 @@ class Attempts:
         if error is None:
             attempt.outcome, attempt.decision = "ok", "answered"
         elif isinstance(error, BackendError):
-            attempt.outcome, attempt.message = error.outcome, error.message
+            attempt.outcome, attempt.message = error.outcome, error.message[:MAX_MESSAGE]
             attempt.error_type = str(attempt.status) if error.outcome.startswith("status_") else error.outcome
             attempt.retry_after = error.retry_after
             attempt.timer = error.param

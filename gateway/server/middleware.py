@@ -14,6 +14,7 @@ from gateway.errors import (
     GatewayDraining,
     GatewayError,
     InternalError,
+    InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     drop_frames,
@@ -129,6 +130,8 @@ class Middleware:
             del request[STREAM]  # it refers to the request: a cycle
         failure = self._failure(error, request, record)
         record.end_with(failure)
+        if isinstance(failure, InvalidApiKey):
+            self._telemetry.turn_away(record)
         drop_frames(error)
         if stream is not None and stream.opened:
             return await stream.end_with_error(failure)

@@ -6,19 +6,21 @@ from random import Random
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Self
 
+from gateway.errors import InvalidApiKey
 from gateway.headers import is_request_id
-from gateway.record import Record
+from gateway.record import MAX_TRACE_STATE, Record
 from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from multidict import MultiMapping
 
     from gateway.policy.breaker import State
     from gateway.settings import Settings
+    from gateway.telemetry.output import Output
 
 UUID_RANDOM = ~(0xF000 << 64 | 0xC000 << 48)
 UUID_FIXED = 0x4000 << 64 | 0x8000 << 48
@@ -35,6 +37,7 @@ class Telemetry:
         settings: which traces are kept.
         tracer: exports spans.
         log: writes the lines of requests.
+        outputs: where lines go; those they lose are counted.
         clock: seconds, monotonic.
         wall_clock: nanoseconds since the epoch.
         rng: draws request ids.
@@ -46,12 +49,13 @@ class Telemetry:
         *,
         tracer: Tracer,
         log: RequestLog,
+        outputs: "Iterable[Output]" = (),
         clock: "Callable[[], float]" = monotonic,
         wall_clock: "Callable[[], int]" = time_ns,
         rng: Random | None = None,
     ) -> None:
-        self.metrics = Metrics()
-        self.metrics.watch_dropped(lambda: tracer.dropped)
+        self.metrics = Metrics(clock=clock)
+        self.metrics.watch_dropped(lambda: tracer.dropped, tuple(outputs))
         self._tracer = tracer
         self._log = log
         self._clock = clock
@@ -61,11 +65,9 @@ class Telemetry:
 
     async def __aenter__(self) -> Self:
         self._tracer.start()
-        self._log.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._log.stop()
         await asyncio.to_thread(self._tracer.stop)
 
     @property
@@ -97,8 +99,14 @@ class Telemetry:
         record.sampled = sampled
         if "tracestate" in headers and (parent_id is not None or "traceparent" not in headers):
             # The state of a trace that was not joined does not pass.
-            record.trace_state = ",".join(headers.getall("tracestate")) or None
+            state = ",".join(headers.getall("tracestate"))
+            record.trace_state = state if 0 < len(state) <= MAX_TRACE_STATE else None
         return record
+
+    def turn_away(self, record: Record) -> None:
+        """Keep of a request without a valid key only its outcome; a stranger's flag and trace id sample nothing."""
+        record.trace_state = None
+        record.sampled = self._tracer.decide(record.method, record.path, None)[3]
 
     def finish(self, record: Record) -> None:
         """Report a request that has ended."""
@@ -129,7 +137,7 @@ class Telemetry:
 
     def _worth_keeping(self, record: Record) -> bool:
         """Return whether a request failed, was retried, fell back or was slow: exported whatever the sampler said."""
-        if self._keep_slow == "off":
+        if self._keep_slow == "off" or record.outcome == InvalidApiKey.code:
             return False
         return bool(
             record.status >= 500  # noqa: PLR2004

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from gateway.settings import SettingsError
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.terminal import TreePrinter
 
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def exporter_for(settings: "Settings", otel: "OtelSettings") -> "SpanExporter | None":
-    """Return an OTLP exporter where an endpoint is set; without one, the terminal's in dev and none in prod."""
+    """Return an OTLP exporter where an endpoint is set; without one, the terminal's in dev and none in prod.
+
+    Raises:
+        SettingsError: a certificate cannot be read.
+    """
     if otel.disabled:
         return None
     if not otel.has_endpoint:
@@ -23,4 +28,7 @@ def exporter_for(settings: "Settings", otel: "OtelSettings") -> "SpanExporter | 
         )
 
         return GrpcExporter()
-    return OtlpHttpExporter(over_requests=otel.needs_requests)
+    try:
+        return OtlpHttpExporter(reached=otel.collector)
+    except OSError as error:
+        raise SettingsError(f"a certificate for the collector of spans cannot be read: {error}") from None

@@ -1,31 +1,31 @@
-"""Logs: one line per entry, readable in dev, JSON in prod. A thread writes the lines of requests, many at a time."""
+"""Logs: one line per entry, readable in dev, JSON in prod. Nothing in a line commands the terminal that shows it."""
 
 import logging
 import sys
-import threading
 import time
-from collections import deque
 from datetime import UTC, datetime
 from functools import lru_cache
-from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
 from gateway.errors import CallerLeft
 from gateway.record import TARGET_DRAWN, TARGET_SKIPPED
+from gateway.telemetry.output import visible
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from gateway.record import Record
 
-FLUSH_INTERVAL = 0.2
-"""Seconds that a request's line may wait to be written."""
-MAX_WAITING = 10_000
-"""Lines; while the terminal or the log driver blocks, older ones are dropped."""
-LINES = 256
-"""Lines per write at most: a failed write loses all of them."""
+    SysExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+MAX_TEXT = 16_384
+"""Characters of a message, and the last so many of an exception."""
 MAX_MODEL = 128
 """Characters kept of a model's name."""
+NO_FAILURE = frozenset({"ok", CallerLeft.code})
+"""The outcomes of requests whose status is all there is to say."""
 OWN_PER_SECOND = 20
 """Lines a second of the gateway at most: breaker changes, defects."""
 OTHERS_PER_SECOND = 1
@@ -41,11 +41,26 @@ class JsonFormatter(logging.Formatter):
             "time": _rfc3339(int(record.created * 1e9)),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage()[:MAX_TEXT],
         }
         if record.exc_info:
-            document["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(document).decode()
+            document["exception"] = self.formatException(record.exc_info)[-MAX_TEXT:]
+        return _as_one_line(document)
+
+
+class ReadableFormatter(logging.Formatter):
+    """A line for people, with the traceback of an exception below it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line itself."""
+        return visible(super().formatMessage(record)[:MAX_TEXT])
+
+    def formatException(self, ei: "SysExcInfo") -> str:  # noqa: N802 - logging's name
+        """Return the lines of a traceback."""
+        return "\n".join(map(visible, super().formatException(ei)[-MAX_TEXT:].split("\n")))
 
 
 class RateLimit(logging.Filter):
@@ -84,64 +99,31 @@ class _Count:
 def setup_logs(level: str, *, as_json: bool) -> None:
     """Set up standard logging to stderr; libraries only from WARNING on, and few lines a second."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    )
+    handler.setFormatter(JsonFormatter() if as_json else ReadableFormatter())
     handler.addFilter(RateLimit())
+    logging.captureWarnings(capture=True)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("gateway").setLevel(level)
 
 
 class RequestLog:
-    """One line per request, formed when it has ended and written by a thread: no request waits for the output."""
+    """One line per request, formed when it has ended; where it goes, no request waits for it (see `Output`)."""
 
     def __init__(self, *, level: str, as_json: bool, stream: TextIO | None = None) -> None:
         self._lowest: int = logging.getLevelName(level)
         self._form = _json_line if as_json else _readable_line
-        if stream is None and isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as JSON, whatever the locale: no character may lose a line
-        self._stream = stream or sys.stdout
-        self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
-        if self._lowest <= logging.WARNING:
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Write what waits, for at most a second: the output may block."""
-        if self._thread is not None:
-            self._stopping.set()
-            self._thread.join(timeout=1.0)
+        self._put = (stream or sys.stdout).write
 
     def write(self, record: "Record") -> None:
         """Write the line of a request that has ended."""
         level = level_of(record)
         if self._lowest <= level:
-            self._waiting.append(self._form(record, level))
-
-    def _run(self) -> None:
-        while not self._stopping.wait(FLUSH_INTERVAL):
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        while self._waiting:
-            lines = [self._waiting.popleft() for _ in range(min(LINES, len(self._waiting)))]
-            try:
-                self._stream.write("".join(lines))
-                self._stream.flush()
-            except Exception:  # a full disk, a closed terminal: the thread continues  # noqa: BLE001, S112
-                continue
+            self._put(self._form(record, level))
 
 
 def level_of(record: "Record") -> int:
     """Return WARNING for failures behind the caller, INFO for answers, wrong requests and callers who left."""
-    failed = record.status >= 500 or (record.status < 400 and record.outcome not in {"ok", CallerLeft.code})  # noqa: PLR2004
+    failed = record.status >= 500 or (record.status < 400 and record.outcome not in NO_FAILURE)  # noqa: PLR2004
     return logging.WARNING if failed else logging.INFO
 
 
@@ -198,6 +180,12 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
 _encode = msgspec.json.Encoder().encode
 
 
+def _as_one_line(fields: object) -> str:
+    """Return a JSON object without characters that command a terminal; JSON itself escapes only those below U+0020."""
+    line = _encode(fields).decode()
+    return line if line.isascii() and "\x7f" not in line else visible(line)
+
+
 def _json_line(record: "Record", level: int) -> str:
     fields = _Fields(
         time=_rfc3339(record.started_ns),
@@ -239,7 +227,7 @@ def _json_line(record: "Record", level: int) -> str:
         ]
     if record.events:
         _describe_events(fields, record)
-    return _encode(fields).decode() + "\n"
+    return _as_one_line(fields) + "\n"
 
 
 def _describe_events(fields: _Fields, record: "Record") -> None:
@@ -257,13 +245,14 @@ def _readable_line(record: "Record", _level: int) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(record.started_ns / 1e9))
     attempts = ", ".join(f"{attempt.backend} {attempt.outcome}" for attempt in record.attempts)
     error = " ".join((record.error_message or "").split())
-    return (
+    line = (
         f"{clock} {record.status} {record.method} {record.path or '(unknown path)'}"
         f" {record.seconds(0.0) * 1000:.1f} ms {record.outcome}"
         f"{f' [{attempts}]' if attempts else ''}"
         f" request={record.request_id} trace={record.trace}"
-        f"{f' ({error})' if error else ''}\n"
+        f"{f' ({error})' if error else ''}"
     )
+    return visible(line) + "\n"
 
 
 def _rounded(seconds: float) -> float:

@@ -1,6 +1,8 @@
 """The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
 
 from bisect import bisect_left
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,7 +13,7 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from prometheus_client.metrics_core import Metric
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.policy.byte_budget import ByteBudget
     from gateway.policy.pool import Pool
     from gateway.record import Record
+    from gateway.telemetry.output import Output
 
 M = TypeVar("M", Counter, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -28,15 +31,27 @@ BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
+MAX_AGE = 1.0
+"""Seconds for which a document is given again: rendering one takes milliseconds, and anybody may ask for it."""
 OPENMETRICS = "application/openmetrics-text"
 OTHER = "other"
 """The `route` of a call to an unknown path."""
 
 
 class Metrics:
-    """One set of instruments, in a registry of its own. No label value comes from a caller."""
+    """One set of instruments, in a registry of its own. No label value comes from a caller.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        max_age: seconds for which a document is given again.
+    """
+
+    def __init__(self, *, clock: "Callable[[], float]" = monotonic) -> None:
+        self.max_age = MAX_AGE
+        self._clock = clock
+        self._documents: dict[bool, tuple[float, bytes, str]] = {}
         self._registry = registry = CollectorRegistry()
         self._requests = _Children(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
@@ -93,9 +108,9 @@ class Metrics:
                 self._transitions.labels(replica.name, state.value)
         self._registry.register(_Parts(pool, admission, byte_budget))
 
-    def watch_dropped(self, dropped: "Callable[[], int]") -> None:
-        """Read the number of lost spans whenever the metrics are asked for."""
-        self._registry.register(_Dropped(dropped))
+    def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
+        """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
+        self._registry.register(_Dropped(spans, outputs))
 
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
@@ -133,12 +148,18 @@ class Metrics:
         self._transitions.labels(backend, to.value).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics in the form that `accept` asks for, and its content type."""
-        self._duration.observe_latest()
-        self._first_token.observe_latest()
+        """Return the metrics in the form that `accept` asks for, up to `max_age` seconds old, and its content type."""
         # Not the header itself: an invalid version would fail, and any other would come back in the content type.
-        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
-        return encode(self._registry), content_type
+        newer = OPENMETRICS in accept
+        now = self._clock()
+        rendered, document, content_type = self._documents.get(newer, (-inf, b"", ""))
+        if now - rendered >= self.max_age:
+            self._duration.observe_latest()
+            self._first_token.observe_latest()
+            encode, content_type = choose_encoder(OPENMETRICS if newer else "")
+            document = encode(self._registry)
+            self._documents[newer] = now, document, content_type
+        return document, content_type
 
 
 class _Durations:
@@ -224,16 +245,23 @@ class _Parts:
 
 
 class _Dropped:
-    """The lost spans."""
+    """The lost spans and lines."""
 
-    def __init__(self, dropped: "Callable[[], int]") -> None:
-        self._read = dropped
+    def __init__(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
+        self._spans = spans
+        self._outputs = outputs
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
-        family = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
-        family.add_metric([], self._read())
-        yield family
+        spans = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
+        spans.add_metric([], self._spans())
+        yield spans
+        lines = CounterMetricFamily(
+            "gateway_log_lines_dropped", "Lines of the logs that could not be written.", labels=["stream"]
+        )
+        for output in self._outputs:
+            lines.add_metric([output.name], output.dropped)
+        yield lines
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

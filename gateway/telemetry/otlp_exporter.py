@@ -1,10 +1,15 @@
-"""The SDK's OTLP/HTTP exporter, with a way in for encoded bytes and the faster of its two transports.
+"""The SDK's OTLP/HTTP exporter, with a way in for encoded bytes and a transport that is bounded in time and bytes.
 
-The transport is private to the SDK: pyproject.toml bounds its version, and tests/unit/gateway/test_otlp.py asserts
-that it exists and is the one that is used.
+The way to set a transport is private to the SDK: pyproject.toml bounds its version, and tests/unit/gateway/test_otlp.py
+asserts that it exists and is the one that is used.
 """
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+from gateway.settings import CollectorSettings
+from gateway.telemetry.otlp_transport import Transport
+
+DIRECT = CollectorSettings()
 
 
 class OtlpHttpExporter(OTLPSpanExporter):
@@ -13,21 +18,23 @@ class OtlpHttpExporter(OTLPSpanExporter):
     Args:
         endpoint: url; None: what the environment says.
         timeout: seconds; None: what the environment says.
-        over_requests: whether it goes over `requests`, which holds the interpreter for twice as long as urllib3.
+        reached: how the collector is reached.
+
+    Raises:
+        OSError: a certificate cannot be read.
     """
 
     def __init__(
-        self, endpoint: str | None = None, timeout: float | None = None, *, over_requests: bool = False
+        self, endpoint: str | None = None, timeout: float | None = None, *, reached: CollectorSettings = DIRECT
     ) -> None:
-        if over_requests:
+        if reached.by_provider:
             super().__init__(endpoint, timeout=timeout)
-            return
-        from opentelemetry.exporter.http.transport._urllib3 import (  # noqa: PLC0415 - private, and not always needed
-            Urllib3HTTPTransport,
-        )
-
-        super().__init__(endpoint, timeout=timeout, _transport=Urllib3HTTPTransport())
+            # The session is the plugin's, of `requests`, which then reads no answer.
+            self._client._transport._session.stream = True  # type: ignore[attr-defined]  # noqa: SLF001
+        else:
+            super().__init__(endpoint, timeout=timeout, _transport=Transport(reached))
 
     def send(self, body: bytes) -> bool:
         """Post a request, with the SDK's retries and time limit; return whether it was accepted."""
-        return self._client.export(body).success
+        result = self._client.export(body)
+        return result.success and (result.status_code or 0) < 300  # noqa: PLR2004 - a redirect has not got the spans

@@ -108,7 +108,7 @@ def _http_attributes(method: str, path: str | None, status: int, outcome: str) -
     return Shared(f"{method} {path}" if path is not None else method, SERVER, attributes)
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=512)
 def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     method: str,
     path: str | None,
@@ -208,7 +208,7 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
     return span
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=512)
 def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     url: str,
     host: str,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TextIO
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanKind, StatusCode
 
+from gateway.telemetry.output import visible
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -46,7 +48,7 @@ class TreePrinter(SpanExporter):
             left = min(WIDTH - 1, max(0, (start - began) * WIDTH // total))
             width = max(1, min(WIDTH - left, (end - start) * WIDTH // total))
             bar = " " * left + "#" * width + " " * (WIDTH - left - width)
-            lines.append(f"  |{self._paint(span, bar)}| {(end - start) / 1e6:8.1f} ms  {_describe(span)}")
+            lines.append(f"  |{self._paint(span, bar)}| {(end - start) / 1e6:8.1f} ms  {visible(_describe(span))}")
         self._stream.write("\n".join(lines) + "\n")
 
     def _paint(self, span: "ReadableSpan", bar: str) -> str:

@@ -35,10 +35,11 @@ MAX_WAITING = 4096
 """Requests whose spans wait for the exporter."""
 BATCH = 128
 """Requests per export."""
-BATCH_BYTES = 2_000_000
-"""Encoded bytes after which an export is closed: collectors take 4 MiB by gRPC, 20 MiB by HTTP."""
-MAX_TEXT_WAITING = 16_000_000
-"""Characters of captured prompts and answers that wait; beyond that spans go without their texts."""
+BATCH_EXTRA = 700_000
+"""Extra bytes of its requests after which an export is closed; encoded they are at most twice as many. Collectors take
+4 MiB by gRPC, 20 MiB by HTTP; what every request may hold is at most 16 KB encoded, 2 MB in a batch."""
+MAX_EXTRA = 32_000_000
+"""Extra bytes of the requests that wait: beyond half of it they wait without texts, beyond it the oldest are lost."""
 CHUNK = 32
 """Requests whose spans are made in one go: a thread that holds the interpreter for longer slows requests down."""
 BREATH = 0.001
@@ -47,6 +48,8 @@ INTERVAL = 0.5
 """Seconds between exports while less than a batch waits."""
 LAST_EXPORT = 2.0
 """Seconds the last export may take when the gateway stops."""
+LAST_STEP = 0.2
+"""Seconds that the exporter may take to shut down, and then the thread to end."""
 ASK_AGAIN = 2.0
 """Seconds between two empty exports that check whether a failing collector is back, while no spans wait."""
 RECENT = 10.0
@@ -85,7 +88,8 @@ class Tracer:
         self._encoder = Encoder(self.resource.attributes, SCOPE.name, __version__)
         self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
         self._waiting: deque[Record] = deque()
-        self._texts = 0
+        self._added = 0
+        self._taken = 0
         self._asked_at = 0.0
         self._wake = threading.Event()
         self._stopping = False
@@ -125,21 +129,36 @@ class Tracer:
         if self._exporter is None:
             record.forget_texts()
             return
-        if record.input_text is not None or record.output_text is not None:
-            if self._texts + record.texts > MAX_TEXT_WAITING:
-                record.forget_texts()
-            else:
-                self._texts += record.texts
+        if record.is_large:
+            self._make_room(record)
         waiting = self._waiting
         if len(waiting) >= self._max_waiting:
-            with suppress(IndexError):  # unless the thread was faster
-                oldest = waiting.popleft()
-                self._forget_texts(oldest)
-                self._pushed_out += 1 + len(oldest.attempts)
-                self._pushed_out_at = self._clock()
+            self._push_out()
         waiting.append(record)
         if len(waiting) >= BATCH:
             self._wake.set()
+
+    @property
+    def _extra(self) -> int:
+        """Extra bytes of the requests that wait; one thread writes each of the two sums."""
+        return self._added - self._taken
+
+    def _make_room(self, record: "Record") -> None:
+        """Count the extra bytes of a request that is going to wait."""
+        if self._extra + record.measure() > MAX_EXTRA // 2:
+            record.forget_texts()
+            record.measure()
+        while self._extra + record.extra > MAX_EXTRA and self._waiting:
+            self._push_out()
+        self._added += record.extra
+
+    def _push_out(self) -> None:
+        """Drop the oldest request that waits, and count its spans."""
+        with suppress(IndexError):  # unless the thread was faster
+            oldest = self._waiting.popleft()
+            self._added -= oldest.extra
+            self._pushed_out += 1 + len(oldest.attempts)
+            self._pushed_out_at = self._clock()
 
     def start(self) -> None:
         """Start the thread."""
@@ -157,8 +176,10 @@ class Tracer:
         self._thread.join(LAST_EXPORT)
         if self._thread.is_alive():
             _log.warning("the last spans could not be exported within %g s", LAST_EXPORT)
-        threading.Thread(target=self._exporter.shutdown, daemon=True).start()
-        self._thread.join(0.1)
+        shutdown = threading.Thread(target=self._exporter.shutdown, daemon=True)
+        shutdown.start()
+        for thread in (shutdown, self._thread):
+            thread.join(LAST_STEP)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -184,14 +205,14 @@ class Tracer:
         size = 0
         try:
             for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
-                chunk, texts = self._next_chunk()
+                chunk, extra = self._next_chunk(BATCH_EXTRA - size)
                 spans += chunk
-                size += 4 * texts  # bytes in UTF-8, at most
+                size += extra
                 if isinstance(self._exporter, OtlpHttpExporter):
                     encoded += map(self._encoder.span, chunk)
                 if not self._stopping:
                     time.sleep(BREATH)
-                if size >= BATCH_BYTES:
+                if size >= BATCH_EXTRA:
                     break
             good = self._export(spans, encoded)
         except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
@@ -200,29 +221,25 @@ class Tracer:
         self._failing = not good
         if not good:
             self._unsent += len(spans)
-        return size >= BATCH_BYTES
+        return size >= BATCH_EXTRA
 
-    def _next_chunk(self) -> tuple[list[SpanData], int]:
-        """Return the spans of the next requests, and the number of captured characters in them."""
+    def _next_chunk(self, room: int) -> tuple[list[SpanData], int]:
+        """Return the spans of the next requests, and their extra bytes; it ends when these are as many as `room`."""
         spans: list[SpanData] = []
-        texts = 0
+        extra = 0
         for _ in range(min(CHUNK, len(self._waiting))):
             try:
                 record = self._waiting.popleft()
             except IndexError:  # the oldest was dropped meanwhile
                 break
             spans += spans_of(record)
-            if record.texts:
-                texts += record.texts
-                self._forget_texts(record)
-                if 4 * texts >= BATCH_BYTES:
+            if record.extra:
+                self._taken += record.extra
+                extra += record.extra
+                record.forget_texts()
+                if extra >= room:
                     break
-        return spans, texts
-
-    def _forget_texts(self, record: "Record") -> None:
-        """Drop the texts of a request that no longer waits."""
-        self._texts -= record.texts
-        record.forget_texts()
+        return spans, extra
 
     def _ask_again(self) -> None:
         """Check whether a failing collector is back while there is nothing to send."""

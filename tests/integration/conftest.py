@@ -104,6 +104,7 @@ async def start_gateway(
             tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
         )
+        telemetry.metrics.max_age = 0.0  # what a test reads is what it has just done
         app = create_app(settings, load_routing(settings), telemetry)
         client = await aiohttp_client(GatewayServer(app))
         return Gateway(client, app[PARTS], exporter, log)

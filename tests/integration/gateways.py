@@ -43,7 +43,7 @@ class Gateway:
     Attributes:
         client: pytest-aiohttp's client for it.
         parts: what it is made of.
-        log: its request lines, once it has stopped or `RequestLog.FLUSH_INTERVAL` has passed.
+        log: its request lines.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import aiohttp
 import pytest
 
 from gateway.record import Record
-from gateway.telemetry.logs import MAX_WAITING, OWN_PER_SECOND, JsonFormatter, RateLimit, RequestLog, setup_logs
+from gateway.telemetry.logs import OWN_PER_SECOND, JsonFormatter, RateLimit, RequestLog, setup_logs
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.polling import until
@@ -228,6 +227,7 @@ def root_logger() -> Iterator[logging.Logger]:
     root.handlers[:] = handlers
     root.setLevel(level)
     ours.setLevel(own_level)
+    logging.captureWarnings(capture=False)
 
 
 def a_line(name: str, second: int, message: str = "line") -> logging.LogRecord:
@@ -293,65 +293,6 @@ def a_finished_record() -> Record:
     return record
 
 
-class Blocked(io.StringIO):
-    """A terminal that does not take anything until it is `open`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = threading.Event()
-        self.asked = threading.Event()
-
-    def write(self, text: str) -> int:
-        self.asked.set()
-        self.open.wait(30)
-        return super().write(text)
-
-
-class Broken(io.StringIO):
-    """A full disk, for as long as `full` is true."""
-
-    full = True
-
-    def write(self, text: str) -> int:
-        if self.full:
-            raise OSError(28, "No space left on device")
-        return super().write(text)
-
-
-async def test_a_terminal_that_blocks_costs_no_request_and_bounded_memory(
-    mock: MockModel, start_gateway: StartGateway
-) -> None:
-    gateway = await start_gateway(mock)
-    stream = Blocked()
-    log = RequestLog(level="INFO", as_json=True, stream=stream)
-    gateway.parts.telemetry._log.stop()
-    gateway.parts.telemetry._log = log
-    log.start()
-    try:
-        first = await gateway.chat()
-        await until(stream.asked.is_set)
-        answers = [await gateway.chat() for _ in range(5)]
-        log._waiting.extend([log._waiting[-1]] * (MAX_WAITING + 100))
-        assert len(log._waiting) == MAX_WAITING
-    finally:
-        stream.open.set()
-    await asyncio.to_thread(log.stop)
-
-    assert {answer.status for answer in [first, *answers]} == {200}
-
-
-def test_a_full_disk_costs_lines_and_not_the_log(a_finished_record: Record) -> None:
-    stream = Broken()
-    log = RequestLog(level="INFO", as_json=True, stream=stream)
-    log.write(a_finished_record)
-    log._flush()
-    stream.full = False
-    log.write(a_finished_record)
-    log._flush()
-
-    assert stream.getvalue().count("\n") == 1
-
-
 async def test_a_record_that_cannot_be_written_costs_its_line_and_not_the_answer(
     mock: MockModel, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,19 +318,13 @@ def refuse(_record: Record) -> str:
 @pytest.mark.parametrize(("level", "count"), [("INFO", 1), ("DEBUG", 1), ("WARNING", 0)])
 def test_request_lines_are_of_level_info(a_finished_record: Record, level: str, count: int) -> None:
     stream = io.StringIO()
-    log = RequestLog(level=level, as_json=True, stream=stream)
-    log.start()
-    log.write(a_finished_record)
-    log.stop()
+    RequestLog(level=level, as_json=True, stream=stream).write(a_finished_record)
 
     assert stream.getvalue().count("\n") == count
 
 
 def test_people_get_a_readable_line(a_finished_record: Record) -> None:
     stream = io.StringIO()
-    log = RequestLog(level="INFO", as_json=False, stream=stream)
-    log.start()
-    log.write(a_finished_record)
-    log.stop()
+    RequestLog(level="INFO", as_json=False, stream=stream).write(a_finished_record)
 
     assert " 200 POST /v1/chat/completions 250.0 ms ok request=req-1 trace=" in stream.getvalue()

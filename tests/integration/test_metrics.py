@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
+from gateway.telemetry.metrics import MAX_AGE
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.exposition import Exposition
@@ -424,3 +426,42 @@ async def test_probes_and_scrapes_are_not_counted_as_requests(mock: MockModel, s
     found = await numbers(gateway)
 
     assert found.by("gateway_requests_total", "route") == {}
+
+
+async def test_many_scrapers_cost_as_much_as_one(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    metrics = gateway.parts.telemetry.metrics
+    rendered = 0
+
+    class Watched:
+        def collect(self) -> list[Any]:
+            nonlocal rendered
+            rendered += 1
+            return []
+
+    metrics._registry.register(Watched())
+    now, rendered = 100.0, 0
+    metrics._clock = lambda: now
+    metrics.max_age = MAX_AGE
+    accepts = ["", "*/*", OPENMETRICS, "text/plain;version=0.0.4", OPENMETRICS + ";x=1", "application/json"]
+
+    async def scraped() -> set[str]:
+        """What all scrapers see of the requests."""
+        seen = set()
+        for accept in accepts * 3:
+            async with gateway.client.get("/metrics", headers={"accept": accept}) as response:
+                newer = response.content_type == "application/openmetrics-text"
+                assert newer is ("openmetrics" in accept)
+                seen.add("".join(re.findall(r"^gateway_requests_total.* (\S+)$", await response.text(), re.MULTILINE)))
+        return seen
+
+    assert await scraped() == {""}
+    assert rendered == 2
+    await gateway.chat()
+    now += MAX_AGE - 0.001
+    assert await scraped() == {""}
+    assert rendered == 2
+    now += 0.001
+    assert await scraped() == {"1.0"}
+    assert rendered == 4
+    assert len(metrics._documents) == 2

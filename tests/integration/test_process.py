@@ -3,10 +3,13 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,12 @@ from openai import AsyncOpenAI
 
 from gateway.__main__ import main
 from mock_model.serve import MockModel
+from testkit.completions import CHAT
+from testkit.exposition import Exposition
+from testkit.http import ask
 from testkit.polling import until
+from testkit.ports import free_port
+from testkit.processes import python
 from tests.integration.processes import run, running
 from tests.integration.recorder import Recorder
 from tests.integration.wire import dial, post
@@ -106,7 +114,10 @@ def pytests_logs() -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger("gateway")
     handlers, level, our_level = root.handlers[:], root.level, ours.level
     root.handlers = []  # or `basicConfig` would close them
+    output, errors = sys.stdout, sys.stderr
     yield
+    sys.stdout, sys.stderr = output, errors
+    logging.captureWarnings(capture=False)
     root.handlers = handlers
     root.setLevel(level)
     ours.setLevel(our_level)
@@ -251,3 +262,117 @@ async def test_with_an_endpoint_spans_go_there_and_no_tree_is_printed(mock: Mock
     assert bytes.fromhex(answer.headers["x-trace-id"]) in sent
     assert SECRET.encode() not in sent
     assert f"trace {answer.headers['x-trace-id']}\n" not in output
+
+
+class Unread:
+    """A pipe that is full, and that nobody reads: a terminal after Ctrl-S, a log driver that hangs."""
+
+    def __init__(self) -> None:
+        self._reading, self.writing = os.pipe()
+
+    def __enter__(self) -> int:
+        os.set_blocking(self.writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(self.writing, b"." * 4096)
+        os.set_blocking(self.writing, True)
+        return self.writing
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._reading)
+        os.close(self.writing)
+
+
+@asynccontextmanager
+async def writing_to(
+    output: int, errors: int, *command: str, **environment: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a command with these outputs; it is killed at the end if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=output, stderr=errors, env={**os.environ, **environment}
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def status_of(url: str, **options: Any) -> int:  # noqa: ANN401 - as of `ask`
+    """The status of an answer; 0 while nobody listens."""
+    try:
+        return (await ask(url, **options)).status
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("mode", ["dev", "prod"])
+async def test_logs_that_nobody_reads_stop_neither_a_request_nor_the_end(mock: MockModel, mode: str) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {**LOCAL, "PORT": str(port), "GATEWAY_BACKEND_URLS": mock.url, "APP_MODE": mode}
+    mock.set_faults([{"kind": "status", "with": {"status": 500}, "times": 12}])
+    with Unread() as output, Unread() as errors:
+        async with writing_to(output, errors, *python("gateway"), **environment, GATEWAY_NO_SUCH="warns") as gateway:
+            await until(lambda: status_of(f"{url}/readyz"), seconds=50)
+            statuses = [
+                await status_of(f"{url}/v1/chat/completions", method="POST", body=CHAT | {"user": str(number)})
+                for number in range(20)  # breakers and cooldowns write to stderr
+            ]
+            assert set(statuses) <= {200, 500, 503}
+            gateway.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(50):
+                assert await gateway.wait() == 0
+
+
+async def test_a_start_that_fails_ends_though_nobody_reads_why() -> None:
+    with Unread() as errors:
+        async with writing_to(errors, errors, *python("gateway"), PORT="a") as gateway, asyncio.timeout(50):
+            assert await gateway.wait() == 2
+
+
+async def test_a_mock_model_whose_log_nobody_reads_answers_and_ends() -> None:
+    port = free_port()
+    environment = {"PORT": str(port), "CONTROL_PORT": "0", "LOG_LEVEL": "DEBUG"}
+    with Unread() as errors:
+        async with writing_to(errors, errors, *python("mock_model"), **environment) as model:
+            await until(lambda: status_of(f"http://127.0.0.1:{port}/health"), seconds=50)
+            model.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(50):
+                assert await model.wait() == 0
+        async with writing_to(errors, errors, *python("mock_model"), PORT="a") as model, asyncio.timeout(50):
+            assert await model.wait() == 2
+
+
+@pytest.mark.parametrize("how", ["closed", "full disk", "broken pipe"])
+async def test_a_terminal_that_takes_nothing_is_told_in_one_line(mock: MockModel, tmp_path: Path, how: str) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {**LOCAL, "PORT": str(port), "GATEWAY_BACKEND_URLS": mock.url, "APP_MODE": "dev"}
+    command = python("gateway")
+    if how == "closed":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    reading, broken = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    with (tmp_path / "errors").open("w") as errors:
+        output = broken if how == "broken pipe" else full
+        async with writing_to(output, errors.fileno(), *command, **environment) as gateway:
+            await until(lambda: status_of(f"{url}/readyz"), seconds=50)
+            for _ in range(3):
+                assert await status_of(f"{url}/v1/chat/completions", method="POST", body=CHAT) == 200
+                await asyncio.sleep(0.3)  # so that each has a line and a tree of its own
+            found = Exposition.parse((await ask(f"{url}/metrics")).body.decode())
+            gateway.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(50):
+                assert await gateway.wait() == 0
+    os.close(broken)
+    os.close(full)
+
+    told = (tmp_path / "errors").read_text()
+    assert told.count("stdout takes no lines") == (0 if how == "closed" else 1)
+    assert "Traceback" not in told
+    lost = found.value("gateway_log_lines_dropped_total", stream="stdout")
+    assert lost == 0 if how == "closed" else lost > 0
+    assert found.value("gateway_log_lines_dropped_total", stream="stderr") == 0

@@ -12,7 +12,7 @@ import pytest
 import trustme
 from openai import AsyncOpenAI, InternalServerError
 
-from gateway.settings import load_otel, needs_requests
+from gateway.settings import load_collector, load_otel
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
@@ -150,7 +150,7 @@ async def sent(exporter: OtlpHttpExporter) -> bool:
     try:
         return await asyncio.to_thread(exporter.send, b"")
     finally:
-        exporter.shutdown()  # type: ignore[no-untyped-call]
+        await asyncio.to_thread(exporter.shutdown)
 
 
 @pytest.mark.parametrize("signal", ["", "TRACES_"])
@@ -183,8 +183,8 @@ async def test_spans_go_to_a_collector_that_asks_for_a_certificate(  # noqa: PLR
 
 def exporter(endpoint: str | None = None, timeout: float | None = None) -> OtlpHttpExporter:
     """As the gateway makes it."""
-    over_requests = needs_requests(endpoint) if endpoint else load_otel().needs_requests
-    return OtlpHttpExporter(endpoint, timeout, over_requests=over_requests)
+    reached = load_collector(endpoint) if endpoint else load_otel().collector
+    return OtlpHttpExporter(endpoint, timeout, reached=reached)
 
 
 async def test_the_name_and_password_of_netrc_are_sent(collector: Collector, home: Path) -> None:

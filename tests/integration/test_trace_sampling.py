@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace.sampling import Decision
 
 from gateway.telemetry.tracing import Tracer
 from testkit.polling import until
+from tests.integration.gateways import KEY
 from tests.integration.traced import CALLER, CALLER_SPAN, CALLER_TRACE, LONG, Stack, StartStack
 
 
@@ -175,3 +176,38 @@ async def test_a_caller_who_wants_no_trace_gets_one_only_of_a_failure(start_stac
     failed = [span for span in stack.collector.spans if span.name != "GET /v1/models"]
     assert {span.trace_id for span in failed} == {CALLER_TRACE}
     assert failed[0].parent_id == CALLER_SPAN
+
+
+STRANGER = {"traceparent": f"00-{CALLER_TRACE}-{CALLER_SPAN}-01", "tracestate": "vendor=abc"}
+"""Without a key: wants to be sampled, and to be remembered."""
+
+
+async def test_calls_without_a_key_are_sampled_by_ratio_alone_and_leave_only_their_outcome(
+    start_stack: StartStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample(monkeypatch, "0")
+    stack = await start_stack(gateway_api_keys=[KEY], gateway_trace_keep_slow=1e-9)
+    refused = [
+        await stack.gateway.chat(headers={**STRANGER, **headers}, path=path)
+        for headers in ({}, {"authorization": "Bearer none of them"})
+        for path in ("/v1/chat/completions", "/v1/messages", "/v1/nothing")
+    ]
+    failed = await stack.gateway.chat(headers={"authorization": f"Bearer {KEY}"}, messages="none")
+    await until(lambda: exported(stack))
+
+    assert [answer.status for answer in [*refused, failed]] == [401] * 6 + [400]
+    assert exported(stack) == ["SERVER 400 invalid_request, unset"]
+
+
+async def test_a_call_without_a_key_is_exported_where_the_ratio_takes_it(
+    start_stack: StartStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample(monkeypatch, "1")
+    stack = await start_stack(gateway_api_keys=[KEY])
+    unsampled = {**STRANGER, "traceparent": f"00-{CALLER_TRACE}-{CALLER_SPAN}-00"}
+    answer = await stack.gateway.chat(headers=unsampled)
+    trace = await stack.collector.trace(answer.headers["x-trace-id"], spans=1)
+
+    assert answer.status == 401
+    assert trace.tree == ["SERVER 401 invalid_api_key, unset"]
+    assert trace.server.trace_state == ""

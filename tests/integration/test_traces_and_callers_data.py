@@ -6,6 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from testkit.polling import until
 from tests.integration.gateways import Gateway
@@ -111,6 +112,21 @@ async def test_the_state_of_a_trace_goes_on_with_it_and_not_with_another(start_s
 
     assert {span.trace_state for span in joined.spans} == {"vendor=abc"}
     assert {span.trace_state for span in begun.spans} == {""}
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+@pytest.mark.parametrize(("size", "kept"), [(512, True), (513, False)])
+async def test_a_state_of_more_than_512_characters_is_dropped(
+    start_stack: StartStack, lines: int, size: int, *, kept: bool
+) -> None:
+    stack = await start_stack()
+    states = ["v=" + "x" * 254, "w=" + "x" * (size - 259)]
+    state = ",".join(states)
+    headers = CIMultiDict([*CALLER.items(), *(("tracestate", each) for each in (states if lines == 2 else [state]))])
+    answer, trace = await stack.chat(headers=headers)
+
+    assert answer.status == 200
+    assert {span.trace_state for span in trace.spans} == ({state} if kept else {""})
 
 
 async def test_a_later_version_of_traceparent_is_joined(start_stack: StartStack) -> None:

@@ -12,6 +12,7 @@ from chaos.promises import Verdict, all_good, at_most, fails_as, in_time, quanti
 from testkit.exposition import Exposition
 from testkit.load import Call, now, sent_between, summary
 from testkit.polling import wait_for
+from testkit.servers import METRICS_AGE
 from tests.chaos.verdict import keep
 from tests.stack.engine import PROJECT, Stack, docker
 from tests.stack.load import CUT, SILENT, UNREACHABLE, load, recovers
@@ -257,6 +258,7 @@ async def test_callers_who_leave_in_a_storm_give_everything_back(stack: Stack) -
 
 def disconnects(stack: Stack) -> float:
     """How many callers left, as the gateway counts them."""
+    time.sleep(METRICS_AGE)
     return Exposition.parse(stack.gateway("/metrics").body.decode()).value("gateway_client_disconnects_total")
 
 

@@ -58,8 +58,10 @@ def test_an_answer_is_told_with_its_finish_reasons() -> None:
 def test_all_of_it_is_bounded() -> None:
     long = {"messages": [{"role": "r" * 9999, "content": "x" * 9999}] * 1000}
     many = {"messages": [{"role": "user", "content": ""}] * 1000}
+    parts = {"messages": [{"role": "user", "content": [{"type": "image" * 99}] * 1000}] * 1000}
 
     assert len(CHAT.prompt_messages(json.dumps(long).encode())) < MAX_TEXT + 1000
+    assert len(CHAT.prompt_messages(json.dumps(parts).encode())) < 3 * MAX_TEXT
     assert len(json.loads(CHAT.prompt_messages(json.dumps(many).encode()))) == MAX_MESSAGES
     assert len(output_messages(["y" * 99_999] * 5, None)) < MAX_TEXT + 1000
 

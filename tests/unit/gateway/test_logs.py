@@ -2,13 +2,29 @@
 import io
 import json
 import logging
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.resources import Resource
 
 from gateway.record import AttemptRecord, Record
-from gateway.telemetry.logs import OTHERS_PER_SECOND, OWN_PER_SECOND, JsonFormatter, RateLimit, RequestLog, setup_logs
+from gateway.telemetry.logs import (
+    MAX_TEXT,
+    OTHERS_PER_SECOND,
+    OWN_PER_SECOND,
+    JsonFormatter,
+    RateLimit,
+    ReadableFormatter,
+    RequestLog,
+    setup_logs,
+)
+from gateway.telemetry.output import Output, write_last
+from gateway.telemetry.sdk_spans import to_readable
+from gateway.telemetry.spans import spans_of
+from gateway.telemetry.terminal import TreePrinter
 
 
 def line(
@@ -29,6 +45,7 @@ def process_logs() -> Iterator[None]:
     yield
     root.handlers[:], root.level = kept[0], kept[1]
     own.setLevel(kept[2])
+    logging.captureWarnings(capture=False)
 
 
 def boom() -> Any:
@@ -143,10 +160,7 @@ def request(**fields: Any) -> Record:
 
 def written(record: Record, *, as_json: bool, level: str = "INFO") -> str:
     stream = io.StringIO()
-    log = RequestLog(level=level, as_json=as_json, stream=stream)
-    log.start()
-    log.write(record)
-    log.stop()
+    RequestLog(level=level, as_json=as_json, stream=stream).write(record)
     return stream.getvalue()
 
 
@@ -184,16 +198,85 @@ def test_no_request_makes_the_log_fail(fields: dict[str, Any], as_json: bool) ->
     assert len(text) < 2000
 
 
-def test_a_foreign_name_costs_no_line_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    bytes_written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(bytes_written, encoding="latin-1"))
-    log = RequestLog(level="INFO", as_json=True)
-    log.start()
-    log.write(request(model="日本"))
-    log.write(request(model="m"))
-    log.stop()
+def test_a_foreign_name_costs_no_line_whatever_the_locale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w", encoding="latin-1") as stream:
+        output = Output("stdout", stream)
+        monkeypatch.setattr("sys.stdout", output)
+        log = RequestLog(level="INFO", as_json=True)
+        log.write(request(model="日本"))
+        log.write(request(model="m"))
+        output.start()
+        write_last(output)
 
-    assert [json.loads(text)["model"] for text in bytes_written.getvalue().decode().splitlines()] == ["日本", "m"]
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(text)["model"] for text in lines] == ["日本", "m"]
+
+
+EVIL = "a\x1b[31m\x07\x7f\x85\x9b\u2028\u2029\u200e\u200f\u202e\u2066\r\nfalse line"
+"""What would colour a terminal, ring its bell, turn its writing around, or forge a line."""
+
+
+def commands_of(text: str) -> set[str]:
+    """The characters that a terminal or a viewer obeys, but for the ends of lines."""
+    return {character for character in text if not character.isprintable()} - {"\n"}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("field", ["request_id", "path", "error_message", "route", "model", "outcome", "stop_reason"])
+def test_no_field_of_a_request_commands_a_terminal(field: str, as_json: bool) -> None:  # noqa: FBT001
+    record = request(**{field: EVIL})
+    attempt = AttemptRecord(1, "a-1", 7, 10.0)
+    attempt.outcome = attempt.request_id = attempt.decision = EVIL
+    record.attempts.append(attempt)
+    text = written(record, as_json=as_json)
+
+    assert not commands_of(text)
+    assert text.count("\n") == 1
+    assert "false line" in text
+    if as_json:
+        assert json.loads(text)["error" if field == "error_message" else field] == EVIL
+        assert json.loads(text)["attempts"][0]["request_id"] == EVIL
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_no_line_of_the_gateway_or_a_library_commands_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+    process_logs: None,
+    as_json: bool,  # noqa: FBT001
+) -> None:
+    setup_logs("INFO", as_json=as_json)
+    logging.getLogger("gateway").warning("of %s", EVIL)
+    logging.getLogger("aiohttp").error("broken", exc_info=ValueError(EVIL))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(EVIL, stacklevel=1)
+
+    text = capsys.readouterr().err
+    assert not commands_of(text)
+    assert [line for line in text.splitlines() if line.startswith("false line")] == ([] if as_json else ["false line"])
+    assert text.count("a\\u001b[31m\\u0007\\u007f\\u0085") == 3
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_long_message_and_a_long_exception_are_cut(as_json: bool) -> None:  # noqa: FBT001
+    formatter = JsonFormatter() if as_json else ReadableFormatter()
+    error = ValueError("y" * 1_000_000 + " the end")
+    text = formatter.format(line("x" * 1_000_000 + "%s", exc_info=(ValueError, error, None)))
+
+    assert len(text) < 2 * MAX_TEXT + 1000
+    assert "yy the end" in text
+
+
+def test_the_tree_in_a_terminal_commands_nothing() -> None:
+    stream = io.StringIO()
+    record = request(outcome=EVIL)
+    attempt = AttemptRecord(1, EVIL, 7, 10.0)
+    attempt.outcome = attempt.decision = EVIL
+    record.attempts.append(attempt)
+    TreePrinter(stream).export([to_readable(span, Resource({})) for span in spans_of(record)])
+
+    assert not commands_of(stream.getvalue())
+    assert len(stream.getvalue().splitlines()) == 3
 
 
 def test_a_readable_line_names_what_one_looks_for() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
+from sys import getsizeof
 from time import monotonic
 from typing import Any
 
@@ -28,18 +29,22 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, SamplingRe
 from gateway import __version__
 from gateway.dialects.captured_text import output_messages
 from gateway.dialects.openai.chat import OpenAIChat
-from gateway.record import AttemptRecord, Record
-from gateway.settings import SettingsError, load, load_otel, needs_requests
+from gateway.errors import InvalidRequest
+from gateway.record import MAX_MESSAGE, MAX_TRACE_STATE, AttemptRecord, Record
+from gateway.settings import CollectorSettings, SettingsError, load, load_collector, load_otel
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp_encoder import Encoder
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+from gateway.telemetry.otlp_transport import Transport
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value
 from gateway.telemetry.spans import spans_of
 from gateway.telemetry.terminal import TreePrinter
 from gateway.telemetry.trace_context import is_sampled
-from gateway.telemetry.tracing import BATCH, CHUNK, MAX_TEXT_WAITING, Tracer
+from gateway.telemetry.tracing import BATCH, CHUNK, MAX_EXTRA, Tracer
 
+MOST_BY_GRPC = 4_194_304
+"""Bytes that a collector takes by gRPC."""
 RESOURCE = Resource(
     {"service.name": "gateway", "flag": True, "number": -1, "share": 0.5, "list": ["a", "b"], "empty": ""}
 )
@@ -162,13 +167,102 @@ def test_captured_texts_close_a_batch_early_and_beyond_a_limit_are_left_out() ->
     for record in records:
         record.input_text, record.output_text = "\U0001f600" * 16_384, None
         tracer.export(record)
-    tracer.start()
-    tracer.stop()
+    kept = sum(record.input_text is not None for record in records)
+    assert MAX_EXTRA // 2 - 70_000 < sum(record.extra for record in tracer._waiting) <= MAX_EXTRA
+    tracer._export_waiting()
 
     assert len(texts) == 1000
-    assert texts.count(True) == MAX_TEXT_WAITING // 16_384
-    assert max(sizes) < 4_194_304
-    assert not [record for record in records if record.texts]
+    assert 0 < texts.count(True) == kept <= MAX_EXTRA // 2 // (4 * 16_384)
+    assert max(sizes) < MOST_BY_GRPC
+    assert not [record for record in records if record.input_text]
+    assert tracer._extra == 0
+
+
+def worst(number: int) -> Record:
+    """The record of a request whose caller and backend say as much as they can."""
+    wide = "\U0001f600" * 100_000
+    record = a_record(number)
+    del record.attempts[1:], record.events[:]
+    record.input_text = record.output_text = None
+    record.request_id = record.attempts[0].request_id = "r" * 128
+    record.trace_state = "\xff" * MAX_TRACE_STATE
+    record.describe_request(
+        operation="chat",
+        model=wide[:512],
+        route=wide[:512],
+        stream=True,
+        choices=10**4000,
+        max_tokens=10**4000,
+        temperature=0.1,
+        top_p=0.1,
+    )
+    record.describe_answer(
+        response_id=wide, model=wide, finish_reasons=[wide] * 1000, input_tokens=2**62, output_tokens=2**62
+    )
+    record.end_with(InvalidRequest(wide))
+    record.attempts[0].model = wide[:512]
+    record.attempts[0].message = "m" * MAX_MESSAGE
+    return record
+
+
+@pytest.mark.parametrize("more", ["nothing", "texts", "attempts", "events"])
+def test_an_export_is_bounded_in_bytes_whatever_its_requests_hold(more: str) -> None:
+    sizes: list[int] = []
+
+    class Exporter(OtlpHttpExporter):
+        def send(self, body: bytes) -> bool:
+            sizes.append(len(body))
+            return True
+
+    tracer = Tracer(Exporter(endpoint="http://127.0.0.1:9/v1/traces"))
+    for number in range(2 * BATCH):
+        record = worst(number)
+        if more == "texts":
+            record.input_text = record.output_text = "ÿ" * 50_000
+        elif more == "attempts":
+            record.attempts *= 40
+        elif more == "events":
+            record.events += [(monotonic(), "gateway.target_skipped", {"gateway.backend": "b" * 128})] * 400
+        tracer.export(record)
+    while tracer._waiting:
+        tracer._export_batch()
+
+    assert sum(sizes) > 2_000_000
+    assert max(sizes) < MOST_BY_GRPC
+    assert tracer.dropped == 0
+    assert tracer._extra == 0
+
+
+def test_what_waits_is_bounded_in_bytes_and_what_is_pushed_out_is_counted() -> None:
+    tracer = Tracer(OtlpHttpExporter(endpoint="http://127.0.0.1:9/v1/traces"))
+    for number in range(100):
+        record = worst(number)
+        record.attempts *= 200
+        tracer.export(record)
+    ordinary = worst(100)
+    tracer.export(ordinary)
+
+    waiting = len(tracer._waiting) - 1
+    assert 0 < waiting < 100
+    assert sum(record.extra for record in tracer._waiting) == tracer._extra <= MAX_EXTRA
+    assert tracer.dropped == 201 * (100 - waiting)
+    assert tracer._waiting[-1] is ordinary
+
+
+def test_what_every_request_may_hold_is_little() -> None:
+    """What is counted as nothing extra: so much memory, as many as 4,096 times."""
+    seen: set[int] = set()
+
+    def size(one: object) -> int:
+        if id(one) in seen or one is None:
+            return 0
+        seen.add(id(one))
+        parts: list[object] = list(one) if isinstance(one, list | tuple) else []
+        if isinstance(one, Record | AttemptRecord):
+            parts = [getattr(one, name) for name in type(one).__slots__]
+        return getsizeof(one) + sum(map(size, parts))
+
+    assert size(worst(1)) < 24_000
 
 
 def test_batches_that_large_texts_close_early_follow_each_other() -> None:
@@ -286,45 +380,86 @@ def test_the_environment_chooses_the_exporter(
         exporter.shutdown()
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
 @pytest.mark.parametrize(
-    ("url", "environment", "transport"),
+    ("url", "environment", "reached"),
     [
-        ("http://collector:4318", {}, "Urllib3HTTPTransport"),
-        ("https://collector:4318", {}, "RequestsHTTPTransport"),
-        ("http://me:secret@collector:4318", {}, "RequestsHTTPTransport"),
-        ("http://collector:4318", {"https_proxy": "http://proxy"}, "RequestsHTTPTransport"),
-        ("http://collector:4318", {"NETRC": "/there"}, "RequestsHTTPTransport"),
+        ("http://collector:4318", {}, CollectorSettings()),
+        ("http://collector:4318", {"https_proxy": "http://proxy"}, CollectorSettings()),
+        ("https://collector:4318", {"https_proxy": "http://proxy"}, CollectorSettings(proxy="http://proxy")),
+        ("http://collector:4318", {"all_proxy": "http://proxy"}, CollectorSettings(proxy="http://proxy")),
+        ("http://collector:4318", {"all_proxy": "http://proxy", "no_proxy": "collector"}, CollectorSettings()),
+        ("http://collector:4318", {"NETRC": "/there"}, CollectorSettings(trusts_environment=True)),
+        ("https://collector", {"OTEL_EXPORTER_OTLP_CERTIFICATE": "ca"}, CollectorSettings(certificate="ca")),
+        (
+            "https://collector",
+            {
+                "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": "all",
+                "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE": "cert",
+                "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY": "key",
+            },
+            CollectorSettings(client_certificate="cert", client_key="key"),
+        ),
+        (
+            "http://collector",
+            {"OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER": "plugin"},
+            CollectorSettings(by_provider=True),
+        ),
     ],
 )
-@pytest.mark.parametrize("by", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "argument"])
-def test_requests_carries_the_spans_only_where_it_has_to(  # noqa: PLR0917
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str, url: str, environment: dict[str, str], transport: str
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+def test_how_a_collector_is_reached(  # noqa: PLR0917
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    url: str,
+    environment: dict[str, str],
+    reached: CollectorSettings,
 ) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    for proxy in PROXIES:
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if by != "argument":
-        monkeypatch.setenv(by, url)
-    over_requests = needs_requests(url) if by == "argument" else load_otel().needs_requests
-    exporter = OtlpHttpExporter(url if by == "argument" else None, over_requests=over_requests)
+    for variable, value in {name: url, **environment}.items():
+        monkeypatch.setenv(variable, value)
 
-    assert type(exporter._client._transport).__name__ == transport
+    assert load_otel().collector == reached
+
+
+def test_the_sdk_takes_our_transport() -> None:
+    exporter = OtlpHttpExporter("http://127.0.0.1:9/v1/traces")
+
+    assert type(exporter._client._transport) is Transport
     exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_a_plugin_that_logs_in_has_a_session_whose_answers_are_not_read() -> None:
+    exporter = OtlpHttpExporter("http://127.0.0.1:9/v1/traces", reached=CollectorSettings(by_provider=True))
+
+    assert exporter._client._transport._session.stream  # type: ignore[attr-defined]
+    exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_a_certificate_that_is_not_there_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", "/not/there")
+
+    with pytest.raises(SettingsError, match="a certificate for the collector of spans cannot be read"):
+        exporter_for(load(app_mode="prod"), load_otel())
 
 
 def test_a_home_that_cannot_be_looked_into_holds_no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr("os.stat", refuse)
 
-    assert not needs_requests("http://collector:4318")
+    assert not load_collector("http://collector:4318").trusts_environment
 
 
 def test_an_unknown_protocol_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, OtelSettings, Settings, SettingsError, load, load_otel, unknown
+from gateway.settings import SECRETS, CollectorSettings, OtelSettings, Settings, SettingsError, load, load_otel, unknown
 
 WRONG = [
     ("PORT", "x", "a whole number"),
@@ -229,26 +229,26 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", needs_requests=True)),
+        ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings())),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", needs_requests=False),
+            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="grpc", needs_requests=False),
+            OtelSettings(disabled=False, has_endpoint=True, protocol="grpc", collector=CollectorSettings()),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-            OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
+            OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings()),
         ),
         (
             {"OTEL_SDK_DISABLED": "True"},
-            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
+            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings()),
         ),
         (
             {"OTEL_TRACES_EXPORTER": "none"},
-            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", needs_requests=True),
+            OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings()),
         ),
     ],
 )
