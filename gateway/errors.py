@@ -6,6 +6,7 @@
     |- CallerError                   4xx     the request itself is wrong; it was not forwarded
     |  |- InvalidJson                400     invalid_json
     |  |- InvalidRequest             400     invalid_request
+    |  |  `- UnsupportedHttpVersion  505     neither HTTP/1.1 nor HTTP/1.0
     |  |- InvalidApiKey              401     invalid_api_key
     |  |- NotFound                   404     not_found
     |  |- ModelNotFound              404     model_not_found
@@ -112,6 +113,15 @@ class InvalidRequest(CallerError):
 
     status = 400
     code = "invalid_request"
+
+
+class UnsupportedHttpVersion(InvalidRequest):
+    """The request is in a version of HTTP other than 1.1 and 1.0 (RFC 9110, 15.6.6)."""
+
+    status = 505
+
+    def __init__(self) -> None:
+        super().__init__("The gateway speaks HTTP/1.1 and HTTP/1.0. Send the request in one of them.")
 
 
 class InvalidApiKey(CallerError):

@@ -377,8 +377,6 @@ HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\ncontent-type: ap
     [
         pytest.param(f"{MARK}\r\n\r\n".encode(), id="a word"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + MARK.encode(), id="TLS"),
-        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="HTTP/2"),
-        pytest.param(f"POST /v1/chat/completions HTTP/7.7\r\nx-a: {MARK}\r\n\r\n".encode(), id="a version of none"),
         pytest.param(f"POST {MARK} /v1/models HTTP/1.1\r\nhost: gateway\r\n\r\n".encode(), id="four words"),
         pytest.param(f"P@ST /{MARK} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode(), id="no method"),
         pytest.param(f"GET http://[{MARK} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode(), id="no url"),
