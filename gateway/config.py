@@ -387,7 +387,10 @@ class _File:
     def _secret(self, node: yaml.Node, key: str) -> tuple[str, str]:
         """Return the name of a variable, and its value."""
         name = self._text(node, key)
-        value = secret(name)
+        try:
+            value = secret(name)
+        except SettingsError as wrong:
+            raise self._wrong(node, key, str(wrong)) from None
         if value is None:
             raise self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
         return name, value

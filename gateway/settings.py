@@ -18,7 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
-"""Variables for which an empty value is a value; any other is then as if it were not set."""
+"""Variables for which an empty value is a value. An empty secret is an error; any other is as if it were not set."""
+BYTE_ORDER_MARK = "\ufeff"
 SAMPLERS = (
     "always_on",
     "always_off",
@@ -115,7 +116,7 @@ class Settings(BaseSettings):
         list[SecretStr],
         NoDecode,
         BeforeValidator(_split),
-        Field(description="one key or several, separated by commas or lines; leave it empty for none"),
+        Field(description="one key or several, separated by commas or lines; unset it for none"),
     ] = []
 
     gateway_request_deadline: Seconds = 600
@@ -175,19 +176,40 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
 def secret(name: str) -> str | None:
     """Return the value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
 
+    Spaces around lines and blank lines are dropped, in a file also a byte order mark and comments (lines that begin
+    with `#`).
+
     Raises:
-        SettingsError: both are set, or the file cannot be read.
+        SettingsError: both are set, or nothing is left, or a line is not printable text, or the file cannot be read.
     """
     value, path = os.environ.get(name), os.environ.get(f"{name}_FILE")
-    if not path:
-        return value or None
-    if value:
+    if value is not None and path is not None:
         raise SettingsError(f"{name} and {name}_FILE are both set: set only one of them")
+    if value is not None:
+        return _printable_lines(value, f"{name}=(hidden)", comment=None)
+    if path is None:
+        return None
+    where = f"{name}_FILE={path!r}"
     try:
-        return Path(path).read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SettingsError(f"{name}_FILE={path!r}: {reason}; it must be the path of a readable text file") from None
+        text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise SettingsError(f"{where}: {error.strerror}; it must be the path of a readable text file") from None
+    return _printable_lines(text, where, comment="#")
+
+
+def _printable_lines(text: str, where: str, *, comment: str | None) -> str:
+    """Return the lines of a secret, without those that begin with `comment`. Raises: SettingsError."""
+    kept = []
+    for number, line in enumerate(text.split("\n"), 1):
+        stripped = line.strip()
+        if not stripped or (comment is not None and stripped.startswith(comment)):
+            continue
+        if not stripped.isprintable():
+            raise SettingsError(f"{where}: line {number} holds a control character, or is not UTF-8 text")
+        kept.append(stripped)
+    if not kept:
+        raise SettingsError(f"{where}: there is nothing in it; give it a value, or unset the variable to do without")
+    return "\n".join(kept)
 
 
 def _one_line(error: ValidationError) -> str:

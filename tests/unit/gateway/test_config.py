@@ -113,6 +113,18 @@ def test_a_key_that_fits_no_header_is_refused_and_not_shown(
     assert key not in line
 
 
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_a_key_that_is_set_but_empty_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("OTHER_KEY", value)
+    assert ", line 3, backends.secondary.api_key_env: OTHER_KEY=(hidden): there is nothing in it" in complaint(
+        tmp_path, GOOD
+    )
+    monkeypatch.delenv("OTHER_KEY")
+    (tmp_path / "key").write_text(f"# no key\n{value}")
+    monkeypatch.setenv("OTHER_KEY_FILE", str(tmp_path / "key"))
+    assert ", line 3, backends.secondary.api_key_env: OTHER_KEY_FILE=" in complaint(tmp_path, GOOD)
+
+
 A = "{url: http://h}"
 ROUTES = "routes: [{model: m, targets: [{backend: a}]}]"
 WRONG = [
