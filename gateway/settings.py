@@ -42,7 +42,7 @@ Commit = Literal["first_token", "first_answer", "complete"]
 """When a stream is passed on: at its first content, at its first answer after any reasoning, or when it is complete."""
 COMMITS: tuple[Commit, ...] = get_args(Commit)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-A_URL = "an http:// or https:// url with a host, without query and fragment"
+A_URL = "an http:// or https:// url with a host, without query and fragment, in ASCII"
 
 
 class SettingsError(Exception):
@@ -67,7 +67,7 @@ def check_url(url: str) -> str:
         (parts.hostname or "").encode("idna")  # a UnicodeError is a ValueError: an empty label, or one above 63 letters
     except ValueError:
         valid = False
-    if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
+    if not valid or parts.query or parts.fragment or not (url.isascii() and url.isprintable()) or " " in url:
         raise ValueError(f"{A_URL} is needed")
     return url
 
@@ -77,6 +77,19 @@ def check_path(path: str) -> str:
     if path and (not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & {" ", "#"}):
         raise ValueError("a path that begins with '/' is needed")
     return path
+
+
+def _printable(value: str) -> str:
+    """Return a text that may stand in a log, a header's value or JSON. Raises: ValueError."""
+    if not value.isprintable():
+        raise ValueError("it holds a control character, or is not UTF-8 text")
+    return value
+
+
+def _host(value: str) -> str:
+    """Return a name or an address that can be looked up. Raises: ValueError."""
+    value.encode("idna")  # a UnicodeError is a ValueError
+    return _printable(value)
 
 
 def _known_log_level(value: str) -> str:
@@ -98,10 +111,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, frozen=True)
 
-    host: str = "0.0.0.0"
+    host: Annotated[str, AfterValidator(_host), Field(description="an address or the name of a host")] = "0.0.0.0"
     port: Annotated[int, Field(ge=0, le=65535, description="a whole number from 0 to 65535")] = 8000
     app_mode: Annotated[Literal["dev", "prod"], Field(description="dev or prod")] = "dev"
-    model_name: Annotated[str, Field(min_length=1, max_length=256, description="1 to 256 characters")] = "demo-model"
+    model_name: Annotated[
+        str,
+        AfterValidator(_printable),
+        Field(min_length=1, max_length=256, description="1 to 256 printable characters"),
+    ] = "demo-model"
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
     gateway_backend_urls: Annotated[
