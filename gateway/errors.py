@@ -437,6 +437,8 @@ class ErrorAnswer(BackendError):
         self.outage = status in OUTAGE_STATUSES
 
 
+ERROR_STATUSES = frozenset(range(400, 600)) - {407}
+"""Those of error answers. 407 asks for a proxy's key: callers, and proxies before them, would take it for their own."""
 BREAKER_STATUSES = frozenset({500, 502, 503, 504})
 OUTAGE_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 529})
 """Also Anthropic's `overloaded` (529), and what a content delivery network says of a server it cannot reach."""
