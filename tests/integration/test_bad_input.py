@@ -168,6 +168,34 @@ async def test_a_wrong_field_of_every_other_call_is_named(
         ({"x-request-timeout": "1e999"}, 400, "invalid_request", "x-request-timeout"),
         ({"x-request-timeout": ""}, 400, "invalid_request", "x-request-timeout"),
         ({"x-request-timeout": MARK}, 400, "invalid_request", "x-request-timeout"),
+        *(
+            ({"x-request-timeout": odd}, 400, "invalid_request", "x-request-timeout")
+            for odd in (
+                *(
+                    "1e400",
+                    "-inf",
+                    "infinity",
+                    "1e-400",
+                    "1_000",
+                    "\u0663",
+                    "\uff11",
+                    "0x10",
+                    " ",
+                    "1, 2",
+                    "1,5",
+                    "1;q=1",
+                ),
+                *("9" * 5000, "5s", "1 2", "True", "-0", "\udcff"),
+            )
+        ),
+        ({"x-request-timeout": "5\r\nx-request-timeout: 6"}, 400, "invalid_request", "x-request-timeout"),
+        ({"x-request-timeout": "5\r\nX-Request-Timeout: 5"}, 400, "invalid_request", "x-request-timeout"),
+        (
+            {"x-gateway-commit": "complete\r\nx-gateway-commit: first_token"},
+            400,
+            "invalid_request",
+            "x-gateway-commit",
+        ),
         ({"x-gateway-commit": MARK}, 400, "invalid_request", "x-gateway-commit"),
         ({"x-gateway-commit": ""}, 400, "invalid_request", "x-gateway-commit"),
     ],
