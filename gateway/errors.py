@@ -125,10 +125,14 @@ class UnsupportedHttpVersion(InvalidRequest):
 
 
 class InvalidApiKey(CallerError):
-    """Keys are configured, and the request carries none of them."""
+    """Keys are configured, and the request carries none of them; `shown`: it carries another one."""
 
     status = 401
     code = "invalid_api_key"
+
+    def __init__(self, message: str, *, shown: bool = False) -> None:
+        super().__init__(message)
+        self.shown = shown
 
 
 class NotFound(CallerError):
