@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-import gateway.__main__ as production
+import gateway.program as production
 
 if TYPE_CHECKING:
     from gateway.settings import Settings

@@ -1,66 +1,33 @@
-"""`python -m gateway` or `llm-gateway`: settings -> telemetry -> app -> listen."""
+"""`python -m gateway` or `llm-gateway`: signals first, then the program, whose imports take their time."""
 
-import logging
+import os
+import signal
 import sys
-
-import uvloop
-
-from gateway.app import PARTS, create_app, runner_of
-from gateway.config import load_routing
-from gateway.server.listener import listen
-from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
-from gateway.telemetry import Telemetry
-from gateway.telemetry.exporters import exporter_for
-from gateway.telemetry.logs import RequestLog, setup_logs
-from gateway.telemetry.output import Output, standard_outputs, write_last
-from gateway.telemetry.tracing import Tracer
-
-
-async def run(settings: Settings) -> None:
-    """Build the parts and serve until told to stop."""
-    tracer = Tracer(exporter_for(settings, load_otel()))
-    log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
-    outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
-    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
-    app = create_app(settings, load_routing(settings), telemetry)
-    parts = app[PARTS]
-    await listen(
-        runner_of(app),
-        settings,
-        admission=parts.admission,
-        in_flight=parts.in_flight,
-        replicas=len(parts.pool.replicas),
-    )
+from types import FrameType
 
 
 def main() -> int:
-    """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
-    outputs = standard_outputs()
-    try:
-        return serve()
-    finally:
-        write_last(*outputs)
+    """Run the gateway; return its exit code. Until it serves, SIGTERM and SIGINT end it at once."""
+    end_by_signals()
+    from gateway import program  # noqa: PLC0415 - a signal may come during these imports
+
+    code = program.main()
+    end_by_signals()  # the event loop has given its handlers back
+    return code
 
 
-def serve() -> int:
-    """Serve until told to stop; return the exit code."""
-    try:
-        settings = load()
-        setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
-        for name in unknown():
-            logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
-        set_threads_of_libuv()
-        uvloop.run(run(settings))
-    except SettingsError as error:
-        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
-        return 2
-    except OSError as error:
-        print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201
-        return 1
-    except Exception:
-        logging.getLogger("gateway").critical("the gateway failed", exc_info=True)
-        return 1
-    return 0
+def end_by_signals() -> None:
+    """Have SIGTERM and SIGINT end the process, and SIGHUP do nothing: there is nothing to read anew yet."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End as if the signal had no handler, with the exit code of shells where the system spares process 1."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 import re
 import ssl
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import yaml
+from yaml.error import MarkedYAMLError
+from yaml.reader import ReaderError
 
 from gateway.headers import GATEWAY_NAMES
 from gateway.settings import SettingsError, check_path, check_url, secret
@@ -22,6 +25,9 @@ SECRET_NAMES = frozenset({"authorization", "api-key", "cookie", "x-api-key"})
 _NO = {"false", "no", "off"}
 _TIMERS = ("connect", "first_token", "answer", "idle")
 _TAG = "tag:yaml.org,2002:"
+_WRITTEN = frozenset(f"{_TAG}{kind}" for kind in ("str", "int", "float", "bool", "timestamp"))
+MAX_VALUES = 100_000
+"""In a file, with those that aliases repeat."""
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """A header's name (RFC 9110, 5.6.2)."""
 
@@ -142,20 +148,61 @@ def usual_replica(settings: "Settings") -> ReplicaConfig:
 
 
 def _from_file(path: "Path", settings: "Settings") -> Routing:
+    shown = f"GATEWAY_CONFIG={str(path)!r}"
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        data = path.read_bytes()
     except OSError as error:
-        raise SettingsError(
-            f"GATEWAY_CONFIG={str(path)!r}: {error.strerror}; it must be the path of a readable YAML file"
-        ) from None
+        raise SettingsError(f"{shown}: {error.strerror}; it must be the path of a readable YAML file") from None
+    try:
+        text = data.decode("utf-8")
+        loader = yaml.SafeLoader(text)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{shown}, line {data[: error.start].count(10) + 1}: not YAML in UTF-8") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SettingsError(f"{shown}, line {line}: not YAML in UTF-8: {error.reason}") from None
+    try:
+        root = loader.get_single_node()
+        if root is not None:
+            _check_aliases(root, {})
     except RecursionError:
-        raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}: it is nested too deep") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML in UTF-8"
-        raise SettingsError(f"GATEWAY_CONFIG={str(path)!r}{line}: {problem}") from None
+        raise SettingsError(f"{shown}: it is nested too deep") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else loader.line + 1
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SettingsError(f"{shown}, line {line}: {problem}") from None
+    except (ValueError, OverflowError):  # an escaped character beyond Unicode, an endless version of YAML
+        raise SettingsError(f"{shown}, line {loader.line + 1}: a character or a number is out of range") from None
     return _File(path, settings).routing(root)
+
+
+def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Return how many values a node stands for, with those that its aliases repeat.
+
+    Args:
+        node: it.
+        sizes: of the nodes seen so far, by their `id`; None for those that are not done.
+
+    Raises:
+        MarkedYAMLError: a node holds itself, or more values than anybody writes.
+    """
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise MarkedYAMLError(problem="it holds itself by an alias", problem_mark=node.start_mark)
+        return size
+    sizes[id(node)] = None
+    size = 1
+    if isinstance(node, yaml.CollectionNode):
+        pairs = isinstance(node, yaml.MappingNode)
+        for item in chain.from_iterable(node.value) if pairs else node.value:
+            size += _check_aliases(item, sizes)
+    if size > MAX_VALUES:
+        raise MarkedYAMLError(
+            problem=f"it stands for more than {MAX_VALUES} values by its aliases", problem_mark=node.start_mark
+        )
+    sizes[id(node)] = size
+    return size
 
 
 BACKEND_KEYS = {
@@ -387,7 +434,10 @@ class _File:
     def _secret(self, node: yaml.Node, key: str) -> tuple[str, str]:
         """Return the name of a variable, and its value."""
         name = self._text(node, key)
-        value = secret(name)
+        try:
+            value = secret(name)
+        except SettingsError as wrong:
+            raise self._wrong(node, key, str(wrong)) from None
         if value is None:
             raise self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
         return name, value
@@ -413,33 +463,43 @@ class _File:
             return None
         digits = node.value if node.tag == f"{_TAG}int" else ""
         if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) < at_least:
-            raise self._wrong(node, key, f"needs a whole number of at least {at_least}")
+            raise self._wrong(node, key, f"needs a whole number of at least {at_least} and at most nine digits")
         return int(digits)
 
     def _written(self, node: yaml.Node, key: str) -> str:
         """Return a value as it is written: `2024-10-21` is a date to YAML, and plainly meant as text."""
-        if not isinstance(node, yaml.ScalarNode) or node.tag == f"{_TAG}null":
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _WRITTEN:
             raise self._wrong(node, key, "needs a text")
-        return str(node.value)
+        return self._printable(node, key)
 
     def _text(self, node: yaml.Node, key: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag != f"{_TAG}str" or not node.value:
             raise self._wrong(node, key, "needs a text that is not empty")
-        return str(node.value)
+        return self._printable(node, key)
+
+    def _printable(self, node: yaml.ScalarNode, key: str) -> str:
+        value = str(node.value)
+        if not value.isprintable():
+            raise self._wrong(node, key, "must not hold line ends, control characters or half a surrogate pair")
+        return value
 
     def _list(self, node: yaml.Node, key: str) -> list[yaml.Node]:
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
+        if not isinstance(node, yaml.SequenceNode) or node.tag != f"{_TAG}seq" or not node.value:
             raise self._wrong(node, key, "needs a list with at least one entry")
         return list(node.value)
 
     def _mapping(
         self, node: yaml.Node, key: str, allowed: set[str] | None, required: tuple[str, ...] = ()
     ) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, yaml.MappingNode) or node.tag != f"{_TAG}map":
             raise self._wrong(node, key, "needs a mapping")
         items: dict[str, yaml.Node] = {}
         for name_node, value in node.value:
-            name = str(name_node.value)
+            if not isinstance(name_node, yaml.ScalarNode) or name_node.tag != f"{_TAG}str":
+                raise self._wrong(
+                    name_node, key, "needs texts as keys; put numbers, dates and words like yes in quotes"
+                )
+            name = self._printable(name_node, key)
             if name in items:
                 raise self._wrong(name_node, f"{key}: {name}", "the key occurs twice")
             if allowed is not None and name not in allowed:

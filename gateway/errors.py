@@ -6,6 +6,7 @@
     |- CallerError                   4xx     the request itself is wrong; it was not forwarded
     |  |- InvalidJson                400     invalid_json
     |  |- InvalidRequest             400     invalid_request
+    |  |  `- UnsupportedHttpVersion  505     neither HTTP/1.1 nor HTTP/1.0
     |  |- InvalidApiKey              401     invalid_api_key
     |  |- NotFound                   404     not_found
     |  |- ModelNotFound              404     model_not_found
@@ -114,11 +115,24 @@ class InvalidRequest(CallerError):
     code = "invalid_request"
 
 
+class UnsupportedHttpVersion(InvalidRequest):
+    """The request is in a version of HTTP other than 1.1 and 1.0 (RFC 9110, 15.6.6)."""
+
+    status = 505
+
+    def __init__(self) -> None:
+        super().__init__("The gateway speaks HTTP/1.1 and HTTP/1.0. Send the request in one of them.")
+
+
 class InvalidApiKey(CallerError):
-    """Keys are configured, and the request carries none of them."""
+    """Keys are configured, and the request carries none of them; `shown`: it carries another one."""
 
     status = 401
     code = "invalid_api_key"
+
+    def __init__(self, message: str, *, shown: bool = False) -> None:
+        super().__init__(message)
+        self.shown = shown
 
 
 class NotFound(CallerError):
@@ -427,6 +441,8 @@ class ErrorAnswer(BackendError):
         self.outage = status in OUTAGE_STATUSES
 
 
+ERROR_STATUSES = frozenset(range(400, 600)) - {407}
+"""Those of error answers. 407 asks for a proxy's key: callers, and proxies before them, would take it for their own."""
 BREAKER_STATUSES = frozenset({500, 502, 503, 504})
 OUTAGE_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 529})
 """Also Anthropic's `overloaded` (529), and what a content delivery network says of a server it cannot reach."""

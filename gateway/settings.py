@@ -18,7 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
-"""Variables for which an empty value is a value; any other is then as if it were not set."""
+"""Variables for which an empty value is a value. An empty secret is an error; any other is as if it were not set."""
+BYTE_ORDER_MARK = "\ufeff"
 SAMPLERS = (
     "always_on",
     "always_off",
@@ -41,7 +42,7 @@ Commit = Literal["first_token", "first_answer", "complete"]
 """When a stream is passed on: at its first content, at its first answer after any reasoning, or when it is complete."""
 COMMITS: tuple[Commit, ...] = get_args(Commit)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-A_URL = "an http:// or https:// url with a host, without query and fragment"
+A_URL = "an http:// or https:// url with a host, without query and fragment, in ASCII"
 
 
 class SettingsError(Exception):
@@ -66,7 +67,7 @@ def check_url(url: str) -> str:
         (parts.hostname or "").encode("idna")  # a UnicodeError is a ValueError: an empty label, or one above 63 letters
     except ValueError:
         valid = False
-    if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
+    if not valid or parts.query or parts.fragment or not (url.isascii() and url.isprintable()) or " " in url:
         raise ValueError(f"{A_URL} is needed")
     return url
 
@@ -76,6 +77,19 @@ def check_path(path: str) -> str:
     if path and (not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & {" ", "#"}):
         raise ValueError("a path that begins with '/' is needed")
     return path
+
+
+def _printable(value: str) -> str:
+    """Return a text that may stand in a log, a header's value or JSON. Raises: ValueError."""
+    if not value.isprintable():
+        raise ValueError("it holds a control character, or is not UTF-8 text")
+    return value
+
+
+def _host(value: str) -> str:
+    """Return a name or an address that can be looked up. Raises: ValueError."""
+    value.encode("idna")  # a UnicodeError is a ValueError
+    return _printable(value)
 
 
 def _known_log_level(value: str) -> str:
@@ -97,10 +111,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, frozen=True)
 
-    host: str = "0.0.0.0"
+    host: Annotated[str, AfterValidator(_host), Field(description="an address or the name of a host")] = "0.0.0.0"
     port: Annotated[int, Field(ge=0, le=65535, description="a whole number from 0 to 65535")] = 8000
     app_mode: Annotated[Literal["dev", "prod"], Field(description="dev or prod")] = "dev"
-    model_name: Annotated[str, Field(min_length=1, max_length=256, description="1 to 256 characters")] = "demo-model"
+    model_name: Annotated[
+        str,
+        AfterValidator(_printable),
+        Field(min_length=1, max_length=256, description="1 to 256 printable characters"),
+    ] = "demo-model"
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
     gateway_backend_urls: Annotated[
@@ -115,7 +133,7 @@ class Settings(BaseSettings):
         list[SecretStr],
         NoDecode,
         BeforeValidator(_split),
-        Field(description="one key or several, separated by commas or lines; leave it empty for none"),
+        Field(description="one key or several, separated by commas or lines; unset it for none"),
     ] = []
 
     gateway_request_deadline: Seconds = 600
@@ -175,19 +193,40 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
 def secret(name: str) -> str | None:
     """Return the value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
 
+    Spaces around lines and blank lines are dropped, in a file also a byte order mark and comments (lines that begin
+    with `#`).
+
     Raises:
-        SettingsError: both are set, or the file cannot be read.
+        SettingsError: both are set, or nothing is left, or a line is not printable text, or the file cannot be read.
     """
     value, path = os.environ.get(name), os.environ.get(f"{name}_FILE")
-    if not path:
-        return value or None
-    if value:
+    if value is not None and path is not None:
         raise SettingsError(f"{name} and {name}_FILE are both set: set only one of them")
+    if value is not None:
+        return _printable_lines(value, f"{name}=(hidden)", comment=None)
+    if path is None:
+        return None
+    where = f"{name}_FILE={path!r}"
     try:
-        return Path(path).read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SettingsError(f"{name}_FILE={path!r}: {reason}; it must be the path of a readable text file") from None
+        text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise SettingsError(f"{where}: {error.strerror}; it must be the path of a readable text file") from None
+    return _printable_lines(text, where, comment="#")
+
+
+def _printable_lines(text: str, where: str, *, comment: str | None) -> str:
+    """Return the lines of a secret, without those that begin with `comment`. Raises: SettingsError."""
+    kept = []
+    for number, line in enumerate(text.split("\n"), 1):
+        stripped = line.strip()
+        if not stripped or (comment is not None and stripped.startswith(comment)):
+            continue
+        if not stripped.isprintable():
+            raise SettingsError(f"{where}: line {number} holds a control character, or is not UTF-8 text")
+        kept.append(stripped)
+    if not kept:
+        raise SettingsError(f"{where}: there is nothing in it; give it a value, or unset the variable to do without")
+    return "\n".join(kept)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -1,56 +1,33 @@
-"""`python -m mock_model`: settings, logs, a mock model, and signals."""
+"""`python -m mock_model` or `mock-model`: signals first, then the program, whose imports take their time."""
 
-import asyncio
 import os
 import signal
 import sys
-
-import uvloop
-
-from mock_model.logs import let_nobody_wait_for_stderr, start_logging
-from mock_model.serve import MockModel
-from mock_model.settings import Settings, SettingsError, read_settings
-
-BAD_SETTING = 2
-NO_PORT = 1
-CRASHED = 70
+from types import FrameType
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT; return the exit code."""
-    let_nobody_wait_for_stderr()
-    try:
-        settings = read_settings()
-    except SettingsError as error:
-        return _give_up(str(error), BAD_SETTING)
-    start_logging(settings.level, settings.app_mode)
-    return uvloop.run(_run(settings))
+    """Run the mock model; return its exit code. Until it serves, SIGTERM and SIGINT end it at once."""
+    end_by_signals()
+    from mock_model import program  # noqa: PLC0415 - a signal may come during these imports
 
-
-async def _run(settings: Settings) -> int:
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    try:
-        mock = MockModel(settings, crash=lambda: os._exit(CRASHED))
-    except OSError as error:
-        value = str(settings.mock_journal_file)
-        return _give_up(
-            f"MOCK_JOURNAL_FILE={value!r} is not allowed: it must be a file that can be written ({error.strerror})",
-            BAD_SETTING,
-        )
-    try:
-        await mock.start()
-    except OSError as error:
-        return _give_up(str(error.strerror or error), NO_PORT)
-    await stopped.wait()
-    await mock.stop()
-    return 0
-
-
-def _give_up(reason: str, code: int) -> int:
-    sys.stderr.write(f"mock_model: {reason}\n")
+    code = program.main()
+    end_by_signals()  # the event loop has given its handlers back
     return code
+
+
+def end_by_signals() -> None:
+    """Have SIGTERM and SIGINT end the process, and SIGHUP do nothing: there is nothing to read anew yet."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End as if the signal had no handler, with the exit code of shells where the system spares process 1."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

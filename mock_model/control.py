@@ -1,12 +1,13 @@
 """The control API: faults, journal, metrics, reset and crash."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 from aiohttp import web
 
 from mock_model.answer import JSON
+from mock_model.control_guard import control_guard
 from mock_model.errors import envelope
 from mock_model.journal import Journal
 from mock_model.metrics import CONTENT_TYPE, Metrics
@@ -30,16 +31,18 @@ class Control:
         metrics: Metrics,
         reset: Callable[[], Awaitable[None]],
         crash: Callable[[], None],
+        hosts: Iterable[str],
     ) -> None:
         self._script = script
         self._journal = journal
         self._metrics = metrics
         self._reset = reset
         self._crash = crash
+        self._hosts = hosts
 
     def create_app(self) -> web.Application:
         """Return the application that serves it."""
-        app = web.Application(middlewares=[openai_errors], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[openai_errors, control_guard(self._hosts)], client_max_size=MAX_BODY)
         app.router.add_get("/faults", self._get_faults)
         app.router.add_put("/faults", self._put_faults)
         app.router.add_delete("/faults", self._delete_faults)

@@ -81,6 +81,7 @@ class MockModel:
             metrics=self._metrics,
             reset=self.reset,
             crash=self._crash_now,
+            hosts=(settings.control_host, *settings.mock_control_hosts),
         )
         self._api_runner = web.AppRunner(
             self._api.create_app(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DAY = 86_400.0
+
+
+def _split(value: Any) -> Any:  # noqa: ANN401
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _lower(value: Any) -> Any:  # noqa: ANN401
@@ -57,6 +61,9 @@ class Settings(BaseSettings):
         default=0, ge=0, le=1_000_000, description="a whole number from 0 to 1000000 (0: no limit)"
     )
     mock_tokens: int = Field(default=16, ge=1, le=100_000, description="a whole number from 1 to 100000")
+    mock_control_hosts: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
+        default=[], description="names of hosts, separated by commas"
+    )
     mock_journal_file: Path | None = Field(default=None, description="the path of a file that can be written")
 
     otel_traces_exporter: str = "otlp"

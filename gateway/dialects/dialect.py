@@ -166,7 +166,7 @@ class Dialect(Protocol):
     def read_error(
         self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
     ) -> BackendError:
-        """Return the failure that an answer with a status of 300 and above is.
+        """Return the failure that an answer other than a good one is: unreadable, unless it has the status of an error.
 
         Args:
             status: HTTP status.

@@ -7,7 +7,7 @@ import re
 from enum import Enum
 from typing import Any
 
-from gateway.errors import ErrorWords
+from gateway.errors import ERROR_STATUSES, ErrorWords
 
 MAX_WORDS = 4096
 """Characters of a message that are searched."""
@@ -196,8 +196,7 @@ def _number(name: object) -> int | None:
         name = int(name)
     if isinstance(name, float) and name.is_integer():
         name = int(name)
-    is_status = isinstance(name, int) and not isinstance(name, bool) and 400 <= name < 600  # noqa: PLR2004
-    return name if is_status and isinstance(name, int) else None
+    return name if isinstance(name, int) and name in ERROR_STATUSES else None
 
 
 def _any_of(phrases: tuple[str, ...], text: str) -> bool:

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 
+GOOD_STATUSES = frozenset(range(200, 300)) - {204, 205}
+"""Those of answers; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
+
+
 class Attempts:
     """Makes attempts.
 
@@ -140,7 +144,7 @@ class Attempts:
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:
-                if exchange.status >= 300:  # noqa: PLR2004
+                if exchange.status not in GOOD_STATUSES:
                     await self._read_error(call, exchange, timer, timeouts.idle)
                 elif call.sink is not None:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
@@ -170,7 +174,7 @@ class Attempts:
         call.answer = WholeAnswer(exchange.status, exchange.passed_headers(), body)
 
     async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
-        """Read an answer other than 2xx. Raises: the failure that it is."""
+        """Read an answer other than a good one. Raises: the failure that it is."""
         held = call.share.held
         try:
             exchange.decode_within(self._max_answer)

@@ -8,19 +8,35 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from gateway.errors import GatewayError, HeadersTooLarge, InternalError, InvalidRequest, drop_frames
+from gateway.errors import (
+    GatewayError,
+    HeadersTooLarge,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    UnsupportedHttpVersion,
+    drop_frames,
+)
 
 if TYPE_CHECKING:
+    from collections import deque
+
+    from aiohttp import StreamReader
+    from aiohttp.http_parser import RawRequestMessage
+
     from gateway.server.in_flight import InFlight
 
 FIRST_REQUEST = 30.0
 """Seconds that a new connection may take until its first request line and headers have come."""
 LAST_ANSWERS = 1.0
 """Seconds that aiohttp waits for answers when it stops."""
+OTHER_VERSION = ("Bad status line:\n  Invalid HTTP version:", "Pause on PRI/Upgrade:")
+"""How aiohttp's parser begins its complaint about a version that it does not know, and about HTTP/2's preface."""
 
 AnswerUnhandled = Callable[[GatewayError, BaseException | None], web.Response]
 """Makes the answer to what fails outside of the app."""
@@ -61,18 +77,26 @@ class Protocol(RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Tell the reader of a body when its chunks turn malformed; aiohttp would let it wait."""
+        """Look at what the parser has made of the data before it is handled."""
         super().data_received(data)
-        messages, request = self._messages, self._current_request
-        if not messages or request is None or request.content.is_eof():
+        messages = self._messages
+        if messages:
+            newest = messages[-1][0]
+            if isinstance(newest, _ErrInfo):
+                self._end_body_of_current_request(newest)
+            elif newest.version is not HttpVersion11 or newest.upgrade or newest.path[0] != "/" or len(messages) > 1:
+                _judge(messages)
+
+    def _end_body_of_current_request(self, malformed: _ErrInfo) -> None:
+        """Tell the reader of a body that its chunks have turned malformed; aiohttp would let it wait."""
+        request = self._current_request
+        if request is None or request.content.is_eof():
             return
-        malformed = messages[-1][0]
-        if isinstance(malformed, _ErrInfo):
-            messages.pop()
-            drop_frames(malformed.exc)
-            request.content.set_exception(web.RequestPayloadError("malformed"))
-            request.content.feed_eof()
-            self.close()
+        self._messages.pop()
+        drop_frames(malformed.exc)
+        request.content.set_exception(web.RequestPayloadError("malformed"))
+        request.content.feed_eof()
+        self.close()
 
     async def _drain_helper(self) -> None:
         """Forget what a cancelled writer waited for; aiohttp keeps it, and would cancel the next one that waits."""
@@ -91,7 +115,11 @@ class Protocol(RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has already begun")
         error: GatewayError = InvalidRequest("The request is malformed HTTP.")
-        if status >= 500:  # noqa: PLR2004
+        if isinstance(exc, GatewayError):
+            error = exc
+        elif (message or "").startswith(OTHER_VERSION):
+            error = UnsupportedHttpVersion()
+        elif status >= 500:  # noqa: PLR2004
             error = InternalError()
         elif isinstance(exc, LineTooLong) or (message or "").startswith("Too many "):
             error = HeadersTooLarge("The request line or the headers are too large.")
@@ -103,6 +131,35 @@ class Protocol(RequestHandler):
     def _close_if_silent(self) -> None:
         if self._request_count == 0 and self.transport is not None:
             self.transport.close()
+
+
+def _judge(messages: "deque[tuple[RawRequestMessage | _ErrInfo, StreamReader]]") -> None:
+    """Refuse requests that no route could answer, and have the connection closed after those that ask for an upgrade.
+
+    Of what comes in one read with the latter, aiohttp's parser drops all that is behind: its caller would take the next
+    answer for that to the request that was dropped.
+    """
+    for place, (message, payload) in enumerate(messages):
+        if isinstance(message, _ErrInfo):
+            continue
+        refusal = _refusal(message)
+        if refusal is not None:
+            messages[place] = _ErrInfo(refusal.status, refusal, refusal.message), EMPTY_PAYLOAD
+            continue
+        url = message.url
+        if url.absolute:  # it may have no path, which stands for "/"
+            url = url.with_path(url.raw_path, encoded=True, keep_query=True)
+        close = message.should_close or message.upgrade
+        messages[place] = message._replace(url=url, should_close=close), payload
+
+
+def _refusal(message: "RawRequestMessage") -> GatewayError | None:
+    """Return why no route could answer a request, or None."""
+    if message.version not in {HttpVersion10, HttpVersion11}:
+        return UnsupportedHttpVersion()
+    if message.method == "CONNECT" or message.path == "*":
+        return NotFound("There is nothing at this path; GET / lists what there is.")
+    return None
 
 
 class Server(web.Server):

@@ -34,7 +34,8 @@ class Keys:
         """Refuse a request without a valid key. Raises: InvalidApiKey."""
         if not self.fit(request):
             raise InvalidApiKey(
-                "Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`."
+                "Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`.",
+                shown=any(_shown(request)),
             )
 
 

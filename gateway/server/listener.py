@@ -50,6 +50,9 @@ async def listen(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
+    loop.add_signal_handler(
+        signal.SIGHUP, _log.warning, "SIGHUP is ignored: settings are read at the start only; restart to change them"
+    )
     await runner.setup()
     try:
         site = site_of(runner, settings.host, settings.port)

@@ -65,7 +65,7 @@ class RequestReader:
             InvalidRequest: `x-request-timeout` is not a positive finite number.
         """
         total = self._settings.gateway_request_deadline
-        asked = request.headers.get("x-request-timeout")
+        asked = _only(request, "x-request-timeout")
         if asked is not None:
             shorter = seconds(asked)
             if shorter is None:
@@ -77,7 +77,7 @@ class RequestReader:
 
     def commit(self, request: web.Request) -> "Commit":
         """Return when a stream is passed on. Raises: InvalidRequest."""
-        asked = request.headers.get("x-gateway-commit")
+        asked = _only(request, "x-gateway-commit")
         if asked is None:
             return self._settings.gateway_stream_commit
         for known in COMMITS:
@@ -161,6 +161,14 @@ class RequestReader:
             ) from None
         except (web.RequestPayloadError, HttpProcessingError):
             raise InvalidRequest("The request's body is malformed HTTP.") from None
+
+
+def _only(request: web.Request, name: str) -> str | None:
+    """Return the value of a header, or None without it. Raises: InvalidRequest, if it is there more than once."""
+    value = request.headers.get(name)
+    if value is not None and len(request.headers.getall(name)) > 1:
+        raise InvalidRequest(f"{name} is there more than once.", param=name)
+    return value
 
 
 def check_media_type(request: web.Request) -> None:

@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from gateway import __version__
-from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, Refusal
+from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, InvalidApiKey, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
+CHALLENGE = 'Bearer realm="llm-gateway"'
+"""What a 401 asks for (RFC 6750, 3)."""
+CHALLENGE_AGAIN = f'{CHALLENGE}, error="invalid_token"'
+"""The same, where a key came that is none of ours."""
 RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """The OpenAI SDKs send these and 5xx again unless told otherwise."""
 
@@ -58,6 +62,8 @@ def error_response(error: GatewayError, dialect: "Dialect", record: "Record", no
         body = error.body
         if body is None:
             headers["content-type"] = "application/json"
+    if isinstance(error, InvalidApiKey):
+        headers["www-authenticate"] = CHALLENGE_AGAIN if error.shown else CHALLENGE
     headers.update(retry_headers(error, attempts=len(record.attempts)))
     return _json(body if body is not None else dialect.error_body(error), error.status, headers)
 

@@ -39,6 +39,12 @@ INSIDE: list[tuple[object, int]] = [
     ({"error": {"message": "the request exceeds the available context size. " + WORDS}}, 400),
     ({"error": {"message": WORDS, "code": "server_error"}}, 502),
     ({"error": WORDS}, 502),
+    ({"error": {"message": WORDS, "code": 600}}, 502),
+    ({"error": {"message": WORDS, "code": 399, "type": "invalid_request_error"}}, 400),
+    ({"error": {"message": WORDS, "code": 407}}, 502),
+    ({"error": {"message": WORDS, "code": "407", "type": "overloaded_error"}}, 503),
+    ({"error": {"message": WORDS, "code": 101}}, 502),
+    ({"error": {"message": WORDS, "code": True}}, 502),
     ({"object": "error", "message": WORDS, "type": "BadRequestError", "code": 400}, 400),
 ]
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from mock_model.serve import MockModel
 from testkit.completions import CHAT_PATH
 from testkit.polling import until
 from tests.integration.gateways import EXPLAINING, KEY, REFUSED, StartGateway, get
@@ -150,6 +151,35 @@ async def test_the_backend_is_told_what_is_left_of_the_deadline(
     gateway = await start_gateway(recorder.url)
     assert (await gateway.chat(headers={"x-request-timeout": asked} if asked else {})).status == 200
     assert low < float(recorder.seen[0].header("x-request-timeout") or "") <= high
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", ["1e300", "1" + "0" * 300, " 5000 ", "+5000", "5e3"])
+async def test_a_timeout_however_large_lengthens_nothing_and_breaks_nothing(
+    mock: MockModel, start_gateway: StartGateway, asked: str, *, stream: bool
+) -> None:
+    for deadline in (600, 1e300):
+        gateway = await start_gateway(mock, gateway_request_deadline=deadline)
+        headers = {"x-request-timeout": asked, "x-stainless-read-timeout": asked}
+        assert (await gateway.chat(headers=headers, stream=stream)).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", ["1e-300", "0." + "0" * 300 + "1", "5e-324"])
+async def test_a_timeout_however_small_is_over_at_once(
+    mock: MockModel, start_gateway: StartGateway, asked: str, *, stream: bool
+) -> None:
+    gateway = await start_gateway(mock)
+    answer = await gateway.chat(headers={"x-request-timeout": asked}, stream=stream)
+    assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "1e400", "-1", "0", "", "1, 2", "0x10", "9" * 5000, "1_0", "\u0663"])
+async def test_an_odd_read_timeout_of_the_sdk_means_nothing(
+    mock: MockModel, start_gateway: StartGateway, odd: str
+) -> None:
+    gateway = await start_gateway(mock)
+    assert (await send(gateway, post(headers={"x-stainless-read-timeout": odd}))).status == 200
 
 
 async def test_a_trace_is_joined_with_its_state_and_flag(recorder: Recorder, start_gateway: StartGateway) -> None:

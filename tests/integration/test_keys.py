@@ -8,6 +8,7 @@ import pytest
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
+from tests.integration.backends_raw import RawCall, StartRaw
 from tests.integration.gateways import EXPLAINING, KEY, StartGateway, StartMock
 from tests.integration.recorder import Recorder
 from tests.integration.wire import BODY, chunked, dial, post, send
@@ -90,6 +91,9 @@ async def test_without_a_valid_key_all_of_v1_is_401(
         "authentication_error",
     )
     assert KEY not in answer.body.decode()
+    shown = (authorization or "").startswith("Bearer ") and authorization != "Bearer "
+    again = ', error="invalid_token"' if shown else ""
+    assert answer.headers["www-authenticate"] == f'Bearer realm="llm-gateway"{again}'
     assert mock.journal.total == 0
 
 
@@ -131,6 +135,7 @@ async def test_a_wrong_key_is_refused_in_every_header(
     gateway = await start_gateway(mock, gateway_api_keys=[KEY])
     answer = await send(gateway, post(headers=headers))
     assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert answer.headers["www-authenticate"].startswith('Bearer realm="llm-gateway"')
     for name in ("`Authorization: Bearer KEY`", "`x-api-key: KEY`", "`api-key: KEY`"):
         assert name in str(answer.error["message"])
     assert mock.journal.total == 0
@@ -179,3 +184,24 @@ async def test_with_a_valid_key_expect_is_answered_and_the_body_taken(
             await wire.send(body)
             assert (await wire.answer()).status == 200
     assert mock.journal.total == 2
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "400 Bad Request"])
+async def test_what_a_backend_asks_a_key_for_is_not_asked_of_the_caller(
+    start_raw: StartRaw, start_gateway: StartGateway, status: str
+) -> None:
+    """The content is refused, which is passed on; the key is refused, which is not."""
+    for words in (b"the key is wrong", b"refused by the content policy"):
+        body = b'{"error": {"message": "%s", "code": "%s"}}' % (
+            words,
+            b"content_filter" if b"policy" in words else b"key",
+        )
+
+        async def play(call: RawCall, body: bytes = body) -> None:
+            await call.answer(body, status=status, headers='www-authenticate: Bearer realm="backend"\r\n')
+
+        backend = await start_raw(play)
+        gateway = await start_gateway(backend.url, gateway_api_keys=[KEY])
+        answer = await gateway.chat(headers={"authorization": f"Bearer {KEY}"})
+        assert answer.status in {400, 401, 403, 502}
+        assert "www-authenticate" not in {name.lower() for name in answer.headers}

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mock_model.control import MAX_BODY
+from mock_model.control import CRASH_DELAY, MAX_BODY
 from mock_model.serve import MockModel
 from mock_model.settings import Settings
 
@@ -236,3 +236,117 @@ async def test_the_control_api_is_not_on_the_port_of_the_model(mock: MockModel, 
         assert answer.status == 404
     async with control.get("/v1/models") as answer:
         assert answer.status == 404
+
+
+CALLS = [("POST", "/crash"), ("POST", "/reset"), ("PUT", "/faults"), ("DELETE", "/faults"), ("DELETE", "/journal")]
+READS = [("GET", "/faults"), ("GET", "/journal"), ("GET", "/metrics")]
+
+
+class Untouched:
+    """A mock model with a fault and a call in its journal, which are still there at the end, and which lives."""
+
+    def __init__(self, mock: MockModel) -> None:
+        self._mock = mock
+        self.crashes = 0
+
+    async def __aenter__(self) -> None:
+        assert await chat(self._mock) == 200
+        self._mock.set_faults([{"kind": "html", "times": 5}])
+        self._mock.crash = self._count
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.sleep(2 * CRASH_DELAY)
+        assert self.crashes == 0
+        assert self._mock.journal.total == 1
+        assert [entry["kind"] for entry in self._mock.faults.document()] == ["html"]
+
+    def _count(self) -> None:
+        self.crashes += 1
+
+
+async def refusal(control: aiohttp.ClientSession, method: str, path: str, **more: Any) -> tuple[int, str, str]:  # noqa: ANN401
+    async with control.request(method, path, **more) as answer:
+        assert "access-control-allow-origin" not in answer.headers
+        error = (await answer.json())["error"]
+        return answer.status, error["code"], error["message"]
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS + READS)
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8002",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:1",
+        "",
+        ":8002",
+        "[evil.example",
+    ],
+)
+async def test_a_name_that_may_be_rebound_is_refused(
+    mock: MockModel, control: aiohttp.ClientSession, method: str, path: str, host: str
+) -> None:
+    async with Untouched(mock):
+        status, code, message = await refusal(control, method, path, headers={"Host": host}, json=[])
+        assert (status, code) == (403, "host_not_allowed")
+        assert "MOCK_CONTROL_HOSTS" in message
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS + READS)
+@pytest.mark.parametrize(
+    "origin",
+    ["http://evil.example", "https://evil.example", "null", "", "http://127.0.0.1", "http://127.0.0.1:1", "file://"],
+)
+async def test_a_page_of_another_origin_is_refused(
+    mock: MockModel, control: aiohttp.ClientSession, method: str, path: str, origin: str
+) -> None:
+    async with Untouched(mock):
+        status, code, _ = await refusal(control, method, path, headers={"Origin": origin}, json=[])
+        assert (status, code) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_browser_that_says_the_page_is_of_elsewhere_is_believed(
+    mock: MockModel, control: aiohttp.ClientSession, method: str, path: str, site: str
+) -> None:
+    async with Untouched(mock):
+        status, code, _ = await refusal(control, method, path, headers={"Sec-Fetch-Site": site})
+        assert (status, code) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/crash", "/reset"])
+@pytest.mark.parametrize("form", ["application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/plain"])
+async def test_what_a_form_can_post_is_refused(
+    mock: MockModel, control: aiohttp.ClientSession, path: str, form: str
+) -> None:
+    async with Untouched(mock):
+        status, code, _ = await refusal(control, "POST", path, headers={"Content-Type": form}, data=b"a=b")
+        assert (status, code) == (415, "unsupported_media_type")
+
+
+async def test_a_preflight_gives_no_leave(mock: MockModel, control: aiohttp.ClientSession) -> None:
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "PUT"}
+    async with Untouched(mock):
+        assert (await refusal(control, "OPTIONS", "/faults", headers=asked))[0] == 403
+        assert (await refusal(control, "OPTIONS", "/faults"))[0] == 405
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "LOCALHOST:8002", "localhost.", "127.0.0.1:1", "[::1]", "[::1]:8002", "192.168.1.5:8002"),
+        *("mock-model:8002", "mock-model-b", "mock.team.example:8002", "Mock.Team.Example"),
+    ],
+)
+async def test_programs_reach_it_by_every_name_of_its_own(host: str) -> None:
+    settings = Settings(port=0, control_port=0, mock_control_hosts=["else.example", "mock.team.example"])
+    async with MockModel(settings) as mock, aiohttp.ClientSession(mock.control_url) as control:
+        for origin in ({}, {"Origin": f"http://{host.lower()}", "Sec-Fetch-Site": "same-origin"}):
+            async with control.put("/faults", data=b"[]", headers={"Host": host, **origin}) as answer:
+                assert answer.status == 200
+            async with control.post("/reset", headers={"Host": host, **origin}) as answer:
+                assert answer.status == 204
+            async with control.post("/reset", headers={"Host": host, **origin}, json={}) as answer:
+                assert answer.status == 204

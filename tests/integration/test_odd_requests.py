@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanKind
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.polling import until
-from tests.integration.gateways import StartGateway, get
+from tests.integration.gateways import EXPLAINING, StartGateway, get
 from tests.integration.recorder import ANSWER, STREAM, Recorder
 from tests.integration.wire import BODY, dial, post, send
 
@@ -44,6 +44,125 @@ async def test_an_odd_but_legal_request_is_answered(
     answer = await send(gateway, change(post()))
     assert (answer.status, answer.body) == (200, ANSWER)
     assert [(seen.path, seen.body) for seen in recorder.seen] == [(CHAT_PATH, BODY)]
+
+
+UPGRADES = [
+    pytest.param({"connection": "upgrade", "upgrade": "websocket"}, id="websocket"),
+    pytest.param({"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAA"}, id="h2c"),
+    pytest.param({"connection": "upgrade, keep-alive", "upgrade": "\udcff"}, id="what nobody knows"),
+]
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_after_a_request_that_asks_for_an_upgrade_the_connection_is_closed(
+    mock: MockModel,
+    start_gateway: StartGateway,
+    upgrade: dict[str, str],
+    *,
+    streamed: bool,
+) -> None:
+    gateway = await start_gateway(mock)
+    asking = post(json.dumps(CHAT | {"stream": streamed}).encode(), upgrade)
+    async with dial(gateway.url) as wire:
+        await wire.send(post() + asking + post(b"behind"))
+        assert (await wire.answer()).status == 200
+        answer = await wire.answer()
+        assert await wire.rest() == b""
+    assert answer.status == 200
+    assert {name.lower(): value for name, value in answer.headers.items()}["connection"] == "close"
+    assert mock.journal.total == 2
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize(("path", "status"), [("/v1/models", 200), ("/livez", 200), ("/nothing", 404)])
+async def test_after_an_upgrade_without_a_body_the_connection_is_closed_as_well(
+    mock: MockModel, start_gateway: StartGateway, upgrade: dict[str, str], path: str, status: int
+) -> None:
+    gateway = await start_gateway(mock)
+    asking = post(b"", upgrade, path=path).replace(b"POST", b"GET", 1)
+    async with dial(gateway.url) as wire:
+        await wire.send(asking + post())
+        answer = await wire.answer()
+        assert await wire.rest() == b""
+    assert answer.status == status
+    assert {name.lower(): value for name, value in answer.headers.items()}["connection"] == "close"
+    assert mock.journal.total == 0
+
+
+async def test_an_upgrade_whose_body_comes_late_is_answered_before_the_connection_is_closed(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    asking = post(headers={"connection": "upgrade", "upgrade": "h2c"})
+    async with dial(gateway.url) as wire:
+        await wire.send(asking[:-10])
+        await until(lambda: gateway.parts.byte_budget.held > 0)
+        await wire.send(asking[-10:] + post())
+        assert (await wire.answer()).status == 200
+        assert await wire.rest() == b""
+    assert mock.journal.total == 1
+
+
+async def test_connect_is_no_method_of_ours_and_closes_the_connection(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    async with dial(gateway.url) as wire:
+        await wire.send(b"CONNECT elsewhere:443 HTTP/1.1\r\nhost: elsewhere:443\r\n\r\n" + post())
+        answer = await wire.answer()
+        assert await wire.rest() == b""
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+    assert mock.journal.total == 0
+
+
+async def test_what_options_asks_of_the_whole_server_is_answered_in_our_envelope(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    answer = await send(gateway, b"OPTIONS * HTTP/1.1\r\nhost: gateway\r\n\r\n")
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("target", [b"http://gateway", b"http://gateway?x=1", b"http://gateway/"])
+async def test_an_absolute_form_without_a_path_stands_for_the_root(
+    mock: MockModel, start_gateway: StartGateway, target: bytes
+) -> None:
+    gateway = await start_gateway(mock)
+    answer = await send(gateway, b"GET %s HTTP/1.1\r\nhost: gateway\r\n\r\n" % target)
+    assert (answer.status, answer.json["service"]) == (200, "llm-gateway")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="the preface of HTTP/2"),
+        *(
+            pytest.param(post().replace(b"HTTP/1.1", b"HTTP/" + version, 1), id=version.decode())
+            for version in (b"0.9", b"2.0", b"1.2", b"9.9")
+        ),
+        pytest.param(b"GET /livez\r\n\r\n", id="without a version"),
+        pytest.param(b"GET /livez HTTP/2.0\r\nhost: g\r\nconnection: keep-alive\r\n\r\n", id="kept alive"),
+    ],
+)
+@pytest.mark.parametrize("behind", [False, True])
+async def test_another_version_of_http_is_505(
+    mock: MockModel, start_gateway: StartGateway, request_bytes: bytes, *, behind: bool
+) -> None:
+    gateway = await start_gateway(mock)
+    async with dial(gateway.url) as wire:
+        if behind:
+            await wire.send(post())
+            assert (await wire.answer()).status == 200
+        await wire.send(request_bytes)
+        answer = await wire.answer()
+        assert await wire.rest() == b""
+    assert (answer.status, answer.error["code"]) == (505, "invalid_request")
+    assert answer.error["type"] == "server_error"
+    assert {name.lower() for name in answer.headers} >= EXPLAINING
+    assert mock.journal.total == int(behind)
+    metrics = await gateway.metrics()
+    assert 'gateway_requests_total{outcome="invalid_request",route="other",status="505"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/responses"])

@@ -24,7 +24,7 @@ from testkit.http import ask
 from testkit.polling import until
 from testkit.ports import free_port
 from testkit.processes import python
-from tests.integration.processes import run, running
+from tests.integration.processes import PATIENCE, run, running
 from tests.integration.recorder import Recorder
 from tests.integration.wire import dial, post
 
@@ -53,6 +53,59 @@ async def test_gateway_and_mock_model_serve_and_stop_cleanly_by_either_signal(nu
             assert "Traceback" not in errors
         model.signal(number)
         assert (await model.end())[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("module", ["gateway", "mock_model"])
+async def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
+    tmp_path: Path, module: str, number: signal.Signals
+) -> None:
+    """The program imports uvloop, which is here a module that takes for ever."""
+    (tmp_path / "uvloop.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(1000)\n")
+    async with running(module, PYTHONPATH=str(tmp_path)) as program:
+        await until(lambda: "importing" in program.output.read_text(), "it imports", seconds=PATIENCE)
+        program.signal(signal.SIGHUP)
+        program.signal(number)
+        code, _, errors = await program.end()
+    assert (code, errors) == (-number, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("variable", ["GATEWAY_CONFIG", "GATEWAY_API_KEYS_FILE"])
+async def test_a_signal_before_it_listens_ends_the_process_without_a_traceback(
+    tmp_path: Path, variable: str, number: signal.Signals
+) -> None:
+    """It waits for what comes out of a pipe, whose name it was given for a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ends: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # nobody has it open
+            ends.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(ends)
+
+    async with running(**LOCAL, **{variable: str(pipe)}) as gateway:
+        await until(is_read, "it reads", seconds=PATIENCE)
+        gateway.signal(number)
+        code, _, errors = await gateway.end()
+    os.close(ends[0])
+    assert (code, errors) == (-number, "")
+
+
+@pytest.mark.parametrize("module", ["gateway", "mock_model"])
+async def test_sighup_is_one_line_and_no_end(module: str) -> None:
+    async with running(module, **LOCAL, CONTROL_PORT="0", GATEWAY_PROBE_INTERVAL="60") as program:
+        await program.up()
+        program.signal(signal.SIGHUP)
+        await until(lambda: "SIGHUP is ignored" in program.errors.read_text(), "it says so", seconds=PATIENCE)
+        async with dial(program.url) as wire:
+            await wire.send(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert (await wire.answer()).status == 200
+        program.signal(signal.SIGTERM)
+        code, _, errors = await program.end()
+    assert code == 0
+    assert errors.count("SIGHUP") == 1
 
 
 async def test_a_second_signal_ends_the_grace(mock: MockModel) -> None:
@@ -109,15 +162,18 @@ async def test_host_of_two_colons_listens_on_both_families() -> None:
 
 
 @pytest.fixture
-def pytests_logs() -> Iterator[None]:
-    """`main` sets up logs of its own; afterwards they are pytest's again."""
+def pytests_own() -> Iterator[None]:
+    """`main` sets up logs and signals of its own; afterwards they are pytest's again."""
     root, ours = logging.getLogger(), logging.getLogger("gateway")
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     handlers, level, our_level = root.handlers[:], root.level, ours.level
     root.handlers = []  # or `basicConfig` would close them
     output, errors = sys.stdout, sys.stderr
     yield
     sys.stdout, sys.stderr = output, errors
     logging.captureWarnings(capture=False)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
     root.handlers = handlers
     root.setLevel(level)
     ours.setLevel(our_level)
@@ -162,7 +218,7 @@ def check_line(errors: str, words: list[str]) -> None:
         ("HOST", "no.such.host.invalid", 1, ["cannot listen on"]),
     ],
 )
-@pytest.mark.usefixtures("pytests_logs")
+@pytest.mark.usefixtures("pytests_own")
 def test_the_line_names_the_variable_its_value_and_what_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

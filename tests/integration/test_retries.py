@@ -500,7 +500,7 @@ async def test_answer_as_plain_text_around_a_json_object_is_good(mock: MockModel
 CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ntransfer-encoding: chunked\r\n\r\n"
 JSON_HEAD = CHUNKED % b"application/json"
 STREAM_HEAD = CHUNKED % b"text/event-stream"
-WHOLE = (b"content-length: 0\r\n\r\n", b"No Content\r\n\r\n")
+WHOLE = (b"content-length: 0\r\n\r\n", b"No Content\r\n\r\n", b"content-length: 2\r\n\r\n{}")
 NO_HTTP: dict[str, tuple[bytes, bool]] = {
     "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", False),
     "a head without an end": (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, False),
@@ -510,6 +510,14 @@ NO_HTTP: dict[str, tuple[bytes, bool]] = {
     "a bad chunk in a stream": (STREAM_HEAD + b"zz\r\ndata: {}\n\n\r\n0\r\n\r\n", True),
     "a redirect": (b"HTTP/1.1 302 Found\r\nlocation: /\r\ncontent-length: 0\r\n\r\n", False),
     "nothing": (b"HTTP/1.1 204 No Content\r\n\r\n", False),
+    **{
+        f"{status}{' for a stream' if stream else ''}": (
+            b"HTTP/1.1 %s Odd\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}" % status.encode(),
+            stream,
+        )
+        for status in ("099", "101", "205", "304", "307", "407", "600", "999")
+        for stream in (False, True)
+    },
 }
 
 

@@ -2,7 +2,9 @@
 
 import inspect
 import re
+import subprocess
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -188,3 +190,36 @@ def test_every_promise_is_linked_to_a_test_that_there_is(text: str, promises: in
             file, test = proofs[name]
             assert f"def {test}(" in text_of(ROOT / file), f"{file} has no {test}"
     assert {name for row in rows for name in USED.findall(row)} | set(USED.findall(text)) == set(proofs)
+
+
+MADE_BY_USERS = re.compile(r"_FILE=(?:\./)?([\w./-]+)|>(docker/[\w./-]+)|: ([\w./-]+\.pem)")
+"""Files of secrets that the docs have their readers make: keys, certificates."""
+
+
+def made_by_users() -> set[str]:
+    """Those files, and the ones that name them."""
+    pages = "".join(text_of(path) for path in PAGES)
+    return {".env", "docker/gateway.env"} | {name for found in MADE_BY_USERS.findall(pages) for name in found if name}
+
+
+def goes_into_an_image(path: str, ignoring: Path) -> bool:
+    """Whether Docker, which reads the last line that matches, would send a file to the build."""
+    sent = True
+    for line in text_of(ignoring).splitlines():
+        pattern = line.removeprefix("!").removeprefix("**/")
+        if line and not line.startswith("#") and (fnmatch(path, pattern) or fnmatch(path.rpartition("/")[2], pattern)):
+            sent = line.startswith("!")
+    return sent
+
+
+def test_no_file_of_secrets_that_the_docs_ask_for_gets_into_git_or_an_image() -> None:
+    secrets = made_by_users()
+    assert {"openai-key", "docker/secrets/backend-api-key", "docker/secrets/gateway-api-keys", "key.pem"} <= secrets
+    for ignoring in (".dockerignore", "docker/test.Dockerfile.dockerignore"):
+        assert not [path for path in secrets if goes_into_an_image(path, ROOT / ignoring)]
+    assert goes_into_an_image("docker/secrets/gateway-api-keys.example", ROOT / "docker/test.Dockerfile.dockerignore")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    ask = ("git", "check-ignore", "--no-index", *sorted(secrets))
+    asked = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    assert set(asked.stdout.split()) == secrets

@@ -8,6 +8,7 @@ import msgspec
 from gateway.dialects.error_words import Meaning, meaning_of, read_words, status_of
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check, decode, leniently
 from gateway.errors import (
+    ERROR_STATUSES,
     AuthRefused,
     BackendError,
     ContextTooLong,
@@ -61,8 +62,8 @@ def envelope_with_own_words(error: GatewayError) -> dict[str, Any]:
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None) -> BackendError:
-    """Return the failure that an answer with a status of 300 and above is (see `Dialect.read_error`)."""
-    if status < 400:  # noqa: PLR2004
+    """Return the failure that an answer other than a good one is (see `Dialect.read_error`)."""
+    if status not in ERROR_STATUSES:
         return InvalidResponse(f"The backend answered {status}, which does not answer a prompt.")
     words = _words_in(body)
     if words is not None:

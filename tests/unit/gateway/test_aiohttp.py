@@ -13,15 +13,17 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
 
 from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
-from gateway.server.aiohttp_protocol import Protocol
+from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -359,6 +361,37 @@ async def test_malformed_http_waits_as_an_error_among_the_messages() -> None:
     assert protocol._request_count == 1
     protocol.connection_lost(None)
     await asyncio.sleep(0)
+
+
+def parsed(data: bytes) -> Any:  # noqa: ANN401
+    """What the server's parser makes of data: the first message, or the text of its complaint."""
+    parser = HttpRequestParser(server_protocol(), asyncio.get_running_loop(), 65_536)
+    try:
+        return parser.feed_data(data)[0]
+    except HttpProcessingError as error:
+        return error.message
+
+
+async def test_the_parser_drops_what_is_behind_an_upgrade_and_says_that_it_is_one() -> None:
+    plain = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+    ((message, _),) = parsed(plain.replace(b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n") + plain)
+    assert (message.upgrade, message.should_close, message.path) == (True, False, "/")
+    assert message._replace(should_close=True).should_close
+    assert [message.upgrade for message, _ in parsed(plain + plain)] == [False, False]
+
+
+async def test_the_parser_knows_two_versions_besides_those_of_ours_and_complains_of_others_in_fixed_words() -> None:
+    plain = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+    assert parsed(plain)[0][0].version is HttpVersion11
+    assert parsed(plain.replace(b"1.1", b"1.0"))[0][0].version == HttpVersion10
+    assert [parsed(plain.replace(b"1.1", other))[0][0].version for other in (b"0.9", b"2.0")] == [(0, 9), (2, 0)]
+    for odd in (plain.replace(b"1.1", b"1.2"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        assert parsed(odd).startswith(OTHER_VERSION)
+
+
+async def test_the_parser_knows_an_absolute_form_by_its_url() -> None:
+    ((message, _),) = parsed(b"GET http://a?x=1 HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert (message.path, message.url.absolute, message.url.raw_path) == ("http://a?x=1", True, "/")
 
 
 async def test_a_server_makes_its_protocol_from_arguments_that_ours_takes_too() -> None:

@@ -113,6 +113,18 @@ def test_a_key_that_fits_no_header_is_refused_and_not_shown(
     assert key not in line
 
 
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_a_key_that_is_set_but_empty_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("OTHER_KEY", value)
+    assert ", line 3, backends.secondary.api_key_env: OTHER_KEY=(hidden): there is nothing in it" in complaint(
+        tmp_path, GOOD
+    )
+    monkeypatch.delenv("OTHER_KEY")
+    (tmp_path / "key").write_text(f"# no key\n{value}")
+    monkeypatch.setenv("OTHER_KEY_FILE", str(tmp_path / "key"))
+    assert ", line 3, backends.secondary.api_key_env: OTHER_KEY_FILE=" in complaint(tmp_path, GOOD)
+
+
 A = "{url: http://h}"
 ROUTES = "routes: [{model: m, targets: [{backend: a}]}]"
 WRONG = [
@@ -405,3 +417,108 @@ def test_weights_and_prefixes_are_read(tmp_path: Path) -> None:
         TargetConfig("b", "x", 1),
         TargetConfig("b", None, 0),
     )
+
+
+B = "backends:\n  a:\n    url: http://h\n"
+"""A backend whose next lines are 4 and on."""
+ODD = [
+    # whole files
+    (f"{GOOD}\n---\n{GOOD}", ", line ", "single document"),
+    ("---\n", ", line 2, the file: ", "mapping"),
+    ("null\n", ", line 1, the file: ", "mapping"),
+    (f"backends: {'[' * 5000}", "", "too deep"),
+    (f"backends: {'{a: ' * 5000}", "", "too deep"),
+    ("a: &a [*a]\n", ", line 1: ", "holds itself"),
+    ("&a\nbackends: *a\n", ", line 1: ", "holds itself"),
+    ('"\\UFFFFFFFF": 1\n', ", line 1: ", "out of range"),
+    ('a: 1\nb: "\\U00110000"\n', ", line 2: ", "out of range"),
+    (f"%YAML {'9' * 5000}.1\n---\n{GOOD}", ", line 1: ", "out of range"),
+    ("a: 1\nb: \0\n", ", line 2: ", "not allowed"),
+    ("a: *nobody\n", ", line 1: ", "undefined alias"),
+    ("!!python/object/apply:os.system [echo]\n", ", line 1, the file: ", "mapping"),
+    (f"!!python/object:os.stat_result\nbackends: {{a: {A}}}\n{ROUTES}", ", the file: ", "mapping"),
+    # keys
+    (f"{B}    ? [url]\n    : x\n{ROUTES}", ", line 4, backends.a: ", "texts as keys"),
+    (f"{B}    ? {{url: 1}}\n    : x\n{ROUTES}", ", line 4, backends.a: ", "texts as keys"),
+    (f"{B}    5: x\n{ROUTES}", ", line 4, backends.a: ", "texts as keys"),
+    (f"{B}    null: x\n{ROUTES}", ", line 4, backends.a: ", "texts as keys"),
+    (f"{B}    headers: {{yes: x}}\n{ROUTES}", ", line 4, backends.a.headers: ", "in quotes"),
+    (f"{B}    query: {{2024-10-21: x}}\n{ROUTES}", ", line 4, backends.a.query: ", "in quotes"),
+    (f'{B}    query: {{"\\ud800": x}}\n{ROUTES}', ", line 4, backends.a.query: ", "surrogate"),
+    (f'{B}    headers: {{"x\\r\\ny": z}}\n{ROUTES}', ", line 4, backends.a.headers: ", "line ends"),
+    (f'backends:\n  "a\\n": {A}\n{ROUTES}', ", line 2, backends: ", "line ends"),
+    (f"{B}    url: http://h\n{ROUTES}", ", line 4, backends.a: url: ", "twice"),
+    (f"{B}    headers: {{a: x, a: y}}\n{ROUTES}", ", line 4, backends.a.headers: a: ", "twice"),
+    (f"x: &x {{url: http://h}}\nbackends:\n  a:\n    <<: *x\n{ROUTES}", ", line 1, the file: x: ", "unknown key"),
+    # tags
+    (f"{B}    headers: {{x: !!python/name:os.system ''}}\n{ROUTES}", ", line 4, backends.a.headers.x: ", "text"),
+    (f"{B}    query: {{x: !!binary aGk=}}\n{ROUTES}", ", line 4, backends.a.query.x: ", "text"),
+    (f"{B}    timeouts: !!omap {{connect: 1}}\n{ROUTES}", ", line 4, backends.a.timeouts: ", "mapping"),
+    (f"backends:\n  a:\n    urls: !!set [http://h]\n{ROUTES}", ", line 3, backends.a.urls: ", "list"),
+    # numbers
+    *(
+        (f"{B}    timeouts: {{connect: {number}}}\n{ROUTES}", ", line 4, backends.a.timeouts.connect: ", "seconds")
+        for number in ("9" * 5000, "1.0e+400", ".inf", ".nan", "0x10", "1:30", "-1", "0", "1e5", "\u0663", '"1"')
+    ),
+    *(
+        (f"{B}    max_in_flight: {number}\n{ROUTES}", ", line 4, backends.a.max_in_flight: ", "whole number")
+        for number in ("9" * 5000, "1000000000", "0x10", "1_000", "1.0", "0", "-1", "true", '"1"')
+    ),
+    # texts
+    *(
+        (f'{B}    probe: "{path}"\n{ROUTES}', ", line 4, backends.a.probe: ", "")
+        for path in ("/\\ud800", "/\\0", "/a b", "/a\\r\\nx: y", "/\u00e4", "a")
+    ),
+    *(
+        (f'{B}    probe: {{path: "{path}"}}\n{ROUTES}', ", line 4, backends.a.probe.path: ", "")
+        for path in ("/\\ud800", "/\\0", "/a b", "/a\\r\\nx: y", "/\u00e4", "a")
+    ),
+    *(
+        (f'{B}    headers: {{x: "{value}"}}\n{ROUTES}', ", line 4, backends.a.headers.x: ", "")
+        for value in ("\\ud800", "\\0", "a\\r\\nx: y", "a\\n", "\u00e4", " a", "a\\t")
+    ),
+    *(
+        (f'{B}    query: {{x: "{value}"}}\n{ROUTES}', ", line 4, backends.a.query.x: ", "")
+        for value in ("\\ud800", "\\0", "a\\r\\nx: y")
+    ),
+    *(
+        (f'backends:\n  a:\n    url: "http://h/{path}"\n{ROUTES}', ", line 3, backends.a.url: ", "")
+        for path in ("\\ud800", "\\0", "a b", "a\\r\\nx: y", "\u00e4")
+    ),
+    *(
+        (f'{B}routes: [{{model: "{model}", targets: [{{backend: a}}]}}]', ", line 4, routes[0].model: ", "surrogate")
+        for model in ("\\ud800", "m\\0", "m\\r\\n")
+    ),
+    *(
+        (
+            f'{B}routes: [{{model: m, targets: [{{backend: a, model: "{model}"}}]}}]',
+            ", routes[0].targets[0].model: ",
+            "",
+        )
+        for model in ("\\ud800", "m\\0", "m\\r\\n")
+    ),
+    (f'{B}    api_key_env: "\\ud800"\n{ROUTES}', ", line 4, backends.a.api_key_env: ", "surrogate"),
+    (f'{B}    tls: {{ca: "a\\0"}}\n{ROUTES}', ", line 4, backends.a.tls.ca: ", "control"),
+]
+
+
+@pytest.mark.parametrize(("text", "where", "why"), ODD)
+def test_what_is_odd_is_an_error_with_line_and_key(tmp_path: Path, text: str, where: str, why: str) -> None:
+    line = complaint(tmp_path, text)
+    assert where in line
+    assert why in line
+    assert line.isprintable()
+
+
+def test_aliases_may_repeat_values_but_not_without_end(tmp_path: Path) -> None:
+    shared = "{url: http://h, timeouts: &t {connect: 3}}"
+    found = routing(tmp_path, f"backends: {{a: {shared}, b: {{url: http://i, timeouts: *t}}}}\n{ROUTES}")
+    assert [backend.replicas[0].timeouts.connect for backend in found.backends] == [3, 3]
+    laughs = "".join(f"  - &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    line = complaint(tmp_path, f"laughs:\n  - &l0 [lol]\n{laughs}")
+    assert line.startswith(", line 7: it stands for more than 100000 values")
+
+
+def test_a_model_may_have_a_name_in_any_script(tmp_path: Path) -> None:
+    found = routing(tmp_path, f'{B}routes: [{{model: "\u6a21\u578b \u00fc", targets: [{{backend: a}}]}}]')
+    assert found.routes[0].model == "\u6a21\u578b \u00fc"

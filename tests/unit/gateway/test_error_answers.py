@@ -66,6 +66,7 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (402, QuotaSpent, Verdict.SUCCESS),
         (403, AuthRefused, Verdict.SUCCESS),
         (404, Rejected, Verdict.SUCCESS),
+        (407, InvalidResponse, Verdict.FAILURE),
         (408, ServerFault, Verdict.SUCCESS),
         (409, Rejected, Verdict.SUCCESS),
         (413, Rejected, Verdict.SUCCESS),
@@ -80,6 +81,9 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (505, Rejected, Verdict.SUCCESS),
         (507, ServerFault, Verdict.SUCCESS),
         (529, ServerFault, Verdict.SUCCESS),
+        (599, ServerFault, Verdict.SUCCESS),
+        (600, InvalidResponse, Verdict.FAILURE),
+        (999, InvalidResponse, Verdict.FAILURE),
     ],
 )
 def test_each_status_has_its_class_and_its_verdict(status: int, kind: type[BackendError], verdict: Verdict) -> None:

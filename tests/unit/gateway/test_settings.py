@@ -13,6 +13,10 @@ WRONG = [
     ("APP_MODE", "test", "dev or prod"),
     ("LOG_LEVEL", "loud", "DEBUG, INFO, WARNING, ERROR, CRITICAL"),
     ("MODEL_NAME", "m" * 257, "256"),
+    *(("MODEL_NAME", f"a{odd}b", "printable") for odd in ("\n", "\r\n", "\x1b", "\udcff")),
+    *(("HOST", odd, "name of a host") for odd in ("a\nb", "a..b", "a" * 64, "\udcff")),
+    *(("GATEWAY_BACKEND_URLS", f"http://host/a{odd}b", "ASCII") for odd in ("\r\n", "\x7f", "\u00e4", "\udcff")),
+    ("GATEWAY_BACKEND_URLS", "http://b\u00fccher.example", "ASCII"),
     ("GATEWAY_BACKEND_URLS", "localhost:8001", "http://"),
     ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
     ("GATEWAY_BACKEND_URLS", "http://", "host"),
@@ -37,6 +41,7 @@ WRONG = [
     ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
     ("GATEWAY_RETRY_BUDGET", "-0.1", "0"),
     *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("health", "/a b", "/ä", "/a#b", "http://h/health")),
+    *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("/a\r\nx: y", "/a\tb", "/\udcff", " /a", "\n")),
 ]
 POSITIVE = [
     *("REQUEST_DEADLINE", "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "ANSWER_TIMEOUT", "IDLE_TIMEOUT", "BODY_TIMEOUT"),
@@ -83,7 +88,7 @@ def test_a_bad_value_is_one_line_with_the_variable_its_value_and_what_is_allowed
 
 
 def test_every_setting_that_can_be_wrong_is_tried() -> None:
-    free = {"HOST", "GATEWAY_BACKEND_API_KEY", "GATEWAY_CONFIG"}
+    free = {"GATEWAY_BACKEND_API_KEY", "GATEWAY_CONFIG"}
 
     assert {name.upper() for name in Settings.model_fields} - free == {name for name, _, _ in WRONG}
 
@@ -158,7 +163,7 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.setenv(name.upper(), "")
     for name in SECRETS:
-        monkeypatch.setenv(f"{name}_FILE", "")
+        monkeypatch.delenv(name)
     assert load().gateway_probe_path == ""
     monkeypatch.delenv("GATEWAY_PROBE_PATH")
 
@@ -212,14 +217,66 @@ def test_a_secret_file_that_cannot_be_read_is_refused(
     assert "\n" not in line
 
 
-def test_an_empty_secret_file_is_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """compose.yaml mounts one where there are no keys."""
-    (tmp_path / "secret").write_text(" \n")
-    for name in SECRETS:
-        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("value", ["", " ", "\n", " \r\n\t"])
+def test_an_empty_secret_is_an_error_and_not_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    line = complaint(monkeypatch, name, value)
+    assert line.startswith(f"{name}=(hidden): there is nothing in it; ")
+    monkeypatch.delenv(name)
+    assert f"{name}_FILE" in complaint(monkeypatch, f"{name}_FILE", "")
 
-    assert load().gateway_api_keys == []
-    assert load().gateway_backend_api_key is None
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    "content", [b"", b" \r\n", b"\xef\xbb\xbf", b"# a comment\n\n  # another", b"\xef\xbb\xbf# a\r\n"]
+)
+def test_a_secret_file_without_a_secret_is_an_error_and_not_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes
+) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    assert complaint(monkeypatch, f"{name}_FILE", str(file)).startswith(f"{name}_FILE={str(file)!r}: there is nothing")
+
+
+def test_a_file_of_keys_may_have_comments_line_ends_of_windows_and_a_byte_order_mark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(
+        b"\xef\xbb\xbf# the team's\r\n  one \r\n\r\n\t# two, three\r\nfo#ur, five\r\n" + "schl\u00fcssel".encode()
+    )
+    monkeypatch.setenv("GATEWAY_API_KEYS_FILE", str(file))
+    assert [key.get_secret_value() for key in load().gateway_api_keys] == ["one", "fo#ur", "five", "schl\u00fcssel"]
+
+    file.write_bytes(b"\xef\xbb\xbf# of the backend\r\n s3cret\t\r\n")
+    monkeypatch.setenv("GATEWAY_BACKEND_API_KEY_FILE", str(file))
+    key = load().gateway_backend_api_key
+    assert key is not None
+    assert key.get_secret_value() == "s3cret"
+
+
+def test_a_comment_is_one_in_a_file_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_API_KEYS", "#one,two")
+    assert [key.get_secret_value() for key in load().gateway_api_keys] == ["#one", "two"]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    "odd", [b"\0", b"\t", b"\x1b", b"\x7f", b"\r", b"\xff", b"\xc3", "\u200b".encode(), "\ufeff".encode()]
+)
+def test_a_secret_with_what_nobody_can_type_is_refused_by_line_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, odd: bytes
+) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(b"# comment\n\ns3" + odd + b"cret\n")
+    line = complaint(monkeypatch, f"{name}_FILE", str(file))
+    assert line.startswith(f"{name}_FILE={str(file)!r}: line 3 holds")
+    assert "s3" not in line
+    monkeypatch.delenv(f"{name}_FILE")
+    if odd != b"\0":
+        line = complaint(monkeypatch, name, os.fsdecode(b"k3y\ns3" + odd + b"cret"))
+        assert line.startswith(f"{name}=(hidden): line 2 holds")
+        assert "s3" not in line
 
 
 def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

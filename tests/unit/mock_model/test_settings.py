@@ -25,6 +25,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCK_TTFT", "0.5")
     monkeypatch.setenv("LOG_LEVEL", "WARNING")
     monkeypatch.setenv("MOCK_JOURNAL_FILE", "")
+    monkeypatch.setenv("MOCK_CONTROL_HOSTS", "a.example, b.example,")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
 
@@ -33,6 +34,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.port, settings.mock_seed, settings.mock_ttft) == (9001, 7, 0.5)
     assert settings.level == logging.WARNING
     assert settings.mock_journal_file is None
+    assert settings.mock_control_hosts == ["a.example", "b.example"]
     assert settings.exports_traces
     assert settings.traces_protocol == "grpc"
 

@@ -1,0 +1,63 @@
+"""The program: settings -> telemetry -> app -> listen."""
+
+import logging
+import sys
+
+import uvloop
+
+from gateway.app import PARTS, create_app, runner_of
+from gateway.config import load_routing
+from gateway.server.listener import listen
+from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
+from gateway.telemetry import Telemetry
+from gateway.telemetry.exporters import exporter_for
+from gateway.telemetry.logs import RequestLog, setup_logs
+from gateway.telemetry.output import Output, standard_outputs, write_last
+from gateway.telemetry.tracing import Tracer
+
+
+async def run(settings: Settings) -> None:
+    """Build the parts and serve until told to stop."""
+    tracer = Tracer(exporter_for(settings, load_otel()))
+    log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
+    outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
+    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
+    app = create_app(settings, load_routing(settings), telemetry)
+    parts = app[PARTS]
+    await listen(
+        runner_of(app),
+        settings,
+        admission=parts.admission,
+        in_flight=parts.in_flight,
+        replicas=len(parts.pool.replicas),
+    )
+
+
+def main() -> int:
+    """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
+    outputs = standard_outputs()
+    try:
+        return serve()
+    finally:
+        write_last(*outputs)
+
+
+def serve() -> int:
+    """Serve until told to stop; return the exit code."""
+    try:
+        settings = load()
+        setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
+        for name in unknown():
+            logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
+        set_threads_of_libuv()
+        uvloop.run(run(settings))
+    except SettingsError as error:
+        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
+        return 2
+    except OSError as error:
+        print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1
+    except Exception:
+        logging.getLogger("gateway").critical("the gateway failed", exc_info=True)
+        return 1
+    return 0
