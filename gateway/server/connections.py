@@ -42,8 +42,8 @@ class Connections:
     def __init__(self, limit: int, closed: "Callable[[CloseReason], None]") -> None:
         self.limit = limit
         self.closed = closed
-        self._regular: set[Protocol] = set()
-        self._extra: dict[Protocol, None] = {}  # in the order in which they came
+        self._regular: dict[Protocol, None] = {}  # in the order in which they came: several become idle at one time
+        self._extra: dict[Protocol, None] = {}
         self._idlest: deque[tuple[float, Protocol]] = deque()
 
     def __len__(self) -> int:
@@ -59,14 +59,14 @@ class Connections:
     def add(self, connection: "Protocol") -> None:
         """Give a new connection the place that `make_room` has found."""
         if len(self._regular) < self.limit:
-            self._regular.add(connection)
+            self._regular[connection] = None
         else:
             self._extra[connection] = None
             connection.refuse_prompts()
 
     def remove(self, connection: "Protocol") -> None:
         """Give back the place of a connection that is closed."""
-        self._regular.discard(connection)
+        self._regular.pop(connection, None)
         self._extra.pop(connection, None)
 
     def close_idlest(self) -> bool:
