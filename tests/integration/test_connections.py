@@ -132,19 +132,25 @@ async def test_an_idle_connection_is_closed_and_one_that_waits_for_its_answer_is
     assert closed(gateway) == {"keepalive_timeout": 2}
 
 
-async def test_an_answer_that_is_being_taken_is_not_cut_off_as_idle(
+async def test_a_connection_whose_answer_is_yet_to_be_taken_is_not_idle(
     start_raw: StartRaw, start_gateway: StartGateway
 ) -> None:
     async def play(call: RawCall) -> None:
-        await call.answer(json.dumps({"choices": [], "x": "y" * 400_000}).encode())
+        await call.answer(json.dumps({"choices": [], "x": "y" * 60_000}).encode())
 
-    gateway = await start_gateway((await start_raw(play)).url, gateway_keepalive_timeout=SHORT)
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_keepalive_timeout=SHORT)
     async with dial(gateway.url, receive_buffer=4_096) as wire:
         await livez(wire)
         assert gateway.limit_send_buffers(4_096) == 1
         await wire.send(post())
+        await backend.called(1)
+        await until(lambda: not len(gateway.parts.in_flight))
         await asyncio.sleep(3 * SHORT)
-        assert len((await wire.answer()).body) > 400_000
+        assert closed(gateway) == {}
+        assert len((await wire.answer()).body) > 60_000
+        assert await wire.rest() == b""
+    assert closed(gateway) == {"keepalive_timeout": 1}
 
 
 @pytest.mark.parametrize("requests", [0, 1, 2])
@@ -364,26 +370,40 @@ async def test_callers_who_say_nothing_do_not_keep_the_service_calls_from_being_
                 await livez(wire)
 
 
-async def test_without_a_descriptor_the_gateway_rests_and_accepts_when_there_is_one(start_raw: StartRaw) -> None:
+async def test_without_a_descriptor_callers_wait_and_the_gateway_rests(start_raw: StartRaw) -> None:
     backend = await start_raw(held := Held())
     environment = {**LOCAL, "OPEN_FILES": "256", "GATEWAY_BACKEND_URLS": backend.url}
+    async with processes.running(**environment) as program:
+        await program.up()
+        async with dial(program.url) as busy, dial(program.url) as waiting:
+            await busy.send(post())
+            await waiting.send(post())
+            await backend.called(2)
+            free = min(set(range(256)) - descriptors(program.pid))
+            resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (free, 256))
+            async with dial(program.url) as new:
+                await new.send(ALIVE)
+                await until(lambda: "could not be accepted: Too many open files" in program.errors.read_text())
+                before, began = cpu_seconds(program.pid), monotonic()
+                await asyncio.sleep(1)
+                assert cpu_seconds(program.pid) - before < 0.5 * (monotonic() - began)
+                resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (256, 256))
+                assert (await new.answer()).status == 200
+            held.go.set()
+            assert (await busy.answer()).status == 200
+        assert program.errors.read_text().count("could not be accepted") == 1
+
+
+async def test_without_a_descriptor_an_idle_connection_gives_way(mock: MockModel) -> None:
+    environment = {**LOCAL, "OPEN_FILES": "256", "GATEWAY_BACKEND_URLS": mock.url}
     async with processes.running(**environment) as program, AsyncExitStack() as stack:
         await program.up()
-        busy = [await stack.enter_async_context(dial(program.url)) for _ in range(3)]
-        for wire in busy:
-            await wire.send(post())
-        await backend.called(3)
-        highest = highest_descriptor(program.pid)
-        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (highest + 1, 256))
-        fill = [await stack.enter_async_context(dial(program.url)) for _ in range(20)]
-        await until(lambda: "could not be accepted" in program.errors.read_text())
-        before, began = cpu_seconds(program.pid), monotonic()
-        await asyncio.sleep(1)
-        assert cpu_seconds(program.pid) - before < 0.5 * (monotonic() - began)
-        held.go.set()
-        for wire in busy:
-            assert (await wire.answer()).status == 200
-        await livez(fill[-1])
+        highest = max(descriptors(program.pid))
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (highest + 3, 256))
+        for _ in range(20):
+            wire = await stack.enter_async_context(dial(program.url))
+            await livez(wire)
+        assert "could not be accepted" in program.errors.read_text()
 
 
 def cpu_seconds(pid: int) -> float:
@@ -392,6 +412,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def highest_descriptor(pid: int) -> int:
-    """Of those that a process has open."""
-    return max(int(file.name) for file in Path(f"/proc/{pid}/fd").iterdir())
+def descriptors(pid: int) -> set[int]:
+    """Those that a process has open."""
+    return {int(file.name) for file in Path(f"/proc/{pid}/fd").iterdir()}
