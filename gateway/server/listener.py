@@ -60,9 +60,9 @@ class Listener:
         host, port = self._sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def start(self, host: str, port: int) -> None:
+    def start(self, host: str, port: int) -> None:
         """Listen on each address of a host. Raises: OSError, where the port is not available on one of them."""
-        self._sockets = await listening_sockets(host, port)
+        self._sockets = listening_sockets(host, port)
         for listening in self._sockets:
             self._accept_from(listening)
 
@@ -136,7 +136,7 @@ def somebody_waits(listening: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-async def listening_sockets(host: str, port: int) -> list[socket.socket]:
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Return a socket that listens on each address of a host; at `::` one for IPv4 too.
 
     An address of a name that this machine does not have, as `localhost` in IPv6, is left out if there is another.
@@ -146,7 +146,7 @@ async def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """
     if host == EVERYWHERE:
         return [listening_socket((host, port), socket.AF_INET6, dualstack_ipv6=True)]
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
@@ -201,7 +201,7 @@ async def listen(
     await runner.setup()
     listener = Listener(runner, connections)
     try:
-        await listener.start(settings.host, settings.port)
+        listener.start(settings.host, settings.port)
         keys = "gateway keys are required" if settings.gateway_api_keys else "no gateway keys: open to everybody"
         gc.collect()
         gc.freeze()

@@ -47,7 +47,7 @@ class GatewayServer(BaseTestServer):
         self.runner = runner = await self._make_runner()
         await runner.setup()
         self._listener = Listener(runner, self.app[PARTS].connections)
-        await self._listener.start(self.host, 0)
+        self._listener.start(self.host, 0)
         self._root = URL(self._listener.url)
         self.port = self._root.port
 

@@ -294,7 +294,7 @@ def test_all_that_wait_are_accepted_in_a_few_turns_of_the_event_loop() -> None:
         )
         await runner.setup()
         listener = Listener(runner, connections)
-        await listener.start("127.0.0.1", 0)
+        listener.start("127.0.0.1", 0)
         port = int(listener.url.rpartition(":")[2])
         with ExitStack() as stack:
             for _ in range(callers):
@@ -320,20 +320,20 @@ def test_all_that_wait_are_accepted_in_a_few_turns_of_the_event_loop() -> None:
         (["127.0.0.1", "taken"], [], "in use"),
     ],
 )
-async def test_the_addresses_of_a_host_are_listened_on_as_far_as_the_machine_has_them(
+def test_the_addresses_of_a_host_are_listened_on_as_far_as_the_machine_has_them(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str], listens: list[str], error: str | None
 ) -> None:
-    async def getaddrinfo(*_: object, **__: object) -> list[tuple[object, ...]]:
+    def getaddrinfo(*_: object, **__: object) -> list[tuple[object, ...]]:
         ends = [taken.getsockname() if each == "taken" else (each, 0) for each in addresses]
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", end) for end in ends]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with closing(socket.create_server(("127.0.0.1", 0))) as taken, ExitStack() as stack:
         if error is not None:
             with pytest.raises(OSError, match=error):
-                await listening_sockets("a-name", 0)
+                listening_sockets("a-name", 0)
             return
-        sockets = [stack.enter_context(each) for each in await listening_sockets("a-name", 0)]
+        sockets = [stack.enter_context(each) for each in listening_sockets("a-name", 0)]
         assert [each.getsockname()[0] for each in sockets] == listens
 
 
@@ -357,6 +357,14 @@ async def test_with_few_descriptors_every_new_caller_is_served_and_idle_ones_giv
         program.signal(signal.SIGTERM)
         code, _, errors = await program.end()
         assert (code, "could not be accepted" in errors) == (0, False)
+
+
+async def test_a_limit_beyond_that_of_open_files_is_lowered_and_told() -> None:
+    async with processes.running(**LOCAL, OPEN_FILES="256", GATEWAY_MAX_CONNECTIONS="1000") as program:
+        await program.up()
+        await until(
+            lambda: "GATEWAY_MAX_CONNECTIONS is 1000; the limit of open files allows 192" in program.errors.read_text()
+        )
 
 
 async def test_callers_who_say_nothing_do_not_keep_the_service_calls_from_being_answered(mock: MockModel) -> None:

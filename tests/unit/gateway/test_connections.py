@@ -2,11 +2,12 @@
 
 import asyncio
 import resource
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from gateway.server.connections import EXTRA, FRESH, Connections, connections_allowed
+from gateway.server.connections import EXTRA, FRESH, CloseReason, Connections, connections_allowed
+from gateway.telemetry.metrics import CLOSE_REASONS
 
 
 class Fake:
@@ -116,3 +117,7 @@ def test_the_limit_of_open_files_is_shared_by_callers_backends_and_a_reserve(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert connections_allowed(wanted, in_flight) == allowed
+
+
+def test_each_reason_is_one_of_the_metrics() -> None:
+    assert get_args(CloseReason) == CLOSE_REASONS
