@@ -19,6 +19,7 @@ from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.server.aiohttp_protocol import Runner
+from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
@@ -41,6 +42,8 @@ class Parts:
     Attributes:
         admission: told to drain when the server stops.
         byte_budget: the bytes held for all requests.
+        connections: of callers.
+        keepalive_timeout: seconds that one of them may be idle.
         in_flight: the requests in flight.
         pool: the replicas and routes.
         client: sends calls to backends.
@@ -63,7 +66,12 @@ class Parts:
         self.telemetry = telemetry
         self.client = client
         self.executor = Executor()
-        self.in_flight = InFlight()
+        self.connections = Connections(
+            connections_allowed(settings.gateway_max_connections, settings.gateway_max_in_flight),
+            telemetry.metrics.connection_closed,
+        )
+        self.keepalive_timeout = settings.gateway_keepalive_timeout
+        self.in_flight = InFlight(self.connections)
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
@@ -110,7 +118,7 @@ class Parts:
         self.middleware = Middleware(
             keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
         )
-        telemetry.metrics.watch(self.pool, self.admission, self.byte_budget)
+        telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
@@ -170,7 +178,12 @@ def create_app(
 def runner_of(app: web.Application) -> Runner:
     """Return the runner of an application."""
     parts = app[PARTS]
-    return Runner(app, answer_unhandled=parts.middleware.answer_unhandled, in_flight=parts.in_flight)
+    return Runner(
+        app,
+        answer_unhandled=parts.middleware.answer_unhandled,
+        connections=parts.connections,
+        keepalive_timeout=parts.keepalive_timeout,
+    )
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:

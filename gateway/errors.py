@@ -228,7 +228,7 @@ class BackendRateLimited(Refusal):
 
 
 class GatewayOverloaded(Refusal):
-    """The queue, the byte budget or every backend is full, or the request queued too long; `reason` says which."""
+    """Queue, byte budget, connections or all backends are full, or the request queued too long; `reason` says which."""
 
     code = "gateway_overloaded"
 

@@ -7,6 +7,7 @@ import uvloop
 
 from gateway.app import PARTS, create_app, runner_of
 from gateway.config import load_routing
+from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
@@ -28,6 +29,7 @@ async def run(settings: Settings) -> None:
         runner_of(app),
         settings,
         admission=parts.admission,
+        connections=parts.connections,
         in_flight=parts.in_flight,
         replicas=len(parts.pool.replicas),
     )
@@ -50,6 +52,7 @@ def serve() -> int:
         for name in unknown():
             logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
         set_threads_of_libuv()
+        raise_open_files()
         uvloop.run(run(settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up

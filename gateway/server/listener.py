@@ -3,24 +3,30 @@
 import asyncio
 import gc
 import logging
-import resource
+import select
 import signal
 import socket
 from contextlib import suppress
+from errno import EADDRNOTAVAIL, EAFNOSUPPORT
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
 from gateway import __version__
-from gateway.server.aiohttp_protocol import LAST_ANSWERS, Runner
+from gateway.server.aiohttp_protocol import LAST_ANSWERS, Protocol, Runner
 
 if TYPE_CHECKING:
     from gateway.policy.admission import Admission
+    from gateway.server.connections import Connections
     from gateway.server.in_flight import InFlight
     from gateway.settings import Settings
 
 BACKLOG = 1024
 """Connections that the system holds until they are accepted."""
+AT_ONCE = 128
+"""Connections accepted in one turn of the event loop; the next ones follow in the next turn."""
+PAUSE = 0.05
+"""Seconds until connections are accepted again where there is neither a place nor a descriptor for them."""
+QUIET = 60.0
+"""Seconds between two warnings that there is no descriptor."""
 EVERYWHERE = "::"
 """The address that stands for all of both families."""
 GC_THRESHOLD = 50_000
@@ -29,8 +35,150 @@ GC_THRESHOLD = 50_000
 _log = logging.getLogger("gateway")
 
 
+class Listener:
+    """Accepts the connections of callers, all that wait in each turn of the event loop.
+
+    libuv, under uvloop, accepts one in a turn (https://github.com/libuv/libuv/pull/3696): with busy turns of 50 ms the
+    last of a hundred new callers would wait for 5 s. And where it runs out of descriptors it drops all that wait.
+
+    Args:
+        runner: of the app; makes the protocol of a connection.
+        connections: says whether there is a place for one.
+    """
+
+    def __init__(self, runner: Runner, connections: "Connections") -> None:
+        self._runner = runner
+        self._connections = connections
+        self._sockets: list[socket.socket] = []
+        self._opening: set[asyncio.Task[None]] = set()
+        self._pausing: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._quiet_until = 0.0
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def start(self, host: str, port: int) -> None:
+        """Listen on each address of a host. Raises: OSError, where the port is not available on one of them."""
+        self._sockets = listening_sockets(host, port)
+        for listening in self._sockets:
+            self._accept_from(listening)
+
+    async def close(self) -> None:
+        """Accept no more; what has been accepted is served."""
+        loop = asyncio.get_running_loop()
+        for timer in self._pausing.values():
+            timer.cancel()
+        for listening in self._sockets:
+            loop.remove_reader(listening)
+            listening.close()
+        self._sockets = []
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        self._pausing.pop(listening, None)
+        asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(AT_ONCE):
+            if not somebody_waits(listening):
+                return
+            if not self._connections.make_room():
+                self._pause(listening)
+                return
+            try:
+                connection, _address = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):  # the caller has left
+                continue
+            except OSError as error:  # no descriptor, or no memory
+                self._pause(listening)
+                self._connections.close_idlest()
+                self._warn(error)
+                return
+            connection.setblocking(False)
+            self._open(connection)
+
+    def _open(self, connection: socket.socket) -> None:
+        """Hand an accepted connection to the event loop."""
+        protocol = self._runner.new_protocol()
+        self._connections.add(protocol)
+        opening = asyncio.get_running_loop().create_task(self._serve(connection, protocol))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    async def _serve(self, connection: socket.socket, protocol: Protocol) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
+        except OSError:  # the caller has left
+            self._connections.remove(protocol)
+            connection.close()
+
+    def _pause(self, listening: socket.socket) -> None:
+        """Let callers wait for a moment; to ask again at once would only keep the event loop busy."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening)
+        self._pausing[listening] = loop.call_later(PAUSE, self._accept_from, listening)
+
+    def _warn(self, error: OSError) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + QUIET
+            _log.warning("a new connection could not be accepted: %s", error.strerror)
+
+
+def somebody_waits(listening: socket.socket) -> bool:
+    """Return whether a connection can be accepted."""
+    poll = select.poll()
+    poll.register(listening, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Return a socket that listens on each address of a host; at `::` one for IPv4 too.
+
+    An address of a name that this machine does not have, as `localhost` in IPv6, is left out if there is another.
+
+    Raises:
+        OSError: the host is unknown, or the port is not available on one of its addresses.
+    """
+    if host == EVERYWHERE:
+        return [listening_socket((host, port), socket.AF_INET6, dualstack_ipv6=True)]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+        try:
+            sockets.append(listening_socket(address, family))
+        except OSError as error:
+            if error.errno in {EADDRNOTAVAIL, EAFNOSUPPORT}:
+                absent = error
+                continue
+            for listening in sockets:
+                listening.close()
+            raise
+    if absent is not None and not sockets:
+        raise absent
+    return sockets
+
+
+def listening_socket(address: "tuple[object, ...]", family: int, *, dualstack_ipv6: bool = False) -> socket.socket:
+    """Return a socket that listens on an address. Raises: OSError."""
+    listening = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dualstack_ipv6)
+    listening.setblocking(False)
+    return listening
+
+
 async def listen(
-    runner: Runner, settings: "Settings", *, admission: "Admission", in_flight: "InFlight", replicas: int
+    runner: Runner,
+    settings: "Settings",
+    *,
+    admission: "Admission",
+    connections: "Connections",
+    in_flight: "InFlight",
+    replicas: int,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
@@ -38,13 +186,13 @@ async def listen(
         runner: of the app.
         settings: host, port and grace.
         admission: refuses new requests while draining.
+        connections: of callers.
         in_flight: the requests to wait for.
         replicas: how many there are, for the log.
 
     Raises:
         OSError: the port is not available.
     """
-    raise_open_files()
     stop = asyncio.Event()
     hurry = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -54,38 +202,28 @@ async def listen(
         signal.SIGHUP, _log.warning, "SIGHUP is ignored: settings are read at the start only; restart to change them"
     )
     await runner.setup()
+    listener = Listener(runner, connections)
     try:
-        site = site_of(runner, settings.host, settings.port)
-        await site.start()
+        listener.start(settings.host, settings.port)
         keys = "gateway keys are required" if settings.gateway_api_keys else "no gateway keys: open to everybody"
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 20, 20)
-        _log.info("gateway %s listens on %s, %d backend replica(s), %s", __version__, site.name, replicas, keys)
+        _log.info("gateway %s listens on %s, %d backend replica(s), %s", __version__, listener.url, replicas, keys)
+        wanted = settings.gateway_max_connections
+        if wanted is not None and wanted > connections.limit:
+            _log.warning(
+                "GATEWAY_MAX_CONNECTIONS is %d; the limit of open files allows %d: raise it (ulimit -n)",
+                wanted,
+                connections.limit,
+            )
         await stop.wait()
         await drain(admission, in_flight, settings.gateway_shutdown_grace, hurry)
+        connections.abort_untaken()
     finally:
+        await listener.close()
         await runner.cleanup()
     _log.info("stopped")
-
-
-def site_of(runner: web.BaseRunner, host: str, port: int) -> web.BaseSite:
-    """Return where to listen; at `::` for IPv4 too, which asyncio would refuse.
-
-    Raises:
-        OSError: `::` is not available.
-    """
-    if host != EVERYWHERE:
-        return web.TCPSite(runner, host, port, backlog=BACKLOG)
-    listening = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listening.bind((host, port))
-    except OSError:
-        listening.close()
-        raise
-    return web.SockSite(runner, listening, backlog=BACKLOG)
 
 
 async def drain(admission: "Admission", in_flight: "InFlight", grace: float, hurry: asyncio.Event) -> None:
@@ -110,11 +248,3 @@ async def drain(admission: "Admission", in_flight: "InFlight", grace: float, hur
         _log.warning("%d request(s) cut off at the end of the grace", len(in_flight))
         in_flight.cut_off()
         await in_flight.wait(LAST_ANSWERS)
-
-
-def raise_open_files() -> None:
-    """Raise the soft limit of open files to the hard one: each request takes two sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -107,15 +107,20 @@ class Middleware:
             response.force_close()
         return response
 
-    def answer_unhandled(self, error: GatewayError, cause: BaseException | None) -> web.Response:
-        """Return the answer to what failed outside of the app: malformed HTTP, a defect of the server."""
-        record = self._telemetry.begin("_OTHER", None, NO_HEADERS)
+    def answer_unhandled(
+        self, error: GatewayError, cause: BaseException | None, request: web.BaseRequest | None
+    ) -> web.Response:
+        """Return the answer to what failed outside of the app: malformed HTTP, a defect of the server, no place."""
+        if request is None:
+            record = self._telemetry.begin("_OTHER", None, NO_HEADERS)
+        else:
+            record = self._telemetry.begin(request.method, known_path(request.path), request.headers)
         if isinstance(error, InternalError):
             _log.error("internal error, trace %032x", record.trace_id, exc_info=cause)
         record.end_with(error)
         record.ended = self._clock()
         self._telemetry.finish(record)
-        response = error_response(error, dialect_of(""), record, record.ended)
+        response = error_response(error, dialect_of(record.path or ""), record, record.ended)
         response.force_close()
         return response
 

@@ -13,7 +13,7 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -28,7 +28,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Bucket bounds of durations."""
 STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
 BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full")
+SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full", "connections")
+CLOSE_REASONS = ("keepalive_timeout", "headers_timeout", "made_room")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
 MAX_AGE = 1.0
@@ -88,6 +89,11 @@ class Metrics:
         )
         for outcome in BRIDGED_OUTCOMES:
             self._bridged.labels(outcome)
+        self._closed_connections = Counter(
+            "gateway_connections_closed", "Callers' connections that the gateway closed.", ["reason"], registry=registry
+        )
+        for reason in CLOSE_REASONS:
+            self._closed_connections.labels(reason)
         self._disconnects = Counter("gateway_client_disconnects", "Callers who left early.", registry=registry)
         tokens = Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
         self._input_tokens = tokens.labels("input")
@@ -99,14 +105,14 @@ class Metrics:
         )
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
 
-    def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget") -> None:
+    def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
         """Read gauges from these parts whenever the metrics are asked for."""
         for replica in pool.replicas:
             self._allowed.labels(replica.name)
             self._refused.labels(replica.name)
             for state in State:
                 self._transitions.labels(replica.name, state.value)
-        self._registry.register(_Parts(pool, admission, byte_budget))
+        self._registry.register(_Parts(pool, admission, byte_budget, connections))
 
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
@@ -146,6 +152,10 @@ class Metrics:
     def breaker_changed(self, backend: str, to: State) -> None:
         """Count a change of a breaker's state."""
         self._transitions.labels(backend, to.value).inc()
+
+    def connection_closed(self, reason: str) -> None:
+        """Count a connection of a caller that the gateway closed."""
+        self._closed_connections.labels(reason).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics in the form that `accept` asks for, up to `max_age` seconds old, and its content type."""
@@ -210,10 +220,11 @@ class _Children(Generic[M]):
 class _Parts:
     """Gauges that the parts know."""
 
-    def __init__(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget") -> None:
+    def __init__(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
         self._pool = pool
         self._admission = admission
         self._byte_budget = byte_budget
+        self._connections = connections
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
@@ -238,6 +249,7 @@ class _Parts:
         yield probes
         yield statuses
         yield flying
+        yield _gauge("gateway_open_connections", "Connections of callers.", len(self._connections))
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
         yield _gauge("gateway_waiting_requests", "Requests that wait for a backend.", len(self._admission.waiting))

@@ -1,5 +1,6 @@
 """A gateway that runs in the test's own event loop."""
 
+import asyncio
 import io
 import socket
 from collections.abc import Awaitable, Callable
@@ -9,12 +10,14 @@ from typing import Any
 import openai
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
-from aiohttp.web_runner import BaseRunner
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from yarl import URL
 
-from gateway.app import Parts, runner_of
+from gateway.app import PARTS, Parts, runner_of
+from gateway.server.aiohttp_protocol import Runner
+from gateway.server.listener import Listener
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
@@ -27,14 +30,32 @@ EXPLAINING = {"x-request-id", "x-trace-id", "x-gateway-attempts", "server-timing
 
 
 class GatewayServer(BaseTestServer):
-    """The gateway behind its own runner, as `python -m gateway` has it."""
+    """The gateway behind its own runner and listener, as `python -m gateway` has it."""
 
     def __init__(self, app: web.Application) -> None:
         super().__init__(host="127.0.0.1")
         self.app = app
 
-    async def _make_runner(self, **_: Any) -> BaseRunner:  # noqa: ANN401
+    async def _make_runner(self, **_: Any) -> Runner:  # noqa: ANN401
         return runner_of(self.app)
+
+    async def start_server(self, loop: asyncio.AbstractEventLoop | None = None, **_: Any) -> None:  # noqa: ANN401
+        """Once."""
+        if self.runner is not None:
+            return
+        self._loop = loop
+        self.runner = runner = await self._make_runner()
+        await runner.setup()
+        self._listener = Listener(runner, self.app[PARTS].connections)
+        self._listener.start(self.host, 0)
+        self._root = URL(self._listener.url)
+        self.port = self._root.port
+
+    async def close(self) -> None:
+        """The listener, then the runner."""
+        if self.started and not self.closed:
+            await self._listener.close()
+        await super().close()
 
 
 class Gateway:

@@ -49,7 +49,10 @@ class Program(Process):
 async def running(module: str = "gateway", **environment: str) -> AsyncIterator[Program]:
     """Start it; it is killed at the end if it still runs."""
     with TemporaryDirectory() as folder:
+        open_files = environment.pop("OPEN_FILES", "")  # a limit, no variable of its own
         program = Program(module, environment, Path(folder))
+        if open_files:
+            program.command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *program.command]
         try:
             await program.start(wait=False)
             yield program

@@ -233,6 +233,25 @@ async def test_a_process_with_nothing_under_way_ends_at_once(start_raw: StartRaw
         assert await is_closed(idle)
 
 
+async def test_a_caller_who_takes_nothing_of_his_answers_does_not_hold_up_a_stop(start_raw: StartRaw) -> None:
+    async def play(call: RawCall) -> None:
+        await call.answer(json.dumps({"choices": [], "x": "y" * 60_000}).encode())
+
+    async def none_comes() -> bool:
+        before = len(backend.calls)
+        await asyncio.sleep(SHORT)
+        return before > 0 and len(backend.calls) == before
+
+    backend = await start_raw(play)
+    async with running(backend) as process, dial(process.url, receive_buffer=4_096) as deaf:
+        await deaf.send(post() * 100)
+        await until(none_comes)
+        assert (await process.health())["in_flight"] == 0
+        process.signal()
+        assert await process.exit_code() == 0
+    assert "cut off" not in process.log
+
+
 async def test_a_request_whose_body_is_still_on_its_way_is_refused(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:

@@ -24,6 +24,7 @@ from yarl import URL
 from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
+from gateway.server.connections import Connections
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -337,15 +338,8 @@ def server_protocol(kind: type[RequestHandler] = RequestHandler) -> Any:  # noqa
     server = web.Server(nothing)
     more: dict[str, Any] = {}
     if kind is Protocol:
-        more = {"answer_unhandled": lambda *_: web.Response(), "in_flight": Connections()}
+        more = {"answer_unhandled": lambda *_: web.Response(), "connections": Connections(1000, lambda _: None)}
     return kind(server, loop=asyncio.get_running_loop(), **server._kwargs, **more)
-
-
-class Connections:
-    def add_connection(self, _: object) -> None:
-        """Nothing is counted."""
-
-    remove_connection = add_connection
 
 
 async def test_malformed_http_waits_as_an_error_among_the_messages() -> None:
@@ -443,3 +437,55 @@ async def test_the_writer_of_a_request_counts_what_it_has_sent() -> None:
     await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert writer.output_size == 25
     protocol.connection_lost(None)
+
+
+async def test_a_protocol_waits_for_headers_with_a_waiter_of_its_own() -> None:
+    protocol = server_protocol()
+    assert [protocol._waiter] == [None]
+    protocol.connection_made(Transport())
+    assert [protocol._waiter] == [None], "its task has not begun"
+    await asyncio.sleep(0)
+    assert not protocol._waiter.done()
+    protocol.data_received(b"GET / HTTP/1.1\r\nhost: ")
+    assert (protocol._waiter.done(), protocol._current_request, len(protocol._messages)) == (False, None, 0)
+    protocol.data_received(b"a\r\n\r\n")
+    assert (protocol._waiter.done(), len(protocol._messages)) == (True, 1)
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_a_protocol_is_closed_at_its_time_only_when_it_is_idle() -> None:
+    loop = asyncio.get_running_loop()
+    protocol = server_protocol()
+    protocol._keepalive_timeout = 0.01
+    before = loop.time()
+    protocol.connection_made(Transport())
+    assert before + 0.01 <= protocol._next_keepalive_close_time <= loop.time() + 0.01
+    await asyncio.sleep(0)
+    protocol._keepalive_handle.cancel()
+    await asyncio.sleep(0.05)
+    assert not protocol._force_close
+    protocol._process_keepalive()
+    assert (protocol._force_close, protocol._keepalive_handle) == (True, None)
+
+
+async def test_the_handler_of_a_protocol_can_be_another_one() -> None:
+    protocol = server_protocol()
+    assert protocol._request_handler is nothing
+    called = asyncio.Event()
+
+    async def another(_request: web.BaseRequest) -> web.Response:
+        called.set()
+        return web.Response()
+
+    protocol._request_handler = another
+    protocol.connection_made(Transport())
+    protocol.data_received(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    async with asyncio.timeout(30):
+        await called.wait()
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_a_server_has_connections_of_its_own() -> None:
+    assert web.Server(nothing)._connections == {}
