@@ -8,11 +8,13 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http import HttpRequestParser
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import GatewayError, HeadersTooLarge, InternalError, InvalidRequest, drop_frames
+from gateway.server.hang_ups import HangUps
 
 if TYPE_CHECKING:
     from gateway.server.in_flight import InFlight
@@ -34,13 +36,29 @@ class Protocol(RequestHandler):
         *args: Any,  # noqa: ANN401
         answer_unhandled: AnswerUnhandled,
         in_flight: "InFlight",
+        hang_ups: HangUps,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(*args, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
+        self._hang_ups = hang_ups
         self._first_request_timer: asyncio.TimerHandle | None = None
         self._connection: asyncio.Transport | None = None  # as `transport`, which aiohttp forgets when it closes
+        self._body: StreamReader | None = None  # of the request that has not been answered yet
+        self._further = b""  # what came behind it
+        self._msg_queue_resume_size = -1  # it is read on when the answer has been sent, not when its handling begins
+        self._parser = HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=web.RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=1,
+        )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start a timer: a connection that never sends a whole request is closed."""
@@ -57,22 +75,68 @@ class Protocol(RequestHandler):
             self._first_request_timer = None
         if self._connection is not None:
             self._in_flight.remove_connection(self._connection)
+            self._hang_ups.forget(self._connection)
             self._connection = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Tell the reader of a body when its chunks turn malformed; aiohttp would let it wait."""
-        super().data_received(data)
-        messages, request = self._messages, self._current_request
-        if not messages or request is None or request.content.is_eof():
+        """Parse one request at a time: what comes behind it waits, one read of it, until the answer has been sent.
+
+        aiohttp would hold 32 of them, each with what has come of its body; and would let the reader of a body wait when
+        its chunks turn malformed.
+        """
+        body = self._body
+        if body is None:
+            self._parse(data)
+            if self._body is None:  # what came may begin with the end of a body that nobody read for its answer
+                self._parse(b"")
             return
-        malformed = messages[-1][0]
+        if body.is_eof():
+            self._further += data
+            if not self._buffer_paused:
+                self._pause_reading_for_buffer()
+            return
+        super().data_received(data)
+        malformed = self._messages[-1][0] if self._messages else None
         if isinstance(malformed, _ErrInfo):
-            messages.pop()
+            self._messages.pop()
             drop_frames(malformed.exc)
-            request.content.set_exception(web.RequestPayloadError("malformed"))
-            request.content.feed_eof()
+            body.set_exception(web.RequestPayloadError("malformed"))
+            body.feed_eof()
             self.close()
+
+    def log_access(self, _request: web.BaseRequest, _response: web.StreamResponse, _time: float | None) -> None:
+        """Go on to what came behind a request whose answer has been sent: aiohttp would log it at this point."""
+        self._parse(b"")  # the rest of the read that it came with
+        if not self._buffer_paused:
+            return
+        if self._body is None or not self._body.is_eof():
+            further, self._further = self._further, b""
+            self.data_received(further)
+        if not self._further:
+            self._resume_reading_for_buffer()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse up to the end of the next request."""
+        super().data_received(data)
+        self._body = self._messages[0][1] if self._messages else None
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's signature
+        """Resume reading only where it was paused; aiohttp asks the parser for more after every read of a body."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    def _pause_transport_reading(self) -> None:
+        """Watch for a hang-up while nothing is read."""
+        super()._pause_transport_reading()
+        if self.transport is not None:
+            self._hang_ups.watch(self.transport)
+
+    def _resume_transport_reading(self) -> None:
+        """Read again, which notices a hang-up as well."""
+        if self.transport is not None:
+            self._hang_ups.forget(self.transport)
+        super()._resume_transport_reading()
 
     async def _drain_helper(self) -> None:
         """Forget what a cancelled writer waited for; aiohttp keeps it, and would cancel the next one that waits."""
@@ -114,11 +178,13 @@ class Server(web.Server):
         *,
         answer_unhandled: AnswerUnhandled,
         in_flight: "InFlight",
+        hang_ups: HangUps,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(handler, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
+        self._hang_ups = hang_ups
 
     def __call__(self) -> Protocol:
         """Return the protocol of a new connection."""
@@ -127,6 +193,7 @@ class Server(web.Server):
             loop=self._loop,
             answer_unhandled=self._answer_unhandled,
             in_flight=self._in_flight,
+            hang_ups=self._hang_ups,
             **self._kwargs,
         )
 
@@ -145,6 +212,12 @@ class Runner(web.AppRunner):
         )
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
+        self._hang_ups = HangUps()
+
+    async def cleanup(self) -> None:
+        """Close all connections."""
+        await super().cleanup()
+        self._hang_ups.close()
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
@@ -153,6 +226,7 @@ class Runner(web.AppRunner):
             request_factory=server.request_factory,
             answer_unhandled=self._answer_unhandled,
             in_flight=self._in_flight,
+            hang_ups=self._hang_ups,
             handler_cancellation=server.handler_cancellation,
             loop=asyncio.get_running_loop(),
             **server._kwargs,  # noqa: SLF001

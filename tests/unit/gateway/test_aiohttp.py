@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
@@ -22,6 +23,7 @@ from yarl import URL
 from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.server.aiohttp_protocol import Protocol
+from gateway.server.hang_ups import HangUps
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -334,8 +336,8 @@ async def nothing(_request: web.BaseRequest) -> web.Response:
 def server_protocol(kind: type[RequestHandler] = RequestHandler) -> Any:  # noqa: ANN401
     server = web.Server(nothing)
     more: dict[str, Any] = {}
-    if kind is Protocol:
-        more = {"answer_unhandled": lambda *_: web.Response(), "in_flight": Connections()}
+    if issubclass(kind, Protocol):
+        more = {"answer_unhandled": lambda *_: web.Response(), "in_flight": Connections(), "hang_ups": HangUps()}
     return kind(server, loop=asyncio.get_running_loop(), **server._kwargs, **more)
 
 
@@ -398,6 +400,105 @@ async def test_aiohttp_keeps_what_a_cancelled_writer_waited_for_and_ours_does_no
     protocol.resume_writing()
     await asyncio.gather(second, return_exceptions=True)
     protocol.connection_lost(None)
+
+
+PIPELINED = b"GET /1 HTTP/1.1\r\nhost: here\r\n\r\nGET /2 HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+async def test_a_parser_of_one_message_stops_behind_it_and_goes_on_when_it_is_asked() -> None:
+    protocol = server_protocol(Protocol)
+    protocol.connection_made(Transport())
+    messages, _, _ = protocol._parser.feed_data(PIPELINED)
+    assert [message.path for message, _ in messages] == ["/1"]
+    protocol._parser.message_consumed()
+    messages, _, _ = protocol._parser.feed_data(b"")
+    assert [message.path for message, _ in messages] == ["/2"]
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("kind", "together"), [(RequestHandler, 2), (Protocol, 1)])
+async def test_aiohttp_parses_requests_that_wait_and_ours_parses_them_in_turn(
+    kind: type[RequestHandler], together: int
+) -> None:
+    protocol = server_protocol(kind)
+    protocol.connection_made(Transport())
+    protocol.data_received(PIPELINED)
+    assert len(protocol._messages) == together, "aiohttp has changed: is the override needed any longer?"
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_an_access_is_logged_when_the_answer_has_been_sent_and_nothing_is_read_on_before() -> None:
+    transport = Transport()
+    before: list[tuple[object, object, int]] = []
+    parsed: list[int] = []
+
+    class Noting(Protocol):
+        def log_access(self, *of: Any) -> None:  # noqa: ANN401
+            before.append((self._current_request, self._waiter, len(self._further)))
+            super().log_access(*of)
+            parsed.append(len(self._messages))
+
+    protocol = server_protocol(Noting)
+    protocol.connection_made(transport)
+    protocol.data_received(PIPELINED)
+    protocol.data_received(PIPELINED)
+    assert (protocol._buffer_paused, transport.resumed) == (True, 0)
+    await until(lambda: len(parsed) == 4)
+    assert before == [(None, None, len(PIPELINED))] * 2 + [(None, None, 0)] * 2
+    assert parsed == [1, 1, 1, 0]
+    assert (protocol._buffer_paused, transport.resumed) == (False, 1)
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("kind", "parsed"), [(RequestHandler, 1), (Protocol, 0)])
+async def test_aiohttp_asks_the_parser_after_every_read_of_a_body_and_ours_does_not(
+    kind: type[RequestHandler], parsed: int
+) -> None:
+    class Counting(kind):  # type: ignore[valid-type, misc]
+        asked = 0
+
+        def data_received(self, data: bytes) -> None:
+            self.asked += not data
+            super().data_received(data)
+
+    protocol = server_protocol(Counting)
+    protocol.connection_made(Transport())
+    protocol.data_received(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\nhalf")
+    (_, body) = protocol._messages[0]
+    assert await body.readany() == b"half"
+    assert protocol.asked == parsed, "aiohttp has changed: is the override needed any longer?"
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_the_transport_of_a_protocol_is_paused_and_resumed_in_one_place() -> None:
+    assert {"_pause_transport_reading", "_resume_transport_reading"} <= set(vars(BaseProtocol))
+    paused: list[asyncio.Transport] = []
+
+    class Noted(HangUps):
+        def watch(self, connection: asyncio.Transport) -> None:
+            paused.append(connection)
+
+        def forget(self, connection: asyncio.Transport) -> None:
+            if connection in paused:
+                paused.remove(connection)
+
+    protocol, transport = server_protocol(Protocol), Transport()
+    protocol._hang_ups = Noted()
+    protocol.connection_made(transport)
+    protocol.data_received(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 999999999\r\n\r\n")
+    protocol.data_received(b"." * (1 << 20))
+    assert paused == [transport]
+    await protocol._messages[0][1].readany()
+    assert paused == []
+    protocol.pause_reading()
+    assert paused == [transport]
+    protocol.connection_lost(None)
+    assert paused == []
+    await asyncio.sleep(0)
 
 
 async def test_the_writer_of_a_request_counts_what_it_has_sent() -> None:
