@@ -45,6 +45,7 @@ class Parts:
         client: sends calls to backends.
         health: probes, and the document of `/health`.
         handlers, middleware: of the routes.
+        write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
 
@@ -61,6 +62,7 @@ class Parts:
         self.telemetry = telemetry
         self.client = client
         self.in_flight = InFlight()
+        self.write_timeout = settings.gateway_write_timeout
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
@@ -166,7 +168,12 @@ def create_app(
 def runner_of(app: web.Application) -> Runner:
     """Return the runner of an application."""
     parts = app[PARTS]
-    return Runner(app, answer_unhandled=parts.middleware.answer_unhandled, in_flight=parts.in_flight)
+    return Runner(
+        app,
+        answer_unhandled=parts.middleware.answer_unhandled,
+        in_flight=parts.in_flight,
+        write_timeout=parts.write_timeout,
+    )
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:

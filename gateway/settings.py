@@ -138,6 +138,7 @@ class Settings(BaseSettings):
     gateway_breaker_open_seconds: Seconds = 5
     gateway_breaker_open_max: Seconds = 10
 
+    gateway_write_timeout: Seconds = 60
     gateway_max_in_flight: Count = 1024
     gateway_max_queue: CountOrNone = 256
     gateway_queue_timeout: Seconds = 2

@@ -15,12 +15,17 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import GatewayError, HeadersTooLarge, InternalError, InvalidRequest, drop_frames
 from gateway.server.hang_ups import HangUps
+from gateway.server.tcp import bytes_taken, limit_unsent
 
 if TYPE_CHECKING:
     from gateway.server.in_flight import InFlight
 
 FIRST_REQUEST = 30.0
 """Seconds that a new connection may take until its first request line and headers have come."""
+UNSENT = 131_072
+"""Bytes of answers that the kernel holds for a caller beyond what is under way to him."""
+LOOKS = 10
+"""Looks at what a caller takes in the time after which he counts as taking nothing."""
 LAST_ANSWERS = 1.0
 """Seconds that aiohttp waits for answers when it stops."""
 
@@ -37,12 +42,15 @@ class Protocol(RequestHandler):
         answer_unhandled: AnswerUnhandled,
         in_flight: "InFlight",
         hang_ups: HangUps,
+        write_timeout: float,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(*args, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
         self._hang_ups = hang_ups
+        self._write_timeout = write_timeout
+        self._write_timer: asyncio.TimerHandle | None = None
         self._first_request_timer: asyncio.TimerHandle | None = None
         self._connection: asyncio.Transport | None = None  # as `transport`, which aiohttp forgets when it closes
         self._body: StreamReader | None = None  # of the request that has not been answered yet
@@ -66,6 +74,8 @@ class Protocol(RequestHandler):
         self._connection = self.transport
         if self._connection is not None:
             self._in_flight.add_connection(self._connection)
+            self._connection.set_write_buffer_limits(0)  # nothing is written while something has yet to be taken
+            limit_unsent(self._connection, UNSENT)
         self._first_request_timer = asyncio.get_running_loop().call_later(FIRST_REQUEST, self._close_if_silent)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -73,6 +83,7 @@ class Protocol(RequestHandler):
         if self._first_request_timer is not None:
             self._first_request_timer.cancel()
             self._first_request_timer = None
+        self._stop_write_timer()
         if self._connection is not None:
             self._in_flight.remove_connection(self._connection)
             self._hang_ups.forget(self._connection)
@@ -138,6 +149,35 @@ class Protocol(RequestHandler):
             self._hang_ups.forget(self.transport)
         super()._resume_transport_reading()
 
+    def pause_writing(self) -> None:
+        """Start a timer: a caller who takes nothing of what waits for him is cut off."""
+        super().pause_writing()
+        if self._connection is not None:
+            self._look_at_caller(bytes_taken(self._connection), self._loop.time())
+
+    def resume_writing(self) -> None:
+        """Stop the timer: all has been taken."""
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _look_at_caller(self, taken: int, since: float) -> None:
+        """Cut the caller off if he has taken no more than `taken` bytes `since` so long; else look again later."""
+        connection, now = self._connection, self._loop.time()
+        if connection is None:
+            return
+        taken_by_now = bytes_taken(connection)
+        if taken_by_now > taken:
+            taken, since = taken_by_now, now
+        if now - since >= self._write_timeout:
+            connection.abort()
+            return
+        self._write_timer = self._loop.call_later(self._write_timeout / LOOKS, self._look_at_caller, taken, since)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
     async def _drain_helper(self) -> None:
         """Forget what a cancelled writer waited for; aiohttp keeps it, and would cancel the next one that waits."""
         if self._drain_waiter is not None and self._drain_waiter.cancelled():
@@ -179,12 +219,14 @@ class Server(web.Server):
         answer_unhandled: AnswerUnhandled,
         in_flight: "InFlight",
         hang_ups: HangUps,
+        write_timeout: float,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(handler, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
         self._hang_ups = hang_ups
+        self._write_timeout = write_timeout
 
     def __call__(self) -> Protocol:
         """Return the protocol of a new connection."""
@@ -194,6 +236,7 @@ class Server(web.Server):
             answer_unhandled=self._answer_unhandled,
             in_flight=self._in_flight,
             hang_ups=self._hang_ups,
+            write_timeout=self._write_timeout,
             **self._kwargs,
         )
 
@@ -201,7 +244,14 @@ class Server(web.Server):
 class Runner(web.AppRunner):
     """aiohttp's runner with our protocol. A caller who leaves cancels its request; aiohttp writes no access log."""
 
-    def __init__(self, app: web.Application, *, answer_unhandled: AnswerUnhandled, in_flight: "InFlight") -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        answer_unhandled: AnswerUnhandled,
+        in_flight: "InFlight",
+        write_timeout: float,
+    ) -> None:
         super().__init__(
             app,
             handler_cancellation=True,
@@ -212,6 +262,7 @@ class Runner(web.AppRunner):
         )
         self._answer_unhandled = answer_unhandled
         self._in_flight = in_flight
+        self._write_timeout = write_timeout
         self._hang_ups = HangUps()
 
     async def cleanup(self) -> None:
@@ -227,6 +278,7 @@ class Runner(web.AppRunner):
             answer_unhandled=self._answer_unhandled,
             in_flight=self._in_flight,
             hang_ups=self._hang_ups,
+            write_timeout=self._write_timeout,
             handler_cancellation=server.handler_cancellation,
             loop=asyncio.get_running_loop(),
             **server._kwargs,  # noqa: SLF001
