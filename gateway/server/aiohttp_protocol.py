@@ -89,6 +89,8 @@ class Protocol(RequestHandler):
             self._hang_ups.forget(self._connection)
             self._connection = None
         super().connection_lost(exc)
+        self._body, self._further = None, b""  # a body refers to its connection: a cycle
+        self._messages.clear()
 
     def data_received(self, data: bytes) -> None:
         """Parse one request at a time: what comes behind it waits, one read of it, until the answer has been sent.
@@ -116,8 +118,10 @@ class Protocol(RequestHandler):
             body.feed_eof()
             self.close()
 
-    def log_access(self, _request: web.BaseRequest, _response: web.StreamResponse, _time: float | None) -> None:
+    def log_access(self, _request: web.BaseRequest, response: web.StreamResponse, _time: float | None) -> None:
         """Go on to what came behind a request whose answer has been sent: aiohttp would log it at this point."""
+        if not response.keep_alive:
+            return
         self._parse(b"")  # the rest of the read that it came with
         if not self._buffer_paused:
             return
