@@ -73,6 +73,9 @@ class Wire(asyncio.Transport):
         """Nothing waits."""
         return 0
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing waits."""
+
     def pause_reading(self) -> None:
         """Nothing is read."""
 

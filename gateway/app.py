@@ -50,6 +50,7 @@ class Parts:
         executor: looks into large bodies and answers.
         health: probes, and the document of `/health`.
         handlers, middleware: of the routes.
+        write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
 
@@ -71,6 +72,7 @@ class Parts:
             telemetry.metrics.connection_closed,
         )
         self.keepalive_timeout = settings.gateway_keepalive_timeout
+        self.write_timeout = settings.gateway_write_timeout
         self.in_flight = InFlight(self.connections)
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
@@ -183,6 +185,7 @@ def runner_of(app: web.Application) -> Runner:
         answer_unhandled=parts.middleware.answer_unhandled,
         connections=parts.connections,
         keepalive_timeout=parts.keepalive_timeout,
+        write_timeout=parts.write_timeout,
     )
 
 

@@ -158,6 +158,7 @@ class Settings(BaseSettings):
 
     gateway_max_connections: Annotated[Count | None, Field(description="a whole number of at least 1")] = None
     gateway_keepalive_timeout: Seconds = 75
+    gateway_write_timeout: Seconds = 60
     gateway_max_in_flight: Count = 1024
     gateway_max_queue: CountOrNone = 256
     gateway_queue_timeout: Seconds = 2

@@ -37,6 +37,8 @@ MAX_HEADERS = 65_536
 MAX_HEADER_LINES = 1024
 FEW_LINES = 8
 """Lines whose sum is not worth its time: each is within the limit."""
+READ = 65_536
+"""Bytes of an answer that wait here until they are read; twice as many stop reading from its backend."""
 RESOLVE_AFTER = 10.0
 """Seconds after which the name of a host with kept connections is resolved anew."""
 INTERIM = frozenset(range(100, 200)) - {101}
@@ -76,10 +78,61 @@ class Protocol(ResponseHandler):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    def hold_back(self) -> None:
+        """Read nothing more until `go_on`."""
+        self._pause_reading_for_buffer()
+
+    def go_on(self) -> None:
+        """Read again."""
+        self._resume_reading_for_buffer()
+
+    def read_less(self) -> None:
+        """Read at most `READ` bytes at a time from here on, until `read_as_ever`."""
+        if self.transport is not None:
+            self.transport.set_protocol(_SmallReads(self))
+
+    def read_as_ever(self) -> None:
+        """Read as much at a time as comes."""
+        if self.transport is not None:
+            self.transport.set_protocol(self)
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget an answer that nobody will read: it would hold the connection, which holds the answer."""
         super().connection_lost(exc)
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it
+
+
+class _SmallReads(asyncio.BufferedProtocol):
+    """Hands on to a protocol what comes, at most `READ` bytes at a time; an event loop reads up to 256 KiB."""
+
+    _buffer = bytearray(READ)  # of all connections: it is empty again before another one reads
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+
+    def get_buffer(self, _size: int) -> bytearray:
+        """Return where to read to."""
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Hand on what has been read."""
+        self._protocol.data_received(bytes(memoryview(self._buffer)[:size]))
+
+    def eof_received(self) -> None:
+        """Hand on that nothing more will come."""
+        self._protocol.eof_received()
+
+    def pause_writing(self) -> None:
+        """Hand on that what was sent has not been taken."""
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Hand on that it has been taken."""
+        self._protocol.resume_writing()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Hand on that the connection has ended."""
+        self._protocol.connection_lost(exc)
 
 
 class _Opening:
@@ -264,6 +317,7 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
     protocol.set_response_params(
         auto_decompress=False,
         read_until_eof=True,
+        read_bufsize=READ,
         max_line_size=MAX_HEADERS,
         max_field_size=MAX_HEADERS,
         max_headers=MAX_HEADER_LINES,
@@ -282,6 +336,11 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
             return message, content
         if message.code not in INTERIM:
             raise InvalidResponse(f"The backend answered {message.code}, which does not answer a prompt.")
+
+
+def waiting(content: aiohttp.StreamReader) -> int:
+    """Return how many bytes of a body have come and have not been read."""
+    return content._size  # noqa: SLF001
 
 
 def unread(content: aiohttp.StreamReader) -> bytes:

@@ -10,7 +10,16 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import istr
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import (
+    MAX_HEADERS,
+    READ,
+    Connector,
+    Protocol,
+    post_request,
+    send,
+    unread,
+    waiting,
+)
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
 from gateway.errors import AnswerTooLarge, CutOff, InvalidRequest, InvalidResponse
@@ -185,13 +194,14 @@ class Exchange:
         headers: of the answer.
     """
 
-    __slots__ = ("_connection", "_content", "_decoded", "_decoder", "_peeked", "headers", "status")
+    __slots__ = ("_connection", "_content", "_decoded", "_decoder", "_peeked", "_reads_less", "headers", "status")
 
     def __init__(self, connection: "Connection", message: "RawResponseMessage", content: aiohttp.StreamReader) -> None:
         self._connection = connection
         self._content = content
         self._peeked = b""
         self._decoder: Decoder | None = None
+        self._reads_less: Protocol | None = None
         self._decoded: Iterator[bytes] | None = None  # what is there, piece by piece; None: all of it has been read
         self.status = message.code
         self.headers = message.headers
@@ -233,6 +243,30 @@ class Exchange:
         if self._decoder is not None and self._decoded is not None:
             return False
         return self._content.at_eof() and not self._peeked
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes of the body have come and have not been read."""
+        return waiting(self._content)
+
+    def hold_back(self) -> None:
+        """Read nothing more of the backend until `go_on`."""
+        protocol = self._connection.protocol
+        if isinstance(protocol, Protocol):
+            protocol.hold_back()
+
+    def go_on(self) -> None:
+        """Read of the backend again."""
+        protocol = self._connection.protocol
+        if isinstance(protocol, Protocol):
+            protocol.go_on()
+
+    def read_less(self, size: int) -> None:
+        """Read less at a time of a backend that has sent `size` bytes at once, so that less waits for a slow caller."""
+        protocol = self._connection.protocol
+        if size > READ and self._reads_less is None and isinstance(protocol, Protocol):
+            self._reads_less = protocol
+            protocol.read_less()
 
     def passed_headers(self) -> dict[str, str]:
         """Return the headers of the answer that pass to callers."""
@@ -308,6 +342,8 @@ class Exchange:
 
     def close(self) -> None:
         """Give the connection back if the body has ended, else close it."""
+        if self._reads_less is not None:
+            self._reads_less.read_as_ever()
         if self._content.at_eof():
             self._connection.release()
         else:

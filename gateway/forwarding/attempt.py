@@ -254,7 +254,10 @@ class Attempts:
             if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
             timer.end_at(call.deadline.end)
-            await sink.commit({"content-type": "text/event-stream", **exchange.passed_headers()}, events, state)
+            headers = {"content-type": "text/event-stream", **exchange.passed_headers()}
+            await sink.commit(headers, events, state, relay.held_up)
+            call.share.give_back(len(events))
+            del events
             if call.commit != "complete":
                 await relay.pass_on(sink.write)
             await sink.end()

@@ -1,6 +1,7 @@
 """One request on its way to a backend, and the place where its answer goes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from gateway.policy.fingerprints import fingerprint
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from gateway.settings import Commit
 
 
+HeldUp = Callable[[int], AbstractContextManager[None]]
+"""Surrounds a wait for a caller who has yet to take so many bytes."""
+
+
 class StreamSink(Protocol):
     """The caller's side of a streamed answer.
 
@@ -25,8 +30,14 @@ class StreamSink(Protocol):
 
     committed: bool
 
-    async def commit(self, headers: Mapping[str, str], events: bytes, state: "StreamState") -> None:
-        """Send the status, the headers and the first events; `state`: how far the stream has come, now and later.
+    async def commit(self, headers: Mapping[str, str], events: bytes, state: "StreamState", held_up: "HeldUp") -> None:
+        """Send the status, the headers and the first events; waits while the caller does not read.
+
+        Args:
+            headers: of the answer.
+            events: bytes.
+            state: how far the stream has come, now and later.
+            held_up: surrounds each wait for a caller who does not read.
 
         Raises:
             CallerLeft: nobody is there any more.

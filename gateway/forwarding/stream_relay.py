@@ -1,6 +1,7 @@
 """A backend's stream on its way to the caller: events in, checked, out. Here a stream is found cut."""
 
 import asyncio
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidRes
 from gateway.executor import LARGE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from gateway.backend.client import Exchange
     from gateway.dialects.dialect import StreamState
@@ -116,6 +117,18 @@ class StreamRelay:
         await self.pass_on(held.add)
         return held.joined()
 
+    @contextmanager
+    def held_up(self, size: int) -> "Iterator[None]":
+        """Read nothing more while the caller has yet to take `size` bytes, and count what waits as held."""
+        self._exchange.hold_back()
+        size += self._exchange.waiting
+        self._share.count(size)
+        try:
+            yield
+        finally:
+            self._share.give_back(size)
+            self._exchange.go_on()
+
     async def pass_on(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
         """Pass events on as they arrive, to the end of a complete stream.
 
@@ -219,6 +232,7 @@ class StreamRelay:
         """Return the events that a read completes; none when it is bad, which sets `_failure`."""
         if not data:
             self._at_end = True
+        self._exchange.read_less(len(data))
         try:
             events = self._splitter.feed(data) if data else self._splitter.end(proper=True)
         except InvalidResponse as failure:

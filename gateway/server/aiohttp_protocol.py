@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
+from aiohttp.http import HttpRequestParser
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
@@ -23,18 +24,21 @@ from gateway.errors import (
     UnsupportedHttpVersion,
     drop_frames,
 )
+from gateway.server.hang_ups import HangUps
 from gateway.server.paths import SERVICE
+from gateway.server.tcp import bytes_taken, limit_unsent
 
 if TYPE_CHECKING:
-    from collections import deque
-
-    from aiohttp import StreamReader
     from aiohttp.http_parser import RawRequestMessage
 
     from gateway.server.connections import CloseReason, Connections
 
 HEADERS_TIMEOUT = 30.0
 """Seconds that a request's line and headers may take from their first byte; those of the first, from the connect."""
+UNSENT = 131_072
+"""Bytes of answers that the kernel holds for a caller beyond what is under way to him."""
+LOOKS = 10
+"""Looks at what a caller takes in the time after which he counts as taking nothing."""
 LAST_ANSWERS = 1.0
 """Seconds that aiohttp waits for answers when it stops."""
 OTHER_VERSION = ("Bad status line:\n  Invalid HTTP version:", "Pause on PRI/Upgrade:")
@@ -56,26 +60,53 @@ class Protocol(RequestHandler):
         *args: Any,  # noqa: ANN401
         answer_unhandled: AnswerUnhandled,
         connections: "Connections",
+        hang_ups: HangUps,
+        write_timeout: float,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(*args, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._connections = connections
+        self._hang_ups = hang_ups
+        self._write_timeout = write_timeout
         self._headers_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self.connection: asyncio.Transport | None = None
+        self._body: StreamReader | None = None  # of the request that has not been answered yet
+        self._further = b""  # what came behind it
+        self._msg_queue_resume_size = -1  # it is read on when the answer has been sent, not when its handling begins
+        self._parser = HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=web.RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=1,
+        )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start a timer: a connection that never sends a whole request is closed."""
         super().connection_made(transport)
         self.connection = self.transport
+        if self.connection is not None:
+            self.connection.set_write_buffer_limits(0)  # nothing is written while something has yet to be taken
+            limit_unsent(self.connection, UNSENT)
         self._start_headers_timer()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self._stop_headers_timer()
+        self._stop_write_timer()
         self._connections.remove(self)
-        self.connection = None
+        if self.connection is not None:
+            self._hang_ups.forget(self.connection)
+            self.connection = None
         super().connection_lost(exc)
+        self._body, self._further = None, b""  # a body refers to its connection: a cycle
+        self._messages.clear()
 
     @property
     def has_asked(self) -> bool:
@@ -112,32 +143,106 @@ class Protocol(RequestHandler):
         self._request_handler = refuse
 
     def data_received(self, data: bytes) -> None:
-        """Limit the time of headers, and look at what the parser has made of the data before it is handled."""
-        super().data_received(data)
-        messages = self._messages
-        if self._current_request is None:
-            if messages:
+        """Parse one request at a time: what comes behind it waits, one read of it, until the answer has been sent.
+
+        aiohttp would hold 32 of them, each with what has come of its body; and would let the reader of a body wait when
+        its chunks turn malformed.
+        """
+        body = self._body
+        if body is None:
+            self._parse(data)
+            if self._body is None:  # what came may begin with the end of a body that nobody read for its answer
+                self._parse(b"")
+            if self._body is not None:
                 if self._headers_timer is not None:
                     self._stop_headers_timer()
-            elif self._headers_timer is None and self._awaits_headers():
+            elif self._headers_timer is None:
                 self._start_headers_timer()
-        if messages:
-            newest = messages[-1][0]
-            if isinstance(newest, _ErrInfo):
-                self._end_body_of_current_request(newest)
-            elif newest.version is not HttpVersion11 or newest.upgrade or newest.path[0] != "/" or len(messages) > 1:
-                _judge(messages)
-
-    def _end_body_of_current_request(self, malformed: _ErrInfo) -> None:
-        """Tell the reader of a body that its chunks have turned malformed; aiohttp would let it wait."""
-        request = self._current_request
-        if request is None or request.content.is_eof():
             return
-        self._messages.pop()
-        drop_frames(malformed.exc)
-        request.content.set_exception(web.RequestPayloadError("malformed"))
-        request.content.feed_eof()
-        self.close()
+        if body.is_eof():
+            self._further += data
+            if not self._buffer_paused:
+                self._pause_reading_for_buffer()
+            return
+        super().data_received(data)
+        malformed = self._messages[-1][0] if self._messages else None
+        if isinstance(malformed, _ErrInfo):
+            self._messages.pop()
+            drop_frames(malformed.exc)
+            body.set_exception(web.RequestPayloadError("malformed"))
+            body.feed_eof()
+            self.close()
+
+    def log_access(self, _request: web.BaseRequest, response: web.StreamResponse, _time: float | None) -> None:
+        """Go on to what came behind a request whose answer has been sent: aiohttp would log it at this point."""
+        if not response.keep_alive:
+            return
+        self._parse(b"")  # the rest of the read that it came with
+        if not self._buffer_paused:
+            return
+        if self._body is None or not self._body.is_eof():
+            further, self._further = self._further, b""
+            self.data_received(further)
+        if not self._further:
+            self._resume_reading_for_buffer()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse up to the end of the next request."""
+        super().data_received(data)
+        self._body = None
+        if self._messages:
+            message, self._body = self._messages[0]
+            if not isinstance(message, _ErrInfo) and (
+                message.version is not HttpVersion11 or message.upgrade or message.path[0] != "/"
+            ):
+                self._messages[0] = _judged(message, self._body)
+                self._body = self._messages[0][1]
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's signature
+        """Resume reading only where it was paused; aiohttp asks the parser for more after every read of a body."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    def _pause_transport_reading(self) -> None:
+        """Watch for a hang-up while nothing is read."""
+        super()._pause_transport_reading()
+        if self.transport is not None:
+            self._hang_ups.watch(self.transport)
+
+    def _resume_transport_reading(self) -> None:
+        """Read again, which notices a hang-up as well."""
+        if self.transport is not None:
+            self._hang_ups.forget(self.transport)
+        super()._resume_transport_reading()
+
+    def pause_writing(self) -> None:
+        """Start a timer: a caller who takes nothing of what waits for him is cut off."""
+        super().pause_writing()
+        if self.connection is not None:
+            self._look_at_caller(bytes_taken(self.connection), self._loop.time())
+
+    def resume_writing(self) -> None:
+        """Stop the timer: all has been taken."""
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _look_at_caller(self, taken: int, since: float) -> None:
+        """Cut the caller off if he has taken no more than `taken` bytes `since` so long; else look again later."""
+        connection, now = self.connection, self._loop.time()
+        if connection is None:
+            return
+        taken_by_now = bytes_taken(connection)
+        if taken_by_now > taken:
+            taken, since = taken_by_now, now
+        if now - since >= self._write_timeout:
+            connection.abort()
+            return
+        self._write_timer = self._loop.call_later(self._write_timeout / LOOKS, self._look_at_caller, taken, since)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     async def _drain_helper(self) -> None:
         """Forget what a cancelled writer waited for; aiohttp keeps it, and would cancel the next one that waits."""
@@ -200,24 +305,19 @@ class Protocol(RequestHandler):
             self.close_for("headers_timeout")
 
 
-def _judge(messages: "deque[tuple[RawRequestMessage | _ErrInfo, StreamReader]]") -> None:
-    """Refuse requests that no route could answer, and have the connection closed after those that ask for an upgrade.
+def _judged(message: "RawRequestMessage", body: StreamReader) -> "tuple[RawRequestMessage | _ErrInfo, StreamReader]":
+    """Refuse a request that no route could answer, and have the connection closed after one that asks for an upgrade.
 
-    Of what comes in one read with the latter, aiohttp's parser drops all that is behind: its caller would take the next
-    answer for that to the request that was dropped.
+    aiohttp's parser drops what comes in one read behind the latter: its caller would take the next answer for that to
+    the request that was dropped.
     """
-    for place, (message, payload) in enumerate(messages):
-        if isinstance(message, _ErrInfo):
-            continue
-        refusal = _refusal(message)
-        if refusal is not None:
-            messages[place] = _ErrInfo(refusal.status, refusal, refusal.message), EMPTY_PAYLOAD
-            continue
-        url = message.url
-        if url.absolute:  # it may have no path, which stands for "/"
-            url = url.with_path(url.raw_path, encoded=True, keep_query=True)
-        close = message.should_close or message.upgrade
-        messages[place] = message._replace(url=url, should_close=close), payload
+    refusal = _refusal(message)
+    if refusal is not None:
+        return _ErrInfo(refusal.status, refusal, refusal.message), EMPTY_PAYLOAD
+    url = message.url
+    if url.absolute:  # it may have no path, which stands for "/"
+        url = url.with_path(url.raw_path, encoded=True, keep_query=True)
+    return message._replace(url=url, should_close=message.should_close or message.upgrade), body
 
 
 def _refusal(message: "RawRequestMessage") -> GatewayError | None:
@@ -238,11 +338,15 @@ class Server(web.Server):
         *,
         answer_unhandled: AnswerUnhandled,
         connections: "Connections",
+        hang_ups: HangUps,
+        write_timeout: float,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(handler, **kwargs)
         self._answer_unhandled = answer_unhandled
         self._registry = connections  # aiohttp has `_connections` of its own
+        self._hang_ups = hang_ups
+        self._write_timeout = write_timeout
 
     def __call__(self) -> Protocol:
         """Return the protocol of a new connection."""
@@ -251,6 +355,8 @@ class Server(web.Server):
             loop=self._loop,
             answer_unhandled=self._answer_unhandled,
             connections=self._registry,
+            hang_ups=self._hang_ups,
+            write_timeout=self._write_timeout,
             **self._kwargs,
         )
 
@@ -265,6 +371,7 @@ class Runner(web.AppRunner):
         answer_unhandled: AnswerUnhandled,
         connections: "Connections",
         keepalive_timeout: float,
+        write_timeout: float,
     ) -> None:
         super().__init__(
             app,
@@ -277,12 +384,19 @@ class Runner(web.AppRunner):
         )
         self._answer_unhandled = answer_unhandled
         self._connections = connections
+        self._write_timeout = write_timeout
+        self._hang_ups = HangUps()
 
     def new_protocol(self) -> Protocol:
         """Return the protocol of a new connection. Raises: TypeError, before `setup`."""
         if not isinstance(self.server, Server):
             raise TypeError("the runner has not been set up")
         return self.server()
+
+    async def cleanup(self) -> None:
+        """Close all connections."""
+        await super().cleanup()
+        self._hang_ups.close()
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
@@ -291,6 +405,8 @@ class Runner(web.AppRunner):
             request_factory=server.request_factory,
             answer_unhandled=self._answer_unhandled,
             connections=self._connections,
+            hang_ups=self._hang_ups,
+            write_timeout=self._write_timeout,
             handler_cancellation=server.handler_cancellation,
             loop=asyncio.get_running_loop(),
             **server._kwargs,  # noqa: SLF001

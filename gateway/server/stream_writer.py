@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, web
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from gateway.dialects.dialect import Dialect, StreamState
+    from gateway.forwarding.call import HeldUp
     from gateway.record import Record
 
+LARGE = 16_384
+"""Bytes of events that are sent together without a copy."""
 POLL = 0.005
 """Seconds between two looks at whether the caller's side has taken the last event."""
 LAST_WORD = 0.05
@@ -57,6 +60,7 @@ class StreamWriter:
         self._clock = clock
         self._response: web.StreamResponse | None = None
         self._state: StreamState | None = None
+        self._held_up: HeldUp | None = None
         self._beating: asyncio.Task[None] | None = None
         self._last_write = clock()
         self._opening = asyncio.Lock()
@@ -90,10 +94,13 @@ class StreamWriter:
                 await self._beating
             self._beating = None
 
-    async def commit(self, headers: "Mapping[str, str]", events: bytes, state: "StreamState") -> None:
+    async def commit(
+        self, headers: "Mapping[str, str]", events: bytes, state: "StreamState", held_up: "HeldUp"
+    ) -> None:
         """Send the status, the headers and the first events: from here on nothing is retried. Raises: CallerLeft."""
         self.committed = True
         self._state = state
+        self._held_up = held_up
         if not await self._open(events, headers):
             await self.write(events)
 
@@ -101,18 +108,31 @@ class StreamWriter:
         """Send whole events; waits while the caller does not read. Raises: CallerLeft.
 
         They go straight to the transport: aiohttp's writer takes 10,000 instructions more for each event
-        (docs/performance.md).
+        (docs/performance.md). Large ones are not copied.
         """
         request = self._request
         transport = request.transport
         if transport is None or transport.is_closing():
             raise CallerLeft
-        transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
+        if not self._chunked:
+            transport.write(events)
+        elif len(events) < LARGE:
+            transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+        else:
+            transport.writelines((b"%x\r\n" % len(events), events, b"\r\n"))
         if self._beating is not None:
             self._last_write = self._clock()
         if request.protocol.writing_paused:
+            await self._until_taken(transport.get_write_buffer_size())
+
+    async def _until_taken(self, size: int) -> None:
+        """Wait until the caller's side has taken what was sent, of which `size` bytes nobody else counts as held.
+
+        Meanwhile nothing more comes from the backend.
+        """
+        with nullcontext() if self._held_up is None else self._held_up(size):
             try:
-                await request.writer.drain()
+                await self._request.writer.drain()
             except ConnectionError:
                 raise CallerLeft from None
 
@@ -175,10 +195,13 @@ class StreamWriter:
                 self._response = response
                 self._record.status = response.status
                 self._last_write = self._clock()
-                await self._request.writer.write(events)
+                # Without its own wait for a slow caller, of which the backend would not be told.
+                await self._request.writer.write(events, drain=False)  # type: ignore[call-arg]  # of aiohttp's own writer
             except ConnectionError:
                 raise CallerLeft from None
-            return True
+        if self._request.protocol.writing_paused:
+            await self._until_taken(0)
+        return True
 
     async def _beat(self) -> None:
         """Send one comment per interval in which nothing else was sent."""

@@ -280,7 +280,7 @@ async def test_a_caller_who_leaves_without_a_prompt_is_nobody(mock: MockModel, s
 async def test_callers_who_leave_together_open_no_breaker_and_leave_no_slot_taken(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, gateway_max_in_flight=10, gateway_queue_timeout=60, gateway_breaker_failures=1)
+    gateway = await start_gateway(mock, gateway_max_in_flight=20, gateway_queue_timeout=60, gateway_breaker_failures=1)
     mock.set_faults([{**HANG, "match": {"stream": False}}, {"kind": "hang_after_headers"}])
     async with AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(dial(gateway.url)) for _ in range(20)]

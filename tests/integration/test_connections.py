@@ -291,6 +291,7 @@ def test_all_that_wait_are_accepted_in_a_few_turns_of_the_event_loop() -> None:
             answer_unhandled=lambda *_: web.Response(),
             connections=connections,
             keepalive_timeout=75,
+            write_timeout=60,
         )
         await runner.setup()
         listener = Listener(runner, connections)

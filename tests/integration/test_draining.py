@@ -268,34 +268,43 @@ async def test_a_request_whose_body_is_still_on_its_way_is_refused(
     assert mock.journal.total == 0
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["unstreamed", "streamed"])
 async def test_a_stop_waits_until_a_slow_caller_has_taken_the_end_of_his_answer(
-    start_raw: StartRaw, start_gateway: StartGateway
+    start_raw: StartRaw, start_gateway: StartGateway, *, stream: bool
 ) -> None:
     async def talk(call: RawCall) -> None:
-        await call.send(STREAM_HEAD)
-        await call.events(ROLE, WORD)
+        if stream:
+            await call.send(STREAM_HEAD)
+            await call.events(ROLE, WORD)
         await ready.wait()
+        if not stream:
+            await call.answer(b'{"choices": [], "text": "%s"}' % large)
+            return
         await call.events(large, FINISH, DONE)
         await call.send(END)
 
     ready = asyncio.Event()
-    large = chunk("x" * 50_000)
-    gateway = await start_gateway((await start_raw(talk)).url)
+    large = chunk("x" * 50_000) if stream else b"x" * 50_000
+    backend = await start_raw(talk)
+    gateway = await start_gateway(backend.url)
     async with dial(gateway.url, receive_buffer=4_096) as wire:
-        await wire.send(post(json.dumps(STREAM).encode()))
-        assert (await wire.head())[0] == 200
+        await wire.send(post(json.dumps(STREAM | {"stream": stream}).encode()))
+        await backend.called(1)
         assert gateway.limit_send_buffers(4_096) == 1
         ready.set()
-        await until(lambda: not len(gateway.parts.in_flight))
+        (protocol,) = gateway.parts.connections._regular
+        assert protocol.connection is not None
+        await until(protocol.connection.get_write_buffer_size)
         draining = asyncio.create_task(drain(gateway.parts.admission, gateway.parts.in_flight, LONG, asyncio.Event()))
         await asyncio.sleep(SHORT)
+        assert len(gateway.parts.in_flight) == int(stream)
         assert not draining.done(), "most of the answer is still here"
         taken = b""
-        while not taken.endswith(END):
+        while not taken.endswith(END if stream else b'"}'):
             taken += await wire.some(1)
         await draining
     assert large in taken
-    assert DONE in taken
+    assert (DONE in taken) is stream
 
 
 # At the end of the grace

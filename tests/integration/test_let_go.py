@@ -173,6 +173,9 @@ async def test_of_a_connection_that_was_closed_nothing_is_left(mock: MockModel, 
                 await caller.send(b"no http\r\n\r\n")
                 assert (await caller.answer()).status == 400
             async with dial(gateway.url) as caller:
+                await caller.send(post() * 3)
+                assert (await caller.answer()).status == 200
+            async with dial(gateway.url) as caller:
                 await caller.send(chunked(b"{", end=b""))
                 await until(lambda: len(gateway.parts.in_flight) == 1)
                 await caller.send(b"no chunk\r\n")

@@ -9,22 +9,25 @@ import inspect
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import aiohttp
 import pytest
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import READ, Connector, post_request, send, unread, waiting
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
 from gateway.server.connections import Connections
+from gateway.server.hang_ups import HangUps
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -98,6 +101,12 @@ class Transport(asyncio.Transport):
 
     def write(self, data: Any) -> None:  # noqa: ANN401
         """Nobody is there."""
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing waits."""
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def is_closing(self) -> bool:
         return False
@@ -205,6 +214,88 @@ async def test_reading_that_was_not_paused_is_not_resumed() -> None:
     protocol.resume_reading()
     assert (transport.resumed, protocol._reading_paused) == (1, False)
     protocol.connection_lost(None)
+
+
+async def test_a_backend_is_held_back_beside_aiohttps_own_pause() -> None:
+    transport = Transport()
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(transport)
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
+    protocol.hold_back()
+    protocol.pause_reading()
+    protocol.resume_reading()
+    assert (transport.resumed, protocol._buffer_paused) == (0, True)
+    protocol.go_on()
+    assert (transport.resumed, protocol._buffer_paused) == (1, False)
+    protocol.hold_back()
+    protocol.pause_reading()
+    protocol.go_on()
+    assert transport.resumed == 1
+    protocol.resume_reading()
+    assert transport.resumed == 2
+    protocol.connection_lost(None)
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+async def test_a_protocol_reads_less_at_a_time_and_as_ever_again() -> None:
+    sizes: list[int] = []
+
+    class Noting(BackendProtocol):
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+            super().data_received(data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4000000\r\n\r\n" + bytes(4_000_000))
+        await reader.read()
+
+    async with backend(serve) as url, connector() as made:
+        made._factory = cast("Any", partial(Noting, asyncio.get_running_loop()))
+        connection, _ = await made.open(post_request(url), PATIENT)
+        protocol = connection.protocol
+        assert isinstance(protocol, Noting)
+        _, content = await send(connection, head(url), b"")
+        protocol.read_less()
+        sizes.clear()
+        assert await content.read() == bytes(4_000_000)
+        assert max(sizes) <= READ
+        protocol.read_as_ever()
+        sizes.clear()
+        _, content = await send(connection, head(url), b"")
+        await until(lambda: waiting(content) > 0)
+        assert waiting(content) == content.total_bytes
+        assert await content.read() == bytes(4_000_000)
+        assert waiting(content) == 0
+        assert max(sizes) > READ
+        protocol.read_less()
+        connection.close()
+        await until(lambda: not protocol.is_connected())
+
+
+async def test_what_waits_to_be_read_stops_at_twice_the_size() -> None:
+    transport = Transport()
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(transport)
+    connection = Holding(protocol, transport)
+    sending = asyncio.create_task(send(cast("Any", connection), b"", b""))
+    await asyncio.sleep(0)
+    protocol.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 999999\r\n\r\n" + bytes(2 * READ))
+    paused = [protocol._reading_paused]
+    protocol.data_received(b".")
+    assert [*paused, protocol._reading_paused] == [False, True]
+    await sending
+    protocol.connection_lost(None)
+
+
+class Holding:
+    """A connection, as far as `send` asks about it."""
+
+    def __init__(self, protocol: BackendProtocol, transport: asyncio.Transport) -> None:
+        self.protocol = protocol
+        self.transport = transport
 
 
 async def test_a_lost_connection_forgets_what_nobody_read() -> None:
@@ -337,8 +428,13 @@ async def nothing(_request: web.BaseRequest) -> web.Response:
 def server_protocol(kind: type[RequestHandler] = RequestHandler) -> Any:  # noqa: ANN401
     server = web.Server(nothing)
     more: dict[str, Any] = {}
-    if kind is Protocol:
-        more = {"answer_unhandled": lambda *_: web.Response(), "connections": Connections(1000, lambda _: None)}
+    if issubclass(kind, Protocol):
+        more = {
+            "answer_unhandled": lambda *_: web.Response(),
+            "connections": Connections(1000, lambda _: None),
+            "hang_ups": HangUps(),
+            "write_timeout": 60.0,
+        }
     return kind(server, loop=asyncio.get_running_loop(), **server._kwargs, **more)
 
 
@@ -425,6 +521,171 @@ async def test_aiohttp_keeps_what_a_cancelled_writer_waited_for_and_ours_does_no
     protocol.resume_writing()
     await asyncio.gather(second, return_exceptions=True)
     protocol.connection_lost(None)
+
+
+PIPELINED = b"GET /1 HTTP/1.1\r\nhost: here\r\n\r\nGET /2 HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+async def test_a_parser_of_one_message_stops_behind_it_and_goes_on_when_it_is_asked() -> None:
+    protocol = server_protocol(Protocol)
+    protocol.connection_made(Transport())
+    messages, _, _ = protocol._parser.feed_data(PIPELINED)
+    assert [message.path for message, _ in messages] == ["/1"]
+    protocol._parser.message_consumed()
+    messages, _, _ = protocol._parser.feed_data(b"")
+    assert [message.path for message, _ in messages] == ["/2"]
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("kind", "together"), [(RequestHandler, 2), (Protocol, 1)])
+async def test_aiohttp_parses_requests_that_wait_and_ours_parses_them_in_turn(
+    kind: type[RequestHandler], together: int
+) -> None:
+    protocol = server_protocol(kind)
+    protocol.connection_made(Transport())
+    protocol.data_received(PIPELINED)
+    assert len(protocol._messages) == together, "aiohttp has changed: is the override needed any longer?"
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_an_access_is_logged_when_the_answer_has_been_sent_and_nothing_is_read_on_before() -> None:
+    transport = Transport()
+    before: list[tuple[object, object, int]] = []
+    parsed: list[int] = []
+
+    class Noting(Protocol):
+        def log_access(self, *of: Any) -> None:  # noqa: ANN401
+            before.append((self._current_request, self._waiter, len(self._further)))
+            super().log_access(*of)
+            parsed.append(len(self._messages))
+
+    protocol = server_protocol(Noting)
+    protocol.connection_made(transport)
+    protocol.data_received(PIPELINED)
+    protocol.data_received(PIPELINED)
+    assert (protocol._buffer_paused, transport.resumed) == (True, 0)
+    await until(lambda: len(parsed) == 4)
+    assert before == [(None, None, len(PIPELINED))] * 2 + [(None, None, 0)] * 2
+    assert parsed == [1, 1, 1, 0]
+    assert (protocol._buffer_paused, transport.resumed) == (False, 1)
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("kind", "parsed"), [(RequestHandler, 1), (Protocol, 0)])
+async def test_aiohttp_asks_the_parser_after_every_read_of_a_body_and_ours_does_not(
+    kind: type[RequestHandler], parsed: int
+) -> None:
+    class Counting(kind):  # type: ignore[valid-type, misc]
+        asked = 0
+
+        def data_received(self, data: bytes) -> None:
+            self.asked += not data
+            super().data_received(data)
+
+    protocol = server_protocol(Counting)
+    protocol.connection_made(Transport())
+    protocol.data_received(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\nhalf")
+    (_, body) = protocol._messages[0]
+    assert await body.readany() == b"half"
+    assert protocol.asked == parsed, "aiohttp has changed: is the override needed any longer?"
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_the_transport_of_a_protocol_is_paused_and_resumed_in_one_place() -> None:
+    assert {"_pause_transport_reading", "_resume_transport_reading"} <= set(vars(BaseProtocol))
+    paused: list[asyncio.Transport] = []
+
+    class Noted(HangUps):
+        def watch(self, connection: asyncio.Transport) -> None:
+            paused.append(connection)
+
+        def forget(self, connection: asyncio.Transport) -> None:
+            if connection in paused:
+                paused.remove(connection)
+
+    protocol, transport = server_protocol(Protocol), Transport()
+    protocol._hang_ups = Noted()
+    protocol.connection_made(transport)
+    protocol.data_received(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 999999999\r\n\r\n")
+    protocol.data_received(b"." * (1 << 20))
+    assert paused == [transport]
+    await protocol._messages[0][1].readany()
+    assert paused == []
+    protocol.pause_reading()
+    assert paused == [transport]
+    protocol.connection_lost(None)
+    assert paused == []
+    await asyncio.sleep(0)
+
+
+async def test_who_takes_nothing_of_what_waits_is_cut_off_and_who_takes_something_is_not() -> None:
+    class Taking(Transport):
+        taken = 0
+        aborted = False
+        limits: tuple[int | None, int | None] | None = None
+
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+            self.limits = high, low
+
+        def get_write_buffer_size(self) -> int:
+            return 1000 - self.taken
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    now, transport, loop = Clock(), Taking(), asyncio.get_running_loop()
+    protocol = server_protocol(Protocol)
+    protocol.connection_made(transport)
+    assert transport.limits == (0, None)
+    timers: list[tuple[float, Callable[[], None]]] = []
+
+    class Loop:
+        time = staticmethod(now)
+
+        @staticmethod
+        def call_later(seconds: float, call: Callable[..., None], *of: object) -> asyncio.TimerHandle:
+            timers.append((seconds, partial(call, *of)))
+            return loop.call_later(1000, lambda: None)
+
+    protocol._loop = Loop()
+    protocol.pause_writing()
+    for _ in range(30):  # three times as long as the timeout
+        seconds, call = timers.pop()
+        now.forward(seconds)
+        transport.taken += 1
+        call()
+    assert not transport.aborted
+    for _ in range(9):
+        seconds, call = timers.pop()
+        now.forward(seconds)
+        call()
+    assert not transport.aborted
+    seconds, call = timers.pop()
+    now.forward(seconds)
+    call()
+    assert (transport.aborted, timers) == (True, [])
+    protocol.resume_writing()
+    assert protocol._write_timer is None
+    protocol._loop = loop
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+
+
+async def test_the_writer_of_a_request_writes_without_a_wait() -> None:
+    from aiohttp.http_writer import StreamWriter  # noqa: PLC0415
+
+    protocol = server_protocol(Protocol)
+    protocol.connection_made(Transport())
+    protocol.pause_writing()
+    writer = StreamWriter(protocol, asyncio.get_running_loop())
+    async with asyncio.timeout(20):
+        await writer.write(bytes(1_000_000), drain=False)
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
 
 
 async def test_the_writer_of_a_request_counts_what_it_has_sent() -> None:

@@ -45,6 +45,7 @@ WRONG = [
 ]
 POSITIVE = [
     *("REQUEST_DEADLINE", "CONNECT_TIMEOUT", "FIRST_TOKEN_TIMEOUT", "ANSWER_TIMEOUT", "IDLE_TIMEOUT", "BODY_TIMEOUT"),
+    "WRITE_TIMEOUT",
     *("BREAKER_OPEN_SECONDS", "BREAKER_OPEN_MAX", "QUEUE_TIMEOUT", "PROBE_INTERVAL", "PROBE_TIMEOUT"),
     "KEEPALIVE_TIMEOUT",
 ]
@@ -134,6 +135,7 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "answer_timeout": 120,
         "idle_timeout": 30,
         "body_timeout": 30,
+        "write_timeout": 60,
         "heartbeat": 0,
         "max_attempts": 3,
         "backoff_initial": 0.1,

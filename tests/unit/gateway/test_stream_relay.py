@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, cast
 
 import pytest
@@ -13,6 +14,7 @@ from gateway.dialects.openai.responses import ResponseState
 from gateway.errors import (
     AnswerTooLarge,
     BackendError,
+    CallerLeft,
     DeadlineExceeded,
     ErrorInside,
     GatewayError,
@@ -48,6 +50,18 @@ class FakeExchange:
         self._steps = list(steps)
         self._end = end
         self._read_to_the_end = False
+        self.largest = 0
+        self.held_back = False
+        self.waiting = 7
+
+    def read_less(self, size: int) -> None:
+        self.largest = max(self.largest, size)
+
+    def hold_back(self) -> None:
+        self.held_back = True
+
+    def go_on(self) -> None:
+        self.held_back = False
 
     @property
     def at_end(self) -> bool:
@@ -551,3 +565,27 @@ def test_any_split_of_a_response_gives_the_same_bytes(cuts: list[int], end: End)
     cut = relay(*split(CREATED + WORD, cuts), end=end, responses=True)
     assert isinstance(cut.failure, InvalidResponse)
     assert cut.bytes == CREATED + WORD
+
+
+async def test_while_a_caller_does_not_read_the_backend_is_held_back_and_what_waits_is_counted_beyond_the_limit() -> (
+    None
+):
+    exchange, budget = FakeExchange([], "end"), ByteBudget(10)
+    share = budget.share()
+    timer = PhaseTimer(asyncio.get_running_loop().time, 1e9)
+    subject = StreamRelay(
+        cast("Exchange", exchange),
+        ChoicesState(1),
+        timer,
+        idle=1,
+        max_event=1,
+        share=share,
+        executor=Executor(at_once=1 << 40),
+        clock=asyncio.get_running_loop().time,
+    )
+    with suppress(CallerLeft), subject.held_up(100):
+        assert exchange.held_back
+        assert share.held == budget.held == 107
+        raise CallerLeft
+    assert not exchange.held_back
+    assert share.held == budget.held == 0
