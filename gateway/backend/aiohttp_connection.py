@@ -6,8 +6,10 @@ asserts that each name exists and does what is assumed.
 """
 
 import asyncio
+import math
 import socket
 from contextvars import ContextVar
+from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
 from itertools import chain
 from time import monotonic
@@ -18,7 +20,9 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from gateway.errors import InvalidResponse
+from gateway.backend.failures import SHORT_OF, headers_too_large
+from gateway.errors import InternalError, InvalidResponse
+from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
     from aiohttp.http_parser import RawResponseMessage
     from aiohttp.tracing import Trace
+
+    from gateway.errors import GatewayError
 
 LARGE_BODY = 1 << 20
 """Bytes; a larger body is not copied to follow its head in one write."""
@@ -41,6 +47,8 @@ RESOLVE_AFTER = 10.0
 """Seconds after which the name of a host with kept connections is resolved anew."""
 INTERIM = frozenset(range(100, 200)) - {101}
 """Statuses that another answer follows."""
+NO_LIMITS = aiohttp.ClientTimeout(total=None)
+"""aiohttp's timers are not used: see `PhaseTimer`."""
 
 
 class Protocol(ResponseHandler):
@@ -83,12 +91,21 @@ class Protocol(ResponseHandler):
 
 
 class _Opening:
-    """Whether a call opened a connection of its own, or got one that was kept alive."""
+    """The opening of a connection for a call.
 
-    __slots__ = ("new",)
+    Attributes:
+        seconds: it may take; late: makes its error.
+        new: whether the call opened a connection of its own, or got one that was kept alive.
+        shortage: the error that says that the gateway's own machine lacks something, at any of the host's addresses.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("late", "new", "seconds", "shortage")
+
+    def __init__(self, seconds: float, late: "Callable[[], GatewayError]") -> None:
+        self.seconds = seconds
+        self.late = late
         self.new = False
+        self.shortage: OSError | None = None
 
 
 _opening: ContextVar[_Opening] = ContextVar("_opening")
@@ -101,11 +118,46 @@ def note_new_connection() -> None:
         opening.new = True
 
 
+def _note_shortage(error: OSError) -> None:
+    """Note a shortage of the gateway's own machine: of several addresses' errors aiohttp makes one without a number."""
+    opening = _opening.get(None)
+    if opening is not None and error.errno in SHORT_OF:
+        opening.shortage = error
+
+
+class _Socket(socket.socket):
+    """A socket that tells the two reasons of one system error apart."""
+
+    def connect(self, address: Any) -> None:  # noqa: ANN401
+        """Connect. Raises: OSError; EADDRNOTAVAIL only where the local ports are used up."""
+        try:
+            super().connect(address)
+        except OSError as error:
+            if error.errno == EADDRNOTAVAIL and not _has_way_to(address, self.family):
+                raise OSError(ENETUNREACH, "no address of this machine leads there") from None
+            _note_shortage(error)
+            raise
+
+
+def _has_way_to(address: Any, family: int) -> bool:  # noqa: ANN401
+    """Return whether this machine has an address from which another can be reached; nothing is sent."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as unsent:
+            unsent.connect(address)
+    except OSError as error:
+        return error.errno != EADDRNOTAVAIL
+    return True
+
+
 def _socket(address: tuple[Any, ...]) -> socket.socket:
     """Make the socket of a new connection; called in the context of the call that needs it."""
     note_new_connection()
     family, kind, protocol = address[:3]
-    return socket.socket(family=family, type=kind, proto=protocol)
+    try:
+        return _Socket(family=family, type=kind, proto=protocol)
+    except OSError as error:
+        _note_shortage(error)
+        raise
 
 
 class Names(AbstractResolver):
@@ -196,23 +248,50 @@ class Connector(aiohttp.TCPConnector):
         await super().close(abort_ssl=abort_ssl)
         await self._names.close()
 
-    async def open(self, request: aiohttp.ClientRequest, limits: aiohttp.ClientTimeout) -> tuple["Connection", bool]:
+    async def open(
+        self,
+        request: aiohttp.ClientRequest,
+        seconds: float = math.inf,
+        late: "Callable[[], GatewayError]" = InternalError,
+    ) -> tuple["Connection", bool]:
         """Return a connection for a request, and whether it is new.
 
         Args:
             request: of `post_request`.
-            limits: `connect` is the one that applies.
+            seconds: a new connection may take.
+            late: makes the error of one that takes longer.
 
         Raises:
-            aiohttp.ClientConnectorError, TimeoutError, OSError: there is none.
+            aiohttp.ClientConnectorError, OSError: there is none.
+            GatewayError: what `late` returned.
         """
-        opening = _Opening()
+        opening = _Opening(seconds, late)
         _opening.set(opening)
-        connection = await self.connect(request, [], limits)
+        connection = await self.connect(request, [], NO_LIMITS)
         while not opening.new and _is_spoiled(connection):
             connection.close()
-            connection = await self.connect(request, [], limits)
+            connection = await self.connect(request, [], NO_LIMITS)
         return connection, opening.new
+
+    async def _create_connection(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list["Trace"],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
+    ) -> ResponseHandler:
+        opening = _opening.get(None)
+        if opening is None:  # of a session, which has a timer of its own
+            _opening.set(opening := _Opening(math.inf, InternalError))
+        opening.shortage = None
+        timer = PhaseTimer(monotonic, math.inf)
+        timer.limit(opening.seconds, opening.late)
+        try:
+            with timer:
+                return await super()._create_connection(req, traces, timeout)
+        except aiohttp.ClientConnectorError:
+            if opening.shortage is None:
+                raise
+            raise aiohttp.ClientConnectorError(req.connection_key, opening.shortage) from None
 
     async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
         kept = self._conns.get(key)
@@ -256,7 +335,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
 
     Raises:
         aiohttp.ClientError, HttpProcessingError, OSError: there is no answer.
-        InvalidResponse: its status is below 200, and none follows, or its headers are too large.
+        InvalidResponse: its status is below 200, and none follows.
+        PartTooLarge: its headers are.
     """
     protocol, transport = connection.protocol, connection.transport
     if protocol is None or transport is None:
@@ -278,7 +358,7 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
         if message.code >= 200:  # noqa: PLR2004
             lines = message.raw_headers
             if len(lines) > FEW_LINES and sum(map(len, chain.from_iterable(lines))) > MAX_HEADERS:
-                raise InvalidResponse(f"The headers of the backend's answer are larger than {MAX_HEADERS} bytes.")
+                raise headers_too_large()
             return message, content
         if message.code not in INTERIM:
             raise InvalidResponse(f"The backend answered {message.code}, which does not answer a prompt.")

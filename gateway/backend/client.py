@@ -1,6 +1,8 @@
 """The HTTP client: one call to one replica."""
 
+import math
 from base64 import b64encode
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote_to_bytes
 from weakref import WeakKeyDictionary
@@ -10,11 +12,12 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import istr
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import MAX_HEADERS, Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import MAX_HEADERS, NO_LIMITS, Connector, post_request, send, unread
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
-from gateway.errors import AnswerTooLarge, CutOff, InvalidRequest, InvalidResponse
+from gateway.errors import AnswerTooLarge, ConnectTimeout, CutOff, InvalidRequest, InvalidResponse, Silent
 from gateway.headers import is_request_id, lines_of, passed_headers
+from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +52,7 @@ class HttpClient:
         self._session = aiohttp.ClientSession(
             connector=self._fresh,
             cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=NO_LIMITS,
             max_line_size=MAX_HEADERS,
             max_field_size=MAX_HEADERS,
         )
@@ -73,6 +77,7 @@ class HttpClient:
         Raises:
             ConnectionFailed: or one of its subclasses.
             InvalidResponse: what came is not an HTTP answer.
+            NoConnection: the gateway's own machine lacks something.
         """
         addressees = self._addressees.get(replica)
         if addressees is None:
@@ -83,40 +88,48 @@ class HttpClient:
         connector = self._fresh if fresh else self._kept
         new = True
         try:
-            connection, new = await connector.open(addressee.request, addressee.timeout)
+            connection, new = await connector.open(addressee.request, addressee.connect_timeout, addressee.late)
             try:
                 head = addressee.head(headers, len(body), close=fresh)
                 message, content = await send(connection, head, body)
             except BaseException:
                 connection.close()
                 raise
-        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
-            if isinstance(error, (TimeoutError, aiohttp.ClientConnectorError)):
+        except ConnectTimeout:
+            self._forget_address(replica)
+            raise
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            if isinstance(error, aiohttp.ClientConnectorError):
                 self._forget_address(replica)
-            raise failure_of(error, replica, connect_timeout=replica.timeouts.connect, new=new) from None
+            raise failure_of(error, replica, new=new) from None
         return Exchange(connection, message, content)
 
     async def probe(self, replica: "Replica", config: "ProbeConfig") -> str | None:
-        """Ask the replica's health path over a new connection; any answer below 500 is good. Never raises.
+        """Ask the replica's health path over a new connection; any answer below 500 is good.
 
         It carries no key: a server may answer by asking a model of its own, which costs.
 
         Returns:
             What is wrong, or None when it is well.
+
+        Raises:
+            NoConnection: the gateway's own machine lacks something, which says nothing about the replica.
         """
-        timeout = aiohttp.ClientTimeout(total=config.timeout)
+        late = f"{replica.name} did not answer within {config.timeout:g} s."
+        timer = PhaseTimer(monotonic, math.inf)
+        timer.limit(config.timeout, lambda: Silent(late, timer="probe"))
         url = URL(f"{replica.origin}{config.path}", encoded=True)
         headers, tls = replica.config.headers, _tls(replica)
         try:
-            async with self._session.get(
-                url, headers=headers, timeout=timeout, allow_redirects=False, ssl=tls
-            ) as response:
-                return None if response.status < 500 else f"{replica.name} answered {response.status}."  # noqa: PLR2004
+            with timer:
+                async with self._session.get(url, headers=headers, allow_redirects=False, ssl=tls) as response:
+                    good = response.status < 500  # noqa: PLR2004
+                    return None if good else f"{replica.name} answered {response.status}."
         except aiohttp.ClientConnectorError as error:
             self._forget_address(replica)
             return why_unreachable(error, replica)
-        except TimeoutError:
-            return f"{replica.name} did not answer within {config.timeout:g} s."
+        except Silent as silent:
+            return silent.message
         except (aiohttp.ClientError, OSError, ValueError):  # ValueError: an invalid host name
             return f"{replica.name} sent an answer that is not valid HTTP."
 
@@ -131,16 +144,21 @@ class _Addressee:
 
     Attributes:
         request: what the connector needs to know.
-        timeout: for a connection.
+        connect_timeout: seconds for a connection.
     """
 
     def __init__(self, replica: "Replica", path: str) -> None:
         url = URL(replica.url_of(path) + replica.query, encoded=True)
         own = own_headers(replica)
         self.request = post_request(url, _tls(replica))
-        self.timeout = aiohttp.ClientTimeout(total=None, connect=replica.timeouts.connect)
+        self.connect_timeout = replica.timeouts.connect
+        self._replica = replica.name
         self._own = frozenset(name for name, _ in own)
         self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
+
+    def late(self) -> ConnectTimeout:
+        """Return the failure of a connection that was not accepted in time."""
+        return ConnectTimeout(f"{self._replica} did not accept a connection within {self.connect_timeout:g} s.")
 
     def head(self, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
         """Return the request's head; the replica's own headers win over the caller's.

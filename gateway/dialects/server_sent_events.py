@@ -6,7 +6,7 @@ that begins with a colon is a comment.
 
 import re
 
-from gateway.errors import InvalidResponse
+from gateway.errors import PartTooLarge
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
@@ -23,7 +23,7 @@ class EventSplitter:
     An event that has not ended stays inside: half an event never goes on.
 
     Args:
-        limit: bytes; a longer event is a failure, like a cut stream.
+        limit: bytes of an event.
 
     Attributes:
         waiting: bytes of the event that has not ended.
@@ -40,7 +40,7 @@ class EventSplitter:
         """Return the events that `data` completes.
 
         Raises:
-            InvalidResponse: an event is longer than the limit.
+            PartTooLarge: an event is longer than the limit.
         """
         if self._pieces:
             whole_line = b"\n" in data or b"\r" in data or self._pieces[-1].endswith(b"\r")
@@ -58,7 +58,7 @@ class EventSplitter:
         self._pieces = [rest] if rest else []
         self.waiting = len(rest)
         if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
-            raise InvalidResponse(f"The backend sent an event longer than {self._limit} bytes.")
+            raise PartTooLarge(f"The backend sent an event longer than {self._limit} bytes.")
         return events
 
     def end(self, *, proper: bool) -> list[bytes]:

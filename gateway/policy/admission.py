@@ -3,7 +3,8 @@
 import asyncio
 from collections import deque
 
-from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayOverloaded
+from gateway.errors import GatewayDraining, GatewayOverloaded
+from gateway.phase_timer import PhaseTimer
 from gateway.policy.waiting_room import WaitingLimit
 
 
@@ -68,21 +69,17 @@ class Admission:
         self.check()
         if self.enter_at_once():
             return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[None] = loop.create_future()
+        timer = PhaseTimer(loop.time, loop.time() + left, "The deadline passed while the request waited in the queue.")
+        timer.limit(self._queue_timeout, self._queued_too_long)
         self._waiting.append(place)
-        try:
-            async with asyncio.timeout(min(self._queue_timeout, left)):
+        with timer:
+            try:
                 await place
-        except TimeoutError:
-            self._give_up(place)
-            if left <= self._queue_timeout:
-                raise DeadlineExceeded("The deadline passed while the request waited in the queue.") from None
-            raise GatewayOverloaded(
-                f"The request waited in the queue for longer than {self._queue_timeout:g} s.", reason="queue_timeout"
-            ) from None
-        except BaseException:
-            self._give_up(place)
-            raise
+            except BaseException:
+                self._give_up(place)
+                raise
 
     def leave(self) -> None:
         """Give the slot back: to the head of the queue, if there is one."""
@@ -101,6 +98,11 @@ class Admission:
             place = self._waiting.popleft()
             if not place.done():
                 place.set_exception(GatewayDraining())
+
+    def _queued_too_long(self) -> GatewayOverloaded:
+        return GatewayOverloaded(
+            f"The request waited in the queue for longer than {self._queue_timeout:g} s.", reason="queue_timeout"
+        )
 
     def _give_up(self, place: "asyncio.Future[None]") -> None:
         """Leave the queue; a slot that was handed over at the same moment goes on to the next request."""

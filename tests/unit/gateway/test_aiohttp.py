@@ -26,7 +26,6 @@ from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
-PATIENT = aiohttp.ClientTimeout(total=None, connect=30)
 
 
 @asynccontextmanager
@@ -110,26 +109,26 @@ class Transport(asyncio.Transport):
 
 async def test_a_connector_makes_the_connections_of_its_factory() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         assert isinstance(connection.protocol, BackendProtocol)
         connection.close()
 
 
 async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, new = await made.open(post_request(url), PATIENT)
+        connection, new = await made.open(post_request(url))
         assert new
         await send(connection, head(url), b"")
         connection.release()
-        again, new = await made.open(post_request(url), PATIENT)
+        again, new = await made.open(post_request(url))
         assert not new
         again.close()
 
 
 async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
     async with backend(answer_each) as url, connector() as made:
-        first, _ = await made.open(post_request(url), PATIENT)
-        second, _ = await made.open(post_request(url), PATIENT)
+        first, _ = await made.open(post_request(url))
+        second, _ = await made.open(post_request(url))
         last_used = second.protocol
         for connection in (first, second):
             _, content = await send(connection, head(url), b"")
@@ -138,7 +137,7 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         (kept,) = made._conns.values()
         assert [protocol for protocol, _ in kept][-1] is last_used
         assert all(protocol.is_connected() for protocol, _ in kept)
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         assert connection.protocol is last_used
         connection.close()
 
@@ -156,7 +155,7 @@ async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_dec
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         message, content = await send(connection, head(url), b"")
         assert message.code == 200
         assert message.headers["content-encoding"] == "gzip"
@@ -171,7 +170,7 @@ async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> 
         await writer.drain()
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         _, content = await send(connection, head(url), b"")
         await until(lambda: content.exception() is not None)
         assert unread(content) == b"half"
@@ -247,7 +246,7 @@ class Calls:
 
     async def peer(self) -> tuple[str, bool]:
         """Make a call: the address it went to, and whether over a new connection."""
-        connection, new = await self._made.open(post_request(self._url), PATIENT)
+        connection, new = await self._made.open(post_request(self._url))
         protocol = connection.protocol
         assert isinstance(protocol, BackendProtocol)
         _, content = await send(connection, head(self._url), b"")
