@@ -46,7 +46,6 @@ class PhaseTimer:
         "_end_message",
         "_handle",
         "_late",
-        "_looked_for",
         "_loop",
         "_ran_out",
         "_task",
@@ -63,8 +62,7 @@ class PhaseTimer:
         self._end = end
         self._end_message = end_message
         self._due = end
-        self._began = 0.0
-        self._looked_for: float | None = None  # the instant due for which a last look has been taken
+        self._began: float
         self._late: Callable[[], GatewayError] | None = None
         self._ran_out = False
         self._handle: asyncio.Handle | None = None
@@ -129,7 +127,8 @@ class PhaseTimer:
         self._armed_for = due
         self._handle = self._loop.call_later(due - self._clock(), self._check)
 
-    def _check(self) -> None:
+    def _check(self, looked_for: float | None = None) -> None:
+        """Decide whether the phase is late; `looked_for`: the instant due for which the last look has been taken."""
         self._handle = None
         now, due = self._clock(), self._due
         if now >= due and self._late is not None:
@@ -139,13 +138,12 @@ class PhaseTimer:
                 due = self._end
         if now < due:
             self._arm(due)
-        elif self._looked_for != self._due:
-            self._looked_for = self._due
-            self._handle = self._loop.call_later(LAST_LOOK, self._check_after_readers)
+        elif looked_for != self._due:
+            self._handle = self._loop.call_later(LAST_LOOK, self._check_after_readers, self._due)
         else:
             self._ran_out = True
             self._task.cancel()
 
-    def _check_after_readers(self) -> None:
+    def _check_after_readers(self, looked_for: float) -> None:
         """Check when those have run who wait for what the loop has just read."""
-        self._handle = self._loop.call_soon(self._check)
+        self._handle = self._loop.call_soon(self._check, looked_for)

@@ -9,6 +9,7 @@ import asyncio
 import math
 import socket
 from contextvars import ContextVar
+from dataclasses import dataclass
 from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
 from itertools import chain
@@ -90,22 +91,33 @@ class Protocol(ResponseHandler):
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectLimit:
+    """How long a new connection may take: `seconds`; `late` makes the error of one that takes longer."""
+
+    seconds: float = math.inf
+    late: "Callable[[], GatewayError]" = InternalError
+
+
+NO_LIMIT = ConnectLimit()
+
+
 class _Opening:
     """The opening of a connection for a call.
 
     Attributes:
-        seconds: it may take; late: makes its error.
+        limit: how long it may take.
         new: whether the call opened a connection of its own, or got one that was kept alive.
-        shortage: the error that says that the gateway's own machine lacks something, at any of the host's addresses.
+        shortage: the error that says that the gateway's own machine lacks something, at any of the host's addresses;
+            of a new connection.
     """
 
-    __slots__ = ("late", "new", "seconds", "shortage")
+    __slots__ = ("limit", "new", "shortage")
 
-    def __init__(self, seconds: float, late: "Callable[[], GatewayError]") -> None:
-        self.seconds = seconds
-        self.late = late
+    def __init__(self, limit: ConnectLimit) -> None:
+        self.limit = limit
         self.new = False
-        self.shortage: OSError | None = None
+        self.shortage: OSError | None
 
 
 _opening: ContextVar[_Opening] = ContextVar("_opening")
@@ -248,24 +260,18 @@ class Connector(aiohttp.TCPConnector):
         await super().close(abort_ssl=abort_ssl)
         await self._names.close()
 
-    async def open(
-        self,
-        request: aiohttp.ClientRequest,
-        seconds: float = math.inf,
-        late: "Callable[[], GatewayError]" = InternalError,
-    ) -> tuple["Connection", bool]:
+    async def open(self, request: aiohttp.ClientRequest, limit: ConnectLimit = NO_LIMIT) -> tuple["Connection", bool]:
         """Return a connection for a request, and whether it is new.
 
         Args:
             request: of `post_request`.
-            seconds: a new connection may take.
-            late: makes the error of one that takes longer.
+            limit: for a new connection.
 
         Raises:
             aiohttp.ClientConnectorError, OSError: there is none.
-            GatewayError: what `late` returned.
+            GatewayError: it took longer than the limit.
         """
-        opening = _Opening(seconds, late)
+        opening = _Opening(limit)
         _opening.set(opening)
         connection = await self.connect(request, [], NO_LIMITS)
         while not opening.new and _is_spoiled(connection):
@@ -281,10 +287,10 @@ class Connector(aiohttp.TCPConnector):
     ) -> ResponseHandler:
         opening = _opening.get(None)
         if opening is None:  # of a session, which has a timer of its own
-            _opening.set(opening := _Opening(math.inf, InternalError))
+            _opening.set(opening := _Opening(NO_LIMIT))
         opening.shortage = None
         timer = PhaseTimer(monotonic, math.inf)
-        timer.limit(opening.seconds, opening.late)
+        timer.limit(opening.limit.seconds, opening.limit.late)
         try:
             with timer:
                 return await super()._create_connection(req, traces, timeout)

@@ -2,6 +2,7 @@
 
 import math
 from base64 import b64encode
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote_to_bytes
@@ -12,7 +13,15 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import istr
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import MAX_HEADERS, NO_LIMITS, Connector, post_request, send, unread
+from gateway.backend.aiohttp_connection import (
+    MAX_HEADERS,
+    NO_LIMITS,
+    ConnectLimit,
+    Connector,
+    post_request,
+    send,
+    unread,
+)
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
 from gateway.errors import AnswerTooLarge, ConnectTimeout, CutOff, InvalidRequest, InvalidResponse, Silent
@@ -88,7 +97,7 @@ class HttpClient:
         connector = self._fresh if fresh else self._kept
         new = True
         try:
-            connection, new = await connector.open(addressee.request, addressee.connect_timeout, addressee.late)
+            connection, new = await connector.open(addressee.request, addressee.connect_limit)
             try:
                 head = addressee.head(headers, len(body), close=fresh)
                 message, content = await send(connection, head, body)
@@ -144,21 +153,17 @@ class _Addressee:
 
     Attributes:
         request: what the connector needs to know.
-        connect_timeout: seconds for a connection.
+        connect_limit: of a new connection.
     """
 
     def __init__(self, replica: "Replica", path: str) -> None:
         url = URL(replica.url_of(path) + replica.query, encoded=True)
         own = own_headers(replica)
         self.request = post_request(url, _tls(replica))
-        self.connect_timeout = replica.timeouts.connect
-        self._replica = replica.name
+        seconds = replica.timeouts.connect
+        self.connect_limit = ConnectLimit(seconds, partial(_not_accepted, replica.name, seconds))
         self._own = frozenset(name for name, _ in own)
         self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
-
-    def late(self) -> ConnectTimeout:
-        """Return the failure of a connection that was not accepted in time."""
-        return ConnectTimeout(f"{self._replica} did not accept a connection within {self.connect_timeout:g} s.")
 
     def head(self, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
         """Return the request's head; the replica's own headers win over the caller's.
@@ -174,6 +179,10 @@ class _Addressee:
             raise InvalidRequest("A header holds a line end.") from None
         last = "connection: close\r\n\r\n" if close else "\r\n"
         return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
+
+
+def _not_accepted(replica: str, seconds: float) -> ConnectTimeout:
+    return ConnectTimeout(f"{replica} did not accept a connection within {seconds:g} s.")
 
 
 def own_headers(replica: "Replica") -> list[tuple[str, str]]:
