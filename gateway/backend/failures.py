@@ -48,6 +48,8 @@ SHORTAGES = {
     "ports": "The gateway has no local port left for a connection to a backend. Try again shortly.",
     "buffers": "The gateway's machine has no memory left for a connection to a backend. Try again shortly.",
 }
+FOR_A_NAME = 4
+"""File descriptors that a resolver may need at once: its files, a socket for each name server."""
 WHY_UNREACHABLE = {
     ECONNREFUSED: "refused the connection.",
     ENETUNREACH: "could not be reached: there is no route to it.",
@@ -94,10 +96,15 @@ def _check_shortage(error: aiohttp.ClientConnectorError) -> None:
 
 
 def _has_descriptors() -> bool:
+    opened: list[int] = []
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        while len(opened) < FOR_A_NAME:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
     except OSError:
         return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
     return True
 
 

@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -596,21 +597,33 @@ async def probed(wire: Wire) -> bool:
     return (await get(wire, "/readyz")).status == 200
 
 
-async def test_a_pause_of_the_gateway_sends_nobody_out_of_its_queue(start_raw: StartRaw) -> None:
+@pytest.mark.parametrize("queue", ["of the gateway", "of a backend"])
+async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
+    start_raw: StartRaw, tmp_path: Path, queue: str
+) -> None:
     backend = await start_raw(in_time)
-    async with running(**IMPATIENT, GATEWAY_BACKEND_URLS=backend.url, GATEWAY_MAX_IN_FLIGHT="2") as gateway:
+    settings = {"GATEWAY_BACKEND_URLS": backend.url, "GATEWAY_MAX_IN_FLIGHT": "2"}
+    if queue == "of a backend":
+        file = tmp_path / "gateway.yaml"
+        file.write_text(
+            f"backends: {{full: {{url: '{backend.url}', max_in_flight: 2}}}}\n"
+            "routes: [{model: '*', targets: [{backend: full}]}]\n"
+        )
+        settings = {"GATEWAY_CONFIG": str(file)}
+    async with running(**IMPATIENT, **settings) as gateway:
         await gateway.up()
         async with dial(gateway.url) as wire:
             asking = [asyncio.create_task(ask(gateway.url)) for _ in range(6)]
-            await until(lambda: queued(wire, 4), "four wait")
+            await until(lambda: waiting(wire, 4), "four wait")
             await pause(gateway)
             assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 6
             await all_well(wire)
 
 
-async def queued(wire: Wire, number: int) -> bool:
-    """Whether so many requests wait for a slot."""
-    return bool((await get(wire, "/health")).json["queued"] == number)
+async def waiting(wire: Wire, number: int) -> bool:
+    """Whether so many requests wait for a place."""
+    found = Exposition.parse((await get(wire, "/metrics")).body.decode())
+    return found.value("gateway_queued_requests") + found.value("gateway_waiting_requests") == number
 
 
 async def test_a_pause_beyond_the_deadline_ends_what_has_not_come(start_raw: StartRaw) -> None:

@@ -7,21 +7,27 @@ A test that fails here after an upgrade says which override in `gateway/backend/
 import asyncio
 import inspect
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from errno import EADDRNOTAVAIL, ECONNREFUSED, ENETUNREACH
 from typing import Any
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import Connector, post_request, send, unread
+from gateway.backend import aiohttp_connection
+from gateway.backend.aiohttp_connection import ConnectLimit, Connector, post_request, send, unread
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
+from gateway.errors import ConnectTimeout
 from gateway.server.aiohttp_protocol import Protocol
+from gateway.stalls import stalls_of_loop
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -55,8 +61,8 @@ async def answer_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 
 @asynccontextmanager
-async def connector(*, force_close: bool = False) -> AsyncIterator[Connector]:
-    made = Connector(force_close=force_close)
+async def connector(*, force_close: bool = False, resolver: AbstractResolver | None = None) -> AsyncIterator[Connector]:
+    made = Connector(force_close=force_close, resolver=resolver)
     try:
         yield made
     finally:
@@ -140,6 +146,83 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         connection, _ = await made.open(post_request(url))
         assert connection.protocol is last_used
         connection.close()
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=request.param) as one:
+        yield one
+
+
+def test_a_new_connection_is_opened_in_one_place_within_the_limit_of_its_call(runner: asyncio.Runner) -> None:
+    async def story() -> None:
+        late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+        async with connector(resolver=Mute()) as made:
+            with pytest.raises(ConnectTimeout):
+                await made.open(post_request(URL("http://model.test:9/")), late)
+        async with backend(answer_each) as url, connector() as made:
+            connection, _ = await made.open(post_request(url), late)
+            connection.close()
+
+    assert inspect.iscoroutinefunction(aiohttp.TCPConnector._create_connection)
+    runner.run(story())
+
+
+def test_a_connection_that_was_accepted_while_the_loop_stood_still_is_in_time(runner: asyncio.Runner) -> None:
+    """Of a name: resolving it and connecting take several turns of the loop."""
+
+    async def story() -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            url = URL(f"http://model.test:{listener.getsockname()[1]}/")
+            late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+            async with connector(resolver=Book("127.0.0.1")) as made:
+                stalls_of_loop()
+                opening = asyncio.create_task(made.open(post_request(url), late))
+                await asyncio.sleep(0)
+                time.sleep(0.5)  # noqa: ASYNC251 - the loop stands still
+                connection, new = await opening
+                assert new
+                connection.close()
+
+    runner.run(story())
+
+
+SHORT = OSError(EADDRNOTAVAIL, "Cannot assign requested address")
+
+
+@pytest.mark.parametrize(("way", "number"), [(True, EADDRNOTAVAIL), (False, ENETUNREACH)], ids=["ports", "no way"])
+def test_a_loop_connects_by_the_sockets_own_method_which_tells_two_troubles_apart(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, *, way: bool, number: int
+) -> None:
+    def connect(one: socket.socket, _address: object) -> None:
+        if one.type == socket.SOCK_STREAM or not way:
+            raise SHORT
+
+    async def story() -> None:
+        async with connector() as made:
+            monkeypatch.setattr(socket.socket, "connect", connect)
+            with pytest.raises(aiohttp.ClientConnectorError) as told:
+                await made.open(post_request(URL("http://127.0.0.1:9/")))
+            monkeypatch.undo()
+        assert told.value.os_error.errno == number
+
+    runner.run(story())
+
+
+async def test_of_several_addresses_errors_the_shortage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aiohttp makes one error of them, which has no number."""
+
+    def connect(_one: socket.socket, address: tuple[str, int]) -> None:
+        raise SHORT if address[0] == "127.0.0.1" else ConnectionRefusedError(ECONNREFUSED, "Connection refused")
+
+    async with connector(resolver=Book("127.0.0.1", "127.0.0.2")) as made:
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        monkeypatch.setattr(aiohttp_connection, "_has_way_to", lambda *_: True)
+        with pytest.raises(aiohttp.ClientConnectorError) as told:
+            await made.open(post_request(URL("http://model.test:9/")))
+    assert told.value.os_error.errno == EADDRNOTAVAIL
 
 
 async def test_a_client_request_knows_its_host_and_is_no_more_than_that() -> None:
@@ -235,6 +318,16 @@ class Book(AbstractResolver):
 
     async def close(self) -> None:
         """Nothing to close."""
+
+
+class Mute(Book):
+    """A name server that never answers."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        await asyncio.Event().wait()
+        return await super().resolve(host, port, family)
 
 
 class Calls:
