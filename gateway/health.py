@@ -51,6 +51,7 @@ class Health:
         self._tasks: list[asyncio.Task[None]] = []
         self._first_probes = 0
         self._logged: set[Replica] = set()
+        self._unprobed: set[Replica] = set()
         self._unwell = {replica.name: asyncio.Event() for replica in pool.replicas}
 
     @property
@@ -100,8 +101,11 @@ class Health:
         try:
             trouble = await self._client.probe(replica, config)
         except NoConnection as shortage:  # it says nothing about the replica
-            _log.warning("no probe of %s: %s", replica.name, shortage.message)
+            if replica not in self._unprobed:
+                self._unprobed.add(replica)
+                _log.warning("no probe of %s: %s", replica.name, shortage.message)
             return
+        self._unprobed.discard(replica)
         now = self._clock()
         self._log_probe(replica, trouble)
         latency = now - began - stalled_since(began)

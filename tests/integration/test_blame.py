@@ -285,6 +285,8 @@ async def test_a_gateway_without_descriptors_blames_nobody(mock: MockModel, host
                 await wire.send(post(body))
                 no_connection(await wire.answer())
             await until(lambda: "no probe of backend-1" in gateway.errors.read_text(), "a probe that could not be made")
+            await asyncio.sleep(0.5)
+            assert gateway.errors.read_text().count("no probe of backend-1") == 1, "it is told once"
             unblamed((await get(wire, "/health")).json)
             found = Exposition.parse((await get(wire, "/metrics")).body.decode())
             assert found.by("gateway_shed_requests_total", "reason") == {"descriptors": 2}
