@@ -9,7 +9,6 @@ import asyncio
 import math
 import socket
 from contextvars import ContextVar
-from dataclasses import dataclass
 from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
 from itertools import chain
@@ -57,9 +56,11 @@ class Protocol(ResponseHandler):
 
     Attributes:
         peer: the address at its other end.
+        new: whether no call has got it yet.
     """
 
     peer = ""
+    new = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note who is at the other end."""
@@ -91,50 +92,30 @@ class Protocol(ResponseHandler):
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectLimit:
-    """How long a new connection may take: `seconds`; `late` makes the error of one that takes longer."""
+class ConnectLimit(aiohttp.ClientTimeout):
+    """How long a new connection may take: `seconds`; `late` makes the error of one that takes longer.
 
-    seconds: float = math.inf
-    late: "Callable[[], GatewayError]" = InternalError
+    To aiohttp, which hands it on to where a connection is opened, it says that there is no limit.
+    """
+
+    seconds: float
+    late: "Callable[[], GatewayError]"
+
+    def __init__(self, seconds: float = math.inf, late: "Callable[[], GatewayError]" = InternalError) -> None:
+        super().__init__(total=None)
+        object.__setattr__(self, "seconds", seconds)  # aiohttp's class is frozen
+        object.__setattr__(self, "late", late)
 
 
 NO_LIMIT = ConnectLimit()
-
-
-class _Opening:
-    """The opening of a connection for a call.
-
-    Attributes:
-        limit: how long it may take.
-        new: whether the call opened a connection of its own, or got one that was kept alive.
-        shortage: the error that says that the gateway's own machine lacks something, at any of the host's addresses;
-            of a new connection.
-    """
-
-    __slots__ = ("limit", "new", "shortage")
-
-    def __init__(self, limit: ConnectLimit) -> None:
-        self.limit = limit
-        self.new = False
-        self.shortage: OSError | None
-
-
-_opening: ContextVar[_Opening] = ContextVar("_opening")
-
-
-def note_new_connection() -> None:
-    """Note that the current call opens a connection of its own."""
-    opening = _opening.get(None)
-    if opening is not None:
-        opening.new = True
+_shortages: ContextVar[list[OSError]] = ContextVar("_shortages")
+"""The errors, at each of a host's addresses, that say that the gateway's own machine lacks something."""
 
 
 def _note_shortage(error: OSError) -> None:
     """Note a shortage of the gateway's own machine: of several addresses' errors aiohttp makes one without a number."""
-    opening = _opening.get(None)
-    if opening is not None and error.errno in SHORT_OF:
-        opening.shortage = error
+    if error.errno in SHORT_OF:
+        _shortages.get([]).append(error)
 
 
 class _Socket(socket.socket):
@@ -163,7 +144,6 @@ def _has_way_to(address: Any, family: int) -> bool:  # noqa: ANN401
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:
     """Make the socket of a new connection; called in the context of the call that needs it."""
-    note_new_connection()
     family, kind, protocol = address[:3]
     try:
         return _Socket(family=family, type=kind, proto=protocol)
@@ -271,13 +251,11 @@ class Connector(aiohttp.TCPConnector):
             aiohttp.ClientConnectorError, OSError: there is none.
             GatewayError: it took longer than the limit.
         """
-        opening = _Opening(limit)
-        _opening.set(opening)
-        connection = await self.connect(request, [], NO_LIMITS)
-        while not opening.new and _is_spoiled(connection):
+        connection = await self.connect(request, [], limit)
+        while not (new := _is_new(connection)) and _is_spoiled(connection):
             connection.close()
-            connection = await self.connect(request, [], NO_LIMITS)
-        return connection, opening.new
+            connection = await self.connect(request, [], limit)
+        return connection, new
 
     async def _create_connection(
         self,
@@ -285,19 +263,18 @@ class Connector(aiohttp.TCPConnector):
         traces: list["Trace"],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
     ) -> ResponseHandler:
-        opening = _opening.get(None)
-        if opening is None:  # of a session, which has a timer of its own
-            _opening.set(opening := _Opening(NO_LIMIT))
-        opening.shortage = None
+        limit = timeout if isinstance(timeout, ConnectLimit) else NO_LIMIT  # a session has a timer of its own
+        shortages: list[OSError] = []
+        _shortages.set(shortages)
         timer = PhaseTimer(monotonic, math.inf)
-        timer.limit(opening.limit.seconds, opening.limit.late)
+        timer.limit(limit.seconds, limit.late)
         try:
             with timer:
                 return await super()._create_connection(req, traces, timeout)
         except aiohttp.ClientConnectorError:
-            if opening.shortage is None:
+            if not shortages:
                 raise
-            raise aiohttp.ClientConnectorError(req.connection_key, opening.shortage) from None
+            raise aiohttp.ClientConnectorError(req.connection_key, shortages[0]) from None
 
     async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
         kept = self._conns.get(key)
@@ -319,6 +296,15 @@ def _is_good(protocol: ResponseHandler, addresses: frozenset[str] | None) -> boo
 def _address(text: str) -> str:
     """Return an address without its zone, which not every call names."""
     return text.partition("%")[0]
+
+
+def _is_new(connection: "Connection") -> bool:
+    """Return whether a connection was opened for this call, which has it from now on."""
+    protocol = connection.protocol
+    if isinstance(protocol, Protocol) and protocol.new:
+        protocol.new = False
+        return True
+    return False
 
 
 def _is_spoiled(connection: "Connection") -> bool:

@@ -120,7 +120,7 @@ async def test_a_connector_makes_the_connections_of_its_factory() -> None:
         connection.close()
 
 
-async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
+async def test_a_connection_is_new_to_the_call_that_opened_it() -> None:
     async with backend(answer_each) as url, connector() as made:
         connection, new = await made.open(post_request(url))
         assert new
