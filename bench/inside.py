@@ -137,7 +137,7 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
     from gateway.app import PARTS, create_app, runner_of
-    from gateway.backend.aiohttp_connection import note_new_connection
+    from gateway.backend import aiohttp_connection
     from gateway.config import load_routing
     from gateway.server.listener import GC_THRESHOLD
     from gateway.settings import load
@@ -151,7 +151,8 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
         def send(self, body: bytes) -> bool:
             return len(body) > 0
 
-    connect_to(Backend(events), note_new_connection)
+    # An older checkout takes a connection for new only if it is told.
+    connect_to(Backend(events), getattr(aiohttp_connection, "note_new_connection", lambda: None))
     os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
     settings = load()
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives

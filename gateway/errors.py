@@ -22,6 +22,7 @@
     |  |- BackendUnavailable                 backend_unavailable
     |  |- BackendRateLimited      429        backend_rate_limited
     |  |- GatewayOverloaded                  gateway_overloaded
+    |  |  `- NoConnection                     descriptors, local ports or the system's buffers are used up
     |  `- GatewayDraining                    gateway_draining
     `- BackendError                          how one attempt failed, and what follows
        |- ConnectionFailed           502     backend_connection_error   refused, DNS, reset before headers
@@ -29,7 +30,8 @@
        |  |- ConnectTimeout          504     backend_timeout, param connect
        |  `- StaleConnection         502     a kept-alive connection died before a byte of the answer
        |- InvalidResponse            502     backend_invalid_response   cut or unreadable
-       |  |- AnswerTooLarge          502     larger than GATEWAY_MAX_ANSWER_BYTES
+       |  |- AnswerTooLarge          502     larger than GATEWAY_MAX_ANSWER_BYTES: our limit, not its failure
+       |  |- PartTooLarge            502     an event larger than that, headers larger than 64 KiB: the same
        |  |- CutOff                  502     the connection failed in the middle of the answer
        |  |- WrongForm               502     a stream where none was asked for, or the other way round
        |  `- ErrorInside             502     a good status with an error inside: read, it is an error answer
@@ -228,13 +230,20 @@ class BackendRateLimited(Refusal):
 
 
 class GatewayOverloaded(Refusal):
-    """Queue, byte budget, connections or all backends are full, or the request queued too long; `reason` says which."""
+    """Something is full or used up, or the request queued too long; `reason` says which. No backend's failure."""
 
     code = "gateway_overloaded"
 
     def __init__(self, message: str, *, reason: str, retry_after: float = 1.0) -> None:
         super().__init__(message, retry_after=retry_after)
         self.reason = reason
+
+
+class NoConnection(GatewayOverloaded):
+    """No connection to a backend could be opened for want of descriptors, local ports or buffers: nothing was sent.
+
+    Every other replica would fail for the same reason, and none of them is to blame.
+    """
 
 
 class GatewayDraining(Refusal):
@@ -259,6 +268,7 @@ class BackendError(GatewayError):
         unreachable: nothing listens there, so a good probe ends the breaker's open time early.
         cools: the replica asked to be left alone; it is asked again when its cooldown is over.
         avoided: it repeats by nature, so for a while the replica is asked for that model after all others.
+        ours: a limit of ours was exceeded, which says nothing about the replica.
         outage: the backend cannot be used: the request may wait for the end of the outage.
         event: the bytes of a backend's own error event, which goes on unchanged after commit, or None.
     """
@@ -271,6 +281,7 @@ class BackendError(GatewayError):
     unreachable: ClassVar[bool] = False
     cools: ClassVar[bool] = False
     avoided: ClassVar[bool] = False
+    ours: ClassVar[bool] = False
     outage: bool = False
     event: bytes | None = None
     verdict: Verdict = Verdict.FAILURE
@@ -325,6 +336,16 @@ class AnswerTooLarge(InvalidResponse):
     """The answer is larger than `GATEWAY_MAX_ANSWER_BYTES`; the same prompt would be answered the same way."""
 
     retried = False
+    ours = True
+    verdict = Verdict.NEITHER
+
+
+class PartTooLarge(InvalidResponse):
+    """An event is larger than `GATEWAY_MAX_ANSWER_BYTES`, or the headers than 64 KiB: most likely they have no end."""
+
+    avoided = True
+    ours = True
+    verdict = Verdict.NEITHER
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from gateway import __version__
+from gateway.errors import NoConnection
 from gateway.policy.breaker import State
 from gateway.policy.replica import Probe
+from gateway.stalls import stalled_since, stalls_of_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 EAGER_INTERVAL = 0.25
 """Seconds between probes of a replica whose breaker is not closed."""
-LAG_INTERVAL = 0.5
-"""Seconds between measurements of the event loop's lag."""
-LAG_SAMPLES = 30
-"""Measurements of which the worst is shown: a scrape every 15 s sees every stall."""
 
 _log = logging.getLogger("gateway")
 
@@ -54,6 +51,7 @@ class Health:
         self._tasks: list[asyncio.Task[None]] = []
         self._first_probes = 0
         self._logged: set[Replica] = set()
+        self._unprobed: set[Replica] = set()
         self._unwell = {replica.name: asyncio.Event() for replica in pool.replicas}
 
     @property
@@ -69,8 +67,8 @@ class Health:
             self._unwell[backend].set()
 
     async def __aenter__(self) -> Self:
+        self._telemetry.metrics.loop_lag.set_function(stalls_of_loop().worst)
         self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.replicas]
-        self._tasks.append(asyncio.create_task(self._watch_loop()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -100,10 +98,18 @@ class Health:
 
     async def _probe(self, replica: "Replica", config: "ProbeConfig") -> None:
         began = self._clock()
-        trouble = await self._client.probe(replica, config)
+        try:
+            trouble = await self._client.probe(replica, config)
+        except NoConnection as shortage:  # it says nothing about the replica
+            if replica not in self._unprobed:
+                self._unprobed.add(replica)
+                _log.warning("no probe of %s: %s", replica.name, shortage.message)
+            return
+        self._unprobed.discard(replica)
         now = self._clock()
         self._log_probe(replica, trouble)
-        replica.note_probe(Probe(ok=trouble is None, latency=now - began, at=now))
+        latency = now - began - stalled_since(began)
+        replica.note_probe(Probe(ok=trouble is None, latency=latency, at=now))
 
     def _log_probe(self, replica: "Replica", trouble: str | None) -> None:
         """Log the second of two failed probes in a row, and the first good one after it."""
@@ -113,14 +119,6 @@ class Health:
         elif trouble and replica.probe is not None and not replica.probe.ok and replica not in self._logged:
             self._logged.add(replica)
             _log.warning("probe of %s: failed: %s", replica.name, trouble)
-
-    async def _watch_loop(self) -> None:
-        lags = deque([0.0], maxlen=LAG_SAMPLES)
-        while True:
-            due = self._clock() + LAG_INTERVAL
-            await asyncio.sleep(LAG_INTERVAL)
-            lags.append(self._clock() - due)
-            self._telemetry.metrics.loop_lag.set(max(lags))
 
     def document(self, *, in_full: bool) -> dict[str, Any]:
         """Return the document of `/health`; without urls and error messages unless `in_full`."""

@@ -183,8 +183,14 @@ class Record:
         return f"00-{self.trace}-{span_id:016x}-{'01' if self.sampled else '00'}"
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
-        """Note that a target was passed over: `breaker`, `cooldown`, `bridging` or `full`."""
+        """Note that a target was passed over: `breaker`, `cooldown`, `bridging`, `full`, or what was used up."""
         self.events.append((now, TARGET_SKIPPED, _skipped(backend, why)))
+
+    def drop_attempt(self, why: str, now: float) -> None:
+        """Note that the latest attempt was none: no connection could be opened for want of `why`."""
+        self.skip_target(self.attempts.pop().backend, why, now)
+        if self.attempts:
+            self.attempt.decision = None  # what was decided did not happen
 
     def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
         """Note which target of a route with weights was drawn."""

@@ -6,8 +6,10 @@ asserts that each name exists and does what is assumed.
 """
 
 import asyncio
+import math
 import socket
 from contextvars import ContextVar
+from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
 from itertools import chain
 from time import monotonic
@@ -18,7 +20,9 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from gateway.errors import InvalidResponse
+from gateway.backend.failures import SHORT_OF, headers_too_large
+from gateway.errors import InternalError, InvalidResponse
+from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
     from aiohttp.http_parser import RawResponseMessage
     from aiohttp.tracing import Trace
+
+    from gateway.errors import GatewayError
 
 LARGE_BODY = 1 << 20
 """Bytes; a larger body is not copied to follow its head in one write."""
@@ -43,6 +49,8 @@ RESOLVE_AFTER = 10.0
 """Seconds after which the name of a host with kept connections is resolved anew."""
 INTERIM = frozenset(range(100, 200)) - {101}
 """Statuses that another answer follows."""
+NO_LIMITS = aiohttp.ClientTimeout(total=None)
+"""aiohttp's timers are not used: see `PhaseTimer`."""
 
 
 class Protocol(ResponseHandler):
@@ -50,9 +58,11 @@ class Protocol(ResponseHandler):
 
     Attributes:
         peer: the address at its other end.
+        new: whether no call has got it yet.
     """
 
     peer = ""
+    new = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note who is at the other end."""
@@ -135,30 +145,64 @@ class _SmallReads(asyncio.BufferedProtocol):
         self._protocol.connection_lost(exc)
 
 
-class _Opening:
-    """Whether a call opened a connection of its own, or got one that was kept alive."""
+class ConnectLimit(aiohttp.ClientTimeout):
+    """How long a new connection may take: `seconds`; `late` makes the error of one that takes longer.
 
-    __slots__ = ("new",)
+    To aiohttp, which hands it on to where a connection is opened, it says that there is no limit.
+    """
 
-    def __init__(self) -> None:
-        self.new = False
+    seconds: float
+    late: "Callable[[], GatewayError]"
+
+    def __init__(self, seconds: float = math.inf, late: "Callable[[], GatewayError]" = InternalError) -> None:
+        super().__init__(total=None)
+        object.__setattr__(self, "seconds", seconds)  # aiohttp's class is frozen
+        object.__setattr__(self, "late", late)
 
 
-_opening: ContextVar[_Opening] = ContextVar("_opening")
+NO_LIMIT = ConnectLimit()
+_shortages: ContextVar[list[OSError]] = ContextVar("_shortages")
+"""The errors, at each of a host's addresses, that say that the gateway's own machine lacks something."""
 
 
-def note_new_connection() -> None:
-    """Note that the current call opens a connection of its own."""
-    opening = _opening.get(None)
-    if opening is not None:
-        opening.new = True
+def _note_shortage(error: OSError) -> None:
+    """Note a shortage of the gateway's own machine: of several addresses' errors aiohttp makes one without a number."""
+    if error.errno in SHORT_OF:
+        _shortages.get([]).append(error)
+
+
+class _Socket(socket.socket):
+    """A socket that tells the two reasons of one system error apart."""
+
+    def connect(self, address: Any) -> None:  # noqa: ANN401
+        """Connect. Raises: OSError; EADDRNOTAVAIL only where the local ports are used up."""
+        try:
+            super().connect(address)
+        except OSError as error:
+            if error.errno == EADDRNOTAVAIL and not _has_way_to(address, self.family):
+                raise OSError(ENETUNREACH, "no address of this machine leads there") from None
+            _note_shortage(error)
+            raise
+
+
+def _has_way_to(address: Any, family: int) -> bool:  # noqa: ANN401
+    """Return whether this machine has an address from which another can be reached; nothing is sent."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as unsent:
+            unsent.connect(address)
+    except OSError as error:
+        return error.errno != EADDRNOTAVAIL
+    return True
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:
     """Make the socket of a new connection; called in the context of the call that needs it."""
-    note_new_connection()
     family, kind, protocol = address[:3]
-    return socket.socket(family=family, type=kind, proto=protocol)
+    try:
+        return _Socket(family=family, type=kind, proto=protocol)
+    except OSError as error:
+        _note_shortage(error)
+        raise
 
 
 class Names(AbstractResolver):
@@ -249,23 +293,41 @@ class Connector(aiohttp.TCPConnector):
         await super().close(abort_ssl=abort_ssl)
         await self._names.close()
 
-    async def open(self, request: aiohttp.ClientRequest, limits: aiohttp.ClientTimeout) -> tuple["Connection", bool]:
+    async def open(self, request: aiohttp.ClientRequest, limit: ConnectLimit = NO_LIMIT) -> tuple["Connection", bool]:
         """Return a connection for a request, and whether it is new.
 
         Args:
             request: of `post_request`.
-            limits: `connect` is the one that applies.
+            limit: for a new connection.
 
         Raises:
-            aiohttp.ClientConnectorError, TimeoutError, OSError: there is none.
+            aiohttp.ClientConnectorError, OSError: there is none.
+            GatewayError: it took longer than the limit.
         """
-        opening = _Opening()
-        _opening.set(opening)
-        connection = await self.connect(request, [], limits)
-        while not opening.new and _is_spoiled(connection):
+        connection = await self.connect(request, [], limit)
+        while not (new := _is_new(connection)) and _is_spoiled(connection):
             connection.close()
-            connection = await self.connect(request, [], limits)
-        return connection, opening.new
+            connection = await self.connect(request, [], limit)
+        return connection, new
+
+    async def _create_connection(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list["Trace"],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's
+    ) -> ResponseHandler:
+        limit = timeout if isinstance(timeout, ConnectLimit) else NO_LIMIT  # a session has a timer of its own
+        shortages: list[OSError] = []
+        _shortages.set(shortages)
+        timer = PhaseTimer(monotonic, math.inf)
+        timer.limit(limit.seconds, limit.late)
+        try:
+            with timer:
+                return await super()._create_connection(req, traces, timeout)
+        except aiohttp.ClientConnectorError:
+            if not shortages:
+                raise
+            raise aiohttp.ClientConnectorError(req.connection_key, shortages[0]) from None
 
     async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> "Connection | None":
         kept = self._conns.get(key)
@@ -289,6 +351,15 @@ def _address(text: str) -> str:
     return text.partition("%")[0]
 
 
+def _is_new(connection: "Connection") -> bool:
+    """Return whether a connection was opened for this call, which has it from now on."""
+    protocol = connection.protocol
+    if isinstance(protocol, Protocol) and protocol.new:
+        protocol.new = False
+        return True
+    return False
+
+
 def _is_spoiled(connection: "Connection") -> bool:
     """Return whether something came on a kept connection since its last answer: it would pass for the next answer."""
     return connection.protocol is None or connection.protocol.should_close
@@ -309,7 +380,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
 
     Raises:
         aiohttp.ClientError, HttpProcessingError, OSError: there is no answer.
-        InvalidResponse: its status is below 200, and none follows, or its headers are too large.
+        InvalidResponse: its status is below 200, and none follows.
+        PartTooLarge: its headers are.
     """
     protocol, transport = connection.protocol, connection.transport
     if protocol is None or transport is None:
@@ -332,7 +404,7 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
         if message.code >= 200:  # noqa: PLR2004
             lines = message.raw_headers
             if len(lines) > FEW_LINES and sum(map(len, chain.from_iterable(lines))) > MAX_HEADERS:
-                raise InvalidResponse(f"The headers of the backend's answer are larger than {MAX_HEADERS} bytes.")
+                raise headers_too_large()
             return message, content
         if message.code not in INTERIM:
             raise InvalidResponse(f"The backend answered {message.code}, which does not answer a prompt.")

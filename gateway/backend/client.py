@@ -1,6 +1,9 @@
 """The HTTP client: one call to one replica."""
 
+import math
 from base64 import b64encode
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote_to_bytes
 from weakref import WeakKeyDictionary
@@ -12,7 +15,9 @@ from yarl import URL
 
 from gateway.backend.aiohttp_connection import (
     MAX_HEADERS,
+    NO_LIMITS,
     READ,
+    ConnectLimit,
     Connector,
     Protocol,
     post_request,
@@ -22,8 +27,9 @@ from gateway.backend.aiohttp_connection import (
 )
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
-from gateway.errors import AnswerTooLarge, CutOff, InvalidRequest, InvalidResponse
+from gateway.errors import AnswerTooLarge, ConnectTimeout, CutOff, InvalidRequest, InvalidResponse, Silent
 from gateway.headers import is_request_id, lines_of, passed_headers
+from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,6 +64,7 @@ class HttpClient:
         self._session = aiohttp.ClientSession(
             connector=self._fresh,
             cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=NO_LIMITS,
             max_line_size=MAX_HEADERS,
             max_field_size=MAX_HEADERS,
         )
@@ -82,6 +89,7 @@ class HttpClient:
         Raises:
             ConnectionFailed: or one of its subclasses.
             InvalidResponse: what came is not an HTTP answer.
+            NoConnection: the gateway's own machine lacks something.
         """
         addressees = self._addressees.get(replica)
         if addressees is None:
@@ -92,40 +100,48 @@ class HttpClient:
         connector = self._fresh if fresh else self._kept
         new = True
         try:
-            connection, new = await connector.open(addressee.request, addressee.timeout)
+            connection, new = await connector.open(addressee.request, addressee.connect_limit)
             try:
                 head = addressee.head(headers, len(body), close=fresh)
                 message, content = await send(connection, head, body)
             except BaseException:
                 connection.close()
                 raise
-        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
-            if isinstance(error, (TimeoutError, aiohttp.ClientConnectorError)):
+        except ConnectTimeout:
+            self._forget_address(replica)
+            raise
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            if isinstance(error, aiohttp.ClientConnectorError):
                 self._forget_address(replica)
-            raise failure_of(error, replica, connect_timeout=replica.timeouts.connect, new=new) from None
+            raise failure_of(error, replica, new=new) from None
         return Exchange(connection, message, content)
 
     async def probe(self, replica: "Replica", config: "ProbeConfig") -> str | None:
-        """Ask the replica's health path over a new connection; any answer below 500 is good. Never raises.
+        """Ask the replica's health path over a new connection; any answer below 500 is good.
 
         It carries no key: a server may answer by asking a model of its own, which costs.
 
         Returns:
             What is wrong, or None when it is well.
+
+        Raises:
+            NoConnection: the gateway's own machine lacks something, which says nothing about the replica.
         """
-        timeout = aiohttp.ClientTimeout(total=config.timeout)
+        late = f"{replica.name} did not answer within {config.timeout:g} s."
+        timer = PhaseTimer(monotonic, math.inf)
+        timer.limit(config.timeout, lambda: Silent(late, timer="probe"))
         url = URL(f"{replica.origin}{config.path}", encoded=True)
         headers, tls = replica.config.headers, _tls(replica)
         try:
-            async with self._session.get(
-                url, headers=headers, timeout=timeout, allow_redirects=False, ssl=tls
-            ) as response:
-                return None if response.status < 500 else f"{replica.name} answered {response.status}."  # noqa: PLR2004
+            with timer:
+                async with self._session.get(url, headers=headers, allow_redirects=False, ssl=tls) as response:
+                    good = response.status < 500  # noqa: PLR2004
+                    return None if good else f"{replica.name} answered {response.status}."
         except aiohttp.ClientConnectorError as error:
             self._forget_address(replica)
             return why_unreachable(error, replica)
-        except TimeoutError:
-            return f"{replica.name} did not answer within {config.timeout:g} s."
+        except Silent as silent:
+            return silent.message
         except (aiohttp.ClientError, OSError, ValueError):  # ValueError: an invalid host name
             return f"{replica.name} sent an answer that is not valid HTTP."
 
@@ -140,14 +156,15 @@ class _Addressee:
 
     Attributes:
         request: what the connector needs to know.
-        timeout: for a connection.
+        connect_limit: of a new connection.
     """
 
     def __init__(self, replica: "Replica", path: str) -> None:
         url = URL(replica.url_of(path) + replica.query, encoded=True)
         own = own_headers(replica)
         self.request = post_request(url, _tls(replica))
-        self.timeout = aiohttp.ClientTimeout(total=None, connect=replica.timeouts.connect)
+        seconds = replica.timeouts.connect
+        self.connect_limit = ConnectLimit(seconds, partial(_not_accepted, replica.name, seconds))
         self._own = frozenset(name for name, _ in own)
         self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
 
@@ -165,6 +182,10 @@ class _Addressee:
             raise InvalidRequest("A header holds a line end.") from None
         last = "connection: close\r\n\r\n" if close else "\r\n"
         return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
+
+
+def _not_accepted(replica: str, seconds: float) -> ConnectTimeout:
+    return ConnectTimeout(f"{replica} did not accept a connection within {seconds:g} s.")
 
 
 def own_headers(replica: "Replica") -> list[tuple[str, str]]:

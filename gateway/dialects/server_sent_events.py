@@ -7,7 +7,7 @@ that begins with a colon is a comment.
 import re
 
 from gateway.dialects.json_text import BLOCK
-from gateway.errors import InvalidResponse
+from gateway.errors import PartTooLarge
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
@@ -33,7 +33,7 @@ class EventSplitter:
     An event that has not ended stays inside: half an event never goes on.
 
     Args:
-        limit: bytes; a longer event is a failure, like a cut stream.
+        limit: bytes of an event.
 
     Attributes:
         waiting: bytes of the event that has not ended.
@@ -51,7 +51,7 @@ class EventSplitter:
         """Return the events that `data` completes.
 
         Raises:
-            InvalidResponse: an event is longer than the limit.
+            PartTooLarge: an event is longer than the limit.
         """
         if self._pieces:
             border = self._border + data
@@ -71,9 +71,9 @@ class EventSplitter:
         self._border = rest[-BORDER:]
         self.waiting = len(rest)
         if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
-            raise InvalidResponse(f"The backend sent an event longer than {self._limit} bytes.")
+            raise PartTooLarge(f"The backend sent an event longer than {self._limit} bytes.")
         if len(data) > BLOCK and any(map(_has_many_lines, events)):
-            raise InvalidResponse(f"The backend sent an event of more than {MAX_LINES} lines.")
+            raise PartTooLarge(f"The backend sent an event of more than {MAX_LINES} lines.")
         return events
 
     def end(self, *, proper: bool) -> list[bytes]:

@@ -16,6 +16,7 @@ from gateway.errors import (
     GatewayError,
     InternalError,
     InvalidResponse,
+    NoConnection,
     Silent,
     StaleConnection,
     WrongForm,
@@ -23,9 +24,9 @@ from gateway.errors import (
 )
 from gateway.executor import LARGE
 from gateway.forwarding.call import WholeAnswer
-from gateway.forwarding.phase_timer import PhaseTimer
 from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
 from gateway.headers import retry_after
+from gateway.phase_timer import PhaseTimer
 from gateway.record import MAX_MESSAGE, AttemptRecord
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Attempts:
         Raises:
             BackendError: the attempt failed.
             DeadlineExceeded, GatewayOverloaded, CallerLeft: the request ends.
+            NoConnection: as well; nothing was sent, and it was no attempt.
         """
         replica = lease.replica
         attempt = self._begin(call, target, replica)
@@ -116,6 +118,9 @@ class Attempts:
                 left = (replica.cooldown.due(lease.model) or self._clock()) - self._clock()
                 call.record.note_cooldown(self._clock(), replica.name, left)
             drop_frames(failure)
+            raise
+        except NoConnection as shortage:
+            call.record.drop_attempt(shortage.reason, self._clock())
             raise
         except BaseException as error:
             self._end(attempt, error)

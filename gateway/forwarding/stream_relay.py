@@ -1,6 +1,7 @@
 """A backend's stream on its way to the caller: events in, checked, out. Here a stream is found cut."""
 
 import asyncio
+import math
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from gateway.dialects.error_words import MAX_WORDS, words_of
 from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 from gateway.executor import LARGE
+from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from gateway.backend.client import Exchange
     from gateway.dialects.dialect import StreamState
     from gateway.executor import Executor
-    from gateway.forwarding.phase_timer import PhaseTimer
     from gateway.policy.byte_budget import Share
 
 AFTER_FINISH = 5.0
@@ -89,7 +90,8 @@ class StreamRelay:
             if left <= 0 and alive and not may_go_elsewhere():
                 due, left = self._clock() + seconds, seconds
             if left < self._idle:
-                self._timer.limit(max(left, 0.0), partial(no_first_token, seconds, alive=alive))
+                late = partial(no_first_token, seconds, alive=alive)
+                self._timer.limit(seconds, late, began=due - seconds)
             else:
                 self._timer.limit(self._idle, self._stalled)
             data = await self._exchange.read()
@@ -171,10 +173,11 @@ class StreamRelay:
         while not (self._state.ended or self._at_end or self._failure is not None):
             patience = self._idle if self._state.awaits_usage else AFTER_FINISH
             try:
-                async with asyncio.timeout(last + patience - self._clock()):
+                with PhaseTimer(self._clock, math.inf) as timer:
+                    timer.limit(patience, self._stalled, began=last)
                     data = await self._exchange.read()
                 events = await self._checked_slowly(data)
-            except (TimeoutError, InvalidResponse) as end:
+            except (Stalled, InvalidResponse) as end:
                 drop_frames(end)
                 events = self._checked(self._splitter.end(proper=False))
                 self._at_end = True

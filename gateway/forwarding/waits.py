@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gateway.policy.lease import take
 from gateway.policy.waiting_room import Chance, Waiter
 from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
+from gateway.stalls import stalled_since
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -208,7 +209,8 @@ class Waits:
         if self.kind == BRIDGING:
             return self._end_of_bridging(self.target.home)
         longest = self._policy.queue_timeout if self.kind == FULL else self._policy.retry_after_max - self._cooled
-        return min(self._end, self._call.record.waits[-1].began + longest)
+        began = self._call.record.waits[-1].began
+        return min(self._end, began + longest + stalled_since(began))
 
     def _end_of_bridging(self, home: "Backend") -> float:
         if home.outage.is_tried:  # a slow answer is no failure

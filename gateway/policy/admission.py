@@ -3,7 +3,8 @@
 import asyncio
 from collections import deque
 
-from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayOverloaded
+from gateway.errors import GatewayDraining, GatewayOverloaded
+from gateway.phase_timer import PhaseTimer
 from gateway.policy.waiting_room import WaitingLimit
 
 
@@ -83,21 +84,17 @@ class Admission:
         self.check(caller)
         if self.enter_at_once(caller):
             return
+        loop = asyncio.get_running_loop()
         place = _Place(caller)
+        timer = PhaseTimer(loop.time, loop.time() + left, "The deadline passed while the request waited in the queue.")
+        timer.limit(self._queue_timeout, self._queued_too_long)
         self._waiting.append(place)
-        try:
-            async with asyncio.timeout(min(self._queue_timeout, left)):
+        with timer:
+            try:
                 await place.slot
-        except TimeoutError:
-            self._give_up(place)
-            if left <= self._queue_timeout:
-                raise DeadlineExceeded("The deadline passed while the request waited in the queue.") from None
-            raise GatewayOverloaded(
-                f"The request waited in the queue for longer than {self._queue_timeout:g} s.", reason="queue_timeout"
-            ) from None
-        except BaseException:
-            self._give_up(place)
-            raise
+            except BaseException:
+                self._give_up(place)
+                raise
 
     def leave(self, caller: str = "") -> None:
         """Give the slot back: to the first in the queue who may have it."""
@@ -137,6 +134,11 @@ class Admission:
                 self._take(place.caller)
                 place.slot.set_result(None)
                 return
+
+    def _queued_too_long(self) -> GatewayOverloaded:
+        return GatewayOverloaded(
+            f"The request waited in the queue for longer than {self._queue_timeout:g} s.", reason="queue_timeout"
+        )
 
     def _give_up(self, place: _Place) -> None:
         """Leave the queue; a slot that was handed over at the same moment goes on to the next request."""

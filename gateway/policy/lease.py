@@ -84,6 +84,10 @@ class Lease:
             outages: those that the same request failed in, by number. One that others have ended since says that the
                 request itself is what fails.
         """
+        if error.ours:
+            self.release()
+            self._note(error, trace_id)
+            return False
         if not self._end():
             return False
         replica = self.replica
@@ -100,14 +104,7 @@ class Lease:
             self._end_pauses()
         elif self._first_after_cooldown:
             replica.cooldown.let_go(self.model)
-        if isinstance(error, (Rejected, ContextTooLong)):  # the request was wrong, the backend is well
-            replica.note_success(self.model)
-        elif isinstance(error, NoSuchModel):
-            replica.note_answer()
-        else:
-            replica.note_failure(error, trace_id)
-        if error.avoided:
-            replica.avoid(self.model)
+        self._note(error, trace_id)
         return counts
 
     def release(self) -> None:
@@ -116,6 +113,17 @@ class Lease:
             self.replica.breaker.cancel(self._ticket)
             if self._first_after_cooldown:
                 self.replica.cooldown.let_go(self.model)
+
+    def _note(self, error: BackendError, trace_id: str) -> None:
+        replica = self.replica
+        if isinstance(error, (Rejected, ContextTooLong)):  # the request was wrong, the backend is well
+            replica.note_success(self.model)
+        elif isinstance(error, NoSuchModel):
+            replica.note_answer()
+        elif not error.ours:
+            replica.note_failure(error, trace_id)
+        if error.avoided:
+            replica.avoid(self.model)
 
     def _tell_outage(self, error: BackendError, body: "Callable[[], bytes]", outages: "dict[Outage, int]") -> bool:
         """Tell whether the backend cannot be used; return whether the body is known to be answered with 500."""

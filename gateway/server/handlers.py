@@ -9,6 +9,7 @@ from gateway import __version__
 from gateway.dialects.table import BY_PATH, dialect_of
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
+from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
 from gateway.server.paths import CANONICAL, right_path
 from gateway.server.request_reader import check_media_type, forwarded_headers
@@ -128,17 +129,15 @@ class Handlers:
         headers |= explaining(call.record, self._clock())
         response = web.Response(body=answer.body, status=answer.status, headers=headers)
         try:
-            async with asyncio.timeout(call.deadline.left()):
+            with PhaseTimer(self._clock, call.deadline.end, "The caller did not take the answer before the deadline."):
                 await response.prepare(request)
                 call.record.status = answer.status
                 await response.write_eof()
                 await request.writer.drain()
-        except (TimeoutError, asyncio.CancelledError) as error:
+        except (DeadlineExceeded, asyncio.CancelledError):
             if request.transport is not None:  # no error may follow the answer that has begun
                 request.transport.abort()
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise DeadlineExceeded("The caller did not take the answer before the deadline.") from None
+            raise
         return response
 
     async def models(self, _request: web.Request) -> web.Response:

@@ -15,7 +15,6 @@ from gateway.content_coding import (
     coding_of,
 )
 from gateway.errors import (
-    DeadlineExceeded,
     GatewayError,
     InvalidRequest,
     RequestTimeout,
@@ -24,6 +23,7 @@ from gateway.errors import (
 )
 from gateway.executor import LARGE
 from gateway.headers import forwarded_as, seconds
+from gateway.phase_timer import PhaseTimer
 from gateway.policy.deadline import Deadline
 from gateway.settings import COMMITS
 
@@ -100,11 +100,8 @@ class RequestReader:
         body = await self._body(request, deadline, share)
         if len(body) <= LARGE:
             return dialect.read_request(path, body)
-        try:
-            async with asyncio.timeout(deadline.left()):
-                return await self._executor.run(len(body), dialect.read_request, path, body)
-        except TimeoutError:
-            raise DeadlineExceeded("The deadline passed before the request's body could be checked.") from None
+        with PhaseTimer(self._clock, deadline.end, "The deadline passed before the request's body could be checked."):
+            return await self._executor.run(len(body), dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""
@@ -148,19 +145,17 @@ class RequestReader:
 
     async def _read(self, content: "StreamReader", deadline: Deadline) -> bytes:
         """Return what has arrived of a body, waiting for it if need be; nothing at its end."""
-        longest = self._settings.gateway_body_timeout
-        timeout = min(longest, deadline.left())
+        timer = PhaseTimer(self._clock, deadline.end, "The deadline passed before the request's body had arrived.")
+        timer.limit(self._settings.gateway_body_timeout, self._late)
         try:
-            async with asyncio.timeout(timeout):
+            with timer:
                 return await content.readany()
-        except TimeoutError:
-            if timeout < longest:
-                raise DeadlineExceeded("The deadline passed before the request's body had arrived.") from None
-            raise RequestTimeout(
-                f"Nothing of the request's body arrived for {timeout:g} s. Send it without such pauses."
-            ) from None
         except (web.RequestPayloadError, HttpProcessingError):
             raise InvalidRequest("The request's body is malformed HTTP.") from None
+
+    def _late(self) -> RequestTimeout:
+        seconds = self._settings.gateway_body_timeout
+        return RequestTimeout(f"Nothing of the request's body arrived for {seconds:g} s. Send it without such pauses.")
 
 
 def _only(request: web.Request, name: str) -> str | None:

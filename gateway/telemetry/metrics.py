@@ -28,7 +28,16 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Bucket bounds of durations."""
 STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
 BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-SHED_REASONS = ("queue_full", "queue_timeout", "memory", "backend_full", "connections")
+SHED_REASONS = (
+    "queue_full",
+    "queue_timeout",
+    "memory",
+    "backend_full",
+    "connections",
+    "descriptors",
+    "ports",
+    "buffers",
+)
 CLOSE_REASONS = ("keepalive_timeout", "headers_timeout", "made_room")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
@@ -81,7 +90,7 @@ class Metrics:
         self._transitions = Counter(
             "gateway_breaker_transitions", "Changes of a breaker's state.", ["backend", "to"], registry=registry
         )
-        self._shed = Counter("gateway_shed_requests", "Requests refused at admission.", ["reason"], registry=registry)
+        self._shed = Counter("gateway_shed_requests", "Requests refused for load.", ["reason"], registry=registry)
         for reason in SHED_REASONS:
             self._shed.labels(reason)
         self._bridged = Counter(

@@ -7,13 +7,16 @@ A test that fails here after an upgrade says which override in `gateway/backend/
 import asyncio
 import inspect
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from errno import EADDRNOTAVAIL, ECONNREFUSED, ENETUNREACH
 from functools import partial
 from typing import Any, cast
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.base_protocol import BaseProtocol
@@ -23,16 +26,18 @@ from aiohttp.http_parser import HttpRequestParser
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
 
-from gateway.backend.aiohttp_connection import READ, Connector, post_request, send, unread, waiting
+from gateway.backend import aiohttp_connection
+from gateway.backend.aiohttp_connection import READ, ConnectLimit, Connector, post_request, send, unread, waiting
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
+from gateway.errors import ConnectTimeout
 from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
 from gateway.server.connections import Connections
 from gateway.server.hang_ups import HangUps
+from gateway.stalls import stalls_of_loop
 from tests.unit.gateway.fakes import Clock
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
-PATIENT = aiohttp.ClientTimeout(total=None, connect=30)
 
 
 @asynccontextmanager
@@ -62,8 +67,8 @@ async def answer_each(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 
 @asynccontextmanager
-async def connector(*, force_close: bool = False) -> AsyncIterator[Connector]:
-    made = Connector(force_close=force_close)
+async def connector(*, force_close: bool = False, resolver: AbstractResolver | None = None) -> AsyncIterator[Connector]:
+    made = Connector(force_close=force_close, resolver=resolver)
     try:
         yield made
     finally:
@@ -122,26 +127,26 @@ class Transport(asyncio.Transport):
 
 async def test_a_connector_makes_the_connections_of_its_factory() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         assert isinstance(connection.protocol, BackendProtocol)
         connection.close()
 
 
-async def test_the_socket_factory_is_called_in_the_context_of_the_call() -> None:
+async def test_a_connection_is_new_to_the_call_that_opened_it() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, new = await made.open(post_request(url), PATIENT)
+        connection, new = await made.open(post_request(url))
         assert new
         await send(connection, head(url), b"")
         connection.release()
-        again, new = await made.open(post_request(url), PATIENT)
+        again, new = await made.open(post_request(url))
         assert not new
         again.close()
 
 
 async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
     async with backend(answer_each) as url, connector() as made:
-        first, _ = await made.open(post_request(url), PATIENT)
-        second, _ = await made.open(post_request(url), PATIENT)
+        first, _ = await made.open(post_request(url))
+        second, _ = await made.open(post_request(url))
         last_used = second.protocol
         for connection in (first, second):
             _, content = await send(connection, head(url), b"")
@@ -150,9 +155,86 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         (kept,) = made._conns.values()
         assert [protocol for protocol, _ in kept][-1] is last_used
         assert all(protocol.is_connected() for protocol, _ in kept)
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         assert connection.protocol is last_used
         connection.close()
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=request.param) as one:
+        yield one
+
+
+def test_a_new_connection_is_opened_in_one_place_within_the_limit_of_its_call(runner: asyncio.Runner) -> None:
+    async def story() -> None:
+        late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+        async with connector(resolver=Mute()) as made:
+            with pytest.raises(ConnectTimeout):
+                await made.open(post_request(URL("http://model.test:9/")), late)
+        async with backend(answer_each) as url, connector() as made:
+            connection, _ = await made.open(post_request(url), late)
+            connection.close()
+
+    assert inspect.iscoroutinefunction(aiohttp.TCPConnector._create_connection)
+    runner.run(story())
+
+
+def test_a_connection_that_was_accepted_while_the_loop_stood_still_is_in_time(runner: asyncio.Runner) -> None:
+    """Of a name: resolving it and connecting take several turns of the loop."""
+
+    async def story() -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            url = URL(f"http://model.test:{listener.getsockname()[1]}/")
+            late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+            async with connector(resolver=Book("127.0.0.1")) as made:
+                stalls_of_loop()
+                opening = asyncio.create_task(made.open(post_request(url), late))
+                await asyncio.sleep(0)
+                time.sleep(0.5)  # noqa: ASYNC251 - the loop stands still
+                connection, new = await opening
+                assert new
+                connection.close()
+
+    runner.run(story())
+
+
+SHORT = OSError(EADDRNOTAVAIL, "Cannot assign requested address")
+
+
+@pytest.mark.parametrize(("way", "number"), [(True, EADDRNOTAVAIL), (False, ENETUNREACH)], ids=["ports", "no way"])
+def test_a_loop_connects_by_the_sockets_own_method_which_tells_two_troubles_apart(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, *, way: bool, number: int
+) -> None:
+    def connect(one: socket.socket, _address: object) -> None:
+        if one.type == socket.SOCK_STREAM or not way:
+            raise SHORT
+
+    async def story() -> None:
+        async with connector() as made:
+            monkeypatch.setattr(socket.socket, "connect", connect)
+            with pytest.raises(aiohttp.ClientConnectorError) as told:
+                await made.open(post_request(URL("http://127.0.0.1:9/")))
+            monkeypatch.undo()
+        assert told.value.os_error.errno == number
+
+    runner.run(story())
+
+
+async def test_of_several_addresses_errors_the_shortage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aiohttp makes one error of them, which has no number."""
+
+    def connect(_one: socket.socket, address: tuple[str, int]) -> None:
+        raise SHORT if address[0] == "127.0.0.1" else ConnectionRefusedError(ECONNREFUSED, "Connection refused")
+
+    async with connector(resolver=Book("127.0.0.1", "127.0.0.2")) as made:
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        monkeypatch.setattr(aiohttp_connection, "_has_way_to", lambda *_: True)
+        with pytest.raises(aiohttp.ClientConnectorError) as told:
+            await made.open(post_request(URL("http://model.test:9/")))
+    assert told.value.os_error.errno == EADDRNOTAVAIL
 
 
 async def test_a_client_request_knows_its_host_and_is_no_more_than_that() -> None:
@@ -168,7 +250,7 @@ async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_dec
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         message, content = await send(connection, head(url), b"")
         assert message.code == 200
         assert message.headers["content-encoding"] == "gzip"
@@ -183,7 +265,7 @@ async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> 
         await writer.drain()
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url))
         _, content = await send(connection, head(url), b"")
         await until(lambda: content.exception() is not None)
         assert unread(content) == b"half"
@@ -254,7 +336,7 @@ async def test_a_protocol_reads_less_at_a_time_and_as_ever_again() -> None:
 
     async with backend(serve) as url, connector() as made:
         made._factory = cast("Any", partial(Noting, asyncio.get_running_loop()))
-        connection, _ = await made.open(post_request(url), PATIENT)
+        connection, _ = await made.open(post_request(url), ConnectLimit())
         protocol = connection.protocol
         assert isinstance(protocol, Noting)
         _, content = await send(connection, head(url), b"")
@@ -332,6 +414,16 @@ class Book(AbstractResolver):
         """Nothing to close."""
 
 
+class Mute(Book):
+    """A name server that never answers."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        await asyncio.Event().wait()
+        return await super().resolve(host, port, family)
+
+
 class Calls:
     """Calls of a host whose name `book` resolves, over a connector on a clock of its own."""
 
@@ -341,7 +433,7 @@ class Calls:
 
     async def peer(self) -> tuple[str, bool]:
         """Make a call: the address it went to, and whether over a new connection."""
-        connection, new = await self._made.open(post_request(self._url), PATIENT)
+        connection, new = await self._made.open(post_request(self._url))
         protocol = connection.protocol
         assert isinstance(protocol, BackendProtocol)
         _, content = await send(connection, head(self._url), b"")

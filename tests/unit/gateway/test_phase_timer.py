@@ -1,14 +1,20 @@
 import asyncio
-from collections.abc import Awaitable, Callable
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from time import monotonic
+from typing import Self
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import CallerLeft, DeadlineExceeded, GatewayError, Silent, Stalled
-from gateway.forwarding.phase_timer import PhaseTimer
+from gateway.phase_timer import LAST_LOOK, PhaseTimer
+from gateway.stalls import INTERVAL, stalls_of_loop
 from tests.unit.gateway.fakes import Clock
-from tests.unit.gateway.virtual import run, settle
+from tests.unit.gateway.virtual import TICK, run, settle
 
 END = 100.0
 SOON = 0.01
@@ -246,6 +252,140 @@ def test_a_timeout_inside_keeps_its_own_error() -> None:
     error, took = ends_with(block)
     assert isinstance(error, Stalled)
     assert 5 <= took < 5 + SOON
+
+
+# What waits in a socket is in time
+
+
+class Mail:
+    """A socket pair: what is written at one end waits in the system until the loop reads it."""
+
+    def __init__(self) -> None:
+        self._writer, self._reader = socket.socketpair()
+        self._reader.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._reader.close()
+
+    def send(self) -> None:
+        self._writer.send(b"x")
+
+    async def read(self) -> None:
+        await asyncio.get_running_loop().sock_recv(self._reader, 1)
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def real(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
+    """A runner of each kind of loop, in real time."""
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        yield runner
+
+
+def stand_still(seconds: float) -> None:
+    """Keep the loop from running, as a stopped process does."""
+    time.sleep(seconds)
+
+
+def test_what_came_while_the_loop_stood_still_is_in_time(real: asyncio.Runner) -> None:
+    async def story() -> int:
+        read = 0
+        with Mail() as mail, PhaseTimer(monotonic, monotonic() + END) as timer:
+            for _ in range(5):
+                timer.limit(0.1, stalled)
+                asyncio.get_running_loop().call_soon(stand_still, 0.2)
+                asyncio.get_running_loop().call_soon(mail.send)
+                await mail.read()
+                read += 1
+        return read
+
+    assert real.run(story()) == 5
+
+
+def test_even_at_the_hard_end_what_has_come_is_taken(real: asyncio.Runner) -> None:
+    async def story() -> None:
+        with Mail() as mail, PhaseTimer(monotonic, monotonic() + 0.1):
+            asyncio.get_running_loop().call_soon(stand_still, 0.2)
+            asyncio.get_running_loop().call_soon(mail.send)
+            await mail.read()
+
+    real.run(story())
+
+
+def test_who_waits_for_what_has_just_been_read_runs_before_the_timer_decides() -> None:
+    """What is read in the very turn of the loop in which the last look ends."""
+
+    async def block(timer: PhaseTimer) -> None:
+        loop = asyncio.get_running_loop()
+        read: asyncio.Future[None] = loop.create_future()
+        timer.limit(3, stalled)
+        loop.call_later(3 + LAST_LOOK + TICK / 2, read.set_result, None)
+        await read
+        timer.pause()
+
+    error, took = ends_with(block)
+    assert error is None
+    assert took > 3 + LAST_LOOK
+
+
+def test_time_in_which_the_loop_stood_still_does_not_count(real: asyncio.Runner) -> None:
+    """Nothing has come yet, since the other side stood still as well."""
+
+    async def story() -> tuple[GatewayError | None, float]:
+        stalls_of_loop()
+        began = monotonic()
+        try:
+            with PhaseTimer(monotonic, monotonic() + END) as timer:
+                timer.limit(0.4, stalled)
+                asyncio.get_running_loop().call_later(0.1, stand_still, 0.8)
+                await asyncio.sleep(50)
+        except GatewayError as error:
+            return error, monotonic() - began
+        return None, 0
+
+    error, took = real.run(story())
+    assert isinstance(error, Stalled)
+    assert took >= 1.2 - INTERVAL
+
+
+def test_the_hard_end_is_a_promise_whatever_the_loop_does(real: asyncio.Runner) -> None:
+    async def story() -> float:
+        stalls_of_loop()
+        began = monotonic()
+        try:
+            with PhaseTimer(monotonic, began + 0.6) as timer:
+                timer.limit(0.5, stalled)
+                asyncio.get_running_loop().call_later(0.1, stand_still, 0.4)
+                await asyncio.sleep(50)
+        except DeadlineExceeded:
+            return monotonic() - began
+        return 0
+
+    assert real.run(story()) >= 0.6
+
+
+def test_a_phase_may_have_begun_before(real: asyncio.Runner) -> None:
+    """A stall in all of its time counts, also before its limit was set."""
+
+    async def story() -> tuple[GatewayError | None, float]:
+        stalls_of_loop()
+        began = monotonic()
+        try:
+            with PhaseTimer(monotonic, monotonic() + END) as timer:
+                await asyncio.sleep(0.1)
+                stand_still(0.8)
+                timer.limit(0.4, stalled, began=began)
+                await asyncio.sleep(50)
+        except GatewayError as error:
+            return error, monotonic() - began
+        return None, 0
+
+    error, took = real.run(story())
+    assert isinstance(error, Stalled)
+    assert took >= 1.2 - INTERVAL
 
 
 def test_it_needs_a_task() -> None:

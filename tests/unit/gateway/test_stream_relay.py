@@ -25,8 +25,8 @@ from gateway.errors import (
     Verdict,
 )
 from gateway.executor import Executor
-from gateway.forwarding.phase_timer import PhaseTimer
 from gateway.forwarding.stream_relay import AFTER_FINISH, AFTER_LAST, StreamRelay
+from gateway.phase_timer import PhaseTimer
 from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run
@@ -293,7 +293,7 @@ def test_each_event_after_the_finish_starts_the_five_seconds_anew() -> None:
 
 
 def test_comments_after_the_finish_do_not_prolong_the_stream() -> None:
-    told = relay(HELLO, STOP, *[step for _ in range(100) for step in (1.0, PING)], end="hang")
+    told = relay(HELLO, STOP, *[step for _ in range(100) for step in (1.1, PING)], end="hang")
 
     assert told.bytes == HELLO + STOP + 4 * PING + DONE
     assert told.seconds < AFTER_FINISH + 0.1

@@ -1,9 +1,10 @@
-"""One timer for all phases of an attempt."""
+"""One timer for all phases of an attempt, or of any other wait."""
 
 import asyncio
 from typing import TYPE_CHECKING, Self
 
 from gateway.errors import DeadlineExceeded
+from gateway.stalls import stalled_since
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,12 +12,19 @@ if TYPE_CHECKING:
 
     from gateway.errors import GatewayError
 
+LAST_LOOK = 0.005
+"""Seconds after a timer has come due in which the loop reads what has arrived: a phase that it ends is in time."""
+
 
 class PhaseTimer:
     """Ends the block it surrounds when a phase takes too long, or at the hard end, with the error of that limit.
 
     A phase begins with `limit` and lasts until the next `limit` or `pause`. The loop's timer is set again only when it
-    fires too early: a phase per event of a stream costs two assignments.
+    fires too early: a phase per event of a stream costs a few assignments.
+
+    Time in which the loop stood still does not count against a phase, only against the hard end, which is a promise to
+    the caller. And nothing is late before the loop has read once more: what had to come may wait in a socket, where a
+    gateway that was itself kept from running has left it.
 
     Args:
         clock: seconds, monotonic; as the loop's.
@@ -30,6 +38,7 @@ class PhaseTimer:
 
     __slots__ = (
         "_armed_for",
+        "_began",
         "_cancelling",
         "_clock",
         "_due",
@@ -53,22 +62,32 @@ class PhaseTimer:
         self._end = end
         self._end_message = end_message
         self._due = end
+        self._began: float
         self._late: Callable[[], GatewayError] | None = None
         self._ran_out = False
-        self._handle: asyncio.TimerHandle | None = None
+        self._handle: asyncio.Handle | None = None
         self._armed_for = end
         self._task: asyncio.Task[object]
         self._cancelling = 0
 
-    def limit(self, seconds: float, late: "Callable[[], GatewayError]") -> None:
-        """Begin a phase of at most `seconds`; `late` makes its error."""
-        due = self._clock() + seconds
+    def limit(self, seconds: float, late: "Callable[[], GatewayError]", *, began: float | None = None) -> None:
+        """Begin a phase, or set the limit of the one that goes on.
+
+        Args:
+            seconds: it may take at most.
+            late: makes its error.
+            began: instant of the clock, of a phase that goes on; None: now.
+        """
+        if began is None:
+            began = self._clock()
+        self._began = began
+        due = began + seconds
         if due < self._end:
             self._due, self._late = due, late
         else:
             self._due, self._late = self._end, None
         if self._handle is None or self._armed_for > self._due:
-            self._arm()
+            self._arm(self._due)
 
     def pause(self) -> None:
         """End the phase: only the hard end applies."""
@@ -86,7 +105,7 @@ class PhaseTimer:
         self._task = task
         self._cancelling = task.cancelling()
         if self._handle is None:
-            self._arm()
+            self._arm(self._due)
         return self
 
     def __exit__(
@@ -102,16 +121,29 @@ class PhaseTimer:
         if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise (late() if late is not None else DeadlineExceeded(self._end_message)) from None
 
-    def _arm(self) -> None:
+    def _arm(self, due: float) -> None:
         if self._handle is not None:
             self._handle.cancel()
-        self._armed_for = self._due
-        self._handle = self._loop.call_later(self._due - self._clock(), self._check)
+        self._armed_for = due
+        self._handle = self._loop.call_later(due - self._clock(), self._check)
 
-    def _check(self) -> None:
+    def _check(self, looked_for: float | None = None) -> None:
+        """Decide whether the phase is late; `looked_for`: the instant due for which the last look has been taken."""
         self._handle = None
-        if self._clock() < self._due:
-            self._arm()
-            return
-        self._ran_out = True
-        self._task.cancel()
+        now, due = self._clock(), self._due
+        if now >= due and self._late is not None:
+            due += stalled_since(self._began)
+            if due >= self._end:
+                self.pause()
+                due = self._end
+        if now < due:
+            self._arm(due)
+        elif looked_for != self._due:
+            self._handle = self._loop.call_later(LAST_LOOK, self._check_after_readers, self._due)
+        else:
+            self._ran_out = True
+            self._task.cancel()
+
+    def _check_after_readers(self, looked_for: float) -> None:
+        """Check when those have run who wait for what the loop has just read."""
+        self._handle = self._loop.call_soon(self._check, looked_for)
