@@ -68,9 +68,12 @@ class Admission:
 
     def enter_at_once(self, caller: str = "") -> bool:
         """Take a free slot; False when there is none, or the gateway is stopping: then `enter` waits or refuses."""
-        if self.draining or not self._has_slot(caller):
+        mine = self._slots_of.get(caller, 0)
+        if self.draining or self.in_flight >= self._max_in_flight or mine >= self._slots_of_one:
             return False
-        self._take(caller)
+        self.in_flight += 1
+        if caller:
+            self._slots_of[caller] = mine + 1
         return True
 
     async def enter(self, left: float, caller: str = "") -> None:
@@ -121,17 +124,11 @@ class Admission:
         """Return whether a slot is free that the caller may have."""
         return self.in_flight < self._max_in_flight and self._slots_of.get(caller, 0) < self._slots_of_one
 
-    def _take(self, caller: str) -> None:
-        self.in_flight += 1
-        if caller:
-            self._slots_of[caller] = self._slots_of.get(caller, 0) + 1
-
     def _hand_over(self) -> None:
         """Give a free slot to the first in the queue who may have it."""
         for place in self._waiting:
-            if not place.slot.done() and self._has_slot(place.caller):
+            if not place.slot.done() and self.enter_at_once(place.caller):
                 self._waiting.remove(place)
-                self._take(place.caller)
                 place.slot.set_result(None)
                 return
 

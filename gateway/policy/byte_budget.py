@@ -10,39 +10,19 @@ class ByteBudget:
 
     Attributes:
         held: bytes held now.
+        of_one: those of each caller.
     """
 
-    __slots__ = ("_of_one", "held", "limit")
+    __slots__ = ("held", "limit", "of_one")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self._of_one: dict[str, int] = {}
+        self.of_one: dict[str, int] = {}
 
     def share(self, caller: str = "") -> "Share":
         """Return an empty share for one request. A caller without a name is nobody in particular, and has no half."""
         return Share(self, caller)
-
-    def hold(self, caller: str, size: int) -> None:
-        """Hold `size` more bytes, or fewer where it is negative.
-
-        Raises:
-            GatewayOverloaded: all requests together, or the caller's, would hold more than they may.
-        """
-        held = self.held + size
-        if size > 0 and held > self.limit:
-            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
-        if caller:
-            of_one = self._of_one.get(caller, 0) + size
-            if size > 0 and of_one > self.limit // 2:
-                raise GatewayOverloaded(
-                    "Your requests hold as many bytes as those of one caller may. Try again shortly.", reason="memory"
-                )
-            if of_one:
-                self._of_one[caller] = of_one
-            else:
-                self._of_one.pop(caller, None)
-        self.held = held
 
 
 class Share:
@@ -67,17 +47,37 @@ class Share:
         Raises:
             GatewayOverloaded: all requests together, or the caller's, would hold more than they may.
         """
-        self._budget.hold(self._caller, size)
+        budget, caller = self._budget, self._caller
+        if budget.held + size > budget.limit:
+            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
+        if caller:
+            of_one = budget.of_one.get(caller, 0) + size
+            if of_one > budget.limit // 2:
+                raise GatewayOverloaded(
+                    "Your requests hold as many bytes as those of one caller may. Try again shortly.", reason="memory"
+                )
+            budget.of_one[caller] = of_one
+        budget.held += size
         self.held += size
 
     def count(self, size: int) -> None:
         """Hold `size` bytes that are there already, whatever the limit."""
-        self._budget.held += size
+        budget, caller = self._budget, self._caller
+        if caller:
+            budget.of_one[caller] = budget.of_one.get(caller, 0) + size
+        budget.held += size
         self.held += size
 
     def give_back(self, size: int) -> None:
         """Give back `size` bytes."""
-        self._budget.hold(self._caller, -size)
+        budget, caller = self._budget, self._caller
+        if caller:
+            left = budget.of_one.get(caller, 0) - size
+            if left:
+                budget.of_one[caller] = left
+            else:
+                budget.of_one.pop(caller, None)
+        budget.held -= size
         self.held -= size
 
     def give_back_to(self, held: int) -> None:

@@ -604,7 +604,7 @@ async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
     start_raw: StartRaw, tmp_path: Path, queue: str
 ) -> None:
     backend = await start_raw(in_time)
-    settings = {"GATEWAY_BACKEND_URLS": backend.url, "GATEWAY_MAX_IN_FLIGHT": "2"}
+    settings = {"GATEWAY_BACKEND_URLS": backend.url, "GATEWAY_MAX_IN_FLIGHT": "4"}
     if queue == "of a backend":
         file = tmp_path / "gateway.yaml"
         file.write_text(
@@ -616,16 +616,17 @@ async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
         await gateway.up()
         async with dial(gateway.url) as wire:
             asking = [asyncio.create_task(ask(gateway.url)) for _ in range(6)]
-            await until(lambda: waiting(wire, 4), "four wait")
+            await until(lambda: inside(wire, 6), "two are under way and four wait")
+            assert len(backend.calls) == 2
             await pause(gateway)
             assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 6
             await all_well(wire)
 
 
-async def waiting(wire: Wire, number: int) -> bool:
-    """Whether so many requests wait for a place."""
-    found = Exposition.parse((await get(wire, "/metrics")).body.decode())
-    return found.value("gateway_queued_requests") + found.value("gateway_waiting_requests") == number
+async def inside(wire: Wire, number: int) -> bool:
+    """Whether so many requests are under way or wait."""
+    health = (await get(wire, "/health")).json
+    return bool(health["in_flight"] + health["queued"] == number)
 
 
 async def test_a_pause_beyond_the_deadline_ends_what_has_not_come(start_raw: StartRaw) -> None:

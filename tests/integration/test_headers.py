@@ -170,6 +170,7 @@ async def test_a_timeout_however_small_is_over_at_once(
     mock: MockModel, start_gateway: StartGateway, asked: str, *, stream: bool
 ) -> None:
     gateway = await start_gateway(mock)
+    mock.set_faults([{"kind": "hang_before_headers"}])
     answer = await gateway.chat(headers={"x-request-timeout": asked}, stream=stream)
     assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
 

@@ -29,14 +29,13 @@ class _Usage(Struct):
     completion_tokens: int | None = None
 
 
-class WholeAnswer(Struct):
-    """What an unstreamed answer says about itself."""
+class AnswerFields(Struct):
+    """What an unstreamed answer says about itself, except its choices."""
 
     error: msgspec.Raw = NULL
     id: str | None = None
     object: str | None = None
     model: str | None = None
-    choices: msgspec.Raw = NULL
     usage: _Usage | None = None
 
     @property
@@ -46,14 +45,8 @@ class WholeAnswer(Struct):
 
     @property
     def finish_reasons(self) -> list[str] | None:
-        """Of each choice, `error` for a choice without one; None where there are none that could be read."""
-        choices = self.choices
-        try:
-            few = len(choices) <= BLOCK or not has_many_objects(bytes(choices))
-            read = _decode_choices(choices) if few else None
-        except msgspec.ValidationError:
-            read = None
-        return None if read is None else [choice.finish_reason or "error" for choice in read]
+        """None: they are not looked at."""
+        return None
 
     @property
     def input_tokens(self) -> int | None:
@@ -66,8 +59,29 @@ class WholeAnswer(Struct):
         return self.usage.completion_tokens if self.usage is not None else None
 
 
-_decode_choices = msgspec.json.Decoder(list[_Choice] | None).decode
-decode_whole_answer = msgspec.json.Decoder(WholeAnswer).decode
+class WholeAnswer(AnswerFields):
+    """What an unstreamed answer says about itself."""
+
+    choices: list[_Choice] | None = None
+
+    @property
+    def finish_reasons(self) -> list[str] | None:
+        """Of each choice; `error` for a choice without one."""
+        return None if self.choices is None else [choice.finish_reason or "error" for choice in self.choices]
+
+
+_decode_whole_answer = msgspec.json.Decoder(WholeAnswer).decode
+_decode_answer_fields = msgspec.json.Decoder(AnswerFields).decode
+
+
+def decode_whole_answer(body: bytes) -> AnswerFields:
+    """Return what an answer says about itself; of one with more choices than are looked at, without them.
+
+    Raises:
+        msgspec.DecodeError: it is not JSON, or its fields have other types.
+    """
+    many = len(body) > BLOCK and has_many_objects(body)
+    return _decode_answer_fields(body) if many else _decode_whole_answer(body)
 
 
 class _Unfinished(Struct):

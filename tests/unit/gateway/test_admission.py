@@ -484,5 +484,7 @@ def test_one_caller_holds_half_of_the_bytes() -> None:
             third.hold(1)
         one.give_back(30)
         two.hold(30)
+        one.count(80)
+        assert budget.held == 180
     assert budget.held == 0
-    assert not budget._of_one
+    assert not budget.of_one
