@@ -27,6 +27,11 @@ def parse_traceparent(text: str) -> tuple[int, int, int] | None:
     return (trace_id, parent_id, flags) if trace_id and parent_id and digits.isalnum() else None
 
 
+def takes_all(sampler: Sampler) -> bool:
+    """Return whether a sampler takes every trace that begins here, as the default does: then it need not be asked."""
+    return sampler.get_description().startswith(("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler,"))
+
+
 def is_sampled(sampler: Sampler, trace_id: int, name: str, parent: tuple[int, int, int] | None) -> bool:
     """Return what the sampler decides about a SERVER span; `parent` as `parse_traceparent` returns it."""
     context = NO_PARENT

@@ -24,7 +24,7 @@ from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import SpanData
 from gateway.telemetry.spans import spans_of
 from gateway.telemetry.terminal import TreePrinter
-from gateway.telemetry.trace_context import is_sampled, parse_traceparent
+from gateway.telemetry.trace_context import is_sampled, parse_traceparent, takes_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +87,7 @@ class Tracer:
         self.resource = _resource()
         self._encoder = Encoder(self.resource.attributes, SCOPE.name, __version__)
         self._sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
+        self._takes_all = takes_all(self._sampler)
         self._waiting: deque[Record] = deque()
         self._added = 0
         self._taken = 0
@@ -121,6 +122,8 @@ class Tracer:
         parent = parse_traceparent(traceparent) if traceparent is not None else None
         span_id = self._rng.getrandbits(64) or 1
         trace_id, parent_id = parent[:2] if parent is not None else (self._rng.getrandbits(128) or 1, None)
+        if parent is None and self._takes_all:
+            return trace_id, span_id, None, True
         name = f"{method} {path}" if path is not None else method
         return trace_id, span_id, parent_id, is_sampled(self._sampler, trace_id, name, parent)
 

@@ -1,8 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
 
-from gateway.telemetry.trace_context import parse_traceparent
+from gateway.settings import SAMPLERS
+from gateway.telemetry.trace_context import is_sampled, parse_traceparent, takes_all
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = (int(TRACE, 16), int(SPAN, 16))
@@ -80,3 +82,16 @@ def test_no_text_makes_it_fail(text: str) -> None:
         assert 0 < found[0] < 1 << 128
         assert 0 < found[1] < 1 << 64
         assert 0 <= found[2] < 256
+
+
+@pytest.mark.parametrize(("sampler", "takes"), [(sampler, sampler.endswith("always_on")) for sampler in SAMPLERS])
+def test_only_a_sampler_that_takes_every_new_trace_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, *, takes: bool
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+
+    made = TracerProvider(shutdown_on_exit=False).sampler
+
+    assert takes_all(made) is takes
+    assert is_sampled(made, 1, "POST /v1/chat/completions", None) is takes
