@@ -408,3 +408,25 @@ async def test_a_repeat_of_a_failed_body_is_asked_once(start_raw: StartRaw, star
     assert gateway.parts.pool.replicas[0].breaker.consecutive_failures == 1
     assert (await gateway.chat(user="another body")).status == 500
     assert len(backend.calls) == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_backend_that_only_announces_an_answer_is_given_up(
+    start_raw: StartRaw, start_gateway: StartGateway, *, at_once: bool, stream: bool
+) -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\nx: 1\r\n\r\n"
+
+    async def announce(call: RawCall) -> None:
+        for _ in range(2_000 if at_once else 0):
+            await call.send(interim * 100)
+        while not at_once:
+            await call.send(interim)
+            await asyncio.sleep(0.001)
+
+    gateway = await start_gateway((await start_raw(announce)).url, gateway_max_attempts=1)
+    answer = await gateway.chat(stream=stream)
+    assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
+    assert "interim" in answer.error["message"]
+    replica = gateway.parts.pool.replicas[0]
+    assert replica.in_flight == 0
