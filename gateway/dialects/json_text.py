@@ -6,6 +6,7 @@ Some servers and clients cut texts between the two halves of a surrogate pair; R
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
 from itertools import accumulate
 from typing import TypeVar
 
@@ -88,8 +89,32 @@ def leniently(read: Callable[[bytes], T], data: bytes) -> T:
     except msgspec.DecodeError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-        # In texts too: what is decoded here is only inspected.
-        return read(data.replace(b"NaN", b"null").replace(b"-Infinity", b"null").replace(b"Infinity", b"null"))
+        return read(joined(map(_block_of_finite_numbers, blocks(data))))
+
+
+def _block_of_finite_numbers(block: bytes) -> bytes:
+    """Return a block with null for what is not finite, in texts too: what is decoded here is only inspected."""
+    return block.replace(b"NaN", b"null").replace(b"-Infinity", b"null").replace(b"Infinity", b"null")
+
+
+def joined(pieces: Iterable[bytes]) -> bytes:
+    """Return pieces as one, without holding all of them beside it as `bytes.join` does."""
+    whole = BytesIO()
+    for piece in pieces:
+        whole.write(piece)
+    return whole.getvalue()
+
+
+def blocks(data: bytes) -> Iterator[bytes]:
+    """Yield a text in blocks that end behind a comma, which tears neither names nor escapes nor numbers.
+
+    What replaces something in the whole of a large text holds the interpreter for as long.
+    """
+    start = 0
+    while start < len(data):
+        end = data.find(b",", start + BLOCK) + 1 or len(data)
+        yield data[start:end]
+        start = end
 
 
 def check(data: bytes) -> None:
@@ -133,9 +158,13 @@ def _without_surrogates(data: bytes) -> bytes:
     """Return a text whose escaped surrogates are characters for private use; itself when it has none."""
     if b"\\ud" not in data and b"\\uD" not in data:
         return data
+    return joined(map(_block_without_surrogates, blocks(data)))
+
+
+def _block_without_surrogates(block: bytes) -> bytes:
     for escape in _SURROGATES:
-        data = data.replace(escape, rb"\ue0")
-    return data
+        block = block.replace(escape, rb"\ue0")
+    return block
 
 
 def _check_depth(data: bytes) -> None:

@@ -10,7 +10,17 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.dialects.json_text import BLOCK, BYTE_ORDER_MARK, NO_JSON, at_top_level, check, decode_with, value_after
+from gateway.dialects.json_text import (
+    BLOCK,
+    BYTE_ORDER_MARK,
+    NO_JSON,
+    at_top_level,
+    blocks,
+    check,
+    decode_with,
+    joined,
+    value_after,
+)
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
 
 T = TypeVar("T", bound=Struct)
@@ -104,7 +114,8 @@ def _check_names(names: _Names, body: bytes) -> None:
         return
     may_hide = any(start in body for start in _ESCAPES) and _ESCAPED.search(body) is not None
     if may_hide or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
-        _check_doubtful(names, _unescaped(body, "".join(names.quoted)))
+        letters = "".join(names.quoted)
+        _check_doubtful(names, joined(_unescaped(block, letters) for block in blocks(body)))
     elif _may_be_twice(names, body):
         _check_doubtful(names, body)
 
@@ -167,7 +178,7 @@ def _places(quoted: bytes, text: bytes) -> Iterator[int]:
 
 
 def _unescaped(body: bytes, letters: str) -> bytes:
-    """Return a body in which what stands for one of the letters, in either case, is that letter."""
+    """Return a text in which what stands for one of the letters, in either case, is that letter."""
     body = body.replace(rb"\\", b"//")
     for letter in {*letters, *letters.upper()}:
         for digits in {f"{ord(letter):04x}", f"{ord(letter):04X}"}:

@@ -63,6 +63,8 @@ class EventSplitter:
             data = b"".join([*self._pieces, data])
         if b"\r" in data or b"\n\n\n" in data or b"\n\n:" in data:
             events, rest = _split_any(data)
+        elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:  # not copied: it may be large
+            events, rest = [data], b""
         else:
             parts = data.split(b"\n\n")
             rest = parts.pop()
@@ -100,10 +102,10 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
     for match in _ENDS.finditer(data):
         end = match.end()
         if end == len(data) and data.endswith(b"\r"):  # the LF of this CR may follow
-            first = _END_OF_EVENT.match(data, match.start())
-            if first is None or first.end() == len(data):
+            earlier = _ENDS.match(data, match.start(), end - 1)
+            if earlier is None:
                 break
-            end = first.end()
+            end = earlier.end()
         events.append(data[start:end])
         start = end
     return events, data[start:]
@@ -120,6 +122,8 @@ def data_of(event: bytes) -> bytes | None:
     line = line_of(event)
     if line is not None:
         return line
+    if b"data" not in event:
+        return None
     lines = []
     for line in _LINE.split(event.removeprefix(BYTE_ORDER_MARK)):
         if line.startswith(b"data:"):

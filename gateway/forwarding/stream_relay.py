@@ -214,45 +214,52 @@ class StreamRelay:
         line = line_of(data) if not self._splitter.waiting else None
         if line is not None:
             return data if not self._state.ended and self._is_good(data, line) else b""
-        return self._checked(self._split(data))
+        self._exchange.read_less(len(data))
+        events = self._look_into(data)
+        self._hold_half()
+        return events
 
     async def _checked_slowly(self, data: bytes) -> bytes:
         """Return the same, looking into a long read slice by slice, so that others get their turn."""
         self._timer.pause()
         if len(data) <= SLICE and self._splitter.waiting <= LARGE:
             return self._checked_read(data)
+        self._exchange.read_less(len(data))
         good = []
         width = SLICE if self._splitter.waiting <= LARGE else len(data)
         for at in range(0, len(data) or 1, width or 1):
-            events = self._split(data[at : at + width])
-            good.append(await self._executor.run(max(map(len, events), default=0), self._checked, events))
+            piece = data[at : at + width]
+            size = self._splitter.waiting + len(piece)
+            good.append(await self._executor.run(size, self._look_into, piece))
+            self._hold_half()
             if self._failure is not None or self._state.ended:
                 break
             await asyncio.sleep(0)
         return b"".join(good)
 
+    def _look_into(self, data: bytes) -> bytes:
+        return self._checked(self._split(data))
+
     def _split(self, data: bytes) -> list[bytes]:
         """Return the events that a read completes; none when it is bad, which sets `_failure`."""
         if not data:
             self._at_end = True
-        self._exchange.read_less(len(data))
         try:
             events = self._splitter.feed(data) if data else self._splitter.end(proper=True)
         except InvalidResponse as failure:
             self._fail(failure)
             return []
-        if self._splitter.waiting != self._half:
-            self._hold_half(self._splitter.waiting)
         if self._at_end and not events and not (self._state.finished or self._state.ended):
             raise InvalidResponse("The backend's stream was cut off.")
         return events
 
-    def _hold_half(self, size: int) -> None:
+    def _hold_half(self) -> None:
         """Count an unfinished event as held. Raises: GatewayOverloaded."""
-        more, self._half = size - self._half, size
+        more = self._splitter.waiting - self._half
+        self._half += more
         if more > 0:
             self._share.hold(more)
-        else:
+        elif more:
             self._share.give_back(-more)
 
     def _checked(self, events: list[bytes]) -> bytes:

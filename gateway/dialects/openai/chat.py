@@ -12,7 +12,7 @@ from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.json_text import BLOCK, has_many_objects
 from gateway.dialects.openai import errors
-from gateway.dialects.openai.choices import AnswerFields, ChoicesState, decode_whole_answer
+from gateway.dialects.openai.choices import AnswerFields, ChoicesState, WholeAnswer, decode_whole_answer
 from gateway.dialects.request_fields import (
     Count,
     Flag,
@@ -126,7 +126,7 @@ class OpenAIChat:
 
     def read_answer(self, content_type: str, body: bytes) -> AnswerFields:
         """Check a whole answer."""
-        return read_whole(content_type, body, decode_whole_answer, AnswerFields)
+        return read_whole(content_type, body, decode_whole_answer, WholeAnswer)
 
     def read_error(
         self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
