@@ -51,8 +51,6 @@ INTERIM = frozenset(range(100, 200)) - {101}
 """Statuses that another answer follows."""
 MAX_INTERIM = 100
 """Interim answers to one request; real servers send a few."""
-SLICE = 16_384
-"""Bytes of a read that are parsed in one go while no body is under way: they may be a thousand interim answers."""
 NO_LIMITS = aiohttp.ClientTimeout(total=None)
 """aiohttp's timers are not used: see `PhaseTimer`."""
 
@@ -73,18 +71,6 @@ class Protocol(ResponseHandler):
         super().connection_made(transport)
         name = transport.get_extra_info("peername")
         self.peer = _address(name[0]) if name else ""
-
-    def data_received(self, data: bytes) -> None:
-        """Parse what has come; of interim answers no more than are allowed."""
-        if len(data) <= SLICE or self._payload is not None:
-            super().data_received(data)
-            return
-        for at in range(0, len(data), SLICE):
-            super().data_received(data[at : at + SLICE])
-            if len(self._buffer) > MAX_INTERIM:
-                self.set_exception(too_many_interim())
-                self.close()
-                return
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
         """End a body that is under way when the connection fails.
@@ -424,12 +410,7 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
             return message, content
         if message.code not in INTERIM:
             raise InvalidResponse(f"The backend answered {message.code}, which does not answer a prompt.")
-    raise too_many_interim()
-
-
-def too_many_interim() -> InvalidResponse:
-    """Return the failure of a backend that only announces an answer."""
-    return InvalidResponse(f"The backend sent more than {MAX_INTERIM} interim answers.")
+    raise InvalidResponse(f"The backend sent more than {MAX_INTERIM} interim answers.")
 
 
 def waiting(content: aiohttp.StreamReader) -> int:
