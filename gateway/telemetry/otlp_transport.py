@@ -53,6 +53,7 @@ class Transport(BaseHTTPTransport):
         self._reached = reached
         self._tls = _tls(reached)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._runner.get_loop()  # its descriptors are taken at the start, not when there may be none
         self._session: aiohttp.ClientSession | None = None
         self._exporting: asyncio.Task[Result] | None = None
         self._busy = threading.Lock()

@@ -30,7 +30,7 @@ async def highest(gateway: Gateway, name: str, seconds: float) -> float:
 
 
 async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> None:
-    """A model with 8 places, a gateway with 8 slots for one caller and a queue of 8; 15 calls/s for 6 s, then 32 for 20 s.
+    """A model with 8 places, a gateway with 8 slots a caller and a queue of 8; 15 calls/s for 6 s, then 32 for 20 s.
 
     20 s are enough for a collapse to show: the queue is full after half a second, nobody stays for longer than 1 s, so
     that it would have fed on itself twenty times over. Measured from 2 s on.
