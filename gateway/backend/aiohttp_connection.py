@@ -11,13 +11,15 @@ import socket
 from contextvars import ContextVar
 from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
+from http import HTTPStatus
 from itertools import chain
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import LineTooLong
 from yarl import URL
 
 from gateway.backend.failures import SHORT_OF, headers_too_large
@@ -90,6 +92,10 @@ class Protocol(ResponseHandler):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    def limit_head(self) -> None:
+        """Fail when what comes before an answer's body is larger than its headers may be."""
+        self._parser = cast("Any", _Head(self._parser, self))
+
     def hold_back(self) -> None:
         """Read nothing more until `go_on`."""
         self._pause_reading_for_buffer()
@@ -112,6 +118,31 @@ class Protocol(ResponseHandler):
         """Forget an answer that nobody will read: it would hold the connection, which holds the answer."""
         super().connection_lost(exc)
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it
+
+
+class _Head:
+    """Stands for a protocol's parser until the head of an answer has come; aiohttp would hold a head of any size."""
+
+    __slots__ = ("_left", "_parser", "_protocol")
+
+    def __init__(self, parser: Any, protocol: Protocol) -> None:  # noqa: ANN401
+        self._parser = parser
+        self._protocol = protocol
+        self._left = MAX_HEADERS
+
+    def feed_data(self, data: bytes) -> Any:  # noqa: ANN401
+        """Parse what has come. Raises: LineTooLong, when it is too much without a head."""
+        parsed = self._parser.feed_data(data)
+        if parsed[0] and parsed[0][-1][0].code >= HTTPStatus.OK:
+            self._protocol._parser = self._parser  # noqa: SLF001
+            return parsed
+        self._left -= len(data)
+        if self._left < 0:
+            raise LineTooLong(b"", MAX_HEADERS)
+        return parsed
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._parser, name)
 
 
 class _SmallReads(asyncio.BufferedProtocol):
@@ -396,6 +427,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
         max_field_size=MAX_HEADERS,
         max_headers=MAX_HEADER_LINES,
     )
+    if isinstance(protocol, Protocol):
+        protocol.limit_head()
     if len(body) > LARGE_BODY:
         transport.write(head)
         transport.write(body)

@@ -25,6 +25,7 @@ NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 BLOCK = 65_536
 """Bytes that are looked at in one go; between two of them other threads get their turn."""
+LONGEST_ESCAPE = len(rb"\u0000")
 STRETCH = 256
 """Brackets that are counted in one go."""
 
@@ -106,15 +107,30 @@ def joined(pieces: Iterable[bytes]) -> bytes:
 
 
 def blocks(data: bytes) -> Iterator[bytes]:
-    """Yield a text in blocks that end behind a comma, which tears neither names nor escapes nor numbers.
+    """Yield a text in blocks: what replaces something in the whole of a large text holds the interpreter for as long.
 
-    What replaces something in the whole of a large text holds the interpreter for as long.
+    They end behind a comma, which tears nothing; where there is none for long, between two characters of a text.
     """
     start = 0
     while start < len(data):
-        end = data.find(b",", start + BLOCK) + 1 or len(data)
+        end = data.find(b",", start + BLOCK, start + 2 * BLOCK) + 1 or max(
+            _between_characters(data, start + 2 * BLOCK), start + BLOCK
+        )
         yield data[start:end]
         start = end
+
+
+def _between_characters(data: bytes, place: int) -> int:
+    """Return the last place up to `place` at which neither an escape nor a character in UTF-8 is torn."""
+    if place >= len(data):
+        return len(data)
+    while data[place] & 0xC0 == 0x80:  # noqa: PLR2004 - a further byte of a character
+        place -= 1
+    escape = data.rfind(b"\\", place - LONGEST_ESCAPE, place)
+    if escape < 0:
+        return place
+    start = len(data[:escape].rstrip(b"\\")) if data[escape - 1 : escape] == b"\\" else escape
+    return escape - (escape - start) % 2
 
 
 def check(data: bytes) -> None:
@@ -131,7 +147,7 @@ def has_many_objects(data: bytes) -> bool:
 
     What real clients and servers send is text, tokens or numbers for the most part.
     """
-    least = len(data) // 24
+    least = len(data) // 64
     if data.count(b"{") < least:
         return False
     return sum(brackets.count(b"{") for brackets in _brackets(data, 0, len(data))) >= least

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from gateway.dialects.json_text import (
     BLOCK,
     BYTE_ORDER_MARK,
+    LONGEST_ESCAPE,
     NO_JSON,
     at_top_level,
     blocks,
@@ -40,7 +41,6 @@ LARGE_LIST = 1 << 18
 MAX_PLACES = 5_000
 """Places of a name in a body, at whatever level, beyond which it is not searched for the one at the top level."""
 
-_ESCAPES = (rb"\u00", rb"\u017", rb"\u212")
 _ESCAPED = re.compile(rb"\\u00(?:4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])|\\u017[fF]|\\u212[aA]")
 """What could stand for a letter or underscore of a name, in either case."""
 _ALSO_LETTERS = {
@@ -112,8 +112,7 @@ def _check_names(names: _Names, body: bytes) -> None:
     """
     if len(body) <= BLOCK and _is_plain(names, body):
         return
-    may_hide = any(start in body for start in _ESCAPES) and _ESCAPED.search(body) is not None
-    if may_hide or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
+    if _may_hide(body) or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
         letters = "".join(names.quoted)
         _check_doubtful(names, joined(_unescaped(block, letters) for block in blocks(body)))
     elif _may_be_twice(names, body):
@@ -132,6 +131,14 @@ def _is_plain(names: _Names, body: bytes) -> bool:
     )
 
 
+def _may_hide(body: bytes) -> bool:
+    """Return whether a letter of a name may be written as an escape."""
+    if len(body) <= BLOCK and b"\\u" not in body:
+        return False
+    starts = range(0, len(body), BLOCK)  # block by block: other threads get their turn
+    return any(_ESCAPED.search(body, at, at + BLOCK + LONGEST_ESCAPE) is not None for at in starts)
+
+
 def _may_be_twice(names: _Names, body: bytes) -> bool:
     """Return whether a name is in a body twice, or in another case, at whatever level."""
     low = body.lower()
@@ -148,7 +155,7 @@ def _may_be_twice(names: _Names, body: bytes) -> bool:
 
 def _check_doubtful(names: _Names, body: bytes) -> None:
     """Look at which level the names stand. Raises: InvalidRequest."""
-    body = body.replace(rb"\\", b"//").replace(rb"\"", b"''")
+    body = joined(block.replace(rb"\\", b"//").replace(rb"\"", b"''") for block in blocks(body))
     low = body.lower()
     names_at: dict[int, str] = {}
     for name, quoted in names.quoted.items():

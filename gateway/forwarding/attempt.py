@@ -9,6 +9,7 @@ from gateway.dialects.captured_text import output_messages
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
+    AnswerTooLarge,
     BackendError,
     CallerLeft,
     DeadlineExceeded,
@@ -48,6 +49,10 @@ GOOD_STATUSES = frozenset(range(200, 300)) - {204, 205}
 """Those of answers; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
 
 
+MAX_ERROR = 262_144
+"""Bytes of an error answer, not counted as held while a caller takes them; of a larger one only the status is told."""
+
+
 class Attempts:
     """Makes attempts.
 
@@ -76,6 +81,7 @@ class Attempts:
         self._wall_clock = wall_clock
         self._rng = rng
         self._max_answer = settings.gateway_max_answer_bytes
+        self._max_error = min(self._max_answer, MAX_ERROR)
         self._keep_text = settings.gateway_capture_content
 
     async def make(self, call: "Call", target: "Target", lease: "Lease", *, backoff: float) -> None:
@@ -182,10 +188,10 @@ class Attempts:
         """Read an answer other than a good one. Raises: the failure that it is."""
         held = call.share.held
         try:
-            exchange.decode_within(self._max_answer)
-            body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
+            exchange.decode_within(self._max_error)
+            body = await exchange.read_whole(call.share, self._max_error, lambda: _limit_idle(timer, idle))
         except InvalidResponse as unreadable:
-            if "Content-Encoding" not in exchange.headers:
+            if "Content-Encoding" not in exchange.headers and not isinstance(unreadable, AnswerTooLarge):
                 raise
             drop_frames(unreadable)
             body = b""  # its status still says something

@@ -6,6 +6,7 @@ tests/unit/gateway/test_aiohttp.py asserts that each name exists and does what i
 
 import asyncio
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
@@ -37,6 +38,8 @@ HEADERS_TIMEOUT = 30.0
 """Seconds that a request's line and headers may take from their first byte; those of the first, from the connect."""
 UNSENT = 131_072
 """Bytes of answers that the kernel holds for a caller beyond what is under way to him."""
+MAX_HEAD = 65_536
+"""Bytes of a request's line and headers; aiohttp alone would hold a hundred lines of 8 KiB of each connection."""
 LOOKS = 10
 """Looks at what a caller takes in the time after which he counts as taking nothing."""
 LAST_ANSWERS = 1.0
@@ -74,6 +77,7 @@ class Protocol(RequestHandler):
         self.connection: asyncio.Transport | None = None
         self._body: StreamReader | None = None  # of the request that has not been answered yet
         self._further = b""  # what came behind it
+        self._head = 0  # bytes that have come of a request's line and headers
         self._msg_queue_resume_size = -1  # it is read on when the answer has been sent, not when its handling begins
         self._parser = HttpRequestParser(
             self,
@@ -150,14 +154,18 @@ class Protocol(RequestHandler):
         """
         body = self._body
         if body is None:
+            self._head += len(data)
             self._parse(data)
             if self._body is None:  # what came may begin with the end of a body that nobody read for its answer
                 self._parse(b"")
             if self._body is not None:
+                self._head = 0
                 if self._headers_timer is not None:
                     self._stop_headers_timer()
-            elif self._headers_timer is None:
-                self._start_headers_timer()
+            elif self._awaits_headers():
+                self._limit_head()
+            else:
+                self._head = 0  # it was the rest of a body
             return
         if body.is_eof():
             self._further += data
@@ -172,6 +180,18 @@ class Protocol(RequestHandler):
             body.set_exception(web.RequestPayloadError("malformed"))
             body.feed_eof()
             self.close()
+
+    def _limit_head(self) -> None:
+        """Limit the time and the bytes of headers that have not all come: they are in no other limit."""
+        if self._headers_timer is None:
+            self._start_headers_timer()
+        if self._head <= MAX_HEAD:
+            return
+        error = HeadersTooLarge("The request line or the headers are too large.")
+        self._body = EMPTY_PAYLOAD
+        self._messages.append((_ErrInfo(error.status, error, error.message), EMPTY_PAYLOAD))
+        if self._waiter is not None:
+            self._waiter.set_result(None)
 
     def log_access(self, _request: web.BaseRequest, response: web.StreamResponse, _time: float | None) -> None:
         """Go on to what came behind a request whose answer has been sent: aiohttp would log it at this point."""
@@ -193,7 +213,10 @@ class Protocol(RequestHandler):
         if self._messages:
             message, self._body = self._messages[0]
             if not isinstance(message, _ErrInfo) and (
-                message.version is not HttpVersion11 or message.upgrade or message.path[0] != "/"
+                message.version is not HttpVersion11
+                or message.upgrade
+                or message.path[0] != "/"
+                or (self._head > MAX_HEAD and _size_of(message) > MAX_HEAD)
             ):
                 self._messages[0] = _judged(message, self._body)
                 self._body = self._messages[0][1]
@@ -235,6 +258,7 @@ class Protocol(RequestHandler):
         if taken_by_now > taken:
             taken, since = taken_by_now, now
         if now - since >= self._write_timeout:
+            self._connections.closed("write_timeout")
             connection.abort()
             return
         self._write_timer = self._loop.call_later(self._write_timeout / LOOKS, self._look_at_caller, taken, since)
@@ -320,10 +344,17 @@ def _judged(message: "RawRequestMessage", body: StreamReader) -> "tuple[RawReque
     return message._replace(url=url, should_close=message.should_close or message.upgrade), body
 
 
+def _size_of(message: "RawRequestMessage") -> int:
+    """Return the bytes of a request's target and headers."""
+    return len(message.path) + sum(map(len, chain.from_iterable(message.raw_headers)))
+
+
 def _refusal(message: "RawRequestMessage") -> GatewayError | None:
     """Return why no route could answer a request, or None."""
     if message.version not in {HttpVersion10, HttpVersion11}:
         return UnsupportedHttpVersion()
+    if _size_of(message) > MAX_HEAD:
+        return HeadersTooLarge("The request line or the headers are too large.")
     if message.method == "CONNECT" or message.path == "*":
         return NotFound("There is nothing at this path; GET / lists what there is.")
     return None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from gateway.server.aiohttp_protocol import Protocol
 
-CloseReason = Literal["keepalive_timeout", "headers_timeout", "made_room"]
+CloseReason = Literal["keepalive_timeout", "headers_timeout", "made_room", "write_timeout"]
 """Why we close a connection that its caller would have kept."""
 RESERVE = 192
 """Descriptors that callers and backends leave to logs, probes, the collector, and to connections that just close."""

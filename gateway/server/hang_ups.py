@@ -24,7 +24,10 @@ class HangUps:
         if connection in self._numbers or not hasattr(select, "epoll"):
             return
         if self._epoll is None:
-            self._epoll = select.epoll()
+            try:
+                self._epoll = select.epoll()
+            except OSError:  # no descriptor
+                return
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._epoll.fileno(), self._look)
         own = connection.get_extra_info("socket")

@@ -18,25 +18,29 @@ class Keys:
 
     def fit(self, request: "web.Request") -> bool:
         """Return whether the request carries a valid key, or needs none."""
+        return not self._digests or self._known(request) is not None
+
+    def check(self, request: "web.Request") -> str:
+        """Return who asks: the key where keys are needed, else the address.
+
+        Raises:
+            InvalidApiKey: the request carries no valid key, and needs one.
+        """
         if not self._digests:
-            return True
-        shown = [sha256(key.encode("utf-8", "surrogateescape")).digest() for key in _shown(request)]
-        fits = [hmac.compare_digest(digest, known) for digest in shown for known in self._digests]
-        return any(fits)  # all of them are compared, always
-
-    def caller(self, request: "web.Request") -> str:
-        """Return who asks: the key, where keys are needed, else the address."""
-        if self._digests:
-            return " ".join(_shown(request))
-        return request.remote or ""
-
-    def check(self, request: "web.Request") -> None:
-        """Refuse a request without a valid key. Raises: InvalidApiKey."""
-        if not self.fit(request):
+            return request.remote or ""
+        known = self._known(request)
+        if known is None:
             raise InvalidApiKey(
                 "Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`.",
                 shown=any(_shown(request)),
             )
+        return f"key {known}"
+
+    def _known(self, request: "web.Request") -> int | None:
+        """Return which of the gateway keys the request carries, whatever is beside it; None for none of them."""
+        shown = [sha256(key.encode("utf-8", "surrogateescape")).digest() for key in _shown(request)]
+        fits = [any([hmac.compare_digest(digest, known) for digest in shown]) for known in self._digests]  # noqa: C419
+        return fits.index(True) if any(fits) else None  # all of them have been compared, always
 
 
 def _shown(request: "web.Request") -> list[str]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gateway.telemetry import Telemetry
 
 RECORD = web.RequestKey("record", Record)
+CALLER = web.RequestKey("caller", str)
 STREAM = web.RequestKey("stream", StreamWriter)
 NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 
@@ -87,7 +88,7 @@ class Middleware:
         try:
             request[RECORD] = record
             if needs_key(path, known):
-                self._keys.check(request)
+                request[CALLER] = self._keys.check(request)
                 self._admission.check_open()
             response = await handler(request)
             if not response.prepared:

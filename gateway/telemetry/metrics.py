@@ -38,7 +38,7 @@ SHED_REASONS = (
     "ports",
     "buffers",
 )
-CLOSE_REASONS = ("keepalive_timeout", "headers_timeout", "made_room")
+CLOSE_REASONS = ("keepalive_timeout", "headers_timeout", "made_room", "write_timeout")
 BRIDGED_OUTCOMES = ("answered", "failed", "left", "draining")
 _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining": "draining"}
 MAX_AGE = 1.0

@@ -354,7 +354,9 @@ async def test_bodies_of_one_caller_that_never_end_leave_half_of_the_bytes_to_ot
             unfinished = {"content-length": "70000", "authorization": "Bearer greedy"}
             await wire.send(post(b"x" * 30_000, unfinished))
         await until(lambda: gateway.parts.byte_budget.held == 90_000)
-        assert overloaded(await gateway.chat(headers={"authorization": "Bearer greedy"}, **padded(30_000)))
+        for more in ({}, {"x-api-key": "junk"}, {"api-key": "modest, junk"}):
+            shown = {"authorization": "Bearer greedy", **more}
+            assert overloaded(await gateway.chat(headers=shown, **padded(30_000)))
         for _ in range(3):
             answer = await gateway.chat(headers={"authorization": "Bearer modest"}, **padded(80_000))
             assert answer.status == 200

@@ -627,3 +627,20 @@ async def test_a_defect_of_ours_is_500_without_its_traceback(
     assert f"internal error, trace {answer.headers['x-trace-id']}" in caplog.text
     monkeypatch.undo()
     await check_unharmed(gateway, mock)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_headers_that_are_too_large_together_are_refused_before_their_end(
+    mock: MockModel, start_gateway: StartGateway, *, ended: bool
+) -> None:
+    gateway = await start_gateway(mock, gateway_api_keys="key")
+    async with dial(gateway.url) as wire:
+        await wire.send(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+        for number in range(10):
+            await wire.send(b"x-%d: %b\r\n" % (number, b"x" * 8_000))
+        if ended:
+            await wire.send(b"\r\n")
+        answer = await wire.answer()
+        assert (answer.status, answer.error["code"]) == (431, "headers_too_large")
+        await wire.rest()
+    assert (await gateway.chat(headers={"authorization": "Bearer key"})).status == 200

@@ -427,6 +427,39 @@ async def test_a_backend_that_only_announces_an_answer_is_given_up(
     gateway = await start_gateway((await start_raw(announce)).url, gateway_max_attempts=1)
     answer = await gateway.chat(stream=stream)
     assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
-    assert "interim" in answer.error["message"]
+    assert ("64 KiB" if at_once else "interim") in answer.error["message"]
     replica = gateway.parts.pool.replicas[0]
     assert replica.in_flight == 0
+
+
+async def test_of_a_backend_whose_headers_do_not_end_no_more_is_held_than_headers_may_have(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    sent = 0
+
+    async def never_end(call: RawCall) -> None:
+        nonlocal sent
+        await call.send(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            await call.send(b"x: " + b"y" * 60_000 + b"\r\n")
+            sent += 60_000
+
+    gateway = await start_gateway((await start_raw(never_end)).url, gateway_max_attempts=1)
+    answer = await gateway.chat()
+    assert (answer.status, answer.error["code"]) == (502, "backend_invalid_response")
+    assert "64 KiB" in answer.error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_of_an_error_answer_that_is_too_large_only_the_status_is_told(
+    start_raw: StartRaw, start_gateway: StartGateway, *, stream: bool
+) -> None:
+    async def fail(call: RawCall) -> None:
+        size = 300_000 if b"large" in call.body else 200_000
+        await call.answer(b'{"error": {"message": "%b"}}' % (b"x" * size), status="400 Bad")
+
+    gateway = await start_gateway((await start_raw(fail)).url)
+    passed = await gateway.chat(stream=stream)
+    assert (passed.status, len(passed.error["message"])) == (400, 200_000)
+    wrapped = await gateway.chat(stream=stream, user="large")
+    assert (wrapped.status, wrapped.error["code"]) == (400, "backend_invalid_response")

@@ -242,7 +242,8 @@ def _large_choice(choice: "_LargeChoice") -> dict[str, Any]:
     fields = small_parts(choice)
     delta = fields.get("delta")
     if isinstance(delta, bytes):  # it has words, whatever they are
-        fields["delta"] = (delta.startswith(b"{") and small_parts(_large_delta(delta))) or {"": True}
+        words = small_parts(_large_delta(delta)) if delta.startswith(b"{") else {}
+        fields["delta"] = words if any(words.values()) else {"": True}
     return fields
 
 

@@ -1,6 +1,7 @@
 """Where our JSON ends: at the same depth on every interpreter, whatever stands in the texts."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.dialects import json_text
 from gateway.dialects.json_text import MAX_DEPTH, NO_JSON, check, decode, decode_with
 
 decode_struct = msgspec.json.Decoder(msgspec.defstruct("Anything", [])).decode
@@ -68,3 +70,20 @@ def depth_of(document: Any) -> int:  # noqa: ANN401
     if isinstance(document, dict):
         document = list(document.values())
     return 1 + max(map(depth_of, document), default=0) if isinstance(document, list) else 0
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", ",", "\\\\", '\\"', "\\u0061", "\\ud800", "\u017f", "\u212a", "\U0001f30d", '"']),
+        max_size=120,
+    )
+)
+def test_blocks_are_the_whole_and_tear_neither_escapes_nor_characters(parts: list[str]) -> None:
+    text = "".join(parts).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_text, "BLOCK", 16)
+        found = list(json_text.blocks(text))
+
+    assert b"".join(found) == text
+    whole = re.compile(r"(?:\\u....|\\[^u]|[^\\])*")
+    assert all(whole.fullmatch(block.decode()) for block in found)

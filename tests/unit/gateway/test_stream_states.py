@@ -367,3 +367,19 @@ def test_a_glance_at_an_event_of_words_tells_as_much_as_a_look(event: object, no
     assert told_of(seen(ResponseState(), NUMBERED), data) == told_of(
         seen(ResponseState(keep_text=True), NUMBERED), data
     )
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"role": "assistant", "content": "", "images": [{"url": "%"}]},
+        {"role": "assistant", "content": None, "audio": {"data": "%"}},
+        {"content": "", "refusal": "%"},
+        {"content": "%"},
+    ],
+)
+def test_a_delta_with_anything_in_it_is_content_however_large(fields: dict[str, Any], size: int) -> None:
+    event = chunk(delta(**fields)).replace(b"%", b"x" * size)
+
+    assert chat(event).content
