@@ -115,6 +115,7 @@ class Record:
         trace_state: the caller's `tracestate`, or None.
         sampled: decided at the start, and passed on to the backend.
         request_id: the caller's, or ours.
+        caller: who asks: which key, else the address; "" before that is known.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue.
@@ -139,6 +140,7 @@ class Record:
     started: float
     started_ns: int
     parent_id: int | None = None
+    caller: str = ""
     trace_state: str | None = None
     sampled: bool = True
     attempts: list[AttemptRecord] = field(default_factory=list)

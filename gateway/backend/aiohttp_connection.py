@@ -11,10 +11,9 @@ import socket
 from contextvars import ContextVar
 from errno import EADDRNOTAVAIL, ENETUNREACH
 from functools import partial
-from http import HTTPStatus
 from itertools import chain
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -67,6 +66,7 @@ class Protocol(ResponseHandler):
 
     peer = ""
     new = True
+    _head: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note who is at the other end."""
@@ -94,7 +94,11 @@ class Protocol(ResponseHandler):
 
     def limit_head(self) -> None:
         """Fail when what comes before an answer's body is larger than its headers may be."""
-        self._parser = cast("Any", _Head(self._parser, self))
+        head = self._head
+        if head is None:
+            head = self._head = _Head(self)
+        head.parser, head.left = self._parser, MAX_HEADERS
+        self._parser = head
 
     def hold_back(self) -> None:
         """Read nothing more until `go_on`."""
@@ -117,32 +121,33 @@ class Protocol(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Forget an answer that nobody will read: it would hold the connection, which holds the answer."""
         super().connection_lost(exc)
+        self._head = None
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it
 
 
 class _Head:
     """Stands for a protocol's parser until the head of an answer has come; aiohttp would hold a head of any size."""
 
-    __slots__ = ("_left", "_parser", "_protocol")
+    __slots__ = ("left", "parser", "protocol")
 
-    def __init__(self, parser: Any, protocol: Protocol) -> None:  # noqa: ANN401
-        self._parser = parser
-        self._protocol = protocol
-        self._left = MAX_HEADERS
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self.parser: Any = None
+        self.left = 0
 
     def feed_data(self, data: bytes) -> Any:  # noqa: ANN401
         """Parse what has come. Raises: LineTooLong, when it is too much without a head."""
-        parsed = self._parser.feed_data(data)
-        if parsed[0] and parsed[0][-1][0].code >= HTTPStatus.OK:
-            self._protocol._parser = self._parser  # noqa: SLF001
+        parsed = self.parser.feed_data(data)
+        if parsed[0] and parsed[0][-1][0].code >= 200:  # noqa: PLR2004
+            self.protocol._parser, self.parser = self.parser, None  # noqa: SLF001
             return parsed
-        self._left -= len(data)
-        if self._left < 0:
+        self.left -= len(data)
+        if self.left < 0:
             raise LineTooLong(b"", MAX_HEADERS)
         return parsed
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._parser, name)
+        return getattr(self.parser, name)
 
 
 class _SmallReads(asyncio.BufferedProtocol):
@@ -416,7 +421,8 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
         InvalidResponse: its status is below 200, and none follows.
         PartTooLarge: its headers are.
     """
-    protocol, transport = connection.protocol, connection.transport
+    protocol: Any = connection.protocol
+    transport = connection.transport
     if protocol is None or transport is None:
         raise aiohttp.ServerDisconnectedError
     protocol.set_response_params(
@@ -427,8 +433,7 @@ async def send(connection: "Connection", head: bytes, body: bytes) -> tuple["Raw
         max_field_size=MAX_HEADERS,
         max_headers=MAX_HEADER_LINES,
     )
-    if isinstance(protocol, Protocol):
-        protocol.limit_head()
+    protocol.limit_head()
     if len(body) > LARGE_BODY:
         transport.write(head)
         transport.write(body)

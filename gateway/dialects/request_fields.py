@@ -84,13 +84,14 @@ class _Names:
     """The names of the fields that are read.
 
     Attributes:
-        quoted: each as it stands in JSON.
+        quoted: each as it stands in JSON; all: without that.
         pattern: finds any of them.
         longest: bytes of the longest.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.quoted = {name: b'"%s"' % name.encode() for name in names}
+        self.all = frozenset(self.quoted)
         self.pattern = re.compile(b"|".join(self.quoted.values()))
         self.longest = max(map(len, self.quoted.values()))
 
@@ -127,7 +128,7 @@ def _is_plain(names: _Names, body: bytes) -> bool:
         return False
     quoted = names.quoted
     return len(_encode(members)) == len(body) and (
-        members.keys() <= quoted.keys() or all(name in quoted or name.casefold() not in quoted for name in members)
+        names.all.issuperset(members) or all(name in quoted or name.casefold() not in quoted for name in members)
     )
 
 

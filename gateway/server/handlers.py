@@ -10,7 +10,7 @@ from gateway.dialects.table import BY_PATH, dialect_of
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
-from gateway.server.middleware import CALLER, RECORD, STREAM
+from gateway.server.middleware import RECORD, STREAM
 from gateway.server.paths import CANONICAL, right_path
 from gateway.server.request_reader import check_media_type, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
@@ -69,7 +69,7 @@ class Handlers:
         dialect = BY_PATH[path]
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
-        caller = request[CALLER]
+        caller = record.caller
         self._admission.check(caller)
         check_media_type(request)
         with self._byte_budget.share(caller) as share:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from gateway.telemetry import Telemetry
 
 RECORD = web.RequestKey("record", Record)
-CALLER = web.RequestKey("caller", str)
 STREAM = web.RequestKey("stream", StreamWriter)
 NO_HEADERS: CIMultiDict[str] = CIMultiDict()
 
@@ -88,7 +87,7 @@ class Middleware:
         try:
             request[RECORD] = record
             if needs_key(path, known):
-                request[CALLER] = self._keys.check(request)
+                record.caller = self._keys.check(request)
                 self._admission.check_open()
             response = await handler(request)
             if not response.prepared:
