@@ -61,7 +61,7 @@ def read_fields(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         InvalidRequest: it is no object, or a field is wrong, there twice or in another case; `param` names it.
     """
     text = body.removeprefix(BYTE_ORDER_MARK)
-    if not text.strip():
+    if not text or text.isspace():
         raise InvalidJson("The body is empty. Send a JSON object.")
     try:
         fields = decode_with(decoder.decode, text)
@@ -142,14 +142,13 @@ def _may_hide(body: bytes) -> bool:
 
 def _may_be_twice(names: _Names, body: bytes) -> bool:
     """Return whether a name is in a body twice, or in another case, at whatever level."""
-    low = body.lower()
     seen: set[bytes] = set()
     for at in range(0, len(body), BLOCK):  # block by block: other threads get their turn
-        end = at + BLOCK + names.longest
-        found = names.pattern.findall(low, at, end)
+        block = body[at : at + BLOCK + names.longest]
+        found = names.pattern.findall(block.lower())
         before = len(seen)
         seen.update(found)
-        if len(seen) != before + len(found) or names.pattern.findall(body, at, end) != found:
+        if len(seen) != before + len(found) or names.pattern.findall(block) != found:
             return True
     return False
 
