@@ -19,6 +19,7 @@ from gateway.server import aiohttp_protocol
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections
 from gateway.server.listener import Listener, listening_sockets
+from gateway.telemetry.metrics import CLOSE_REASONS
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.polling import until
@@ -95,7 +96,7 @@ def closed(gateway: Gateway) -> dict[str, int]:
     """How many connections the gateway has closed, by the reason."""
     text = gateway.parts.telemetry.metrics.exposition("")[0].decode()
     found = re.findall(r'gateway_connections_closed_total\{reason="(\w+)"\} (\d+)', text)
-    assert len(found) == 3
+    assert len(found) == len(CLOSE_REASONS)
     return {reason: int(count) for reason, count in found if int(count)}
 
 
