@@ -225,16 +225,20 @@ class StreamRelay:
         if len(data) <= SLICE and self._splitter.waiting <= LARGE:
             return self._checked_read(data)
         self._exchange.read_less(len(data))
+        self._exchange.hold_back()  # or what others' turns bring would wait here as well
         good = []
         width = SLICE if self._splitter.waiting <= LARGE else len(data)
-        for at in range(0, len(data) or 1, width or 1):
-            piece = data[at : at + width]
-            size = self._splitter.waiting + len(piece)
-            good.append(await self._executor.run(size, self._look_into, piece))
-            self._hold_half()
-            if self._failure is not None or self._state.ended:
-                break
-            await asyncio.sleep(0)
+        try:
+            for at in range(0, len(data) or 1, width or 1):
+                piece = data[at : at + width]
+                size = self._splitter.waiting + len(piece)
+                good.append(await self._executor.run(size, self._look_into, piece))
+                self._hold_half()
+                if self._failure is not None or self._state.ended:
+                    break
+                await asyncio.sleep(0)
+        finally:
+            self._exchange.go_on()
         return b"".join(good)
 
     def _look_into(self, data: bytes) -> bytes:
