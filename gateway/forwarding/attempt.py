@@ -191,7 +191,8 @@ class Attempts:
             exchange.decode_within(self._max_error)
             body = await exchange.read_whole(call.share, self._max_error, lambda: _limit_idle(timer, idle))
         except InvalidResponse as unreadable:
-            if "Content-Encoding" not in exchange.headers and not isinstance(unreadable, AnswerTooLarge):
+            too_large = isinstance(unreadable, AnswerTooLarge) and self._max_error < self._max_answer
+            if "Content-Encoding" not in exchange.headers and not too_large:
                 raise
             drop_frames(unreadable)
             body = b""  # its status still says something
