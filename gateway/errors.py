@@ -185,6 +185,9 @@ class HeadersTooLarge(CallerError):
     status = 431
     code = "headers_too_large"
 
+    def __init__(self, message: str = "The request line or the headers are too large.") -> None:
+        super().__init__(message)
+
 
 class InternalError(GatewayError):
     """A defect of the gateway: logged with its trace; the answer reveals nothing of it."""

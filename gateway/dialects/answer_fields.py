@@ -24,10 +24,6 @@ class HasError(Protocol):
 T = TypeVar("T", bound=HasError)
 
 
-class _OnlyError(msgspec.Struct):
-    error: msgspec.Raw = NULL
-
-
 class _OuterWords(msgspec.Struct):
     """Where an error can be in an answer."""
 
@@ -41,7 +37,6 @@ class _OuterWords(msgspec.Struct):
 
 
 OUTER_WORDS = msgspec.json.Decoder(_OuterWords)
-_decode_only_error = msgspec.json.Decoder(_OnlyError).decode
 
 
 def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[[], T]) -> T:
@@ -106,7 +101,7 @@ def _read(body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[
         return decode_with(decode_typed, body)
     except msgspec.ValidationError:
         whole = make_empty()
-        whole.error = decode_with(_decode_only_error, body).error
+        whole.error = decode_with(OUTER_WORDS.decode, body).error
         return whole
 
 

@@ -187,7 +187,7 @@ class Protocol(RequestHandler):
             self._start_headers_timer()
         if self._head <= MAX_HEAD:
             return
-        error = HeadersTooLarge("The request line or the headers are too large.")
+        error = HeadersTooLarge()
         self._body = EMPTY_PAYLOAD
         self._messages.append((_ErrInfo(error.status, error, error.message), EMPTY_PAYLOAD))
         if self._waiter is not None:
@@ -292,7 +292,7 @@ class Protocol(RequestHandler):
         elif status >= 500:  # noqa: PLR2004
             error = InternalError()
         elif isinstance(exc, LineTooLong) or (message or "").startswith("Too many "):
-            error = HeadersTooLarge("The request line or the headers are too large.")
+            error = HeadersTooLarge()
         answer = self._answer_unhandled(error, exc, None)
         if exc is not None:
             drop_frames(exc)
@@ -354,7 +354,7 @@ def _refusal(message: "RawRequestMessage") -> GatewayError | None:
     if message.version not in {HttpVersion10, HttpVersion11}:
         return UnsupportedHttpVersion()
     if _size_of(message) > MAX_HEAD:
-        return HeadersTooLarge("The request line or the headers are too large.")
+        return HeadersTooLarge()
     if message.method == "CONNECT" or message.path == "*":
         return NotFound("There is nothing at this path; GET / lists what there is.")
     return None
