@@ -164,6 +164,11 @@ def at_top_level(data: bytes, starts: Iterable[int]) -> Iterator[int]:
             yield start
 
 
+def without_escapes(data: bytes) -> bytes:
+    """Return JSON without escaped backslashes and quotes: every quote that is left begins or ends a text."""
+    return data.replace(rb"\\", b"").replace(rb"\"", b"")
+
+
 def value_after(data: bytes, end: int) -> int | None:
     """Return where the value of a name begins that ends at `end`; None for a text that is no name."""
     colon = _COLON.match(data, end)
@@ -212,8 +217,8 @@ def _brackets(data: bytes, start: int, end: int) -> Iterator[bytes]:
         torn = (len(block) - len(block.rstrip(b"\\"))) % 2
         start += len(block) - torn
         if b"\\" in block:
-            block = block[: len(block) - torn].replace(rb"\\", b"").replace(rb"\"", b"")
-        # Without escapes every quote begins or ends a text; two adjacent ones do not affect the brackets after them.
+            block = without_escapes(block[: len(block) - torn])
+        # Two adjacent quotes do not affect the brackets after them.
         pieces = block.translate(None, _DROPPED).replace(b'""', b"").split(b'"')
         yield b"".join(pieces[inside::2])
         inside = (inside + len(pieces) - 1) % 2

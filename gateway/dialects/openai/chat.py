@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.json_text import BLOCK, has_many_objects
+from gateway.dialects.json_text import BLOCK, has_many_objects, without_escapes
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import AnswerFields, ChoicesState, WholeAnswer, decode_whole_answer
 from gateway.dialects.request_fields import (
@@ -182,5 +182,5 @@ def _choices(fields: CompletionsRequest) -> int:
 def _prompts(prompts: bytes, first: bytes) -> int:
     """Return the number of prompts in a list, of which the first one begins with `first`; nothing is built for it."""
     if first == b'"':
-        return prompts.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"') // 2
+        return without_escapes(prompts).count(b'"') // 2
     return prompts.count(first) - (first == b"[")  # lists of tokens, in a list
