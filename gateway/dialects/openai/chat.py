@@ -22,7 +22,7 @@ from gateway.dialects.request_fields import (
     check_text_or_list,
     read_fields,
 )
-from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidRequest
+from gateway.errors import ErrorWords, GatewayError, InvalidRequest
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -128,21 +128,13 @@ class OpenAIChat:
         """Check a whole answer."""
         return read_whole(content_type, body, decode_whole_answer, WholeAnswer)
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error answer is."""
-        return errors.read_error(status, body, headers, retry_after)
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside a good answer is."""
-        return errors.read_error_inside(words, headers, retry_after)
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""
         return errors.error_body(error)
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer, in the envelope."""
+        return errors.error_inside(words)
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:  # noqa: ARG002
         """Return an event with the envelope."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gateway.dialects.answer_fields import raise_error_inside
+from gateway.dialects.error_answers import read_error
 from gateway.dialects.model_field import with_model
 from gateway.dialects.openai.chat import CHAT, COMPLETIONS, EMBEDDINGS, OpenAIChat
 from gateway.dialects.openai.choices import ChoicesState
@@ -133,10 +134,7 @@ def test_an_answer_costs_little_more_than_its_bytes(shape: str) -> None:
             len(body),
             lambda dialect=dialect: refused(lambda: dialect.read_answer("application/json", body).finish_reasons),  # type: ignore[misc]
         )
-        cost(
-            len(body),
-            lambda dialect=dialect: refused(lambda: dialect.read_error(500, body, {}, None)),  # type: ignore[misc]
-        )
+    cost(len(body), lambda: refused(lambda: read_error(500, body, {}, None)))
     cost(len(body), lambda: refused(lambda: raise_error_inside(body)))
 
 

@@ -80,7 +80,7 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (504, ServerFault, Verdict.FAILURE),
         (505, Rejected, Verdict.SUCCESS),
         (507, ServerFault, Verdict.SUCCESS),
-        (529, ServerFault, Verdict.SUCCESS),
+        (529, ServerFault, Verdict.FAILURE),
         (599, ServerFault, Verdict.SUCCESS),
         (600, InvalidResponse, Verdict.FAILURE),
         (999, InvalidResponse, Verdict.FAILURE),
