@@ -335,7 +335,7 @@ class Connector(aiohttp.TCPConnector):
         """Return a connection for a request, and whether it is new.
 
         Args:
-            request: of `post_request`.
+            request: of `request_to`.
             limit: for a new connection.
 
         Raises:
@@ -403,8 +403,8 @@ def _is_spoiled(connection: "Connection") -> bool:
     return connection.protocol is None or connection.protocol.should_close
 
 
-def post_request(url: URL, tls: "SSLContext | bool" = True) -> aiohttp.ClientRequest:  # noqa: FBT002
-    """Return what the connector needs to know of POSTs to a url; it is never sent itself.
+def request_to(url: URL, tls: "SSLContext | bool" = True) -> aiohttp.ClientRequest:  # noqa: FBT002
+    """Return what the connector needs to know of requests to a url; it is never sent itself.
 
     Args:
         url: where to.

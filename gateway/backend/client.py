@@ -20,7 +20,7 @@ from gateway.backend.aiohttp_connection import (
     ConnectLimit,
     Connector,
     Protocol,
-    post_request,
+    request_to,
     send,
     unread,
     waiting,
@@ -56,7 +56,7 @@ class HttpClient:
         self._kept: Connector
         self._fresh: Connector
         self._session: aiohttp.ClientSession
-        self._addressees: WeakKeyDictionary[Replica, dict[str, _Addressee]] = WeakKeyDictionary()
+        self._addressees: WeakKeyDictionary[Replica, _Addressee] = WeakKeyDictionary()
 
     async def __aenter__(self) -> Self:
         self._kept = Connector(force_close=False)
@@ -74,14 +74,22 @@ class HttpClient:
         await self._kept.close()
         await self._session.close()
 
-    async def post(
-        self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
+    async def send(
+        self,
+        replica: "Replica",
+        method: str,
+        target: str,
+        body: bytes,
+        headers: list[tuple[str, str]],
+        *,
+        fresh: bool,
     ) -> "Exchange":
-        """Post `body` and wait for the headers of the answer; only the connect timeout applies.
+        """Send a request and wait for the headers of the answer; only the connect timeout applies.
 
         Args:
             replica: where to.
-            path: of the call; without its `/v1` it follows the replica's base url.
+            method: of HTTP.
+            target: path and query, as `Replica.target_of` gives them.
             body: bytes.
             headers: all but `host`, `content-length` and the replica's own, which win; names in lower case.
             fresh: over a connection of its own, closed afterwards.
@@ -91,18 +99,15 @@ class HttpClient:
             InvalidResponse: what came is not an HTTP answer.
             NoConnection: the gateway's own machine lacks something.
         """
-        addressees = self._addressees.get(replica)
-        if addressees is None:
-            addressees = self._addressees[replica] = {}
-        addressee = addressees.get(path)
+        addressee = self._addressees.get(replica)
         if addressee is None:
-            addressee = addressees[path] = _Addressee(replica, path)
+            addressee = self._addressees[replica] = _Addressee(replica)
         connector = self._fresh if fresh else self._kept
         new = True
         try:
             connection, new = await connector.open(addressee.request, addressee.connect_limit)
             try:
-                head = addressee.head(headers, len(body), close=fresh)
+                head = addressee.head(method, target, headers, len(body), close=fresh)
                 message, content = await send(connection, head, body)
             except BaseException:
                 connection.close()
@@ -152,23 +157,22 @@ class HttpClient:
 
 
 class _Addressee:
-    """A url that is posted to: what the connector asks about it, and the lines of the head that never change.
+    """A replica as requests see it: what the connector asks about it, and the lines of the head that never change.
 
     Attributes:
         request: what the connector needs to know.
         connect_limit: of a new connection.
     """
 
-    def __init__(self, replica: "Replica", path: str) -> None:
-        url = URL(replica.url_of(path) + replica.query, encoded=True)
+    def __init__(self, replica: "Replica") -> None:
         own = own_headers(replica)
-        self.request = post_request(url, _tls(replica))
+        self.request = request_to(URL(replica.base, encoded=True), _tls(replica))
         seconds = replica.timeouts.connect
         self.connect_limit = ConnectLimit(seconds, partial(_not_accepted, replica.name, seconds))
         self._own = frozenset(name for name, _ in own)
-        self._start = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
+        self._start = f" HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
 
-    def head(self, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
+    def head(self, method: str, target: str, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
         """Return the request's head; the replica's own headers win over the caller's.
 
         Raises:
@@ -181,7 +185,9 @@ class _Addressee:
         except ValueError:
             raise InvalidRequest("A header holds a line end.") from None
         last = "connection: close\r\n\r\n" if close else "\r\n"
-        return f"{self._start}{lines}content-length: {length}\r\n{last}".encode("utf-8", "surrogateescape")
+        return f"{method} {target}{self._start}{lines}content-length: {length}\r\n{last}".encode(
+            "utf-8", "surrogateescape"
+        )
 
 
 def _not_accepted(replica: str, seconds: float) -> ConnectTimeout:

@@ -14,7 +14,8 @@ class Prompt:
 
     Attributes:
         dialect: the one that read it.
-        path: the path it was posted to.
+        method: of HTTP.
+        path: of the call, with its `/v1`.
         operation: `gen_ai.operation.name` of its span.
         body: its bytes, unchanged.
         model: the model it names, or None.
@@ -30,6 +31,7 @@ class Prompt:
         "choices",
         "dialect",
         "max_tokens",
+        "method",
         "model",
         "operation",
         "path",
@@ -44,6 +46,7 @@ class Prompt:
         path: str,
         body: bytes,
         *,
+        method: str = "POST",
         model: str | None,
         stream: bool = False,
         choices: int = 1,
@@ -54,6 +57,7 @@ class Prompt:
     ) -> None:
         self.dialect = dialect
         self.asks_usage = asks_usage
+        self.method = method
         self.path = path
         self.operation = dialect.operations[path]
         self.body = body
@@ -139,7 +143,13 @@ class StreamState(Answer, Protocol):
 
 
 class Dialect(Protocol):
-    """An API family. Nothing outside its file knows a path or a field of it."""
+    """An API family. Nothing outside its file knows a path or a field of it.
+
+    Attributes:
+        passes_query: the query of a caller's url goes on to the backend.
+    """
+
+    passes_query: bool
 
     @property
     def operations(self) -> Mapping[str, str]:

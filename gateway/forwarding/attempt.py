@@ -152,7 +152,10 @@ class Attempts:
         else:
             timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
         with timer:
-            exchange = await self._client.post(lease.replica, call.prompt.path, call.body, headers, fresh=fresh)
+            target = lease.replica.target_of(call.prompt.path, call.query)
+            exchange = await self._client.send(
+                lease.replica, call.prompt.method, target, call.body, headers, fresh=fresh
+            )
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:

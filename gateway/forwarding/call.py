@@ -72,6 +72,7 @@ class Call:
         sink: where a stream goes; None when none was asked for.
         caller: who asks: the key, else the address.
         share: holds its bytes.
+        query: of the caller's url, encoded, where it goes on; empty for none.
         headers: the caller's that go to the backend, names in lower case.
         commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
         body: the bytes for the target at hand.
@@ -99,6 +100,7 @@ class Call:
         "model",
         "outages",
         "prompt",
+        "query",
         "record",
         "share",
         "sink",
@@ -119,6 +121,7 @@ class Call:
         share: "Share",
         headers: list[tuple[str, str]],
         commit: "Commit",
+        query: str = "",
     ) -> None:
         self.prompt = prompt
         self.model = model
@@ -128,6 +131,7 @@ class Call:
         self.share = share
         self.headers = headers
         self.commit = commit
+        self.query = query
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
         self.targets = targets

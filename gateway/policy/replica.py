@@ -2,7 +2,7 @@
 
 from collections import deque
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote_plus, urlencode, urlsplit
 
 from gateway.errors import ErrorAnswer
 from gateway.policy.breaker import Breaker, State
@@ -63,7 +63,7 @@ class Replica:
         name: as in `x-gateway-backend`.
         timeouts: of its attempts.
         base: what the SDKs call `base_url`: the url, with `/v1` if it has no path of its own.
-        query: begins with `?` and ends the url of every call; empty for none.
+        base_path: of the base.
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
@@ -94,7 +94,9 @@ class Replica:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.origin = f"{parts.scheme}://{host}{port}"
         self.base = self.origin + (path or "/v1")
-        self.query = f"?{urlencode(config.query, quote_via=quote)}" if config.query else ""
+        self.base_path = path or "/v1"
+        self._query = urlencode(config.query, quote_via=quote)
+        self._query_names = frozenset(name for name, _ in config.query)
         self.shown_url = self.origin + parts.path
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
@@ -102,7 +104,6 @@ class Replica:
         self.outage = outage
         self.budget = budget
         self.freed: Callable[[], None] | None = None
-        self._urls: dict[str, str] = {}
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
         self.in_flight = 0
@@ -137,11 +138,29 @@ class Replica:
         return self.breaker.admits and self.cooldown.due(model) is None
 
     def url_of(self, path: str) -> str:
-        """Return the url of a call, without the query: its path without `/v1` follows the base."""
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = self.base + path.removeprefix("/v1")
-        return url
+        """Return the url of a call, without the query.
+
+        A path below `/v1` follows the base without it. Any other, such as `/tokenize`, stands beside the `/v1` that
+        ends most bases, as vLLM and llama.cpp have it.
+        """
+        return _joined(self.base, path)
+
+    def target_of(self, path: str, query: str) -> str:
+        """Return what a call asks for (RFC 9112, 3.2): path and query; the replica's own query wins over the caller's.
+
+        Args:
+            path: of the call, as in `url_of`.
+            query: of the caller, encoded; empty for none.
+        """
+        target = _joined(self.base_path, path)
+        if not (query or self._query):
+            return target
+        kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
+        return f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"
+
+    def _is_own(self, pair: str) -> bool:
+        """Return whether a pair of a query has a name that is configured for the replica."""
+        return unquote_plus(pair.partition("=")[0]) in self._query_names
 
     def note_probe(self, probe: Probe) -> None:
         """Take a probe's result into account."""
@@ -210,3 +229,7 @@ class Replica:
         self._avoided[model] = until
         if len(self._avoided) > MAX_MODELS:
             del self._avoided[next(iter(self._avoided))]
+
+
+def _joined(base: str, path: str) -> str:
+    return base + path[3:] if path.startswith("/v1/") else base.removesuffix("/v1") + path

@@ -99,6 +99,7 @@ class Handlers:
                 share=share,
                 headers=headers,
                 commit=commit,
+                query=request.rel_url.raw_query_string if dialect.passes_query else "",
             )
             if writer is None:
                 await self._forwarder.forward(call)

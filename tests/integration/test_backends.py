@@ -87,6 +87,25 @@ async def test_a_query_ends_the_url_of_every_call(
     assert f"{url}{CHAT}" in shown
 
 
+async def test_a_callers_query_goes_on_where_a_dialect_has_one_and_the_backends_wins(
+    recorder: Recorder, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    file = one(tmp_path, f"{recorder.url}/base", query={"api-version": "ours"})
+    gateway = await start_gateway(gateway_config=file)
+    for path in ("/v1/responses", "/v1/chat/completions"):
+        url = f"{path}?api-version=theirs&include%5B%5D=a%20b&secret=s3cret"
+        async with gateway.client.post(
+            url, json={"model": "m", "input": "x", "messages": [{"role": "user"}]}
+        ) as response:
+            assert response.status == 200
+    assert [seen.path for seen in recorder.seen] == [
+        "/base/responses?include%5B%5D=a%20b&secret=s3cret&api-version=ours",
+        "/base/chat/completions?api-version=ours",
+    ]
+    await gateway.client.close()
+    assert "s3cret" not in str([dict(span.attributes or {}) for span in gateway.spans()])
+
+
 # Keys and headers
 
 

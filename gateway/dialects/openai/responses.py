@@ -213,6 +213,7 @@ class ResponseState:
 class OpenAIResponses:
     """The dialect of `/v1/responses`."""
 
+    passes_query = True
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:

@@ -27,7 +27,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from yarl import URL
 
 from gateway.backend import aiohttp_connection
-from gateway.backend.aiohttp_connection import READ, ConnectLimit, Connector, post_request, send, unread, waiting
+from gateway.backend.aiohttp_connection import READ, ConnectLimit, Connector, request_to, send, unread, waiting
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.errors import ConnectTimeout
 from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
@@ -127,26 +127,26 @@ class Transport(asyncio.Transport):
 
 async def test_a_connector_makes_the_connections_of_its_factory() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(request_to(url))
         assert isinstance(connection.protocol, BackendProtocol)
         connection.close()
 
 
 async def test_a_connection_is_new_to_the_call_that_opened_it() -> None:
     async with backend(answer_each) as url, connector() as made:
-        connection, new = await made.open(post_request(url))
+        connection, new = await made.open(request_to(url))
         assert new
         await send(connection, head(url), b"")
         connection.release()
-        again, new = await made.open(post_request(url))
+        again, new = await made.open(request_to(url))
         assert not new
         again.close()
 
 
 async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> None:
     async with backend(answer_each) as url, connector() as made:
-        first, _ = await made.open(post_request(url))
-        second, _ = await made.open(post_request(url))
+        first, _ = await made.open(request_to(url))
+        second, _ = await made.open(request_to(url))
         last_used = second.protocol
         for connection in (first, second):
             _, content = await send(connection, head(url), b"")
@@ -155,7 +155,7 @@ async def test_kept_connections_are_a_queue_of_which_the_first_is_taken() -> Non
         (kept,) = made._conns.values()
         assert [protocol for protocol, _ in kept][-1] is last_used
         assert all(protocol.is_connected() for protocol, _ in kept)
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(request_to(url))
         assert connection.protocol is last_used
         connection.close()
 
@@ -171,9 +171,9 @@ def test_a_new_connection_is_opened_in_one_place_within_the_limit_of_its_call(ru
         late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
         async with connector(resolver=Mute()) as made:
             with pytest.raises(ConnectTimeout):
-                await made.open(post_request(URL("http://model.test:9/")), late)
+                await made.open(request_to(URL("http://model.test:9/")), late)
         async with backend(answer_each) as url, connector() as made:
-            connection, _ = await made.open(post_request(url), late)
+            connection, _ = await made.open(request_to(url), late)
             connection.close()
 
     assert inspect.iscoroutinefunction(aiohttp.TCPConnector._create_connection)
@@ -191,7 +191,7 @@ def test_a_connection_that_was_accepted_while_the_loop_stood_still_is_in_time(ru
             late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
             async with connector(resolver=Book("127.0.0.1")) as made:
                 stalls_of_loop()
-                opening = asyncio.create_task(made.open(post_request(url), late))
+                opening = asyncio.create_task(made.open(request_to(url), late))
                 await asyncio.sleep(0)
                 time.sleep(0.5)  # noqa: ASYNC251 - the loop stands still
                 connection, new = await opening
@@ -216,7 +216,7 @@ def test_a_loop_connects_by_the_sockets_own_method_which_tells_two_troubles_apar
         async with connector() as made:
             monkeypatch.setattr(socket.socket, "connect", connect)
             with pytest.raises(aiohttp.ClientConnectorError) as told:
-                await made.open(post_request(URL("http://127.0.0.1:9/")))
+                await made.open(request_to(URL("http://127.0.0.1:9/")))
             monkeypatch.undo()
         assert told.value.os_error.errno == number
 
@@ -233,12 +233,12 @@ async def test_of_several_addresses_errors_the_shortage_is_told(monkeypatch: pyt
         monkeypatch.setattr(socket.socket, "connect", connect)
         monkeypatch.setattr(aiohttp_connection, "_has_way_to", lambda *_: True)
         with pytest.raises(aiohttp.ClientConnectorError) as told:
-            await made.open(post_request(URL("http://model.test:9/")))
+            await made.open(request_to(URL("http://model.test:9/")))
     assert told.value.os_error.errno == EADDRNOTAVAIL
 
 
 async def test_a_client_request_knows_its_host_and_is_no_more_than_that() -> None:
-    request = post_request(URL("http://[::1]:8001/v1/chat/completions"))
+    request = request_to(URL("http://[::1]:8001/v1/chat/completions"))
     assert request.headers["Host"] == "[::1]:8001"
     assert request.connection_key.host == "::1"
 
@@ -250,7 +250,7 @@ async def test_a_protocol_reads_heads_one_after_the_other_and_bodies_without_dec
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\n\x00\xff\x01")
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(request_to(url))
         message, content = await send(connection, head(url), b"")
         assert message.code == 200
         assert message.headers["content-encoding"] == "gzip"
@@ -265,7 +265,7 @@ async def test_what_came_before_a_connection_failed_is_still_in_the_reader() -> 
         await writer.drain()
 
     async with backend(serve) as url, connector() as made:
-        connection, _ = await made.open(post_request(url))
+        connection, _ = await made.open(request_to(url))
         _, content = await send(connection, head(url), b"")
         await until(lambda: content.exception() is not None)
         assert unread(content) == b"half"
@@ -336,7 +336,7 @@ async def test_a_protocol_reads_less_at_a_time_and_as_ever_again() -> None:
 
     async with backend(serve) as url, connector() as made:
         made._factory = cast("Any", partial(Noting, asyncio.get_running_loop()))
-        connection, _ = await made.open(post_request(url), ConnectLimit())
+        connection, _ = await made.open(request_to(url), ConnectLimit())
         protocol = connection.protocol
         assert isinstance(protocol, Noting)
         _, content = await send(connection, head(url), b"")
@@ -433,7 +433,7 @@ class Calls:
 
     async def peer(self) -> tuple[str, bool]:
         """Make a call: the address it went to, and whether over a new connection."""
-        connection, new = await self._made.open(post_request(self._url))
+        connection, new = await self._made.open(request_to(self._url))
         protocol = connection.protocol
         assert isinstance(protocol, BackendProtocol)
         _, content = await send(connection, head(self._url), b"")

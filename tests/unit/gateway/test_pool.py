@@ -296,11 +296,9 @@ def test_user_info_is_sent_decoded_and_a_key_wins_over_it() -> None:
     assert own_headers(replica()) == []
 
 
-def test_the_query_of_a_backend_is_encoded() -> None:
-    of = replica()
-    assert of.query == ""
-    query = (("api-version", "2024-10-21"), ("a b", "c&d=é"))
-    of = Replica(
+def with_query(*query: tuple[str, str]) -> Replica:
+    of = replica("http://h/base")
+    return Replica(
         replace(of.config, query=query),
         breaker=of.breaker,
         cooldown=of.cooldown,
@@ -308,7 +306,35 @@ def test_the_query_of_a_backend_is_encoded() -> None:
         budget=of.budget,
         clock=of.clock,
     )
-    assert of.query == "?api-version=2024-10-21&a%20b=c%26d%3D%C3%A9"
+
+
+@pytest.mark.parametrize(
+    ("url", "chat", "tokenize"),
+    [
+        ("http://h", "/v1/chat/completions", "/tokenize"),
+        ("http://h/v1/", "/v1/chat/completions", "/tokenize"),
+        ("http://h/api/v1", "/api/v1/chat/completions", "/api/tokenize"),
+        ("http://h/api/v3", "/api/v3/chat/completions", "/api/v3/tokenize"),
+    ],
+)
+def test_a_path_below_v1_follows_the_base_and_another_stands_beside_its_v1(url: str, chat: str, tokenize: str) -> None:
+    of = replica(url)
+    assert of.target_of("/v1/chat/completions", "") == chat
+    assert of.target_of("/tokenize", "") == tokenize
+    assert of.url_of("/tokenize") == f"http://h{tokenize}"
+
+
+def test_the_query_of_a_backend_is_encoded() -> None:
+    assert with_query().target_of("/v1/embeddings", "") == "/base/embeddings"
+    of = with_query(("api-version", "2024-10-21"), ("a b", "c&d=é"))
+    assert of.target_of("/v1/embeddings", "") == "/base/embeddings?api-version=2024-10-21&a%20b=c%26d%3D%C3%A9"
+
+
+def test_the_query_of_a_backend_wins_over_that_of_a_caller() -> None:
+    assert with_query().target_of("/v1/messages", "beta=true&&x=%20") == "/base/messages?beta=true&x=%20"
+    of = with_query(("a b", "ours"))
+    assert of.target_of("/v1/messages", "a%20b=theirs&a+b=theirs&c=1&a+b") == "/base/messages?c=1&a%20b=ours"
+    assert of.target_of("/v1/messages", "a%20b=theirs") == "/base/messages?a%20b=ours"
 
 
 def limited(of: Target, max_in_flight: int) -> Target:
