@@ -15,10 +15,10 @@ MAX_NAME = 256
 
 
 class HasError(Protocol):
-    """A whole answer; its error is not taken apart, however large it is."""
+    """A whole answer: its error, which is not taken apart however large it is, and what it says it is."""
 
     error: msgspec.Raw
-    object: str | None
+    kind: str | None
 
 
 T = TypeVar("T", bound=HasError)
@@ -64,7 +64,7 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
         raise InvalidResponse("The backend's answer is not a JSON object.") from None
     except NO_JSON:
         raise InvalidResponse("The backend's answer is not JSON.") from None
-    if (whole.error is not NULL and bytes(whole.error) != b"null") or whole.object == "error":
+    if (whole.error is not NULL and bytes(whole.error) != b"null") or whole.kind == "error":
         raise_error_inside(body)
         raise InvalidResponse("The backend's answer is an error with a good status.")
     return whole

@@ -72,6 +72,7 @@ class Prompt:
         """Note what is asked for, except its text: for which model, by which route."""
         record.describe_request(
             operation=self.operation,
+            provider=self.dialect.provider,
             model=model,
             route=route,
             stream=self.stream,
@@ -147,9 +148,11 @@ class Dialect(Protocol):
 
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
+        provider: `gen_ai.provider.name` of its spans, which by the conventions names the API, whoever serves it.
     """
 
     passes_query: bool
+    provider: str
 
     @property
     def operations(self) -> Mapping[str, str]:

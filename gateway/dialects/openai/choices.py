@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
@@ -34,7 +34,7 @@ class AnswerFields(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
-    object: str | None = None
+    kind: str | None = field(default=None, name="object")
     model: str | None = None
     usage: _Usage | None = None
 

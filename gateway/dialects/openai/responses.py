@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
@@ -44,7 +44,7 @@ class WholeResponse(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
-    object: str | None = None
+    kind: str | None = field(default=None, name="object")
     model: str | None = None
     status: str | None = None
     usage: _Usage | None = None
@@ -214,6 +214,7 @@ class OpenAIResponses:
     """The dialect of `/v1/responses`."""
 
     passes_query = True
+    provider = "openai"
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
