@@ -16,12 +16,13 @@ from mock_model.completions import CompletionRequest
 from mock_model.decoding import decode, glance
 from mock_model.draws import fingerprint
 from mock_model.embeddings import EmbeddingRequest
-from mock_model.errors import InvalidRequest, envelope
+from mock_model.errors import MESSAGES, InvalidRequest, error_body
 from mock_model.faults import Fault
 from mock_model.journal import Journal
 from mock_model.machine import Machine, Released
+from mock_model.messages import CountRequest, MessagesRequest
 from mock_model.metrics import Metrics
-from mock_model.middleware import Handler, openai_errors
+from mock_model.middleware import Handler, api_errors
 from mock_model.models import list_models, retrieve_model
 from mock_model.order import Order
 from mock_model.responses import ResponseRequest
@@ -54,7 +55,7 @@ Understand = Callable[[bytes, str], Order]
 
 
 class Api:
-    """The mock model's OpenAI API."""
+    """The mock model's API: OpenAI's, and Anthropic's messages."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Api:
 
     def create_app(self) -> web.Application:
         """Return the application that serves it."""
-        app = web.Application(middlewares=[openai_errors, self._strays], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[api_errors, self._strays], client_max_size=MAX_BODY)
         app.router.add_get(HEALTH, self._health)
         # No HEAD: most faults write a body, which must not follow its headers.
         app.router.add_get("/v1/models", self._list_models, allow_head=False)
@@ -88,23 +89,25 @@ class Api:
             ("/v1/completions", "text_completion", CompletionRequest),
             ("/v1/embeddings", "embeddings", EmbeddingRequest),
             ("/v1/responses", "chat", ResponseRequest),
+            (MESSAGES, "chat", MessagesRequest),
+            (f"{MESSAGES}/count_tokens", None, CountRequest),
         ):
             app.router.add_post(path, self._operation(path, operation, msgspec.json.Decoder(request_type)))
         return app
 
     def _operation(
-        self, path: str, operation: str, decoder: msgspec.json.Decoder[Request]
+        self, path: str, operation: str | None, decoder: msgspec.json.Decoder[Request]
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         def understand(body: bytes, mark: str) -> Order:
             try:
                 request = decode(decoder, body)
             except InvalidRequest as error:
-                return self._misfit(body, error)
+                return self._misfit(path, body, error)
             model = request.model or self._model_name
             try:
                 answer = request.answer(model, mark, self._writer)
             except InvalidRequest as error:
-                answer = _refusal(error)
+                answer = _refusal(path, error)
             return Order(answer, request.model, model, bool(request.stream))
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -112,13 +115,13 @@ class Api:
 
         return handle
 
-    def _misfit(self, body: bytes, error: InvalidRequest) -> Order:
+    def _misfit(self, path: str, body: bytes, error: InvalidRequest) -> Order:
         """Return the order of a request that is refused; the model it names is noted all the same."""
         seen = glance(body)
         if seen is None:
-            return Order(_refusal(error))
+            return Order(_refusal(path, error))
         asked = seen.model if isinstance(seen.model, str) else None
-        return Order(_refusal(error), asked, asked or self._model_name, seen.stream is True)
+        return Order(_refusal(path, error), asked, asked or self._model_name, seen.stream is True)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
         return await self._handle(request, "/v1/models", None, lambda *_: Order(list_models(self._model_name)))
@@ -198,5 +201,6 @@ class Api:
             return call.hang_up()
 
 
-def _refusal(error: InvalidRequest) -> Answer:
-    return Answer(status=error.status, body=envelope(error.status, str(error), param=error.param, code=error.code))
+def _refusal(path: str, error: InvalidRequest) -> Answer:
+    body = error_body(path, error.status, str(error), param=error.param, code=error.code)
+    return Answer(status=error.status, body=body)

@@ -11,7 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from mock_model.answer import JSON, Answer, Event
-from mock_model.errors import envelope
+from mock_model.errors import error_body, is_anthropic
 from mock_model.journal import Ended, Entry, Journal, clip
 from mock_model.machine import Machine, Released
 from mock_model.order import Order
@@ -150,8 +150,9 @@ class Call:
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> web.Response:
-        """Return an error in OpenAI's form."""
-        return self.reply(status, envelope(status, message, param=param, code=code), headers=headers)
+        """Return an error in the form of the API that is called."""
+        body = error_body(self.path, status, message, param=param, code=code)
+        return self.reply(status, body, headers=headers)
 
     async def hang(self) -> web.StreamResponse:
         """Send nothing more until the caller leaves, or the mock model stops or is reset."""
@@ -184,8 +185,11 @@ class Call:
         self._journal.end(self.entry, ended)
 
     def _headers(self) -> CIMultiDict[str]:
+        request_id = self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}"
+        if is_anthropic(self.path):
+            return CIMultiDict({"request-id": request_id, "anthropic-organization-id": "mock-model"})
         head = {
-            "x-request-id": self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}",
+            "x-request-id": request_id,
             "openai-version": "2020-10-01",
             "openai-processing-ms": str(int((monotonic() - self.start) * 1000)),
         }
