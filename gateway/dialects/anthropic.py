@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
@@ -84,10 +84,15 @@ class WholeMessage(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
-    kind: str | None = field(default=None, name="type")
+    type: str | None = None
     model: str | None = None
     stop_reason: str | None = None
     usage: _Usage | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says that it is something other than a message: `error` for the most part."""
+        return self.type not in {None, "message"}
 
     @property
     def response_id(self) -> str | None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
@@ -34,9 +34,14 @@ class AnswerFields(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
-    kind: str | None = field(default=None, name="object")
+    object: str | None = None
     model: str | None = None
     usage: _Usage | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says so: vLLM's older form of an error."""
+        return self.object == "error"
 
     @property
     def response_id(self) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
@@ -44,10 +44,15 @@ class WholeResponse(Struct):
 
     error: msgspec.Raw = NULL
     id: str | None = None
-    kind: str | None = field(default=None, name="object")
+    object: str | None = None
     model: str | None = None
     status: str | None = None
     usage: _Usage | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says so."""
+        return self.object == "error"
 
     @property
     def response_id(self) -> str | None:
