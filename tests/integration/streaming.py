@@ -39,6 +39,7 @@ def of_block(kind: str, **fields: Any) -> bytes:  # noqa: ANN401
 
 START = named_event("message_start", message={"id": "msg_1", "model": "m", "usage": {"input_tokens": 3}})
 PING = named_event("ping")
+SIGNATURE = of_block("signature_delta", signature="x")
 THOUGHT, SAID = of_block("thinking_delta", thinking="hm"), of_block("text_delta", text="word ")
 END_OF_TURN = named_event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 2})
 MESSAGE_STOP = named_event("message_stop")
