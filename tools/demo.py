@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -52,7 +53,7 @@ curl -N GATEWAY/v1/chat/completions -H 'content-type: application/json' \\
   -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
 
 {dim("# with the OpenAI SDK, in the environment that the demo has made")}
-.venv/bin/python -m pip install -q openai
+INSTALL openai
 .venv/bin/python -c 'import openai
 client = openai.OpenAI(base_url="GATEWAY/v1", api_key="none")
 prompt = dict(role="user", content="Hello")
@@ -109,7 +110,13 @@ class System:
             failure, fault = "the connection break", '{"kind": "reset", "times": 1}'
         text = NEXT.replace("GATEWAY", f"http://localhost:{self.gateway.port}")
         text = text.replace("CONTROL", f"http://localhost:{self.control_port}").replace("MODEL", self.name)
-        return text.replace("FAILURE", failure).replace("FAULT", fault)
+        return text.replace("FAILURE", failure).replace("FAULT", fault).replace("INSTALL", install_command())
+
+
+def install_command() -> str:
+    """Return what installs a package into `.venv`, which has no pip where uv has filled it."""
+    uv = ".venv/bin/uv" if Path(sys.executable).with_name("uv").exists() else shutil.which("uv") and "uv"
+    return f"{uv} pip install -q --python .venv/bin/python" if uv else ".venv/bin/python -m pip install -q"
 
 
 def real_model() -> tuple[str, Path] | None:
