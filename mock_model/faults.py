@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from mock_model.answer import JSON, Answer, Event, data_event, named_event
+from mock_model.answer import EVENT_STREAM, JSON, Answer, Event, data_event, named_event
 from mock_model.call import Call
 from mock_model.draws import draw
 from mock_model.errors import OVERLOADED, anthropic_error, envelope, error_body, is_anthropic
@@ -65,6 +65,10 @@ def _phrase(status: int) -> str:
     if status == OVERLOADED:
         return "Overloaded"
     return HTTPStatus(status).phrase if status in list(HTTPStatus) else "unknown status"
+
+
+def _of_events(call: Call) -> bool:
+    return call.answer.content_type == EVENT_STREAM
 
 
 def _half(data: bytes) -> bytes:
@@ -221,6 +225,8 @@ class Cut(Fault):
 
     def suits(self, call: Call) -> bool:
         """Return whether something would be missing; a reset shows after the last event too."""
+        if _streamed(call) and not _of_events(call) and self.where == "inside_character":
+            return False
         whole = len(call.answer.events)
         shows_at_the_end = self.how == "reset" and self.where == "between"
         return not _streamed(call) or self.after_events < whole or (shows_at_the_end and self.after_events == whole)
@@ -260,7 +266,7 @@ class _Edited(Fault):
 
     def suits(self, call: Call) -> bool:
         """Return whether it is a stream that would change."""
-        return _streamed(call) and tuple(self.edit(call.answer.events)) != call.answer.events
+        return _of_events(call) and tuple(self.edit(call.answer.events)) != call.answer.events
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Serve the edited events."""
@@ -323,8 +329,8 @@ class ErrorEvent(Fault):
     error: Any | UnsetType = UNSET
 
     def suits(self, call: Call) -> bool:
-        """Return whether it is a stream."""
-        return _streamed(call)
+        """Return whether it is a stream of events."""
+        return _of_events(call)
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Serve the beginning and the error."""
