@@ -334,10 +334,13 @@ class ErrorEvent(Fault):
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Serve the beginning and the error."""
-        good = call.answer.events[: min(self.after_events, len(call.answer.events) - 1)]
-        return await call.serve(replace(call.answer, events=(*good, self._event(call.path, len(good)))))
+        events = call.answer.events
+        place = min(self.after_events, len(events) - 1)
+        error = self._event(call.path, events[place])
+        return await call.serve(replace(call.answer, events=(*events[:place], error)))
 
-    def _event(self, path: str, number: int) -> Event:
+    def _event(self, path: str, place: Event) -> Event:
+        """Return the error that takes the place of an event."""
         message = "the model failed (a fault of the mock model)"
         if is_anthropic(path):
             error = anthropic_error(OVERLOADED, message)
@@ -345,7 +348,8 @@ class ErrorEvent(Fault):
         error = msgspec.json.decode(envelope(500, message, code="mock_error"))
         if self.error is not UNSET:
             error = {"error": self.error}
-        if path == RESPONSES:
+        if path.startswith(RESPONSES):
+            number = msgspec.json.decode(place.data.partition(b"data: ")[2])["sequence_number"]
             detail = error["error"]
             fields = {"code": None, "message": detail, "param": None}
             if isinstance(detail, dict):

@@ -75,6 +75,10 @@ def test_neither_times_nor_rate_is_every_call() -> None:
         ({}, {"path": "/health"}, None),
         ({"model": "m"}, {"path": "/health"}, None),
         ({"path": "/health"}, {"path": "/health"}, "reset"),
+        ({"path": "/tokenize"}, {"path": "/tokenize"}, "reset"),
+        ({"path": "/v1/responses/*"}, {"path": "/v1/responses/resp_1/cancel"}, "reset"),
+        ({"path": "/v1/responses/*"}, {"path": "/v1/responses"}, None),
+        ({"path": "/v1/*"}, {"path": "/health"}, None),
     ],
 )
 def test_match(match: dict[str, Any], facts: dict[str, Any], expected: str | None) -> None:
