@@ -292,8 +292,8 @@ class AnthropicMessages:
         return _encode_error({"type": type_of(status_of(words))} | own_words(words))
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:  # noqa: ARG002
-        """Return an `error` event."""
-        return b"event: error\ndata: " + _encode_error(_inside(error) | own_error(error)) + b"\n\n"
+        """Return an `error` event; a backend's own error answer as it says it."""
+        return b"event: error\ndata: " + _encode_error(own_error(error) or _inside(error)) + b"\n\n"
 
     def prompt_messages(self, body: bytes) -> str:
         """Return the texts of the system prompt and of the messages."""

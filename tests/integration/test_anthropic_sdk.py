@@ -403,6 +403,27 @@ def _faults_at(mock: MockModel, path: str) -> list[str | None]:
     return [call.fault for call in mock.journal.calls if call.path == path]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("number", [503, 529])
+async def test_a_short_outage_costs_the_sdk_only_time(
+    mock: MockModel, start_gateway: StartGateway, number: int, *, stream: bool
+) -> None:
+    gateway = await start_gateway(mock, gateway_outage_wait=5, gateway_backoff_initial=0.01)
+    mock.set_faults([{"kind": "status", "with": {"status": number}, "times": 4}])
+    async with sdk_of(gateway.url) as sdk:
+        raw = await sdk.messages.with_raw_response.create(**PROMPT, stream=stream)
+        assert raw.headers["x-gateway-attempts"] == "5", "three attempts, and two trials beyond them"
+        answer: Any = raw.parse()
+        if stream:
+            events: list[Any] = []
+            await take(answer, events)
+            assert text_of(events)
+        else:
+            assert answer.content[0].text
+    assert "bridging-" in raw.headers["server-timing"]
+    assert mock.journal.total == 5
+
+
 async def test_a_stream_closed_by_the_sdk_ends_the_backends_call(mock: MockModel, start_gateway: StartGateway) -> None:
     mock.set_faults([{"kind": "stall", "with": {"after_events": 5}}])
     gateway = await start_gateway(mock)
