@@ -413,7 +413,7 @@ async def test_a_short_outage_costs_the_sdk_only_time(
     async with sdk_of(gateway.url) as sdk:
         raw = await sdk.messages.with_raw_response.create(**PROMPT, stream=stream)
         assert raw.headers["x-gateway-attempts"] == "5", "three attempts, and two trials beyond them"
-        answer: Any = raw.parse()
+        answer: Any = await raw.parse()
         if stream:
             events: list[Any] = []
             await take(answer, events)
