@@ -19,7 +19,13 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One server-sent event: its bytes, which part of a stream it is, and whether a decoding step comes before it."""
+    """One server-sent event, or one piece of a sound.
+
+    Attributes:
+        data: its bytes.
+        part: of a stream that it is.
+        step: whether a decoding step comes before it.
+    """
 
     data: bytes
     part: Part
@@ -35,8 +41,9 @@ class Answer:
 
     Attributes:
         status: of the answer; not 200 if the request is wrong.
-        body: the JSON of an unstreamed answer, else empty.
-        events: the events of a streamed answer, else empty.
+        body: of an unstreamed answer, else empty.
+        events: those of a streamed answer, or the pieces of a sound; else empty.
+        media_type: what it is sent as, if neither JSON nor a stream of events.
         steps: decoding steps, the first included; the time of an answer depends on them.
         input_tokens: tokens of the prompt.
         output_tokens: tokens of all choices.
@@ -45,6 +52,7 @@ class Answer:
 
     status: int = 200
     body: bytes = b""
+    media_type: str = ""
     events: tuple[Event, ...] = ()
     steps: int = 0
     input_tokens: int = 0
@@ -54,7 +62,7 @@ class Answer:
     @property
     def content_type(self) -> str:
         """The media type it is sent as."""
-        return EVENT_STREAM if self.events else JSON
+        return self.media_type or (EVENT_STREAM if self.events else JSON)
 
     @property
     def content(self) -> bytes:

@@ -32,7 +32,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Which calls an entry is for; what is left out matches all."""
 
     model: str | None = None
-    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/health)\Z")] | None = None
+    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/tokenize|/detokenize|/health)\Z")] | None = None
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:

@@ -267,7 +267,7 @@ def test_a_script_is_a_list_of_bearable_length(value: Any) -> None:
 def test_the_kinds_are_those_of_the_contract() -> None:
     contract = """
         status latency hang_before_headers hang_after_headers slow_first_token stall cut no_done no_finish
-        malformed_event content_type html short_body not_json drip reset refuse overload crash
+        malformed_event error_event content_type html short_body not_json drip reset refuse overload crash
     """
 
     assert set(KINDS) == set(contract.split())
