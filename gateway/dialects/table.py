@@ -3,8 +3,15 @@
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.dialects.openai.responses import OpenAIResponses
+from gateway.dialects.passed_through import COUNT_TOKENS, OPERATIONS, PassedThrough
 
-DIALECTS: tuple[Dialect, ...] = (OpenAIChat(), OpenAIResponses())
+_CHAT = OpenAIChat()
+DIALECTS: tuple[Dialect, ...] = (
+    _CHAT,
+    OpenAIResponses(),
+    PassedThrough(OPERATIONS, _CHAT),
+    PassedThrough(COUNT_TOKENS, _CHAT),
+)
 """The first one also words the errors of paths that belong to none."""
 
 BY_PATH = {path: dialect for dialect in DIALECTS for path in dialect.operations}

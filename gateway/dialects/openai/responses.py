@@ -214,6 +214,7 @@ class OpenAIResponses:
     """The dialect of `/v1/responses`."""
 
     passes_query = True
+    passes_through = False
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
