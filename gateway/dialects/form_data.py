@@ -26,7 +26,11 @@ PLAIN_ENCODINGS = frozenset({b"7bit", b"8bit", b"binary"})
 """Values of `content-transfer-encoding` that change nothing."""
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_PARAMETER = re.compile(rb'[ \t]*;[ \t]*(?:(%b)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s";\\]+))?' % _TOKEN, re.DOTALL)
+_QUOTED = rb'"(?:[^"\\]|\\.)*"'
+_UNQUOTED = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\x80-\xff]+"
+_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _QUOTED, _UNQUOTED), re.DOTALL)
+_LOOSE_PARAMETER = re.compile(rb'[ \t]*;[ \t]*(%b)=(%b|[^\s";\\]+)' % (_TOKEN, _QUOTED), re.DOTALL)
+"""Clients do not quote boundaries whose signs would ask for it."""
 _LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 """RFC 2046, 5.1.1."""
@@ -66,7 +70,7 @@ def boundary_of(content_type: str) -> bytes:
     """
     _, semicolon, rest = content_type.encode("utf-8", "surrogateescape").partition(b";")
     try:
-        parameters = _parameters(semicolon + rest)
+        parameters = _parameters(semicolon + rest, _LOOSE_PARAMETER)
     except InvalidRequest:
         parameters = {}
     boundary = parameters.get(b"boundary", b"")
@@ -205,20 +209,17 @@ def _disposition(value: bytes) -> dict[bytes, bytes]:
     return parameters
 
 
-def _parameters(text: bytes) -> dict[bytes, bytes]:
+def _parameters(text: bytes, pattern: re.Pattern[bytes] = _PARAMETER) -> dict[bytes, bytes]:
     """Return the parameters that follow a value, without their quotes. Raises: InvalidRequest."""
     parameters: dict[bytes, bytes] = {}
     at = 0
-    while found := _PARAMETER.match(text, at):
+    while found := pattern.match(text, at):
         at = found.end()
-        if found[1] is None:  # a semicolon too many
-            continue
-        name = found[1].lower()
+        name, value = found[1].lower(), found[2]
         if name in parameters:
             raise _malformed("a parameter of a header is there twice")
-        value = found[2]
         parameters[name] = value[1:-1] if value.startswith(b'"') else value
-    if text[at:].strip(b" \t"):
+    if text[at:].strip(b" \t") not in {b"", b";"}:
         raise _malformed("a header of a part cannot be read")
     return parameters
 
@@ -239,8 +240,7 @@ def _text_of(part: Part, body: bytes) -> str:
     charset = _parameters(semicolon + rest).get(b"charset", b"").lower()
     encoding = part.headers.get(b"content-transfer-encoding", b"binary").lower()
     is_plain = kind.strip().lower() == b"text/plain" and charset in ASCII_CHARSETS and encoding in PLAIN_ENCODINGS
-    is_file = any(parameter.startswith(b"filename") for parameter in part.parameters)
-    if not is_plain or is_file or b"content-encoding" in part.headers:
+    if not is_plain or len(part.parameters) > 1 or b"content-encoding" in part.headers:
         raise InvalidRequest(f"`{MODEL}` must be a field of plain text in UTF-8, not a file.", param=MODEL)
     value = body[part.start : min(part.end, part.start + 4 * MAX_MODEL + 1)]
     try:
