@@ -277,7 +277,7 @@ class Exchange:
         """Whether the whole body has come and been read."""
         if self._decoder is not None and self._decoded is not None:
             return False
-        return self._content.at_eof() and not self._peeked
+        return self._content.at_eof() and self._content.exception() is None and not self._peeked
 
     @property
     def waiting(self) -> int:

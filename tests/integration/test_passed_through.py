@@ -1,9 +1,10 @@
 """Calls that are passed through: what the backend gets and what the caller gets, byte for byte."""
 
 import asyncio
+import io
 import json
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from testkit.exposition import Exposition
 from testkit.http import Answer
 from testkit.polling import until
 from tests.integration.backends_raw import RawCall, StartRaw
-from tests.integration.gateways import EXPLAINING, KEY, Gateway, StartGateway, config
+from tests.integration.gateways import EXPLAINING, KEY, Gateway, StartGateway, StartMock, config
 from tests.integration.recorder import Recorder
 from tests.integration.streaming import settled
 from tests.integration.wire import dial, post
@@ -61,7 +62,7 @@ def other_model(folder: Path, *urls: str) -> Path:
 
 async def call(gateway: Gateway, path: str, body: bytes, headers: dict[str, str] | None = None) -> Answer:
     sent = {"content-type": "application/json", **(headers or {})}
-    async with gateway.client.post(path, data=body, headers=sent) as response:
+    async with gateway.client.post(path, data=io.BytesIO(body), headers=sent) as response:
         return await Answer.of(response)
 
 
@@ -149,7 +150,7 @@ async def test_a_compressed_form_goes_out_plain(recorder: Recorder, start_gatewa
         (form(b"a"), FORM | {"content-encoding": "br"}, 415, "content-encoding"),
     ],
 )
-async def test_a_wrong_request_is_refused_and_not_forwarded(
+async def test_a_wrong_request_is_refused_and_not_forwarded(  # noqa: PLR0917
     recorder: Recorder,
     start_gateway: StartGateway,
     body: bytes,
@@ -324,7 +325,8 @@ async def _streamed_transcription(sdk: openai.AsyncOpenAI) -> object:
 
 
 async def _translation(sdk: openai.AsyncOpenAI) -> object:
-    answer: Any = await sdk.audio.translations.create(model="whisper", file=("a.wav", SOUND))
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        answer: Any = await sdk.audio.translations.create(model="whisper", file=("a.wav", SOUND))
     return answer.to_dict()
 
 
@@ -336,7 +338,7 @@ async def _images(sdk: openai.AsyncOpenAI) -> object:
 async def _edit(sdk: openai.AsyncOpenAI) -> object:
     files = [("a.png", SOUND, "image/png"), ("b.png", SOUND, "image/png")]
     answer = await sdk.images.edit(model="painter", prompt="a dog", image=files)
-    return [image.b64_json for image in answer.data or []]
+    return [(image.b64_json or "")[:40] for image in answer.data or []]  # what follows depends on the boundary too
 
 
 async def _moderation(sdk: openai.AsyncOpenAI) -> object:
@@ -345,8 +347,9 @@ async def _moderation(sdk: openai.AsyncOpenAI) -> object:
 
 
 @pytest.fixture
-async def paced(start_mock: Callable[..., Awaitable[MockModel]]) -> AsyncIterator[MockModel]:
-    yield await start_mock(mock_token_interval=0.005)
+async def paced(start_mock: StartMock) -> MockModel:
+    """Each piece on its own."""
+    return await start_mock(mock_token_interval=0.005)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +371,7 @@ async def test_the_sdk_gets_the_same_as_without_the_gateway(
         with pytest.raises(openai.RateLimitError):
             await ask(through)
     await paced.settled()
-    first, second = paced.journal.calls[:2]
+    first, second, _ = paced.journal.calls
     assert (first.path, first.model, first.events_sent) == (second.path, second.model, second.events_sent)
     assert first.model in {"tts", "whisper", "painter", "judge"}
 
@@ -436,11 +439,8 @@ async def test_a_slow_reader_gets_every_byte_and_slows_the_backend_down(
 ) -> None:
     piece = bytes(range(256)) * 256
     count = 400
-    heads = {
-        "length": f"content-length: {count * len(piece)}\r\n",
-        "chunked": "transfer-encoding: chunked\r\n",
-        "open": "",
-    }
+    length = f"content-length: {count * len(piece)}\r\n"
+    heads = {"length": length, "chunked": "transfer-encoding: chunked\r\n", "open": ""}
     sent = 0
 
     async def play(call: RawCall) -> None:

@@ -40,7 +40,7 @@ def as_email_reads(body: bytes, boundary: bytes) -> list[bytes]:
     head = b'Content-Type: multipart/form-data; boundary="' + boundary + b'"\r\n\r\n'
     message = message_from_bytes(head + body)
     return [
-        part.get_payload(decode=True)
+        bytes(part.get_payload(decode=True))
         for part in message.walk()
         if isinstance(part, Message) and part.get_param("name", header="content-disposition") == "model"
     ]
