@@ -1,6 +1,6 @@
 """A good answer, ready to be sent: a body, or the events of a stream."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Answer:
         input_tokens: tokens of the prompt.
         output_tokens: tokens of all choices.
         finish_reasons: one for each choice.
+        effect: what the model remembers or forgets as this answer begins; faults that send another answer prevent it.
     """
 
     status: int = 200
@@ -58,6 +59,7 @@ class Answer:
     input_tokens: int = 0
     output_tokens: int = 0
     finish_reasons: tuple[str, ...] = field(default=())
+    effect: Callable[[], None] | None = None
 
     @property
     def content_type(self) -> str:

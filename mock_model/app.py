@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 from opentelemetry.trace import Tracer
@@ -16,7 +16,7 @@ from mock_model.decoding import FormReader, Glance, JsonReader, Reader
 from mock_model.draws import fingerprint
 from mock_model.embeddings import EmbeddingRequest
 from mock_model.errors import MESSAGES, InvalidRequest, error_body
-from mock_model.faults import Fault
+from mock_model.faults import RESPONSES, Fault
 from mock_model.images import ImageEditRequest, ImageRequest
 from mock_model.journal import Journal
 from mock_model.machine import Machine, Released
@@ -30,6 +30,7 @@ from mock_model.ranking import RerankRequest, ScoreRequest
 from mock_model.responses import ResponseRequest
 from mock_model.script import HEALTH, Script
 from mock_model.speech import SpeechRequest
+from mock_model.stored_responses import StoredResponses, wants_stream
 from mock_model.text import Writer
 from mock_model.tokens import DetokenizeRequest, TokenizeRequest
 from mock_model.tracing import describe, start_span
@@ -43,7 +44,7 @@ STRAY = "/v1/*"
 _log = logging.getLogger("mock_model")
 
 
-class Request(Protocol):
+class Asked(Protocol):
     """What all request bodies have in common."""
 
     model: str | None
@@ -52,10 +53,15 @@ class Request(Protocol):
     def stream(self) -> bool | None:
         """Whether the answer is to be streamed."""
 
+
+class Request(Asked, Protocol):
+    """A request that is answered by itself, whatever came before it."""
+
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
         """Return the model's answer."""
 
 
+AnyAsked = TypeVar("AnyAsked", bound=Asked)
 Understand = Callable[[web.Request, bytes, str], Order]
 """Returns what a call asks for; takes its body and fingerprint too."""
 
@@ -63,7 +69,6 @@ OPERATIONS: tuple[tuple[str, str | None, Reader[Request]], ...] = (
     ("/v1/chat/completions", "chat", JsonReader(ChatRequest)),
     ("/v1/completions", "text_completion", JsonReader(CompletionRequest)),
     ("/v1/embeddings", "embeddings", JsonReader(EmbeddingRequest)),
-    ("/v1/responses", "chat", JsonReader(ResponseRequest)),
     (MESSAGES, "chat", JsonReader(MessagesRequest)),
     (f"{MESSAGES}/count_tokens", None, JsonReader(CountRequest)),
     ("/v1/audio/speech", None, JsonReader(SpeechRequest)),
@@ -77,25 +82,32 @@ OPERATIONS: tuple[tuple[str, str | None, Reader[Request]], ...] = (
     ("/tokenize", None, JsonReader(TokenizeRequest)),
     ("/detokenize", None, JsonReader(DetokenizeRequest)),
 )
-"""What is asked by POST: path, name of the operation in spans, and how the body is read."""
+"""What is asked by POST, but for responses: path, name of the operation in spans, and how the body is read."""
 
 
 class Api:
-    """The mock model's API: OpenAI's, and Anthropic's messages."""
+    """The mock model's API: OpenAI's, and Anthropic's messages.
+
+    Args:
+        models: those that are listed; the first answers requests that name none.
+    """
 
     def __init__(
         self,
         *,
-        model_name: str,
+        models: Sequence[str],
         writer: Writer,
+        responses: StoredResponses,
         machine: Machine,
         script: Script,
         journal: Journal,
         metrics: Metrics,
         tracer: Tracer,
     ) -> None:
-        self._model_name = model_name
+        self._models = list(dict.fromkeys(models))
+        self._model_name = models[0]
         self._writer = writer
+        self._responses = responses
         self._machine = machine
         self._script = script
         self._journal = journal
@@ -111,11 +123,42 @@ class Api:
         app.router.add_get("/v1/models", self._list_models, allow_head=False)
         app.router.add_get("/v1/models/{model:.+}", self._retrieve_model, allow_head=False)
         for path, operation, reader in OPERATIONS:
-            app.router.add_post(path, self._operation(path, operation, reader))
+            app.router.add_post(path, self._operation(path, operation, reader, self._write))
+        known = f"{RESPONSES}/{{id}}"
+        make = self._operation(RESPONSES, "chat", JsonReader(ResponseRequest), self._responses.create)
+        app.router.add_post(RESPONSES, make)
+        app.router.add_get(known, self._known(known, self._responses.retrieve), allow_head=False)
+        app.router.add_delete(known, self._known(known, lambda name, _: self._responses.delete(name)))
+        cancel = f"{known}/cancel"
+        app.router.add_post(cancel, self._known(cancel, lambda name, _: self._responses.cancel(name)))
         return app
 
+    def _write(self, request: Request, model: str, mark: str) -> Answer:
+        return request.answer(model, mark, self._writer)
+
+    def _known(
+        self, route: str, answer: Callable[[str, Mapping[str, str]], Answer]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """Return the handler of calls for a response that is known, or not."""
+
+        def understand(call: web.Request, _body: bytes, _mark: str) -> Order:
+            stream = wants_stream(call.query)
+            try:
+                return Order(answer(call.match_info["id"], call.query), stream=stream)
+            except InvalidRequest as error:
+                return Order(_refusal(call.path, error), stream=stream)
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await self._handle(request, route, None, understand)
+
+        return handle
+
     def _operation(
-        self, path: str, operation: str | None, reader: Reader[Request]
+        self,
+        path: str,
+        operation: str | None,
+        reader: Reader[AnyAsked],
+        answer: Callable[[AnyAsked, str, str], Answer],
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         def understand(call: web.Request, body: bytes, mark: str) -> Order:
             content_type = call.headers.get("content-type", "")
@@ -125,10 +168,10 @@ class Api:
                 return self._misfit(path, reader.glance(body, content_type), error)
             model = request.model or self._model_name
             try:
-                answer = request.answer(model, mark, self._writer)
+                good = answer(request, model, mark)
             except InvalidRequest as error:
-                answer = _refusal(path, error)
-            return Order(answer, request.model, model, bool(request.stream))
+                good = _refusal(path, error)
+            return Order(good, request.model, model, bool(request.stream))
 
         async def handle(request: web.Request) -> web.StreamResponse:
             return await self._handle(request, path, operation, understand)
@@ -143,7 +186,7 @@ class Api:
         return Order(_refusal(path, error), asked, asked or self._model_name, seen.stream is True)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
-        return await self._handle(request, "/v1/models", None, lambda *_: Order(list_models(self._model_name)))
+        return await self._handle(request, "/v1/models", None, lambda *_: Order(list_models(self._models)))
 
     async def _retrieve_model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]

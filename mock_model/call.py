@@ -78,6 +78,7 @@ class Call:
             await self.play(response, answer.events)
             return await self.finish(response, "complete" if answer is self.answer else "fault")
         await self.think()
+        self._take_effect()
         self.end("complete" if answer is self.answer else "fault")
         return self.reply(answer.status, answer.body, content_type=content_type or answer.content_type)
 
@@ -100,6 +101,7 @@ class Call:
     ) -> web.StreamResponse:
         """Send the headers of the good answer, chunked unless a length is given."""
         await self.take_place()
+        self._take_effect()
         response = web.StreamResponse(status=self.answer.status, headers=self._headers())
         response.content_type = content_type or self.answer.content_type
         if self.answer.content_type == EVENT_STREAM:
@@ -185,6 +187,10 @@ class Call:
     def end(self, ended: Ended) -> None:
         """Note in the journal how the call ended, before the caller can see it."""
         self._journal.end(self.entry, ended)
+
+    def _take_effect(self) -> None:
+        if self.answer.effect is not None:
+            self.answer.effect()
 
     def _headers(self) -> CIMultiDict[str]:
         request_id = self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}"
