@@ -84,7 +84,7 @@ class PassedThrough:
         return b""
 
     def prompt_messages(self, body: bytes) -> str:
-        """Return the texts of an input or a prompt in a JSON body."""
+        """Return the texts of a prompt of the family: nothing is captured of what is passed through."""
         return self._family.prompt_messages(body)
 
     def answer_texts(self, body: bytes) -> list[str]:

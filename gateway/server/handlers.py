@@ -79,7 +79,7 @@ class Handlers:
             if route is None:
                 raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
             prompt.describe_in(record, model=model, route=route.model)
-            if self._settings.gateway_capture_content:
+            if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = dialect.prompt_messages(prompt.body)
             writer = None
             if prompt.stream or dialect.passes_through:

@@ -275,19 +275,17 @@ async def test_http_1_0_gets_the_same_bytes(recorder: Recorder, start_gateway: S
 
 
 async def test_spans_metrics_and_log_know_the_call(recorder: Recorder, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(recorder.url)
+    gateway = await start_gateway(recorder.url, gateway_capture_content=True)
     await call(gateway, f"{TRANSCRIPTIONS}?secret=1", form(b"m"), FORM)
     await until(lambda: len(gateway.spans()) == 2)
-    spans = {span.name: dict(span.attributes or {}) for span in gateway.spans()}
-    server = spans[f"POST {TRANSCRIPTIONS}"] if len(spans) == 2 else {}
     kinds = {span.kind.name: dict(span.attributes or {}) for span in gateway.spans()}
     metrics = Exposition.parse(await gateway.metrics())
 
     assert kinds["SERVER"]["gen_ai.operation.name"] == "transcription"
     assert kinds["SERVER"]["gen_ai.request.model"] == "m"
-    assert "gen_ai.response.time_to_first_chunk" not in kinds["SERVER"]
+    assert kinds["SERVER"].keys() & {"gen_ai.response.time_to_first_chunk", "gen_ai.input.messages"} == set()
     assert kinds["CLIENT"]["gateway.attempt.outcome"] == "ok"
-    assert "secret" not in str(kinds) + gateway.log.getvalue() + str(server)
+    assert "secret" not in str(kinds) + gateway.log.getvalue()
     assert metrics.only("gateway_requests_total", route=TRANSCRIPTIONS, status="200", outcome="ok") == 1
     assert not metrics.only("gateway_time_to_first_token_seconds_count", route=TRANSCRIPTIONS)
 

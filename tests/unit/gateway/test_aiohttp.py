@@ -298,6 +298,21 @@ async def test_reading_that_was_not_paused_is_not_resumed() -> None:
     protocol.connection_lost(None)
 
 
+@pytest.mark.parametrize("end", [None, ConnectionResetError()])
+async def test_a_reset_is_no_proper_end_of_a_body_that_lasts_until_the_connection_ends(
+    end: ConnectionResetError | None,
+) -> None:
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(Transport())
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.data_received(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+    _, content = await protocol.read()
+    protocol.connection_lost(end)
+    assert content.is_eof()
+    assert (content.exception() is None) == (end is None)
+    assert unread(content) == b"half"
+
+
 async def test_a_backend_is_held_back_beside_aiohttps_own_pause() -> None:
     transport = Transport()
     protocol = BackendProtocol(asyncio.get_running_loop())
