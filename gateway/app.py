@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway.backend.client import HttpClient
+from gateway.dialects.model_list import MODELS
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
+from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
@@ -24,7 +26,7 @@ from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
 from gateway.server.middleware import Middleware
-from gateway.server.paths import MODELS, forms_of
+from gateway.server.paths import forms_of
 from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Parts:
         client: sends calls to backends.
         executor: looks into large bodies and answers.
         health: probes, and the document of `/health`.
+        model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
@@ -103,6 +106,9 @@ class Parts:
         )
         self.health = Health(
             settings, pool=self.pool, client=client, admission=self.admission, telemetry=telemetry, clock=clock
+        )
+        self.model_lists = ModelLists(
+            pool=self.pool, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
         )
         keys = Keys([key.get_secret_value() for key in settings.gateway_api_keys])
         self.handlers = Handlers(
@@ -190,13 +196,14 @@ def runner_of(app: web.Application) -> Runner:
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:
-    """Start telemetry, client, probes; stop them in reverse: what happens until the end is still reported."""
+    """Start telemetry, client, probes, model lists; stop in reverse: what happens until the end is still reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
+        await stack.enter_async_context(parts.model_lists)
         yield
 
 

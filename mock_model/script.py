@@ -13,6 +13,9 @@ from mock_model.draws import draw
 from mock_model.faults import KINDS, Fault
 
 HEALTH = "/health"
+MODELS = "/v1/models"
+ASIDE = frozenset({HEALTH, MODELS})
+"""What gateways ask by themselves, at any time."""
 MAX_ENTRIES = 1000
 MAX_FINGERPRINTS = 100_000
 """Bodies told apart when occurrences are counted; the oldest is forgotten first."""
@@ -36,9 +39,9 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
-        """Return whether the call is one of them; only a path that names `/health` matches it."""
+        """Return whether the call is one of them; health and lists of models are, only if `path` names them."""
         return (
-            (call.path == self.path if self.path is not None else call.path != HEALTH)
+            (call.path == self.path if self.path is not None else call.path not in ASIDE)
             and (self.model is None or call.model == self.model)
             and (self.stream is None or call.stream == self.stream)
         )

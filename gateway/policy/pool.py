@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
 
+ANY = "*"
+"""The model of a route for all of them."""
+DEFAULT_MODEL = "demo-model"
+"""The mock model's."""
+
 
 class Target:
     """A backend, and the model to ask it for; None keeps the caller's.
@@ -150,7 +155,9 @@ class Pool:
     """All replicas and routes.
 
     Attributes:
-        default_model: the model of a request that names none.
+        default_model: the model of a request that names none: the configured one, else the first that is listed.
+        models: those that routes name, in order; in place of `*` the default one and what its backends list.
+        listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
         repeats: the requests that failed lately.
         replicas: of all backends, in order.
         routes: the first one that matches wins.
@@ -168,7 +175,7 @@ class Pool:
         cooldown_begun: "Callable[[str, float], None]",
         released: "Callable[[str, int], None]",
     ) -> None:
-        self.default_model = settings.model_name
+        self._model_name = settings.model_name
         self.repeats = Repeats(clock)
 
         def backend(config: "BackendConfig") -> Backend:
@@ -210,6 +217,12 @@ class Pool:
 
         self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))
+        for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
+        asked = (replica for target in for_all if target.model is None for replica in target.replicas)
+        self.listing = tuple(dict.fromkeys(asked))
+        self.default_model: str
+        self.models: tuple[str, ...]
+        self._set_models()
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -218,12 +231,19 @@ class Pool:
                 return route
         return None
 
-    @property
-    def models(self) -> list[str]:
-        """The models that routes name, in order, and the default model in place of `*`; each once."""
-        names = [
-            self.default_model if route.model == "*" else route.model
-            for route in self.routes
-            if route.names_a_model or route.model == "*"
-        ]
-        return list(dict.fromkeys(names))
+    def note_models(self, replica: Replica, names: tuple[str, ...]) -> None:
+        """Take in what a replica lists; its names stay while it cannot be asked."""
+        if names != replica.models:
+            replica.models = names
+            self._set_models()
+
+    def _set_models(self) -> None:
+        listed = [name for replica in self.listing for name in replica.models or ()]
+        self.default_model = self._model_name or next(iter(listed), DEFAULT_MODEL)
+        names: list[str] = []
+        for route in self.routes:
+            if route.names_a_model:
+                names.append(route.model)
+            elif route.model == ANY:
+                names += [self.default_model, *listed]
+        self.models = tuple(dict.fromkeys(names))

@@ -160,7 +160,7 @@ class Handlers:
                 "service": "llm-gateway",
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
-                "model": self._settings.model_name,
+                "model": self._pool.default_model,
                 "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
             }
         )

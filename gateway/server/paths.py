@@ -1,9 +1,9 @@
 """Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
 
+from gateway.dialects.model_list import MODELS
 from gateway.dialects.table import BY_PATH
 
-MODELS = "/v1/models"
-MODEL = "/v1/models/{id}"
+MODEL = MODELS + "/{id}"
 SERVICE = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """The calls that ask how the gateway is."""
 

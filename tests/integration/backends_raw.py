@@ -84,11 +84,13 @@ class RawBackend:
     Attributes:
         calls: the prompts that came.
         probes: how often its health was asked; `healthy`: what it said.
+        lists: the head of each question for its models; the answer is 404.
     """
 
     def __init__(self, play: Play) -> None:
         self.calls: list[RawCall] = []
         self.probes = 0
+        self.lists: list[list[str]] = []
         self.healthy = True
         self._play = play
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,6 +139,10 @@ class RawBackend:
                 self.probes += 1
                 status = b"200 OK" if self.healthy else b"500 Internal Server Error"
                 writer.write(b"HTTP/1.1 %s\r\ncontent-length: 0\r\n\r\n" % status)
+                continue
+            if lines[0].startswith("GET ") and "/models" in lines[0]:
+                self.lists.append(lines)
+                writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
                 continue
             turn += 1
             call = RawCall(headers, body, number=len(self.calls) + 1, turn=turn, reader=reader, writer=writer)
