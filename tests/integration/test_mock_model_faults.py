@@ -543,3 +543,39 @@ async def test_stopping_does_not_wait_for_calls_that_hang() -> None:
     assert asyncio.get_running_loop().time() - start < 5
     await asyncio.gather(*calls)
     assert [call.ended for call in mock.journal.calls] == ["fault"] * 6
+
+
+@pytest.mark.parametrize("after", [0, 3, 100])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+async def test_an_error_event_is_the_last_of_its_stream(mock: MockModel, path: str, after: int) -> None:
+    body = {**STREAM, "prompt": "x", "input": "x"}
+    usual = await post(mock, body, path)
+    script(mock, "error_event", after_events=after)
+    answer = await post(mock, body, path)
+    error = json.loads(answer.events[-1].rpartition(b"data: ")[2])
+
+    assert answer.ended_well
+    assert answer.events[:-1] == usual.events[:-1][:after]
+    assert set(error["error"]) == {"message", "type", "param", "code"}
+    assert await ended(mock) == ("error_event", "fault", len(answer.events))
+    if path == "/v1/responses":
+        assert answer.events[-1].startswith(b"event: error\n")
+        assert (error["type"], error["sequence_number"]) == ("error", len(answer.events) - 1)
+        assert (error["code"], error["message"]) == (error["error"]["code"], error["error"]["message"])
+
+
+@pytest.mark.parametrize("error", ["no more room", {"code": 400, "message": "too long"}, None])
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+async def test_an_error_event_can_say_anything(mock: MockModel, path: str, error: Any) -> None:
+    script(mock, "error_event", after_events=0, error=error)
+    answer = await post(mock, {**STREAM, "input": "x"}, path)
+
+    assert json.loads(answer.events[0].rpartition(b"data: ")[2])["error"] == error
+
+
+async def test_an_error_event_is_for_streams(mock: MockModel) -> None:
+    script(mock, "error_event")
+    answer = await post(mock)
+
+    assert answer.status == 200
+    assert await ended(mock) == (None, "complete", 0)
