@@ -10,6 +10,7 @@ from aiohttp import web
 
 from gateway.backend.client import HttpClient
 from gateway.dialects.model_list import MODELS
+from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
@@ -163,19 +164,26 @@ def create_app(
     routes = [
         web.post(form, recorded(handlers.prompt), expect_handler=_expect) for path in BY_PATH for form in forms_of(path)
     ]
-    for path, handler in (
+    for method, path, about_response in (
+        ("GET", RESPONSE, handlers.response),
+        ("DELETE", RESPONSE, handlers.response),
+        ("POST", CANCEL, handlers.cancel_response),
+    ):
+        handler = recorded(about_response)
+        routes += [web.route(method, form, handler, expect_handler=_expect) for form in forms_of(path)]
+    for path, answer in (
         *((form, handlers.models) for form in forms_of(MODELS)),
         *((form + "/{id:.+}", handlers.model) for form in forms_of(MODELS)),
         ("/", handlers.root),
     ):
-        routes.append(web.get(path, recorded(handler), expect_handler=_expect))
-    for path, handler in (
+        routes.append(web.get(path, recorded(answer), expect_handler=_expect))
+    for path, service in (
         ("/health", handlers.health),
         ("/livez", handlers.livez),
         ("/readyz", handlers.readyz),
         ("/metrics", handlers.metrics),
     ):
-        routes.append(web.get(path, unrecorded(handler), expect_handler=_expect))
+        routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)

@@ -213,7 +213,7 @@ class Record:
     def describe_request(
         self,
         *,
-        operation: str,
+        operation: str | None,
         model: str,
         route: str,
         stream: bool,

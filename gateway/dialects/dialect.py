@@ -1,7 +1,7 @@
 """What the gateway needs to know of an API family: the protocol that each dialect implements."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from gateway.errors import BackendError, ErrorWords, GatewayError
 
@@ -16,15 +16,18 @@ class Prompt:
         dialect: the one that read it.
         method: of HTTP.
         path: of the call, with its `/v1`.
-        operation: `gen_ai.operation.name` of its span.
+        operation: `gen_ai.operation.name` of its span; None where nothing is generated.
         body: its bytes, unchanged.
         model: the model it names, or None.
         stream: whether it asks for a stream.
         choices: how many choices its answer has.
         asks_usage: whether its stream is asked to end with the usage.
+        previous_response_id: of the stored response that it goes on from, or None.
         max_tokens, temperature, top_p: as asked for, or None.
+        is_about_response: whether all that it asks for is a stored response: whoever does not know that has no answer.
     """
 
+    is_about_response: ClassVar[bool] = False
     __slots__ = (
         "asks_usage",
         "body",
@@ -35,6 +38,7 @@ class Prompt:
         "model",
         "operation",
         "path",
+        "previous_response_id",
         "stream",
         "temperature",
         "top_p",
@@ -51,6 +55,7 @@ class Prompt:
         stream: bool = False,
         choices: int = 1,
         asks_usage: bool = False,
+        previous_response_id: str | None = None,
         max_tokens: float | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -59,11 +64,12 @@ class Prompt:
         self.asks_usage = asks_usage
         self.method = method
         self.path = path
-        self.operation = dialect.operations[path]
+        self.operation = dialect.operations.get(path)
         self.body = body
         self.model = model
         self.stream = stream
         self.choices = choices
+        self.previous_response_id = previous_response_id
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.top_p = top_p
@@ -147,9 +153,11 @@ class Dialect(Protocol):
 
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
+        stores: backends may store what they answer, so that further calls name it by its id.
     """
 
     passes_query: bool
+    stores: bool
 
     @property
     def operations(self) -> Mapping[str, str]:

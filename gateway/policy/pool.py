@@ -7,6 +7,7 @@ from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.fingerprints import Repeats
 from gateway.policy.replica import Replica
+from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
 
@@ -41,6 +43,12 @@ class Target:
         self.replicas = home.replicas
         self.weight = weight
         self._rng = rng
+
+    def only(self, replica: Replica) -> "Target":
+        """Return the same with one of its replicas alone."""
+        target = Target(self.home, self.model, self._rng)
+        target.replicas = (replica,)
+        return target
 
     @property
     def full(self) -> bool:
@@ -160,6 +168,8 @@ class Pool:
         listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
         repeats: the requests that failed lately.
         replicas: of all backends, in order.
+        backends: those of all routes in their order, each once, as targets that keep the caller's model.
+        responses: where stored responses live.
         routes: the first one that matches wins.
     """
 
@@ -177,6 +187,7 @@ class Pool:
     ) -> None:
         self._model_name = settings.model_name
         self.repeats = Repeats(clock)
+        self.responses = ResponseHomes()
 
         def backend(config: "BackendConfig") -> Backend:
             home = Backend(
@@ -217,6 +228,8 @@ class Pool:
 
         self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))
+        homes = dict.fromkeys(target.home for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(home, None, rng) for home in homes)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))
@@ -230,6 +243,21 @@ class Pool:
             if route.matches(model):
                 return route
         return None
+
+    def home_target(self, home: "Home", model: str, route: Route | None) -> Target | None:
+        """Return the target that asks the home of a stored response alone; None when it is not there.
+
+        Args:
+            home: of the response.
+            model: of the call.
+            route: of the model: the target of it that made the response, else another one for the same replica. None:
+                whatever the routes are.
+        """
+        targets = self.backends if route is None else route.targets
+        able = [
+            target.only(replica) for target in targets for replica in target.replicas if replica.name == home.replica
+        ]
+        return next((target for target in able if (target.model or model) == home.model), able[0] if able else None)
 
     def note_models(self, replica: Replica, names: tuple[str, ...]) -> None:
         """Take in what a replica lists; its names stay while it cannot be asked."""

@@ -91,6 +91,7 @@ class OpenAIChat:
     """The dialect of `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`."""
 
     passes_query = False
+    stores = False
     operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
