@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from aiohttp import web
@@ -86,12 +86,16 @@ OPERATIONS: tuple[tuple[str, str | None, Reader[Request]], ...] = (
 
 
 class Api:
-    """The mock model's API: OpenAI's, and Anthropic's messages."""
+    """The mock model's API: OpenAI's, and Anthropic's messages.
+
+    Args:
+        models: those that are listed; the first answers requests that name none.
+    """
 
     def __init__(
         self,
         *,
-        model_name: str,
+        models: Sequence[str],
         writer: Writer,
         responses: StoredResponses,
         machine: Machine,
@@ -100,7 +104,8 @@ class Api:
         metrics: Metrics,
         tracer: Tracer,
     ) -> None:
-        self._model_name = model_name
+        self._models = list(dict.fromkeys(models))
+        self._model_name = models[0]
         self._writer = writer
         self._responses = responses
         self._machine = machine
@@ -181,7 +186,7 @@ class Api:
         return Order(_refusal(path, error), asked, asked or self._model_name, seen.stream is True)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
-        return await self._aside(request, MODELS, list_models(self._model_name))
+        return await self._aside(request, MODELS, list_models(self._models))
 
     async def _retrieve_model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]

@@ -35,6 +35,8 @@ GARBAGE = b"this is no JSON {"
 MALFORMED = b'data: {"id": "chatcmpl-broken", "choices": [{"index": 0, "delta": {"content": \n\n'
 RESPONSES = "/v1/responses"
 ELLIPSIS = "…".encode()
+COMMENT = b": ping\n\n"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 TEXTS = (b'"content":"', b'"arguments":"', b'"text":"', b'"thinking":"', b'"partial_json":"', b'"delta":"')
 """What stands before the words of an event."""
 
@@ -69,6 +71,11 @@ def _phrase(status: int) -> str:
 
 def _of_events(call: Call) -> bool:
     return call.answer.content_type == EVENT_STREAM
+
+
+def _opening(events: tuple[Event, ...]) -> int:
+    """Return how many events come before the first token."""
+    return next((number for number, event in enumerate(events) if event.step), len(events))
 
 
 def _half(data: bytes) -> bytes:
@@ -174,12 +181,82 @@ class SlowFirstToken(Fault):
             await response.write(call.answer.body)
             return await call.finish(response, "complete")
         events = call.answer.events
-        opening = next((number for number, event in enumerate(events) if event.step), len(events))
+        opening = _opening(events)
         response = await call.begin()
         await call.play(response, events[:opening])
         await call.machine.wait(self.delay)
         await call.play(response, events[opening:])
         return await call.finish(response, "complete")
+
+
+class Pings(Fault):
+    """A good answer after signs of life: comments, in messages `ping` events, of an unstreamed answer blank lines.
+
+    Attributes:
+        count: how many.
+        interval: before each, and before the answer goes on.
+        after_events: how many events come before them; by default all that come before the first token.
+    """
+
+    kind = "pings"
+    count: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
+    interval: Seconds = 1.0
+    after_events: Count | None = None
+
+    def suits(self, call: Call) -> bool:
+        """Return whether such signs can stand in the answer."""
+        return call.answer.content_type in {EVENT_STREAM, JSON}
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the beginning and the signs, then go on as usual."""
+        answer = call.answer
+        response = await call.begin()
+        if not _streamed(call):
+            await self._live(call, response, b"\n")
+            await call.think()
+            await response.write(answer.body)
+            return await call.finish(response, "complete")
+        place = _opening(answer.events) if self.after_events is None else self.after_events
+        await call.play(response, answer.events[:place])
+        await self._live(call, response, PING if is_anthropic(call.path) else COMMENT)
+        await call.play(response, answer.events[place:])
+        return await call.finish(response, "complete")
+
+    async def _live(self, call: Call, response: web.StreamResponse, sign: bytes) -> None:
+        for _ in range(self.count):
+            await call.machine.wait(self.interval)
+            await response.write(sign)
+        await call.machine.wait(self.interval)
+
+
+class OneSlot(Fault, dict=True):
+    """A server that answers one stream at a time: a newer one ends the one before it, as if that were complete."""
+
+    kind = "one_slot"
+
+    def __post_init__(self) -> None:
+        self._turn: asyncio.Future[None] | None = None
+
+    def suits(self, call: Call) -> bool:
+        """Return whether it is a stream of events."""
+        return _of_events(call)
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve until another one comes."""
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+        turn = self._turn = asyncio.get_running_loop().create_future()
+        response = await call.begin()
+        playing = asyncio.ensure_future(call.play(response, call.answer.events))
+        try:
+            await asyncio.wait((playing, turn), return_when=asyncio.FIRST_COMPLETED)
+            displaced = playing.cancel()
+            await asyncio.wait((playing,))
+            if not displaced:
+                playing.result()
+            return await call.finish(response, "fault" if displaced else "complete")
+        finally:
+            playing.cancel()
 
 
 class Stall(Fault):
@@ -287,13 +364,18 @@ class NoFinish(_Edited):
     """A stream with neither finish reasons nor `[DONE]`.
 
     In messages it has neither `message_delta` nor `message_stop`, in responses no last event.
+
+    Attributes:
+        done: whether `[DONE]` (`message_stop`) comes all the same.
     """
 
     kind = "no_finish"
+    done: bool = False
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """Return all but the finish and `[DONE]`."""
-        return (event for event in events if event.part not in {"finish", "done"})
+        """Return all but the finish and, mostly, `[DONE]`."""
+        without = {"finish"} if self.done else {"finish", "done"}
+        return (event for event in events if event.part not in without)
 
 
 class MalformedEvent(_Edited):
@@ -539,6 +621,8 @@ KINDS: dict[str, type[Fault]] = {
         HangBeforeHeaders,
         HangAfterHeaders,
         SlowFirstToken,
+        Pings,
+        OneSlot,
         Stall,
         Cut,
         NoDone,

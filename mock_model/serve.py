@@ -71,7 +71,7 @@ class MockModel:
         writer = Writer(settings.mock_seed, settings.mock_tokens)
         self._responses = StoredResponses(writer=writer, pace=pace, place=lambda: f"{socket.gethostname()}:{self.port}")
         self._api = Api(
-            model_name=settings.model_name,
+            models=(settings.model_name, *settings.mock_models),
             writer=writer,
             responses=self._responses,
             machine=self._machine,

@@ -137,6 +137,15 @@ async def test_models(client: AsyncOpenAI) -> None:
     assert (await client.models.retrieve("org/any name")).id == "org/any name"
 
 
+async def test_several_models_are_listed_once_each() -> None:
+    async with (
+        MockModel(settings(mock_models=["other", "demo-model"])) as mock,
+        AsyncOpenAI(base_url=f"{mock.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        assert [model.id async for model in client.models.list()] == ["demo-model", "other"]
+        assert (await client.completions.create(model="unlisted", prompt="a")).model == "unlisted"
+
+
 async def test_a_wrong_request_is_a_bad_request(client: AsyncOpenAI, mock: MockModel) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="m", messages=[])

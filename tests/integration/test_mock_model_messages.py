@@ -165,6 +165,13 @@ async def test_a_malformed_event_has_a_name_that_clients_know(mock: MockModel, h
         json.loads(data[5])
 
 
+async def test_pings_are_events_here(mock: MockModel, http: aiohttp.ClientSession) -> None:
+    script(mock, "pings", count=2, interval=0)
+    got = await post(http, STREAM)
+
+    assert got.names == [*NAMES[:3], "ping", "ping", *NAMES[3:]]
+
+
 @pytest.mark.parametrize("after", [0, 4])
 async def test_an_error_event_is_the_last_one(mock: MockModel, http: aiohttp.ClientSession, after: int) -> None:
     script(mock, "error_event", after_events=after)
