@@ -78,9 +78,10 @@ CONTEXT_PHRASES = (
     "exceeds the maximum number of tokens",
 )
 NO_RESPONSE = re.compile(
-    r"\W*(?:(?:the|no|previous|stored|requested) )*response\b.*(?:\bfound|does not exist|doesn't exist)", re.DOTALL
+    r"\W*(?:(?:the|previous|stored|requested) )*response\b(?: with(?: the)? id)?:? ?\S* ?(?:was |is )?"
+    r"(?:not found|does not exist|doesn't exist)|\W*no response (?:was )?found"
 )
-"""At its beginning: further on it can be about anything."""
+"""At the beginning of a message: further on it can be about anything."""
 MODEL_PHRASES = ("no such model", "unknown model", "no endpoints found", "not found, try pulling")
 NO_MODEL = re.compile(
     r"\b(?:models?|deployment)\b.*?(?:does not exist|doesn't exist|not found|not available)", re.DOTALL

@@ -101,7 +101,7 @@ class StreamWriter:
         self.committed = True
         self._state = state
         self._held_up = held_up
-        if not await self._open(events, headers):
+        if not await self._open(events, headers) and events:
             await self.write(events)
 
     async def write(self, events: bytes) -> None:
