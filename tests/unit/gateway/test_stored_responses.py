@@ -118,9 +118,9 @@ def test_nothing_but_a_resumed_stream_may_be_empty_and_that_only_before_its_firs
 
     resumed = STORED.read_call("GET", RESPONSE, "r", "stream=true&starting_after=2")
     state = STORED.stream_state(resumed, keep_text=False, until_answer=False)
-    assert state.finished
+    assert [state.finished, state.content] == [True, False]
     state.feed(b'{"type": "response.output_text.delta", "sequence_number": 3, "delta": "x"}')
-    assert not state.finished
+    assert [state.finished, state.ended] == [False, False]
     usage = {"input_tokens": 3, "output_tokens": 4}
     end = {"type": "response.completed", "response": {"id": "r", "status": "completed", "usage": usage}}
     state.feed(json.dumps(end).encode())
