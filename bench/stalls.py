@@ -71,7 +71,9 @@ ANSWERS = {
     "one text": filled(b'{"choices":[{"message":{"content":"', b"a", b'"}}]}', b""),
     "surrogates": filled(b'{"choices":[{"message":{"content":"', rb"\ud800", b'"}}]}', b""),
     "choices": filled(b'{"choices":[', b"{}", b"]}"),
-    "reasons": filled(b'{"choices":[', b'{"index":0,"finish_reason":"stop","message":{"role":"x","content":""}}', b"]}"),
+    "reasons": filled(
+        b'{"choices":[', b'{"index":0,"finish_reason":"stop","message":{"role":"x","content":""}}', b"]}"
+    ),
     "lists": filled(b'{"choices":[],"x":[', b"[]", b"]}"),
     "not finite": filled(b'{"data":[{"embedding":[', b"NaN", b"]}]}"),
     "an error": filled(b'{"error":[', b"{}", b"]}"),

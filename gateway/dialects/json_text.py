@@ -120,6 +120,11 @@ def blocks(data: bytes) -> Iterator[bytes]:
         start = end
 
 
+def beginning_of_text(data: bytes) -> bytes:
+    """Return the beginning of a text that goes on, without a part of an escape or of a character at its end."""
+    return data[: _between_characters(data, len(data) - 1)]
+
+
 def _between_characters(data: bytes, place: int) -> int:
     """Return the last place up to `place` at which neither an escape nor a character in UTF-8 is torn."""
     if place >= len(data):

@@ -101,7 +101,7 @@ class RequestReader:
         if len(body) <= LARGE:
             return dialect.read_request(path, body)
         with PhaseTimer(self._clock, deadline.end, "The deadline passed before the request's body could be checked."):
-            return await self._executor.run(len(body), dialect.read_request, path, body)
+            return await self._executor.read(len(body), dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""

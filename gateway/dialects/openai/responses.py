@@ -6,11 +6,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
+from gateway.dialects.answer_fields import NULL, abridged_event, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_words import read_words, words_of
-from gateway.dialects.json_text import NO_JSON, decode_with
+from gateway.dialects.json_text import BLOCK, NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
@@ -102,7 +102,7 @@ class _LargeItem(Struct):
     type: msgspec.Raw = NULL
 
 
-_large_event = msgspec.json.Decoder(_LargeEvent)
+_decode_large_event = msgspec.json.Decoder(_LargeEvent).decode
 _decode_large_response = msgspec.json.Decoder(_LargeResponse).decode
 _decode_large_item = msgspec.json.Decoder(_LargeItem).decode
 _decode_delta = msgspec.json.Decoder(_Delta).decode
@@ -153,19 +153,24 @@ class ResponseState:
         """None: the terminal event is the end."""
         return None
 
+    @staticmethod
+    def abridged(data: bytes) -> bytes:
+        """Return an event that says the same in few bytes."""
+        data = data.strip()
+        return data if data == DONE else abridged_event(data, _large_event)
+
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
+        if len(data) > BLOCK:
+            data = self.abridged(data)
         if self.text is None and (number := _number_of_delta(data)) is not None:
             self.sequence_number = number + 1
             self.content = self.answer = True
             return
         if data.strip() == DONE:
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
-        event = event_document(data, _large_event)
+        event = event_document(data)
         if isinstance(event, dict):
-            for part, decode_part in (("response", _decode_large_response), ("item", _decode_large_item)):
-                if isinstance(large := event.get(part), bytes):
-                    event[part] = small_parts(decode_part(large)) if large.startswith(b"{") else None
             self._feed_event(event)
         elif not self.content:
             self.error = read_words(event)  # a text, or Gemini's list
@@ -280,6 +285,16 @@ class OpenAIResponses:
             if isinstance(part.get("text"), str)
         ]
         return ["".join(said)] * bool(said)
+
+
+def _large_event(data: bytes) -> dict[str, Any]:
+    """Return what is read of a large event."""
+    parts = {"response": _decode_large_response, "item": _decode_large_item}
+    event = small_parts(decode_with(_decode_large_event, data), *parts)
+    for part, decode_part in parts.items():
+        if isinstance(large := event.get(part), msgspec.Raw):
+            event[part] = small_parts(decode_part(large)) if memoryview(large)[:1] == b"{" else None
+    return event
 
 
 def _number_of_delta(data: bytes) -> int | None:
