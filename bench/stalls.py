@@ -71,9 +71,7 @@ ANSWERS = {
     "one text": filled(b'{"choices":[{"message":{"content":"', b"a", b'"}}]}', b""),
     "surrogates": filled(b'{"choices":[{"message":{"content":"', rb"\ud800", b'"}}]}', b""),
     "choices": filled(b'{"choices":[', b"{}", b"]}"),
-    "reasons": filled(
-        b'{"choices":[', b'{"index":0,"finish_reason":"stop","message":{"role":"x","content":""}}', b"]}"
-    ),
+    "reasons": filled(b'{"choices":[', b'{"index":0,"finish_reason":"stop","message":{"role":"","content":""}}', b"]}"),
     "lists": filled(b'{"choices":[],"x":[', b"[]", b"]}"),
     "not finite": filled(b'{"data":[{"embedding":[', b"NaN", b"]}]}"),
     "an error": filled(b'{"error":[', b"{}", b"]}"),
@@ -108,7 +106,7 @@ class Backend(asyncio.Protocol):
         if not self._left:
             self._head += data
             end = self._head.find(b"\r\n\r\n") + 4
-            if end < 4:  # noqa: PLR2004
+            if end < 4:
                 return
             length = re.search(rb"\r\ncontent-length: *(\d+)", self._head[:end], re.IGNORECASE)
             self._left = end + (int(length[1]) if length else 0)
@@ -193,8 +191,8 @@ async def measure(gateway: Gateway, kind: str, shape: str) -> list[float]:
     pinger = await spawn(
         python("bench.stalls", "--ping", str(gateway.port)), env=clean_environment({}), stdin=pipe, stdout=pipe
     )
-    assert pinger.stdout is not None
-    assert pinger.stdin is not None
+    if pinger.stdout is None or pinger.stdin is None:
+        raise RuntimeError("the pings have no pipes")
     await pinger.stdout.readline()
     before, cpu = usage.resident_bytes(gateway.pid), usage.cpu_seconds(gateway.pid)
     peak = [before]

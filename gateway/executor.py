@@ -48,7 +48,8 @@ class Executor:
         Args:
             size: bytes.
             work: can be pickled, as its arguments and what it returns or raises; what it changes is lost.
-            args, kwargs: its arguments.
+            *args: its arguments.
+            **kwargs: its arguments by name.
 
         Raises:
             GatewayOverloaded: the process died of it.
@@ -57,7 +58,7 @@ class Executor:
         if size <= self._in_thread:
             return await self.run(size, work, *args, **kwargs)
         try:
-            return await self.run(size, self._worker.call, work, *args, **kwargs)
+            return await self.run(size, lambda: self._worker.call(work, *args, **kwargs))
         except WorkerDiedError:
             raise GatewayOverloaded("The gateway has too little memory. Try again shortly.", reason="memory") from None
         finally:

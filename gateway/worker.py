@@ -16,7 +16,7 @@ from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from struct import Struct
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class Worker:
             return work(*args, **kwargs)
         texts: list[bytes] = []
         try:
-            _send(process.stdin, (work, args, kwargs), texts)
-            result, error = _receive(process.stdout, texts)
+            _send(cast("IO[bytes]", process.stdin), (work, args, kwargs), texts)
+            result, error = _receive(cast("IO[bytes]", process.stdout), texts)
         except (OSError, EOFError):
             self.end()
             raise WorkerDiedError from None
@@ -85,7 +85,7 @@ class Worker:
             # With our own path: another gateway may lie in the working directory.
             program = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import main; main()"
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe)
+            self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe)  # noqa: S603
         return self._process
 
 
@@ -111,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._texts = texts
 
-    def persistent_load(self, number: Any) -> bytes:  # noqa: ANN401 - what `persistent_id` returned
+    def persistent_load(self, number: int) -> bytes:
         return self._texts[number]
 
 
@@ -150,6 +150,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Do one work; nothing of it is held afterwards. Raises: EOFError, BrokenPipeError: nobody asks any more."""
     texts: list[bytes] = []
     work, args, kwargs = _receive(requests, texts)
+    outcome: tuple[object, Exception | None]
     try:
         outcome = work(*args, **kwargs), None
     except Exception as error:  # noqa: BLE001 - raised by whoever asked

@@ -7,7 +7,6 @@ import msgspec
 
 from gateway.dialects.error_words import read_words
 from gateway.dialects.json_text import (
-    BLOCK,
     BYTE_ORDER_MARK,
     NO_JSON,
     beginning_of_text,
@@ -17,6 +16,7 @@ from gateway.dialects.json_text import (
     leniently,
 )
 from gateway.errors import ErrorInside, InvalidResponse, WrongForm
+from gateway.pieces import BLOCK
 
 if TYPE_CHECKING:
     from gateway.dialects.dialect import Dialect
@@ -195,6 +195,11 @@ def small_parts(fields: msgspec.Struct, *apart: str) -> dict[str, Any]:
     return {field: raw if field in apart and _is_large(raw) else _small(raw) for field, raw in raws if raw is not NULL}
 
 
+def is_object(raw: msgspec.Raw) -> bool:
+    """Return whether a value is an object."""
+    return bytes(memoryview(raw)[:1]) == b"{"
+
+
 def _is_large(raw: msgspec.Raw) -> bool:
     return memoryview(raw).nbytes > BLOCK
 
@@ -203,7 +208,7 @@ def _small(raw: msgspec.Raw) -> object:
     view = memoryview(raw)
     if view.nbytes <= BLOCK:
         return decode(bytes(view))
-    return decode(beginning_of_text(bytes(view[: BLOCK + 1])) + b'"') if view[:1] == b'"' else True
+    return decode(beginning_of_text(bytes(view[: BLOCK + 1])) + b'"') if bytes(view[:1]) == b'"' else True
 
 
 def name(value: object) -> str | None:

@@ -6,11 +6,12 @@ Some servers and clients cut texts between the two halves of a surrogate pair; R
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
 from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
+
+from gateway.pieces import BLOCK, joined
 
 T = TypeVar("T")
 MAX_DEPTH = 500
@@ -23,8 +24,6 @@ SHALLOW = 2 * MAX_DEPTH
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What these functions raise for text that is not JSON."""
 
-BLOCK = 65_536
-"""Bytes that are looked at in one go; between two of them other threads get their turn."""
 LONGEST_ESCAPE = len(rb"\u0000")
 STRETCH = 256
 """Brackets that are counted in one go."""
@@ -96,14 +95,6 @@ def leniently(read: Callable[[bytes], T], data: bytes) -> T:
 def _block_of_finite_numbers(block: bytes) -> bytes:
     """Return a block with null for what is not finite, in texts too: what is decoded here is only inspected."""
     return block.replace(b"NaN", b"null").replace(b"-Infinity", b"null").replace(b"Infinity", b"null")
-
-
-def joined(pieces: Iterable[bytes]) -> bytes:
-    """Return pieces as one, without holding all of them beside it as `bytes.join` does."""
-    whole = BytesIO()
-    for piece in pieces:
-        whole.write(piece)
-    return whole.getvalue()
 
 
 def blocks(data: bytes) -> Iterator[bytes]:

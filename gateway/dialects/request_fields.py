@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.dialects.json_text import (
-    BLOCK,
     BYTE_ORDER_MARK,
     LONGEST_ESCAPE,
     NO_JSON,
@@ -19,10 +18,10 @@ from gateway.dialects.json_text import (
     blocks,
     check,
     decode_with,
-    joined,
     value_after,
 )
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
+from gateway.pieces import BLOCK, joined
 
 T = TypeVar("T", bound=Struct)
 

@@ -6,8 +6,8 @@ that begins with a colon is a comment.
 
 import re
 
-from gateway.dialects.json_text import BLOCK, joined
 from gateway.errors import PartTooLarge
+from gateway.pieces import BLOCK, joined
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
@@ -74,7 +74,7 @@ class EventSplitter:
         self._border, self.waiting = b"", self._before
         if rest:
             self._wait_with(rest)
-        if before + len(data) > self._limit and max(self.waiting, *map(len, events)) > self._limit:
+        if before + len(data) > self._limit and max([self.waiting, *map(len, events)]) > self._limit:
             raise PartTooLarge(f"The backend sent an event longer than {self._limit} bytes.")
         if before + len(data) > BLOCK and any(map(_has_many_lines, events)):
             raise PartTooLarge(f"The backend sent an event of more than {MAX_LINES} lines.")
@@ -127,12 +127,18 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
 
 def line_of(event: bytes) -> bytes | None:
     """Return the data of a single event of one line, which nearly every read of a stream is; None for all else."""
+    return event[6:-2] if _is_one_line(event) else None
+
+
+def _is_one_line(event: bytes) -> bool:
     plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
-    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 else None
+    return plain and event.find(b"\n") == len(event) - 2
 
 
 def data_of(event: bytes) -> bytes | None:
     """Return the data of an event; None when it has none, as a comment has not."""
+    if len(event) > BLOCK and _is_one_line(event):
+        return joined([memoryview(event)[6:-2]])
     line = line_of(event)
     if line is not None:
         return line

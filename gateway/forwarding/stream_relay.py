@@ -13,6 +13,7 @@ from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
+from gateway.pieces import joined
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -263,7 +264,7 @@ class StreamRelay:
             if not await self._executor.run(size, self._is_good, event, data):
                 break
             good.append(event)
-        return await self._executor.run(size, b"".join, good)
+        return good[0] if len(good) == 1 else await self._executor.run(size, joined, good)
 
     def _look_into(self, data: bytes) -> bytes:
         return self._checked(self._split(data))
@@ -353,7 +354,8 @@ class _Held:
         if self._size > self._limit:
             raise AnswerTooLarge(self._message)
         self._share.hold(len(events))
-        self._events.append(events)
+        if events:
+            self._events.append(events)
 
     def joined(self) -> bytes:
         """Return all of them."""

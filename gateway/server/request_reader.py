@@ -24,6 +24,7 @@ from gateway.errors import (
 from gateway.executor import LARGE
 from gateway.headers import forwarded_as, seconds
 from gateway.phase_timer import PhaseTimer
+from gateway.pieces import joined, taken_from
 from gateway.policy.deadline import Deadline
 from gateway.settings import COMMITS
 
@@ -141,7 +142,9 @@ class RequestReader:
                 pieces.append(decoder.end())
         except CodingError as error:
             raise _error_of(error) from None
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if size > LARGE or sum(map(len, pieces)) > LARGE:
+            return await asyncio.to_thread(joined, taken_from(pieces))
+        return b"".join(pieces)
 
     async def _read(self, content: "StreamReader", deadline: Deadline) -> bytes:
         """Return what has arrived of a body, waiting for it if need be; nothing at its end."""

@@ -101,7 +101,9 @@ class StreamWriter:
         self.committed = True
         self._state = state
         self._held_up = held_up
-        if not await self._open(events, headers):
+        first = events if len(events) < LARGE else b""
+        opened = await self._open(first, headers)
+        if not opened or len(first) < len(events):
             await self.write(events)
 
     async def write(self, events: bytes) -> None:

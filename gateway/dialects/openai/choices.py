@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, abridged_event, count, event_document, name, small_parts
+from gateway.dialects.answer_fields import NULL, abridged_event, count, event_document, is_object, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import BLOCK, NO_JSON, SHALLOW, decode_with, has_many_objects
+from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with, has_many_objects
 from gateway.dialects.server_sent_events import DONE
 
 if TYPE_CHECKING:
     from gateway.errors import ErrorWords
+from gateway.pieces import BLOCK
 
 MAX_CHOICES_SHOWN = 16
 REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})
@@ -258,7 +259,7 @@ def _large_choice(choice: "_LargeChoice") -> dict[str, Any]:
     fields = small_parts(choice, "delta")
     delta = fields.get("delta")
     if isinstance(delta, msgspec.Raw):  # it has words, whatever they are
-        words = small_parts(_large_delta(delta)) if memoryview(delta)[:1] == b"{" else {}
+        words = small_parts(_large_delta(delta)) if is_object(delta) else {}
         fields["delta"] = words if any(words.values()) else {"": True}
     return fields
 

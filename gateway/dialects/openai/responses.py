@@ -6,15 +6,25 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, abridged_event, count, event_document, name, read_whole, small_parts
+from gateway.dialects.answer_fields import (
+    NULL,
+    abridged_event,
+    count,
+    event_document,
+    is_object,
+    name,
+    read_whole,
+    small_parts,
+)
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_words import read_words, words_of
-from gateway.dialects.json_text import BLOCK, NO_JSON, decode_with
+from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
 from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidResponse
+from gateway.pieces import BLOCK
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -293,7 +303,7 @@ def _large_event(data: bytes) -> dict[str, Any]:
     event = small_parts(decode_with(_decode_large_event, data), *parts)
     for part, decode_part in parts.items():
         if isinstance(large := event.get(part), msgspec.Raw):
-            event[part] = small_parts(decode_part(large)) if memoryview(large)[:1] == b"{" else None
+            event[part] = small_parts(decode_part(large)) if is_object(large) else None
     return event
 
 
