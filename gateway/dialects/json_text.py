@@ -32,7 +32,7 @@ _COLON = re.compile(rb"\s*:\s*")
 _DROPPED = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = bytes({"[": 1, "{": 1, "]": 255, "}": 255}.get(chr(byte), 0) for byte in range(256))
 """What each byte adds to the depth; 255 is -1 in a signed byte."""
-_SURROGATES = [rb"\%b%c" % (start, digit) for start in (b"ud", b"uD") for digit in b"89abcdefABCDEF"]
+_SURROGATES = [rb"\ud%c" % digit for digit in b"89abcdefABCDEF"]
 _decode = msgspec.json.Decoder().decode
 _pass_over = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
@@ -179,6 +179,7 @@ def _without_surrogates(data: bytes) -> bytes:
 
 
 def _block_without_surrogates(block: bytes) -> bytes:
+    block = block.replace(rb"\uD", rb"\ud")
     for escape in _SURROGATES:
         block = block.replace(escape, rb"\ue0")
     return block

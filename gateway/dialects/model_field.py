@@ -49,9 +49,10 @@ def with_model(body: bytes, model: str) -> bytes:
 
 def _names(body: bytes) -> "Iterator[tuple[int, int]]":
     """Yield where each text "model" begins and ends, also one with escaped letters."""
-    if b"\\u00" not in body and b'"model"' not in body:
-        return
     for block in range(0, len(body), BLOCK):  # block by block: other threads get their turn
-        for found in _NAME.finditer(body, block, block + BLOCK + LONGEST):
+        end = block + BLOCK + LONGEST
+        if body.find(b"\\u00", block, end) < 0 and body.find(b'"model"', block, end) < 0:
+            continue
+        for found in _NAME.finditer(body, block, end):
             if found.start() < block + BLOCK:
                 yield found.span()

@@ -104,10 +104,12 @@ class StreamWriter:
         first = events if len(events) < LARGE else b""
         opened = await self._open(first, headers)
         if not opened or len(first) < len(events):
-            await self.write(events)
+            await self.write(events, held=len(events))
 
-    async def write(self, events: bytes) -> None:
+    async def write(self, events: bytes, held: int = 0) -> None:
         """Send whole events; waits while the caller does not read. Raises: CallerLeft.
+
+        Of what then waits for the caller, `held` bytes are counted as held already.
 
         They go straight to the transport: aiohttp's writer takes 10,000 instructions more for each event
         (docs/performance.md). Large ones are not copied.
@@ -125,7 +127,7 @@ class StreamWriter:
         if self._beating is not None:
             self._last_write = self._clock()
         if request.protocol.writing_paused:
-            await self._until_taken(transport.get_write_buffer_size())
+            await self._until_taken(max(0, transport.get_write_buffer_size() - held))
 
     async def _until_taken(self, size: int) -> None:
         """Wait until the caller's side has taken what was sent, of which `size` bytes nobody else counts as held.
