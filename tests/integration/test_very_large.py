@@ -5,13 +5,18 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from gateway.dialects import json_text
 from gateway.executor import VERY_LARGE
 from testkit.completions import CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, RESPONSES_PATH
+from testkit.polling import until
+from testkit.servers import Gateway as GatewayProcess
 from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw
 from tests.integration.gateways import StartGateway
 from tests.integration.recorder import Recorder
@@ -125,8 +130,8 @@ async def test_when_the_reading_process_is_killed_one_request_is_asked_to_come_a
     gateway = await start_gateway(recorder.url)
     path, body = BODIES[0]
     assert (await send(gateway, post(body, path=path))).status == 200
-    worker = gateway.parts.executor._worker  # noqa: SLF001 - whom the system would kill for its memory
-    started = worker._started  # noqa: SLF001
+    worker = gateway.parts.executor._worker
+    started = worker._started
     assert worker.pid is not None
 
     def killed() -> Any:  # noqa: ANN401
@@ -142,3 +147,22 @@ async def test_when_the_reading_process_is_killed_one_request_is_asked_to_come_a
     assert answer.headers["retry-after"] == "1"
     assert (await send(gateway, post(body, path=path))).status == 200
     assert gateway.parts.byte_budget.held == 0
+
+
+def children_of(pid: int) -> list[str]:
+    return "".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+async def test_the_reading_process_ends_with_the_gateway(recorder: Recorder, tmp_path: Path, end: int) -> None:
+    async with GatewayProcess("gateway", tmp_path, {"GATEWAY_BACKEND_URLS": recorder.url}) as gateway:
+        url, body = gateway.url + BODIES[0][0], BytesIO(BODIES[0][1])
+        headers = {"content-type": "application/json"}
+        async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=headers) as answer:
+            assert answer.status == 200
+        [reader] = children_of(gateway.pid)
+        gateway.signal(end)
+        assert await gateway.wait() == (0 if end == signal.SIGTERM else -end)
+        await until(lambda: not Path(f"/proc/{reader}").exists(), "the reading process ends")
+        assert "Traceback" not in gateway.last_lines()
