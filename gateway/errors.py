@@ -49,9 +49,10 @@
           `- Rejected                4xx     all others
 """
 
+import copyreg
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,6 +99,10 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.outcome = self.word or self.code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickles make it of again, whatever its constructor takes: see `worker.py`."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class CallerError(GatewayError):

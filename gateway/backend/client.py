@@ -1,5 +1,6 @@
 """The HTTP client: one call to one replica."""
 
+import asyncio
 import math
 from base64 import b64encode
 from functools import partial
@@ -28,8 +29,10 @@ from gateway.backend.aiohttp_connection import (
 from gateway.backend.failures import failure_of, why_unreachable
 from gateway.content_coding import CodingError, DecodedTooLarge, Decoder, coding_of
 from gateway.errors import AnswerTooLarge, ConnectTimeout, CutOff, InvalidRequest, InvalidResponse, Silent
+from gateway.executor import LARGE
 from gateway.headers import is_request_id, lines_of, passed_headers
 from gateway.phase_timer import PhaseTimer
+from gateway.pieces import joined, taken_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -373,7 +376,7 @@ class Exchange:
                 raise _too_large(limit)
             share.hold(len(piece))
             pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces) if size <= LARGE else await asyncio.to_thread(joined, taken_from(pieces))
 
     def close(self) -> None:
         """Give the connection back if the body has ended, else close it."""

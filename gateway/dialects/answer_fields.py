@@ -1,17 +1,32 @@
 """Reading the few fields of answers and events that the gateway needs; a backend may send anything in them."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import BLOCK, BYTE_ORDER_MARK, NO_JSON, check, decode, decode_with, leniently
+from gateway.dialects.json_text import (
+    BYTE_ORDER_MARK,
+    NO_JSON,
+    beginning_of_text,
+    check,
+    decode,
+    decode_with,
+    leniently,
+)
 from gateway.errors import ErrorInside, InvalidResponse, WrongForm
+from gateway.pieces import BLOCK
+from gateway.policy.response_homes import MAX_ID
+
+if TYPE_CHECKING:
+    from gateway.dialects.dialect import Dialect
 
 NULL = msgspec.Raw(b"null")
 MAX_NAME = 256
 """Characters kept of a name."""
+MAX_REASONS = 16
+"""Finish reasons kept of a large answer."""
 
 
 class HasError(Protocol):
@@ -73,6 +88,29 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
     return whole
 
 
+class Description(NamedTuple):
+    """What an answer says about itself, within bounds; see `Answer`."""
+
+    response_id: str | None
+    model: str | None
+    finish_reasons: list[str] | None
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+def describe(dialect: "Dialect", content_type: str, body: bytes) -> Description:
+    """Check a whole answer of any size, and return little. Raises: InvalidResponse, as `Dialect.read_answer`."""
+    answer = dialect.read_answer(content_type, body)
+    reasons = answer.finish_reasons
+    return Description(
+        identifier(answer.response_id),
+        name(answer.model),
+        None if reasons is None else [reason[:MAX_NAME] for reason in reasons[:MAX_REASONS]],
+        count(answer.input_tokens),
+        count(answer.output_tokens),
+    )
+
+
 def _check_type(content_type: str) -> None:
     if content_type == "text/event-stream":
         raise WrongForm("The backend's answer is a stream, although none was asked for.")
@@ -92,11 +130,18 @@ def raise_error_inside(body: bytes) -> None:
         ErrorInside: there is.
     """
     try:
-        words = read_words(_small_parts_of(body.removeprefix(BYTE_ORDER_MARK), OUTER_WORDS))
+        words = read_words(outer_words(body.removeprefix(BYTE_ORDER_MARK)))
     except NO_JSON:
         return
     if words is not None:
         raise ErrorInside(words)
+
+
+def outer_words(body: bytes) -> object:
+    """Return a document, of a large one the parts in which an error can be. Raises: NO_JSON."""
+    if len(body) <= BLOCK:
+        return leniently(decode, body)
+    return _shortened(body, lambda text: small_parts(decode_with(OUTER_WORDS.decode, text)))
 
 
 def _read(body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[[], T]) -> T:
@@ -108,44 +153,76 @@ def _read(body: bytes, decode_typed: Callable[[bytes], T], make_empty: Callable[
         return whole
 
 
-def event_document(data: bytes, large: "msgspec.json.Decoder[Any]") -> object:
-    """Return the document in an event; where that is large only its fields that `large` names, see `small_parts`.
+def event_document(data: bytes) -> object:
+    """Return the document in an event that is not large.
 
     Raises:
         InvalidResponse: its data is not JSON.
     """
     try:
-        return _small_parts_of(data, large)
+        return leniently(decode, data)
     except NO_JSON:
         raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
 
 
-def _small_parts_of(data: bytes, large: "msgspec.json.Decoder[Any]") -> object:
-    if len(data) <= BLOCK:
-        return leniently(decode, data)
+def abridged_event(data: bytes, shorten: Callable[[bytes], object]) -> bytes:
+    """Return the data of a large event as far as anything of it is read, in few bytes.
+
+    Args:
+        data: JSON, or something else that is no event.
+        shorten: returns the parts of an object that are read, see `small_parts`.
+
+    Raises:
+        InvalidResponse: its data is not JSON.
+    """
     try:
-        return small_parts(leniently(lambda text: decode_with(large.decode, text), data))
+        return msgspec.json.encode(_shortened(data, shorten))
+    except NO_JSON:
+        raise InvalidResponse("The backend sent an event whose data is not JSON.") from None
+
+
+def _shortened(data: bytes, shorten: Callable[[bytes], object]) -> object:
+    try:
+        return leniently(shorten, data)
     except msgspec.ValidationError:
         leniently(check, data)
         return None  # JSON, but no object
 
 
-def small_parts(fields: msgspec.Struct) -> dict[str, Any]:
+def small_parts(fields: msgspec.Struct, *apart: str) -> dict[str, Any]:
     """Return the values of fields that are all `msgspec.Raw`, `NULL` where one is missing.
 
-    What is large among them, and is no text, stays as it is: decoded, it would take many times its bytes.
+    What is large among them would take many times its bytes: of a text the beginning is returned, else True. What is
+    large and named in `apart` stays as it is.
     """
     raws = msgspec.structs.asdict(fields).items()
-    return {field: _small(bytes(raw)) for field, raw in raws if raw is not NULL}
+    return {field: raw if field in apart and _is_large(raw) else _small(raw) for field, raw in raws if raw is not NULL}
 
 
-def _small(raw: bytes) -> object:
-    return decode(raw) if len(raw) <= BLOCK or raw.startswith(b'"') else raw
+def is_object(raw: msgspec.Raw) -> bool:
+    """Return whether a value is an object."""
+    return bytes(memoryview(raw)[:1]) == b"{"
+
+
+def _is_large(raw: msgspec.Raw) -> bool:
+    return memoryview(raw).nbytes > BLOCK
+
+
+def _small(raw: msgspec.Raw) -> object:
+    view = memoryview(raw)
+    if view.nbytes <= BLOCK:
+        return decode(bytes(view))
+    return decode(beginning_of_text(bytes(view[: BLOCK + 1])) + b'"') if bytes(view[:1]) == b'"' else True
 
 
 def name(value: object) -> str | None:
     """Return a name, bounded in length; None for anything else."""
     return value[:MAX_NAME] if isinstance(value, str) else None
+
+
+def identifier(value: object) -> str | None:
+    """Return the whole id of an answer, by which further calls may name it; None for one that is too long."""
+    return value if isinstance(value, str) and len(value) <= MAX_ID else None
 
 
 def count(value: object) -> int | None:

@@ -10,12 +10,21 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
+from gateway.dialects.answer_fields import (
+    NULL,
+    abridged_event,
+    count,
+    event_document,
+    is_object,
+    name,
+    read_whole,
+    small_parts,
+)
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_answers import own_error, own_words
 from gateway.dialects.error_words import read_words, status_of, words_of
-from gateway.dialects.json_text import BLOCK, NO_JSON, decode_with, has_many_objects
+from gateway.dialects.json_text import NO_JSON, decode_with, has_many_objects
 from gateway.dialects.request_fields import (
     Flag,
     ListOfMessages,
@@ -27,6 +36,7 @@ from gateway.dialects.request_fields import (
 )
 from gateway.dialects.server_sent_events import DONE
 from gateway.errors import ErrorWords, GatewayError, InvalidResponse
+from gateway.pieces import BLOCK
 
 MESSAGES = "/v1/messages"
 TYPES = {
@@ -150,7 +160,7 @@ class _LargeDelta(Struct):
     stop_reason: msgspec.Raw = NULL
 
 
-_large_event = msgspec.json.Decoder(_LargeEvent)
+_decode_large_event = msgspec.json.Decoder(_LargeEvent).decode
 _decode_large_message = msgspec.json.Decoder(_LargeMessage).decode
 _decode_large_delta = msgspec.json.Decoder(_LargeDelta).decode
 _decode_text_delta = msgspec.json.Decoder(_TextDelta).decode
@@ -203,18 +213,23 @@ class MessageState:
         """None: `message_stop` is the end."""
         return None
 
+    @staticmethod
+    def abridged(data: bytes) -> bytes:
+        """Return an event that says the same in few bytes."""
+        data = data.strip()
+        return data if data == DONE else abridged_event(data, _large_event)
+
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
+        if len(data) > BLOCK:
+            data = self.abridged(data)
         if self.text is None and _is_text_delta(data):
             self.content = self.answer = True
             return
         if data.strip() == DONE:
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
-        event = event_document(data, _large_event)
+        event = event_document(data)
         if isinstance(event, dict):
-            for part, decode_part in (("message", _decode_large_message), ("delta", _decode_large_delta)):
-                if isinstance(large := event.get(part), bytes):
-                    event[part] = small_parts(decode_part(large)) if large.startswith(b"{") else None
             self._feed_event(event)
         elif not self.content:
             self.error = read_words(event)  # a text, or Gemini's list
@@ -343,6 +358,16 @@ def _error_in(event: dict[str, Any]) -> ErrorWords | None:
         return read_words(event) or words_of(event, {})
     is_bare = "type" not in event or "code" in event
     return read_words(event) if is_bare or event.get("error") is not None else None
+
+
+def _large_event(data: bytes) -> dict[str, Any]:
+    """Return what is read of a large event."""
+    parts = {"message": _decode_large_message, "delta": _decode_large_delta}
+    event = small_parts(decode_with(_decode_large_event, data), *parts)
+    for part, decode_part in parts.items():
+        if isinstance(large := event.get(part), msgspec.Raw):
+            event[part] = small_parts(decode_part(large)) if is_object(large) else None
+    return event
 
 
 def _is_text_delta(data: bytes) -> bool:

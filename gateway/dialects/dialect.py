@@ -158,8 +158,15 @@ class StreamState(Answer, Protocol):
     def done_event(self) -> bytes | None:
         """The event that a complete stream must end with, or None."""
 
+    def abridged(self, data: bytes) -> bytes:
+        """Return the data of a large event as far as it is read, in few bytes; nothing of the state is needed for it.
+
+        Raises:
+            InvalidResponse: it is not JSON.
+        """
+
     def feed(self, data: bytes) -> None:
-        """Take in the data of one event.
+        """Take in the data of one event, abridged or not.
 
         Raises:
             InvalidResponse: it is not JSON.

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
-from gateway.dialects.json_text import BLOCK
 from gateway.errors import InvalidRequest
+from gateway.pieces import BLOCK, joined
 
 MAX_PARTS = 1000
 """Parts of one form; real servers take no more."""
@@ -119,10 +119,10 @@ def with_model(body: bytes, boundary: bytes, model: str) -> bytes:
             head: bytes | memoryview = view[part.begin : part.start]
             if b"content-length" in part.headers:
                 head = re.sub(rb"(?i)(\ncontent-length:[ \t]*)\d+", rb"\g<1>%d" % len(value), b"\n" + head)[1:]
-            return b"".join([view[: part.begin], head, value, view[part.end :]])
+            return joined([view[: part.begin], head, value, view[part.end :]])
     at = _first(body, boundary)
     field = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, value)
-    return b"".join([view[:at], field, view[at:]])
+    return joined([view[:at], field, view[at:]])
 
 
 def without_boundaries(body: bytes, boundary: bytes) -> Iterator[memoryview]:

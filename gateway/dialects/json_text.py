@@ -6,11 +6,12 @@ Some servers and clients cut texts between the two halves of a surrogate pair; R
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
 from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
+
+from gateway.pieces import BLOCK, joined
 
 T = TypeVar("T")
 MAX_DEPTH = 500
@@ -23,8 +24,6 @@ SHALLOW = 2 * MAX_DEPTH
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What these functions raise for text that is not JSON."""
 
-BLOCK = 65_536
-"""Bytes that are looked at in one go; between two of them other threads get their turn."""
 LONGEST_ESCAPE = len(rb"\u0000")
 STRETCH = 256
 """Brackets that are counted in one go."""
@@ -33,7 +32,7 @@ _COLON = re.compile(rb"\s*:\s*")
 _DROPPED = bytes(set(range(256)) - set(b'"[]{}'))
 _STEPS = bytes({"[": 1, "{": 1, "]": 255, "}": 255}.get(chr(byte), 0) for byte in range(256))
 """What each byte adds to the depth; 255 is -1 in a signed byte."""
-_SURROGATES = [rb"\%b%c" % (start, digit) for start in (b"ud", b"uD") for digit in b"89abcdefABCDEF"]
+_SURROGATES = [rb"\ud%c" % digit for digit in b"89abcdefABCDEF"]
 _decode = msgspec.json.Decoder().decode
 _pass_over = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_any_number = msgspec.json.Decoder(float_hook=float).decode
@@ -98,14 +97,6 @@ def _block_of_finite_numbers(block: bytes) -> bytes:
     return block.replace(b"NaN", b"null").replace(b"-Infinity", b"null").replace(b"Infinity", b"null")
 
 
-def joined(pieces: Iterable[bytes]) -> bytes:
-    """Return pieces as one, without holding all of them beside it as `bytes.join` does."""
-    whole = BytesIO()
-    for piece in pieces:
-        whole.write(piece)
-    return whole.getvalue()
-
-
 def blocks(data: bytes) -> Iterator[bytes]:
     """Yield a text in blocks: what replaces something in the whole of a large text holds the interpreter for as long.
 
@@ -118,6 +109,11 @@ def blocks(data: bytes) -> Iterator[bytes]:
         )
         yield data[start:end]
         start = end
+
+
+def beginning_of_text(data: bytes) -> bytes:
+    """Return the beginning of a text that goes on, without a part of an escape or of a character at its end."""
+    return data[: _between_characters(data, len(data) - 1)]
 
 
 def _between_characters(data: bytes, place: int) -> int:
@@ -183,6 +179,7 @@ def _without_surrogates(data: bytes) -> bytes:
 
 
 def _block_without_surrogates(block: bytes) -> bytes:
+    block = block.replace(rb"\uD", rb"\ud")
     for escape in _SURROGATES:
         block = block.replace(escape, rb"\ue0")
     return block

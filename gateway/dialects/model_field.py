@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.dialects.json_text import BLOCK, at_top_level, value_after
+from gateway.dialects.json_text import at_top_level, value_after
+from gateway.pieces import BLOCK, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,24 +30,29 @@ def with_model(body: bytes, model: str) -> bytes:
     """
     value = msgspec.json.encode(model)
     names = dict(_names(body))
-    pieces, kept = [], 0
+    large = len(body) > BLOCK
+    join = joined if large else b"".join
+    view = memoryview(body) if large else body  # not copied piece by piece
+    pieces: list[bytes | memoryview] = []
+    kept = 0
     for start in at_top_level(body, names):
         at = value_after(body, names[start])
         if at is not None and (old := _VALUE.match(body, at)) is not None:
-            pieces += [body[kept:at], value]
+            pieces += [view[kept:at], value]
             kept = old.end()
     if pieces:
-        return b"".join([*pieces, body[kept:]])
+        return join([*pieces, view[kept:]])
     start = body.index(b"{") + 1
     comma = b"" if _EMPTY.match(body, start) else b","
-    return b"".join([body[:start], b'"model":', value, comma, body[start:]])
+    return join([view[:start], b'"model":', value, comma, view[start:]])
 
 
 def _names(body: bytes) -> "Iterator[tuple[int, int]]":
     """Yield where each text "model" begins and ends, also one with escaped letters."""
-    if b"\\u00" not in body and b'"model"' not in body:
-        return
     for block in range(0, len(body), BLOCK):  # block by block: other threads get their turn
-        for found in _NAME.finditer(body, block, block + BLOCK + LONGEST):
+        end = block + BLOCK + LONGEST
+        if body.find(b"\\u00", block, end) < 0 and body.find(b'"model"', block, end) < 0:
+            continue
+        for found in _NAME.finditer(body, block, end):
             if found.start() < block + BLOCK:
                 yield found.span()

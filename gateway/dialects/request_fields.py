@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.dialects.json_text import (
-    BLOCK,
     BYTE_ORDER_MARK,
     LONGEST_ESCAPE,
     NO_JSON,
@@ -19,10 +18,10 @@ from gateway.dialects.json_text import (
     blocks,
     check,
     decode_with,
-    joined,
     value_after,
 )
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
+from gateway.pieces import BLOCK, joined
 
 T = TypeVar("T", bound=Struct)
 
@@ -103,6 +102,7 @@ class _Names:
         quoted: each as it stands in JSON; all: without that.
         pattern: finds any of them.
         longest: bytes of the longest.
+        escapes: of their letters in either case, each with its letter, by what all those of a row begin with.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -110,6 +110,12 @@ class _Names:
         self.all = frozenset(self.quoted)
         self.pattern = re.compile(b"|".join(self.quoted.values()))
         self.longest = max(map(len, self.quoted.values()))
+        self.escapes: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        letters = "".join(self.quoted)
+        for letter in sorted({*letters, *letters.upper()}):
+            for digits in sorted({f"{ord(letter):04x}", f"{ord(letter):04X}"}):
+                escape = b"\\u" + digits.encode()
+                self.escapes.setdefault(escape[:-1], []).append((escape, letter.encode()))
 
 
 @cache
@@ -130,8 +136,7 @@ def _check_names(names: _Names, body: bytes) -> None:
     if len(body) <= BLOCK and _is_plain(names, body):
         return
     if _may_hide(body) or (not body.isascii() and any(letter in body for letter in _ALSO_LETTERS)):
-        letters = "".join(names.quoted)
-        _check_doubtful(names, joined(_unescaped(block, letters) for block in blocks(body)))
+        _check_doubtful(names, joined(_unescaped(names, block) for block in blocks(body)))
     elif _may_be_twice(names, body):
         _check_doubtful(names, body)
 
@@ -200,12 +205,13 @@ def _places(quoted: bytes, text: bytes) -> Iterator[int]:
         at = text.find(quoted, at + len(quoted) - 1)
 
 
-def _unescaped(body: bytes, letters: str) -> bytes:
-    """Return a text in which what stands for one of the letters, in either case, is that letter."""
+def _unescaped(names: _Names, body: bytes) -> bytes:
+    """Return a text in which what stands for a letter of a name, in either case, is that letter."""
     body = body.replace(rb"\\", b"//")
-    for letter in {*letters, *letters.upper()}:
-        for digits in {f"{ord(letter):04x}", f"{ord(letter):04X}"}:
-            body = body.replace(b"\\u" + digits.encode(), letter.encode())
+    for row, escapes in names.escapes.items():
+        if row in body:
+            for escape, letter in escapes:
+                body = body.replace(escape, letter)
     for letter, capital in _ALSO_LETTERS.items():
         body = body.replace(letter, capital)
     return body

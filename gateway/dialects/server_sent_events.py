@@ -6,8 +6,8 @@ that begins with a colon is a comment.
 
 import re
 
-from gateway.dialects.json_text import BLOCK
 from gateway.errors import PartTooLarge
+from gateway.pieces import BLOCK, joined
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
@@ -39,11 +39,12 @@ class EventSplitter:
         waiting: bytes of the event that has not ended.
     """
 
-    __slots__ = ("_border", "_limit", "_pieces", "waiting")
+    __slots__ = ("_before", "_border", "_limit", "_pieces", "waiting")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pieces: list[bytes] = []
+        self._before = 0  # bytes of the pieces
         self._border = b""
         self.waiting = 0
 
@@ -53,14 +54,11 @@ class EventSplitter:
         Raises:
             PartTooLarge: an event is longer than the limit.
         """
-        if self._pieces:
-            border = self._border + data
-            if _END_OF_EVENT.search(border) is None and self.waiting + len(data) <= self._limit:
-                self._pieces.append(data)  # joined when the event ends: a large one stays cheap
-                self._border = border[-BORDER:]
-                self.waiting += len(data)
+        if self.waiting:
+            data = self._border + data
+            if _END_OF_EVENT.search(data) is None and self._before + len(data) <= self._limit:
+                self._wait_with(data)
                 return []
-            data = b"".join([*self._pieces, data])
         if b"\r" in data or b"\n\n\n" in data or b"\n\n:" in data:
             events, rest = _split_any(data)
         elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:  # not copied: it may be large
@@ -69,22 +67,34 @@ class EventSplitter:
             parts = data.split(b"\n\n")
             rest = parts.pop()
             events = [part + b"\n\n" for part in parts]
-        self._pieces = [rest] if rest else []
-        self._border = rest[-BORDER:]
-        self.waiting = len(rest)
-        if len(data) > self._limit and max(map(len, [rest, *events])) > self._limit:
+        before = self._before
+        if before and events:
+            events[0] = joined([*self._pieces, events[0]])
+            self._pieces, self._before = [], 0
+        self._border, self.waiting = b"", self._before
+        if rest:
+            self._wait_with(rest)
+        if before + len(data) > self._limit and max([self.waiting, *map(len, events)]) > self._limit:
             raise PartTooLarge(f"The backend sent an event longer than {self._limit} bytes.")
-        if len(data) > BLOCK and any(map(_has_many_lines, events)):
+        if before + len(data) > BLOCK and any(map(_has_many_lines, events)):
             raise PartTooLarge(f"The backend sent an event of more than {MAX_LINES} lines.")
         return events
+
+    def _wait_with(self, data: bytes) -> None:
+        """Keep what has no end yet, its border apart: what is searched once is not searched again."""
+        if len(data) > BORDER:
+            self._pieces.append(data[:-BORDER])
+            self._before += len(data) - BORDER
+        self._border = data[-BORDER:]
+        self.waiting = self._before + len(self._border)
 
     def end(self, *, proper: bool) -> list[bytes]:
         """Return what the end of the body completes: the event whose last CR could have been followed by an LF.
 
         A proper end completes any last event; it gets the line ends that it lacks.
         """
-        rest = b"".join(self._pieces)
-        self._pieces, self.waiting = [], 0
+        rest = joined([*self._pieces, self._border])
+        self._pieces, self._border, self._before, self.waiting = [], b"", 0, 0
         if _END_OF_EVENT.search(rest):
             return [rest]
         if not proper or (data_of(rest) is None and error_of(rest) is None):
@@ -93,7 +103,11 @@ class EventSplitter:
 
 
 def _has_many_lines(event: bytes) -> bool:
-    return event.count(b"\ndata") + event.count(b"\rdata") > MAX_LINES
+    lines = 0
+    for at in range(0, len(event), BLOCK):  # block by block: other threads get their turn
+        end = at + BLOCK + len(b"data")
+        lines += event.count(b"\ndata", at, end) + event.count(b"\rdata", at, end)
+    return lines > MAX_LINES
 
 
 def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
@@ -114,7 +128,9 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
 def line_of(event: bytes) -> bytes | None:
     """Return the data of a single event of one line, which nearly every read of a stream is; None for all else."""
     plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
-    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 else None
+    if not plain or event.find(b"\n") != len(event) - 2:
+        return None
+    return event[6:-2] if len(event) <= BLOCK else joined([memoryview(event)[6:-2]])
 
 
 def data_of(event: bytes) -> bytes | None:

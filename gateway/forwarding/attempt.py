@@ -5,7 +5,7 @@ from functools import partial
 from time import time
 from typing import TYPE_CHECKING
 
-from gateway.dialects.answer_fields import is_json, raise_error_inside
+from gateway.dialects.answer_fields import describe, is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
 from gateway.dialects.error_answers import read_error, read_error_inside
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
@@ -188,10 +188,10 @@ class Attempts:
             exchange.decode_within(self._max_answer)
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             if len(body) <= LARGE:
-                answer = dialect.read_answer(exchange.content_type, body)
+                answer: Answer = dialect.read_answer(exchange.content_type, body)
             else:
                 timer.pause()
-                answer = await self._executor.run(len(body), dialect.read_answer, exchange.content_type, body)
+                answer = await self._executor.read(len(body), describe, dialect, exchange.content_type, body)
         except BaseException:
             call.share.give_back_to(held)
             raise
@@ -243,8 +243,8 @@ class Attempts:
         try:
             body = await exchange.read_whole(call.share, self._max_answer, lambda: _limit_idle(timer, idle))
             timer.pause()
-            await self._executor.run(len(body), raise_error_inside, body)
-            await self._executor.run(len(body), check, body.removeprefix(BYTE_ORDER_MARK))
+            await self._executor.read(len(body), raise_error_inside, body)
+            await self._executor.read(len(body), check, body.removeprefix(BYTE_ORDER_MARK))
         except NO_JSON:
             raise InvalidResponse("The backend's answer is not text/event-stream.") from None
         finally:

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway.dialects.answer_fields import OUTER_WORDS, event_document
+from gateway.dialects.answer_fields import outer_words
 from gateway.dialects.error_words import MAX_WORDS, words_of
+from gateway.dialects.json_text import NO_JSON
 from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
+from gateway.pieces import joined
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -222,7 +224,7 @@ class StreamRelay:
             for at in range(0, len(data) or 1, width or 1):
                 piece = data[at : at + width]
                 size = self._splitter.waiting + len(piece)
-                good.append(await self._executor.run(size, self._look_into, piece))
+                good.append(await self._checked_piece(size, piece))
                 self._hold_half()
                 if self._failure is not None or self._state.ended:
                     break
@@ -230,6 +232,29 @@ class StreamRelay:
         finally:
             self._exchange.go_on()
         return b"".join(good)
+
+    async def _checked_piece(self, size: int, piece: bytes) -> bytes:
+        """Return the events that a piece of a read completes, up to the first bad one; `size`: of what is looked into.
+
+        Of large events others see only what is read of them; it is found out where it holds up nobody.
+        """
+        if size <= LARGE:
+            return self._look_into(piece)
+        good: list[bytes] = []
+        for event in await self._executor.run(size, self._split, piece):
+            data = await self._executor.run(size, data_of, event)
+            if self._failure is not None or self._state.ended:
+                break
+            if data and len(data) > LARGE:
+                try:
+                    data = await self._executor.read(len(data), self._state.abridged, data)
+                except InvalidResponse as failure:
+                    self._fail(failure)
+                    break
+            if not await self._executor.run(size, self._is_good, event, data):
+                break
+            good.append(event)
+        return good[0] if len(good) == 1 else await self._executor.run(size, joined, good)
 
     def _look_into(self, data: bytes) -> bytes:
         return self._checked(self._split(data))
@@ -284,8 +309,8 @@ class StreamRelay:
         if error is None:
             return True
         try:
-            document = event_document(error, OUTER_WORDS)
-        except InvalidResponse:
+            document = outer_words(error)
+        except NO_JSON:
             document = error[:MAX_WORDS].decode(errors="replace")  # a text in place of an object
         self._fail(ErrorInside(words_of(document, {})))
         return False
@@ -332,7 +357,8 @@ class Held:
         if self._size > self._limit:
             raise AnswerTooLarge(self._message)
         self._share.hold(len(events))
-        self._events.append(events)
+        if events:
+            self._events.append(events)
 
     def joined(self) -> bytes:
         """Return all of them."""

@@ -224,6 +224,7 @@ class Handlers:
             with PhaseTimer(self._clock, call.deadline.end, "The caller did not take the answer before the deadline."):
                 await response.prepare(request)
                 call.record.status = answer.status
+                request.writer.send_headers()  # together with them, the body would be copied
                 await response.write_eof()
                 await request.writer.drain()
         except (DeadlineExceeded, asyncio.CancelledError):

@@ -26,6 +26,7 @@ from gateway.errors import (
 from gateway.executor import LARGE
 from gateway.headers import forwarded_as, seconds
 from gateway.phase_timer import PhaseTimer
+from gateway.pieces import joined, taken_from
 from gateway.policy.deadline import Deadline
 from gateway.settings import COMMITS
 
@@ -114,7 +115,7 @@ class RequestReader:
         with PhaseTimer(self._clock, deadline.end, "The deadline passed before the request's body could be checked."):
             if boundary is not None:
                 return await self._executor.run(len(body), read_form, dialect, path, body, boundary)
-            return await self._executor.run(len(body), dialect.read_request, path, body)
+            return await self._executor.read(len(body), dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""
@@ -154,7 +155,9 @@ class RequestReader:
                 pieces.append(decoder.end())
         except CodingError as error:
             raise _error_of(error) from None
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if size > LARGE or sum(map(len, pieces)) > LARGE:
+            return await asyncio.to_thread(joined, taken_from(pieces))
+        return b"".join(pieces)
 
     async def _read(self, content: "StreamReader", deadline: Deadline) -> bytes:
         """Return what has arrived of a body, waiting for it if need be; nothing at its end."""

@@ -116,11 +116,15 @@ class StreamWriter:
         self._held_up = held_up
         if length is not None:
             self._length, self._chunked = length, False
-        if not await self._open(events, headers, status) and events:
-            await self.write(events)
+        first = events if len(events) < LARGE else b""
+        opened = await self._open(first, headers, status)
+        if (not opened and events) or len(first) < len(events):
+            await self.write(events, held=len(events))
 
-    async def write(self, events: bytes) -> None:
+    async def write(self, events: bytes, held: int = 0) -> None:
         """Send whole events; waits while the caller does not read. Raises: CallerLeft.
+
+        Of what then waits for the caller, `held` bytes are counted as held already.
 
         They go straight to the transport: aiohttp's writer takes 10,000 instructions more for each event
         (docs/performance.md). Large ones are not copied.
@@ -138,7 +142,7 @@ class StreamWriter:
         if self._beating is not None:
             self._last_write = self._clock()
         if request.protocol.writing_paused:
-            await self._until_taken(transport.get_write_buffer_size())
+            await self._until_taken(max(0, transport.get_write_buffer_size() - held))
 
     async def _until_taken(self, size: int) -> None:
         """Wait until the caller's side has taken what was sent, of which `size` bytes nobody else counts as held.

@@ -9,7 +9,7 @@ from msgspec import Struct
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
-from gateway.dialects.json_text import BLOCK, has_many_objects, without_escapes
+from gateway.dialects.json_text import has_many_objects, without_escapes
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import AnswerFields, ChoicesState, WholeAnswer, decode_whole_answer
 from gateway.dialects.request_fields import (
@@ -24,6 +24,7 @@ from gateway.dialects.request_fields import (
     read_fields,
 )
 from gateway.errors import ErrorWords, GatewayError
+from gateway.pieces import BLOCK
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name, small_parts
+from gateway.dialects.answer_fields import NULL, abridged_event, count, event_document, is_object, name, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import read_words
-from gateway.dialects.json_text import BLOCK, NO_JSON, SHALLOW, decode_with, has_many_objects
+from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with, has_many_objects
 from gateway.dialects.server_sent_events import DONE
 
 if TYPE_CHECKING:
     from gateway.errors import ErrorWords
+from gateway.pieces import BLOCK
 
 MAX_CHOICES_SHOWN = 16
 REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})
@@ -127,7 +128,7 @@ class _LargeDelta(Struct):
     thinking_blocks: msgspec.Raw = NULL
 
 
-_large_chunk = msgspec.json.Decoder(_LargeChunk)
+_decode_large_chunk = msgspec.json.Decoder(_LargeChunk).decode
 _raw_choices = msgspec.json.Decoder(list[_LargeChoice]).decode
 _large_delta = msgspec.json.Decoder(_LargeDelta).decode
 _decode_words = msgspec.json.Decoder(_Words).decode
@@ -187,14 +188,22 @@ class ChoicesState:
         """`[DONE]`."""
         return b"data: [DONE]\n\n"
 
+    @staticmethod
+    def abridged(data: bytes) -> bytes:
+        """Return an event that says the same in few bytes."""
+        data = data.strip()
+        return data if data == DONE else abridged_event(data, _large_chunk)
+
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
+        if len(data) > BLOCK:
+            data = self.abridged(data)
         if self.content and self.answer and self.model is not None and self.text is None and _is_only_words(data):
             return
         if data.strip() == DONE:
             self.ended = True
             return
-        chunk = event_document(data, _large_chunk)
+        chunk = event_document(data)
         if not isinstance(chunk, dict):
             self.error = read_words(chunk) if not self.content else None  # a text, or Gemini's list
             return
@@ -209,8 +218,7 @@ class ChoicesState:
         if usage is not None and isinstance(usage, dict):
             self.input_tokens = count(usage.get("prompt_tokens"))
             self.output_tokens = count(usage.get("completion_tokens"))
-        choices = chunk.get("choices")
-        for choice in _large_choices(choices) if isinstance(choices, bytes) else objects_in(choices):
+        for choice in objects_in(chunk.get("choices")):
             self._feed_choice(choice)
 
     def _feed_choice(self, choice: dict[str, Any]) -> None:
@@ -234,20 +242,29 @@ class ChoicesState:
                     self.text = (self.text + words)[:MAX_TEXT]
 
 
-def _large_choices(choices: bytes) -> list[dict[str, Any]]:
+def _large_chunk(data: bytes) -> dict[str, Any]:
+    """Return what is read of a large chunk."""
+    chunk = small_parts(decode_with(_decode_large_chunk, data), "choices")
+    choices = chunk.get("choices")
+    if isinstance(choices, msgspec.Raw):
+        chunk["choices"] = _large_choices(choices)
+    return chunk
+
+
+def _large_choices(choices: msgspec.Raw) -> list[dict[str, Any]]:
     """Return the choices of a large chunk, as far as they are read; none when they are too many, or no objects."""
     try:
-        read = [] if has_many_objects(choices) else _raw_choices(choices)
+        read = [] if has_many_objects(bytes(choices)) else _raw_choices(choices)
     except msgspec.ValidationError:
         read = []
     return [_large_choice(choice) for choice in read]
 
 
 def _large_choice(choice: "_LargeChoice") -> dict[str, Any]:
-    fields = small_parts(choice)
+    fields = small_parts(choice, "delta")
     delta = fields.get("delta")
-    if isinstance(delta, bytes):  # it has words, whatever they are
-        words = small_parts(_large_delta(delta)) if delta.startswith(b"{") else {}
+    if isinstance(delta, msgspec.Raw):  # it has words, whatever they are
+        words = small_parts(_large_delta(delta)) if is_object(delta) else {}
         fields["delta"] = words if any(words.values()) else {"": True}
     return fields
 
@@ -257,8 +274,6 @@ def _is_only_words(data: bytes) -> bool:
     try:
         if len(data) <= SHALLOW and data.isascii():
             _decode_words(data)
-        elif len(data) > BLOCK and has_many_objects(data):
-            return False
         else:
             decode_with(_decode_words, data)
     except NO_JSON:

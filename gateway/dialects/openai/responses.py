@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
+from gateway.dialects.answer_fields import (
+    NULL,
+    abridged_event,
+    count,
+    event_document,
+    identifier,
+    is_object,
+    name,
+    read_whole,
+    small_parts,
+)
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_words import read_words, words_of
@@ -15,7 +25,7 @@ from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
 from gateway.errors import ErrorWords, GatewayError, InvalidResponse
-from gateway.policy.response_homes import MAX_ID
+from gateway.pieces import BLOCK
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -109,7 +119,7 @@ class _LargeItem(Struct):
     type: msgspec.Raw = NULL
 
 
-_large_event = msgspec.json.Decoder(_LargeEvent)
+_decode_large_event = msgspec.json.Decoder(_LargeEvent).decode
 _decode_large_response = msgspec.json.Decoder(_LargeResponse).decode
 _decode_large_item = msgspec.json.Decoder(_LargeItem).decode
 _decode_delta = msgspec.json.Decoder(_Delta).decode
@@ -160,19 +170,24 @@ class ResponseState:
         """None: the terminal event is the end."""
         return None
 
+    @staticmethod
+    def abridged(data: bytes) -> bytes:
+        """Return an event that says the same in few bytes."""
+        data = data.strip()
+        return data if data == DONE else abridged_event(data, _large_event)
+
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
+        if len(data) > BLOCK:
+            data = self.abridged(data)
         if self.text is None and (number := _number_of_delta(data)) is not None:
             self.sequence_number = number + 1
             self.content = self.answer = True
             return
         if data.strip() == DONE:
             raise InvalidResponse("The backend's stream ended before its answer was complete.")
-        event = event_document(data, _large_event)
+        event = event_document(data)
         if isinstance(event, dict):
-            for part, decode_part in (("response", _decode_large_response), ("item", _decode_large_item)):
-                if isinstance(large := event.get(part), bytes):
-                    event[part] = small_parts(decode_part(large)) if large.startswith(b"{") else None
             self._feed_event(event)
         elif not self.content:
             self.error = read_words(event)  # a text, or Gemini's list
@@ -196,7 +211,9 @@ class ResponseState:
         elif kind in TERMINAL:
             self._end(kind, event.get("response"))
         elif self.response_id is None and isinstance(response := event.get("response"), dict):
-            self.response_id = _id_of(response)  # the first event names it: what is cut off later is known, too
+            self.response_id = identifier(
+                response.get("id")
+            )  # the first event names it: what is cut off later is known, too
 
     def _end(self, kind: str, response: object) -> None:
         """Take in the terminal event; a failure before any content is an error inside a good answer."""
@@ -212,7 +229,7 @@ class ResponseState:
         if not isinstance(response, dict):
             return
         self.model = name(response.get("model"))
-        self.response_id = _id_of(response)
+        self.response_id = identifier(response.get("id"))
         usage = response.get("usage")
         if isinstance(usage, dict):
             self.input_tokens = count(usage.get("input_tokens"))
@@ -288,10 +305,14 @@ class OpenAIResponses:
         return ["".join(said)] * bool(said)
 
 
-def _id_of(response: dict[str, Any]) -> str | None:
-    """Return the whole id of a response, which further calls name; None for one that is too long to be known."""
-    response_id = response.get("id")
-    return response_id if isinstance(response_id, str) and len(response_id) <= MAX_ID else None
+def _large_event(data: bytes) -> dict[str, Any]:
+    """Return what is read of a large event."""
+    parts = {"response": _decode_large_response, "item": _decode_large_item}
+    event = small_parts(decode_with(_decode_large_event, data), *parts)
+    for part, decode_part in parts.items():
+        if isinstance(large := event.get(part), msgspec.Raw):
+            event[part] = small_parts(decode_part(large)) if is_object(large) else None
+    return event
 
 
 def _number_of_delta(data: bytes) -> int | None:

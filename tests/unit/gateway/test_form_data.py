@@ -7,8 +7,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gateway.dialects.form_data import MAX_HEAD, MAX_PARTS, boundary_of, model_in, with_model, without_boundaries
-from gateway.dialects.json_text import BLOCK
 from gateway.errors import InvalidRequest
+from gateway.pieces import BLOCK
 
 B = b"----WebKitFormBoundary7MA4YWxkTrZu0gW"
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav'

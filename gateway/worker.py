@@ -1,0 +1,172 @@
+"""A process of our own for what holds the interpreter for long: msgspec reads a text of any size in one go.
+
+It is started with the first work, speaks through its standard input and output, and ends when they are closed, so also
+when the gateway is killed. Nothing but functions, their arguments and what they return goes to and fro, as pickles;
+long texts go beside them, without a copy, and do not come back.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from struct import Struct
+from typing import IO, Any, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LONG = 65_536
+"""Bytes; a longer text goes beside the pickle."""
+OUT_OF_MEMORY_FIRST = "1000"
+"""The system's highest `oom_score_adj`: where memory runs out, the gateway lives on."""
+LAST_SECONDS = 1.0
+"""Seconds in which the process must have ended before it is killed."""
+_size = Struct("!Q")
+
+
+class WorkerDiedError(Exception):
+    """The process ended in the middle of its work: killed, or out of memory."""
+
+
+class Worker:
+    """Does work in the process, one at a time; the calls of this class block and belong into a thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process; None when there is none."""
+        return self._process.pid if self._process is not None else None
+
+    def call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do work whose function, arguments and result can be pickled, and return the result.
+
+        Where no process can be started, it is done here.
+
+        Raises:
+            WorkerDiedError: the process died; the next call starts another.
+            Exception: what `work` raises.
+        """
+        try:
+            process = self._started()
+        except OSError:
+            return work(*args, **kwargs)
+        texts: list[bytes] = []
+        try:
+            _send(cast("IO[bytes]", process.stdin), (work, args, kwargs), texts)
+            result, error = _receive(cast("IO[bytes]", process.stdout), texts)
+        except (OSError, EOFError):
+            self.end()
+            raise WorkerDiedError from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        with suppress(OSError), process:  # closes the pipes, also with words in them, and waits
+            pass
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._process.poll() is not None:
+            self.end()
+        if self._process is None:
+            # With our own path: another gateway may lie in the working directory.
+            program = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import main; main()"
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe)  # noqa: S603
+        return self._process
+
+
+class _Pickler(pickle.Pickler):
+    """Puts long texts into a list, and their numbers into the pickle."""
+
+    def __init__(self, file: BytesIO, texts: list[bytes]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._texts = texts
+        self._numbers = {id(text): number for number, text in enumerate(texts)}
+
+    def persistent_id(self, value: object) -> int | None:
+        if type(value) is not bytes or len(value) <= LONG:
+            return None
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._texts)
+            self._texts.append(value)
+        return self._numbers[id(value)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BytesIO, texts: list[bytes]) -> None:
+        super().__init__(file)
+        self._texts = texts
+
+    def persistent_load(self, number: int) -> bytes:
+        return self._texts[number]
+
+
+def _send(pipe: IO[bytes], value: object, texts: list[bytes]) -> None:
+    """Send a value, and those of its long texts that the other side does not have: `texts` are those that it has."""
+    known = len(texts)
+    pickled = BytesIO()
+    _Pickler(pickled, texts).dump(value)
+    parts = [pickled.getvalue(), *texts[known:]]
+    pipe.write(_size.pack(len(parts)) + b"".join(_size.pack(len(part)) for part in parts))
+    for part in parts:
+        pipe.write(part)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes], texts: list[bytes]) -> Any:  # noqa: ANN401 - whatever was sent
+    """Return what was sent; its long texts are added to `texts`. Raises: EOFError."""
+    sizes = [_number(pipe) for _ in range(_number(pipe))]
+    pickled, *more = [_read(pipe, size) for size in sizes]
+    texts += more
+    return _Unpickler(BytesIO(pickled), texts).load()
+
+
+def _number(pipe: IO[bytes]) -> int:
+    return int(_size.unpack(_read(pipe, _size.size))[0])
+
+
+def _read(pipe: IO[bytes], size: int) -> bytes:
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Do one work; nothing of it is held afterwards. Raises: EOFError, BrokenPipeError: nobody asks any more."""
+    texts: list[bytes] = []
+    work, args, kwargs = _receive(requests, texts)
+    outcome: tuple[object, Exception | None]
+    try:
+        outcome = work(*args, **kwargs), None
+    except Exception as error:  # noqa: BLE001 - raised by whoever asked
+        error.add_note(traceback.format_exc())
+        outcome = None, error
+    _send(answers, outcome, texts)
+
+
+def main() -> None:
+    """Work until standard input ends. Signals to the gateway's whole group are not for this process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):  # Linux alone has it
+        Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY_FIRST, encoding="ascii")
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed is no answer
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            _serve(requests, answers)

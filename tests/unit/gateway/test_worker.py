@@ -1,0 +1,193 @@
+"""What is very large is read in a process of its own, and nothing of that can be seen from outside."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from gateway.dialects.answer_fields import describe, raise_error_inside
+from gateway.dialects.dialect import Prompt
+from gateway.dialects.json_text import NO_JSON, check
+from gateway.dialects.openai.chat import CHAT, OpenAIChat
+from gateway.dialects.openai.choices import ChoicesState
+from gateway.errors import ErrorInside, ErrorWords, GatewayError, GatewayOverloaded, InvalidRequest
+from gateway.executor import Executor
+from gateway.worker import LONG, Worker, WorkerDiedError
+
+CHATS = OpenAIChat()
+LONG_TEXT = b"a" * (2 * LONG)
+BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"n":2,"stream":true}' % LONG_TEXT
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.end()
+
+
+def kinds(parent: type[GatewayError]) -> list[type[GatewayError]]:
+    return [parent, *(kind for child in parent.__subclasses__() for kind in kinds(child))]
+
+
+def where() -> tuple[int, bytes]:
+    return os.getpid(), LONG_TEXT
+
+
+def raise_again(error: Exception) -> None:
+    raise error
+
+
+def length_and_itself(text: bytes) -> tuple[int, list[bytes]]:
+    return len(text), [text, text]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_work_is_done_in_one_process_that_is_not_ours(worker: Worker) -> None:
+    (first, text), (second, _) = worker.call(where), worker.call(where)
+
+    assert first == second == worker.pid
+    assert first != os.getpid()
+    assert text == LONG_TEXT
+
+
+def test_a_long_text_does_not_come_back(worker: Worker) -> None:
+    length, texts = worker.call(length_and_itself, LONG_TEXT)
+
+    assert length == len(LONG_TEXT)
+    assert all(text is LONG_TEXT for text in texts)
+
+
+def test_a_prompt_is_as_it_was_read_here(worker: Worker) -> None:
+    here, there = CHATS.read_request(CHAT, BODY), worker.call(CHATS.read_request, CHAT, BODY)
+
+    assert there.body is BODY
+    assert isinstance(there.dialect, OpenAIChat)
+    for field in set(Prompt.__slots__) - {"dialect"}:
+        assert getattr(here, field) == getattr(there, field), field
+
+
+def test_every_error_comes_out_as_it_was_raised(worker: Worker) -> None:
+    for number, kind in enumerate(kinds(GatewayError)):
+        error = kind.__new__(kind, "what happened")
+        error.__dict__.update(message="what happened", param=f"p{number}", retry_after=1.5, outcome="word")
+
+        with pytest.raises(kind) as raised:
+            worker.call(raise_again, error)
+
+        assert type(raised.value) is kind
+        assert raised.value.__dict__.items() >= error.__dict__.items()
+        assert str(raised.value) == "what happened"
+
+
+def test_errors_of_requests_and_answers_come_out_whole(worker: Worker) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        worker.call(CHATS.read_request, CHAT, BODY.replace(b'"n":2', b'"n":0'))
+    assert wrong.value.param == "n"
+    assert "read_request" in "".join(wrong.value.__notes__)  # where it was raised
+
+    with pytest.raises(ErrorInside) as inside:
+        worker.call(raise_error_inside, b'{"error":{"message":"no","code":429},"x":"%b"}' % LONG_TEXT)
+    assert inside.value.words == ErrorWords({"message": "no", "code": 429}, "no", frozenset(), 429)
+
+    for text in (b"[" + LONG_TEXT, b'"\xff' + LONG_TEXT + b'"', b"[" * LONG + b"]" * LONG):
+        with pytest.raises(NO_JSON) as here:
+            check(text)
+        with pytest.raises(type(here.value)) as there:
+            worker.call(check, text)
+        assert str(there.value) == str(here.value)
+
+
+def test_what_comes_back_is_small_however_large_the_text(worker: Worker) -> None:
+    answer = b'{"id":"%b","model":"m","choices":[%b]}' % (LONG_TEXT, b",".join([b'{"finish_reason":"stop"}'] * 9000))
+    described = worker.call(describe, CHATS, "application/json", answer)
+    event = b'{"model":"m","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":"stop"}]}' % LONG_TEXT
+    state = ChoicesState(1)
+    state.feed(worker.call(ChoicesState.abridged, event))
+
+    assert len(msgspec.json.encode(described)) < 1000
+    assert described.model == "m"
+    assert (state.model, state.content, state.finished) == ("m", True, True)
+    assert len(ChoicesState.abridged(event)) <= LONG + 1000
+
+
+def test_a_death_costs_one_call_and_the_next_one_gets_another_process(worker: Worker) -> None:
+    first = worker.call(where)[0]
+    with pytest.raises(WorkerDiedError):
+        worker.call(die)
+    second = worker.call(where)[0]
+    os.kill(second, signal.SIGKILL)
+    os.waitid(os.P_PID, second, os.WEXITED | os.WNOWAIT)  # between two calls nobody notices
+
+    assert len({first, second, worker.call(where)[0]}) == 3
+
+
+def test_where_no_process_can_be_started_work_is_done_here(monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+
+    assert worker.call(where)[0] == os.getpid()
+
+
+def test_the_process_ends_when_the_one_that_asks_is_gone(worker: Worker) -> None:
+    worker.call(where)
+    process = worker._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
+
+    assert process.wait(20) == 0
+
+
+def test_signals_to_the_whole_group_do_not_end_it(worker: Worker) -> None:
+    process = worker.call(where)[0]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(process, number)
+
+    assert worker.call(where)[0] == process
+
+
+async def test_only_what_is_very_large_goes_to_the_process() -> None:
+    executor = Executor(at_once=10, in_thread=100)
+    thread = threading.get_ident()
+    try:
+        assert await executor.read(10, threading.get_ident) == thread
+        assert await executor.read(100, threading.get_ident) != thread
+        assert (await executor.read(100, where))[0] == os.getpid()
+        assert (await executor.read(101, where))[0] != os.getpid()
+        assert (await executor.run(101, where))[0] == os.getpid()
+    finally:
+        executor.close()
+
+
+async def test_a_death_is_an_error_that_says_to_try_again() -> None:
+    executor = Executor(at_once=0, in_thread=0)
+    try:
+        with pytest.raises(GatewayOverloaded) as overloaded:
+            await executor.read(1, die)
+        assert overloaded.value.reason == "memory"
+        assert (await executor.read(1, where))[0] != os.getpid()
+    finally:
+        executor.close()
+
+
+async def test_an_idle_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.executor.IDLE", 0.0)
+    executor = Executor(at_once=0, in_thread=0)
+    try:
+        first = (await executor.read(1, where))[0]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the timer is due
+        second = (await executor.read(1, where))[0]
+    finally:
+        executor.close()
+
+    assert first != second
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
