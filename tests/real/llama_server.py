@@ -9,6 +9,15 @@ import sys
 import xllamacpp
 
 
+def parsed(text: str, default: object) -> object:
+    """Return the value that a text means for a parameter with such a default."""
+    if isinstance(default, bool):
+        return text == "true"
+    if isinstance(default, int):
+        return int(text)
+    return text if isinstance(default, str) else getattr(type(default), text)
+
+
 def main() -> None:
     """Serve until a signal comes."""
     port, model, *pairs = sys.argv[1:]
@@ -20,8 +29,7 @@ def main() -> None:
     for pair in pairs:
         name, _, text = pair.partition("=")
         default = getattr(parameters, name)
-        value = text == "true" if isinstance(default, bool) else int(text) if isinstance(default, int) else text
-        setattr(parameters, name, value)
+        setattr(parameters, name, parsed(text, default))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     server = xllamacpp.Server(parameters)
     print("listening on", server.listening_address, flush=True)
