@@ -65,7 +65,7 @@ class Client:
             self._process.kill()
         await self._process.wait()
 
-    async def call(self, name: str, url: str) -> Outcome:
+    async def call(self, name: str, url: str, prompt: str = "Say something.") -> Outcome:
         """Make one call at the API at `url`, which has no `/v1`.
 
         Raises:
@@ -73,7 +73,7 @@ class Client:
         """
         if self._process.stdin is None or self._process.stdout is None:
             raise TypeError("no pipes")
-        self._process.stdin.write(json.dumps({"call": name, "url": url}).encode() + b"\n")
+        self._process.stdin.write(json.dumps({"call": name, "url": url, "prompt": prompt}).encode() + b"\n")
         async with asyncio.timeout(PATIENCE):
             line = await self._process.stdout.readline()
         if not line:

@@ -26,12 +26,11 @@ NO_NODE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here is marked `real` and shares one event loop, as its processes do."""
+    """Everything here is marked `real`; what shares processes names the session's event loop itself."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.real)
             item.add_marker(pytest.mark.timeout(180))
-            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,6 +114,20 @@ async def mock(started_mock: MockModel) -> MockModel:
     """A mock model without faults, with an empty journal."""
     await started_mock.control("POST", "/reset")
     return started_mock
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def behind(folder: Path, started_mock: MockModel) -> AsyncIterator[Gateway]:
+    """A gateway before the mock model: its breaker stays closed and it waits for no outage, so that tests can share it."""
+    env = {
+        "GATEWAY_BACKEND_URLS": started_mock.url,
+        "GATEWAY_BREAKER_FAILURES": "1000",
+        "GATEWAY_OUTAGE_WAIT": "0",
+        "GATEWAY_RETRY_AFTER_MAX": "2",
+        "GATEWAY_RETRY_FLOOR": "1000",
+    }
+    async with Gateway("behind", folder, env) as gateway:
+        yield gateway
 
 
 async def journal(mock: MockModel) -> list[dict[str, Any]]:

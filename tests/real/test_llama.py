@@ -16,6 +16,8 @@ from testkit.servers import Gateway
 from tests.real.conftest import StartGateway, StartLlama
 from tests.real.servers import PATIENCE, SLOW_TO_LOAD, Llama
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
 CHAT = "/v1/chat/completions"
 MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "cache_prompt": False}
@@ -145,7 +147,7 @@ async def test_a_prompt_that_the_server_answers_with_500_is_its_senders_trouble_
 async def test_embeddings_are_the_servers_and_a_text_too_long_is_its_senders_trouble(
     start_llama: StartLlama, start_gateway: StartGateway
 ) -> None:
-    server = await start_llama(embedding=True, pooling_type="MEAN", n_batch=128, n_ubatch=128)
+    server = await start_llama(embedding=True, pooling_type="LLAMA_POOLING_TYPE_MEAN", n_batch=128, n_ubatch=128)
     gateway = await start_gateway(server.url)
     good, bad = ({"model": "tiny", "input": text} for text in (["a text", "another"], "word " * 100))
 
@@ -180,22 +182,21 @@ async def test_a_prompt_too_long_for_one_server_goes_to_another(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_server_stops_computing_when_the_caller_has_left(through: Gateway, llama: Llama, stream: bool) -> None:  # noqa: FBT001
+async def test_a_server_stops_computing_when_the_caller_has_left(
+    through: Gateway, llama: Llama, stream: bool  # noqa: FBT001
+) -> None:
+    before = llama.cancelled
     asking = asyncio.create_task(post(through.url, ENDLESS | {"stream": stream}))
     await until(llama.busy, "the server computes")
     asking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await asking
 
-    await until(lambda: idle(llama), "the server has stopped")
+    # Not by its slots: while others ask for anything more than once a second, llama.cpp does not look whether the caller
+    # of an unstreamed answer is still there.
+    await until(lambda: llama.cancelled > before, "the server has stopped")
 
-    decoded = [token["n_decoded"] for slot in await llama.slots() for token in slot.get("next_token", ())]
-    assert decoded
-    assert max(decoded) < ENDLESS["max_tokens"]
-
-
-async def idle(llama: Llama) -> bool:
-    return await llama.busy() == 0
+    assert await llama.busy() == 0
 
 
 async def test_callers_wait_while_a_killed_server_comes_back_and_loads_its_model(
@@ -211,13 +212,12 @@ async def test_callers_wait_while_a_killed_server_comes_back_and_loads_its_model
     await server.start(wait=False)
     loading: set[str] = set()
     await until(lambda: loads(server, loading), "the server loads its model")
-    late = await post(gateway.url, SAME)
     answers = await asyncio.gather(*asking)
 
     assert loading == {"Loading model"}
-    assert [answer.status for answer in (before, late, *answers)] == [200] * 8
-    assert {answer.text for answer in (late, *answers)} == {before.text}
-    assert any("status_503" in outcome for answer in (late, *answers) for outcome in answer.outcomes)
+    assert [answer.status for answer in (before, *answers)] == [200] * 7
+    assert {answer.text for answer in answers} == {before.text}
+    assert all(answer.attempts > 1 and answer.waits("bridging") for answer in answers)
     await until(lambda: status_is(gateway, "ok"), "the backend is well")
 
 

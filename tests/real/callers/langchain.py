@@ -5,7 +5,7 @@ from typing import Any
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
-from tests.real.callers.serving import PROMPT, WEATHER, serve
+from tests.real.callers.serving import WEATHER, serve
 
 
 class City(BaseModel):
@@ -18,31 +18,31 @@ def model(url: str) -> Any:
     return ChatOpenAI(base_url=url, api_key="none", model="tiny")
 
 
-def chat(url: str) -> Any:
-    answer = model(url).invoke(PROMPT)
+def chat(url: str, prompt: str) -> Any:
+    answer = model(url).invoke(prompt)
     return [answer.content, answer.response_metadata["finish_reason"]]
 
 
-def stream(url: str) -> Any:
-    return "".join(piece.content for piece in model(url).stream(PROMPT))
+def stream(url: str, prompt: str) -> Any:
+    return "".join(piece.content for piece in model(url).stream(prompt))
 
 
-def tools(url: str) -> Any:
-    answer = model(url).bind_tools([WEATHER], tool_choice="weather").invoke(PROMPT)
+def tools(url: str, prompt: str) -> Any:
+    answer = model(url).bind_tools([WEATHER], tool_choice="weather").invoke(prompt)
     return [[call["name"], call["args"]] for call in answer.tool_calls]
 
 
-def structured(url: str) -> Any:
-    return model(url).with_structured_output(City).invoke(PROMPT).model_dump()
+def structured(url: str, prompt: str) -> Any:
+    return model(url).with_structured_output(City).invoke(prompt).model_dump()
 
 
-def embeddings(url: str) -> Any:
+def embeddings(url: str, prompt: str) -> Any:
     embedder = OpenAIEmbeddings(base_url=url, api_key="none", model="tiny", check_embedding_ctx_length=False)
-    return embedder.embed_documents([PROMPT, "Again."])
+    return embedder.embed_documents([prompt, "Again."])
 
 
-def leave(url: str) -> Any:
-    pieces = model(url).stream(PROMPT)
+def leave(url: str, prompt: str) -> Any:
+    pieces = model(url).stream(prompt)
     for piece in pieces:
         if piece.content:
             pieces.close()

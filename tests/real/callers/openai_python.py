@@ -5,9 +5,8 @@ from typing import Any
 import openai
 from pydantic import BaseModel
 
-from tests.real.callers.serving import PROMPT, WEATHER, serve
+from tests.real.callers.serving import WEATHER, serve
 
-MESSAGES: Any = [{"role": "user", "content": PROMPT}]
 TOOLS: Any = [{"type": "function", "function": WEATHER}]
 
 
@@ -21,47 +20,51 @@ def sdk(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key="none")
 
 
-def chat(url: str) -> Any:
-    answer = sdk(url).chat.completions.create(model="tiny", messages=MESSAGES)
+def asked(prompt: str) -> Any:
+    return [{"role": "user", "content": prompt}]
+
+
+def chat(url: str, prompt: str) -> Any:
+    answer = sdk(url).chat.completions.create(model="tiny", messages=asked(prompt))
     return [answer.choices[0].message.content, answer.choices[0].finish_reason]
 
 
-def stream(url: str) -> Any:
-    events = sdk(url).chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+def stream(url: str, prompt: str) -> Any:
+    events = sdk(url).chat.completions.create(model="tiny", messages=asked(prompt), stream=True)
     return "".join(choice.delta.content or "" for event in events for choice in event.choices)
 
 
-def tools(url: str) -> Any:
-    answer = sdk(url).chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice="required")
+def tools(url: str, prompt: str) -> Any:
+    answer = sdk(url).chat.completions.create(model="tiny", messages=asked(prompt), tools=TOOLS, tool_choice="required")
     return [[call.function.name, call.function.arguments] for call in answer.choices[0].message.tool_calls or []]
 
 
-def streamed_tools(url: str) -> Any:
-    with sdk(url).chat.completions.stream(model="tiny", messages=MESSAGES, tools=TOOLS) as events:
+def streamed_tools(url: str, prompt: str) -> Any:
+    with sdk(url).chat.completions.stream(model="tiny", messages=asked(prompt), tools=TOOLS) as events:
         final = events.get_final_completion()
     return [[call.function.name, call.function.arguments] for call in final.choices[0].message.tool_calls or []]
 
 
-def structured(url: str) -> Any:
-    answer = sdk(url).chat.completions.parse(model="tiny", messages=MESSAGES, response_format=City)
+def structured(url: str, prompt: str) -> Any:
+    answer = sdk(url).chat.completions.parse(model="tiny", messages=asked(prompt), response_format=City)
     return answer.choices[0].message.parsed and answer.choices[0].message.parsed.model_dump()
 
 
-def embeddings(url: str) -> Any:
-    return sdk(url).embeddings.create(model="tiny", input=[PROMPT, "Again."]).model_dump()["data"]
+def embeddings(url: str, prompt: str) -> Any:
+    return sdk(url).embeddings.create(model="tiny", input=[prompt, "Again."]).model_dump()["data"]
 
 
-def responses(url: str) -> Any:
-    return sdk(url).responses.create(model="tiny", input=PROMPT).output_text
+def responses(url: str, prompt: str) -> Any:
+    return sdk(url).responses.create(model="tiny", input=prompt).output_text
 
 
-def streamed_responses(url: str) -> Any:
-    events = sdk(url).responses.create(model="tiny", input=PROMPT, stream=True)
+def streamed_responses(url: str, prompt: str) -> Any:
+    events = sdk(url).responses.create(model="tiny", input=prompt, stream=True)
     return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
 
-def leave(url: str) -> Any:
-    with sdk(url).chat.completions.create(model="tiny", messages=MESSAGES, stream=True) as events:
+def leave(url: str, prompt: str) -> Any:
+    with sdk(url).chat.completions.create(model="tiny", messages=asked(prompt), stream=True) as events:
         for event in events:
             if event.choices and event.choices[0].delta.content:
                 return event.choices[0].delta.content

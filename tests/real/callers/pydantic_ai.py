@@ -8,7 +8,7 @@ from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from tests.real.callers.serving import PROMPT, serve
+from tests.real.callers.serving import serve
 
 
 class City(BaseModel):
@@ -21,30 +21,30 @@ def model(url: str) -> OpenAIChatModel:
     return OpenAIChatModel("tiny", provider=OpenAIProvider(base_url=url, api_key="none"))
 
 
-def chat(url: str) -> Any:
-    return Agent(model(url)).run_sync(PROMPT).output
+def chat(url: str, prompt: str) -> Any:
+    return Agent(model(url)).run_sync(prompt).output
 
 
-def stream(url: str) -> Any:
+def stream(url: str, prompt: str) -> Any:
     async def read() -> str:
-        async with Agent(model(url)).run_stream(PROMPT) as answer:
+        async with Agent(model(url)).run_stream(prompt) as answer:
             return "".join([piece async for piece in answer.stream_text(delta=True, debounce_by=None)])
 
     return asyncio.run(read())
 
 
-def tools(url: str) -> Any:
+def tools(url: str, prompt: str) -> Any:
     """An answer in the arguments of a tool call, which is its default for structured ones."""
-    return Agent(model(url), output_type=City).run_sync(PROMPT).output.model_dump()
+    return Agent(model(url), output_type=City).run_sync(prompt).output.model_dump()
 
 
-def structured(url: str) -> Any:
-    return Agent(model(url), output_type=NativeOutput(City)).run_sync(PROMPT).output.model_dump()
+def structured(url: str, prompt: str) -> Any:
+    return Agent(model(url), output_type=NativeOutput(City)).run_sync(prompt).output.model_dump()
 
 
-def leave(url: str) -> Any:
+def leave(url: str, prompt: str) -> Any:
     async def read() -> str | None:
-        async with Agent(model(url)).run_stream(PROMPT) as answer:
+        async with Agent(model(url)).run_stream(prompt) as answer:
             async for piece in answer.stream_text(delta=True, debounce_by=None):
                 return piece
         return None

@@ -1,4 +1,4 @@
-"""The loop of a program with a client library: a line of JSON with a call's name and an url in, its outcome out.
+"""The loop of a program with a client library: a line of JSON in with a call's name, an url and a prompt, its outcome out.
 
 These programs run in the environment of `requirements/real.txt`.
 """
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-PROMPT = "Say something."
 WEATHER = {
     "name": "weather",
     "description": "Tell the weather.",
@@ -25,16 +24,16 @@ def described(error: BaseException) -> dict[str, Any]:
     return {"type": type(error).__name__, "status": status, "message": str(error)}
 
 
-def serve(calls: Mapping[str, Callable[[str], Any]]) -> None:
+def serve(calls: Mapping[str, Callable[[str, str], Any]]) -> None:
     """Make the calls that standard input asks for, until it ends.
 
     Args:
-        calls: By their names; each is given the url of an API, with `/v1`, and returns JSON.
+        calls: By their names; each is given the url of an API, with `/v1`, and a prompt, and returns JSON.
     """
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            outcome = {"value": calls[order["call"]](order["url"] + "/v1")}
+            outcome = {"value": calls[order["call"]](order["url"] + "/v1", order["prompt"])}
         except Exception as error:  # noqa: BLE001 - whatever a library raises is the outcome
             outcome = {"error": described(error)}
         print(json.dumps(outcome), flush=True)  # noqa: T201

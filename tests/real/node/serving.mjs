@@ -1,7 +1,5 @@
-// The loop of a program with a client library: a line of JSON with a call's name and an url in, its outcome out.
+// The loop of a program with a client library: a line of JSON in with a call's name, an url and a prompt, its outcome out.
 import { createInterface } from "node:readline";
-
-export const PROMPT = "Say something.";
 
 function described(error) {
   for (let cause = error; cause; cause = cause.lastError ?? cause.cause) {
@@ -11,13 +9,13 @@ function described(error) {
   return { type: error?.name ?? "unknown", status: null, message: String(error?.message ?? error) };
 }
 
-// Makes the calls that standard input asks for; each is given the url of an API, with `/v1`, and returns JSON.
+// Makes the calls that standard input asks for; each is given the url of an API, with `/v1`, and a prompt, and returns JSON.
 export async function serve(calls) {
   for await (const line of createInterface({ input: process.stdin })) {
     const order = JSON.parse(line);
     let outcome;
     try {
-      outcome = { value: await calls[order.call](order.url + "/v1") };
+      outcome = { value: await calls[order.call](order.url + "/v1", order.prompt) };
     } catch (error) {
       outcome = { error: described(error) };
     }

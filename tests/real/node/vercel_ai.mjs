@@ -1,7 +1,7 @@
 // Calls with Vercel's AI SDK, as it is by default: with two retries of its own, which do not know `x-should-retry`.
 import { createOpenAI } from "@ai-sdk/openai";
 import { embedMany, generateText, jsonSchema, Output, streamText, tool } from "ai";
-import { PROMPT, serve } from "./serving.mjs";
+import { serve } from "./serving.mjs";
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
 const provider = (url) => createOpenAI({ baseURL: url, apiKey: "none" });
@@ -27,33 +27,33 @@ async function textOf(stream) {
 }
 
 await serve({
-  async chat(url) {
-    const { text, finishReason } = await generateText({ model: model(url), prompt: PROMPT });
+  async chat(url, prompt) {
+    const { text, finishReason } = await generateText({ model: model(url), prompt });
     return [text, finishReason];
   },
-  stream: (url) => textOf(streamText({ model: model(url), prompt: PROMPT, onError() {} }).fullStream),
-  async tools(url) {
-    return called((await generateText({ model: model(url), prompt: PROMPT, tools, toolChoice: "required" })).toolCalls);
+  stream: (url, prompt) => textOf(streamText({ model: model(url), prompt, onError() {} }).fullStream),
+  async tools(url, prompt) {
+    return called((await generateText({ model: model(url), prompt, tools, toolChoice: "required" })).toolCalls);
   },
-  async streamed_tools(url) {
-    const answer = streamText({ model: model(url), prompt: PROMPT, tools, onError() {} });
+  async streamed_tools(url, prompt) {
+    const answer = streamText({ model: model(url), prompt, tools, onError() {} });
     await textOf(answer.fullStream);
     return called(await answer.toolCalls);
   },
-  async structured(url) {
+  async structured(url, prompt) {
     const output = Output.object({ schema: city("name") });
-    return (await generateText({ model: model(url), prompt: PROMPT, output })).output;
+    return (await generateText({ model: model(url), prompt, output })).output;
   },
-  async embeddings(url) {
-    return (await embedMany({ model: provider(url).embedding("tiny"), values: [PROMPT, "Again."] })).embeddings;
+  async embeddings(url, prompt) {
+    return (await embedMany({ model: provider(url).embedding("tiny"), values: [prompt, "Again."] })).embeddings;
   },
-  async responses(url) {
-    return (await generateText({ model: provider(url)("tiny"), prompt: PROMPT })).text;
+  async responses(url, prompt) {
+    return (await generateText({ model: provider(url)("tiny"), prompt })).text;
   },
-  streamed_responses: (url) => textOf(streamText({ model: provider(url)("tiny"), prompt: PROMPT, onError() {} }).fullStream),
-  async leave(url) {
+  streamed_responses: (url, prompt) => textOf(streamText({ model: provider(url)("tiny"), prompt, onError() {} }).fullStream),
+  async leave(url, prompt) {
     const leaving = new AbortController();
-    const answer = streamText({ model: model(url), prompt: PROMPT, abortSignal: leaving.signal, onError() {} });
+    const answer = streamText({ model: model(url), prompt, abortSignal: leaving.signal, onError() {} });
     for await (const part of answer.fullStream) {
       if (part.type === "error") throw part.error;
       if (part.type === "text-delta" && part.text) {
