@@ -103,6 +103,20 @@ async def litellm(folder: Path, llama: Llama) -> AsyncIterator[LiteLlm]:
         yield server
 
 
+StartLiteLlm = Callable[[str], Awaitable[LiteLlm]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start_litellm(tmp_path: Path) -> AsyncIterator[StartLiteLlm]:
+    """Start LiteLLM's proxy before the server at this url."""
+    async with AsyncExitStack() as stack:
+
+        async def start(url: str) -> LiteLlm:
+            return await stack.enter_async_context(LiteLlm(tmp_path, url))
+
+        yield start
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def started_mock(folder: Path) -> AsyncIterator[MockModel]:
     async with MockModel("mock", folder, {"MOCK_TTFT": "0", "MOCK_TOKEN_INTERVAL": "0.02"}) as server:

@@ -1,0 +1,119 @@
+"""LiteLLM's proxy behind the gateway, before llama.cpp's server."""
+
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from testkit.http import Answer, ask
+from testkit.servers import Gateway
+from tests.real.conftest import StartGateway, StartLiteLlm
+from tests.real.servers import PATIENCE, LiteLlm
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+CHAT = "/v1/chat/completions"
+PROBE_PATH = "/health/liveliness"
+MESSAGES: Any = [{"role": "user", "content": "Say something."}]
+SAME: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def gateway(start_gateway: StartGateway, litellm: LiteLlm) -> Gateway:
+    return await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY=litellm.key, GATEWAY_PROBE_PATH=PROBE_PATH)
+
+
+async def post(url: str, body: object, path: str = CHAT, **headers: str) -> Answer:
+    return await ask(url + path, method="POST", body=body, headers=headers, seconds=PATIENCE)
+
+
+async def direct(litellm: LiteLlm, body: object, path: str = CHAT) -> Answer:
+    return await post(litellm.url, body, path, authorization=f"Bearer {litellm.key}")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_answer_is_the_proxys(gateway: Gateway, litellm: LiteLlm, stream: bool) -> None:  # noqa: FBT001
+    asked = SAME | {"stream": stream}
+
+    answer, expected = await post(gateway.url, asked), await direct(litellm, asked)
+
+    assert (answer.status, answer.attempts, answer.cut) == (200, 1, False)
+    assert answer.text
+    assert answer.text == expected.text
+    if stream:
+        assert answer.events[-1] == expected.events[-1] == "[DONE]"
+        assert len(answer.events) == len(expected.events)
+
+
+async def test_a_stream_of_two_choices_is_whole_though_one_has_no_finish_reason(
+    gateway: Gateway, litellm: LiteLlm
+) -> None:
+    asked = SAME | {"stream": True, "n": 2}
+
+    answer, expected = await post(gateway.url, asked), await direct(litellm, asked)
+
+    assert (answer.status, answer.attempts, answer.cut) == (200, 1, False)
+    assert (answer.events[-1], expected.events[-1]) == ("[DONE]", "[DONE]")
+    assert len(answer.events) == len(expected.events)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_several_prompts_are_answered_as_by_the_proxy(
+    gateway: Gateway, litellm: LiteLlm, stream: bool  # noqa: FBT001
+) -> None:
+    asked = {"model": "tiny", "prompt": ["Say", "it"], "max_tokens": 4, "temperature": 0, "stream": stream}
+
+    answer = await post(gateway.url, asked, "/v1/completions")
+    expected = await direct(litellm, asked, "/v1/completions")
+
+    assert (answer.status, answer.attempts, answer.cut) == (200, 1, False)
+    assert expected.status == 200
+    if stream:
+        assert len(answer.events) == len(expected.events)
+    else:
+        texts = [[choice["text"] for choice in one.json["choices"]] for one in (answer, expected)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [SAME | {"model": "nobody"}, SAME | {"messages": [{"role": "user", "content": "word " * 20_000}]}],
+    ids=["model", "too long"],
+)
+async def test_an_error_answer_is_the_proxys(gateway: Gateway, litellm: LiteLlm, body: object) -> None:
+    answer, expected = await post(gateway.url, body), await direct(litellm, body)
+
+    assert 400 <= expected.status < 500
+    assert (answer.status, answer.json) == (expected.status, expected.json)
+    assert answer.attempts == 1
+    (backend,) = (await gateway.health())["downstream"]["backends"]
+    assert (backend["status"], backend["consecutive_failures"]) == ("ok", 0)
+
+
+async def test_a_wrong_key_gets_the_proxys_own_words(start_gateway: StartGateway, litellm: LiteLlm) -> None:
+    gateway = await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY="sk-wrong")
+
+    answer = await post(gateway.url, SAME)
+
+    assert (answer.status, answer.error["message"], answer.attempts) == (400, "No connected db.", 1)
+
+
+async def test_its_health_cannot_be_probed_without_a_key_but_its_liveliness_can(
+    start_gateway: StartGateway, gateway: Gateway, litellm: LiteLlm
+) -> None:
+    by_default = await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY=litellm.key, GATEWAY_PROBE_TIMEOUT="30")
+
+    probes = [(await one.health())["downstream"]["backends"][0]["probe"]["ok"] for one in (by_default, gateway)]
+
+    assert probes == [False, True]
+
+
+async def test_it_can_stand_before_the_gateway_as_well(
+    start_litellm: StartLiteLlm, through: Gateway
+) -> None:
+    before = await start_litellm(through.url)
+
+    for stream in (False, True):
+        asked = SAME | {"stream": stream}
+        answer, expected = await direct(before, asked), await post(through.url, asked)
+        assert (answer.status, answer.text) == (200, expected.text)
