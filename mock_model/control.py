@@ -11,7 +11,7 @@ from mock_model.control_guard import control_guard
 from mock_model.errors import envelope
 from mock_model.journal import Journal
 from mock_model.metrics import CONTENT_TYPE, Metrics
-from mock_model.middleware import openai_errors
+from mock_model.middleware import api_errors
 from mock_model.script import Script, ScriptError
 
 MAX_BODY = 4 * 2**20
@@ -64,7 +64,7 @@ class Control:
 
     def create_app(self) -> web.Application:
         """Return the application that serves it."""
-        app = web.Application(middlewares=[openai_errors, control_guard(self._hosts)], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[api_errors, control_guard(self._hosts)], client_max_size=MAX_BODY)
         app.router.add_routes(fault_routes(self._script))
         app.router.add_get("/journal", self._get_journal)
         app.router.add_delete("/journal", self._delete_journal)

@@ -30,19 +30,24 @@ class ScriptError(ValueError):
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which calls an entry is for; what is left out matches all."""
+    """Which calls an entry is for; what is left out matches all, and so does `*` at the end of a path."""
 
     model: str | None = None
-    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/health)\Z")] | None = None
+    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/tokenize|/detokenize|/health)\Z")] | None = None
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
         """Return whether the call is one of them; only a path that names `/health` matches it."""
         return (
-            (call.path == self.path if self.path is not None else call.path != HEALTH)
+            self._covers(call.path)
             and (self.model is None or call.model == self.model)
             and (self.stream is None or call.stream == self.stream)
         )
+
+    def _covers(self, path: str) -> bool:
+        if self.path is None:
+            return path != HEALTH
+        return path.startswith(self.path[:-1]) if self.path.endswith("*") else path == self.path
 
 
 class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -25,7 +25,7 @@ from mock_model.control import MAX_BODY, fault_routes
 from mock_model.control_guard import control_guard
 from mock_model.draws import draw, fingerprint
 from mock_model.faults import Count, Fault, Latency, Refuse, Reset, Stall
-from mock_model.middleware import openai_errors
+from mock_model.middleware import api_errors
 from mock_model.script import Script
 from testkit.http_messages import MAX_HEAD, PIECE, Head, NotHttp, read_head
 from testkit.ports import LOOPBACK, free_port
@@ -160,7 +160,7 @@ class FaultProxy:
             self._control = None
 
     async def _open_control(self, port: int) -> None:
-        app = web.Application(middlewares=[openai_errors, control_guard(self._control_hosts)], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[api_errors, control_guard(self._control_hosts)], client_max_size=MAX_BODY)
         app.router.add_routes(fault_routes(self.script))
         self._control = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
         await self._control.setup()
