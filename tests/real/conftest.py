@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path) -> Path:
     """A model's file of 0.4 MB."""
     file = folder / "tiny.gguf"
-    run([ENVIRONMENT / "python", HERE / "tiny_gguf.py", file], check=True)
+    run([ENVIRONMENT / "python", HERE / "tiny_gguf.py", file], check=True)  # noqa: S603
     return file
 
 
@@ -132,7 +132,7 @@ async def mock(started_mock: MockModel) -> MockModel:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def behind(folder: Path, started_mock: MockModel) -> AsyncIterator[Gateway]:
-    """A gateway before the mock model: its breaker stays closed and it waits for no outage, so that tests can share it."""
+    """A gateway before the mock model, for many tests: its breaker stays closed and it waits for no outage."""
     env = {
         "GATEWAY_BACKEND_URLS": started_mock.url,
         "GATEWAY_BREAKER_FAILURES": "1000",

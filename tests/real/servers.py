@@ -23,7 +23,7 @@ SLOW_TO_LOAD = (
     "{% if messages|length == 4 %}{% for a in range(10) %}{% for b in range(1000) %}{% for c in range(1000) %}"
     "{% endfor %}{% endfor %}{% endfor %}{% endif %}" + CHAT_TEMPLATE
 )
-"""A chat template that keeps llama.cpp loading for seconds: before it is ready it formats an example of four messages."""
+"""Keeps llama.cpp loading for a second or more: before it is ready it formats an example of four messages."""
 
 
 class Llama(LlamaServer):

@@ -22,7 +22,7 @@ CALLS = (
     *((name, "embeddings") for name in CLIENTS if name != "pydantic_ai"),
     *((name, call) for name in CLIENTS[:3] for call in ("responses", "streamed_responses")),
 )
-SURVIVED = {
+SURVIVED: dict[str, dict[str, Any]] = {
     "a 500": {"kind": "status", "with": {"status": 500}, "times": 1},
     "a 429": {"kind": "status", "with": {"status": 429}, "times": 1},
     "a 503 with Retry-After": {
@@ -34,7 +34,7 @@ SURVIVED = {
     "a cut body": {"kind": "short_body", "with": {"bytes": 50}, "times": 1},
     "a page of HTML": {"kind": "html", "times": 1},
 }
-SEEN = {
+SEEN: dict[str, dict[str, Any]] = {
     "a cut": {"kind": "cut", "with": {"after_events": 3, "how": "end"}},
     "a reset": {"kind": "cut", "with": {"after_events": 3, "how": "reset"}},
     "no end": {"kind": "no_finish"},

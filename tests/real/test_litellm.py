@@ -13,14 +13,13 @@ from tests.real.servers import PATIENCE, LiteLlm
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CHAT = "/v1/chat/completions"
-PROBE_PATH = "/health/liveliness"
 MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 SAME: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def gateway(start_gateway: StartGateway, litellm: LiteLlm) -> Gateway:
-    return await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY=litellm.key, GATEWAY_PROBE_PATH=PROBE_PATH)
+    return await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY=litellm.key, GATEWAY_PROBE_TIMEOUT="30")
 
 
 async def post(url: str, body: object, path: str = CHAT, **headers: str) -> Answer:
@@ -59,7 +58,9 @@ async def test_a_stream_of_two_choices_is_whole_though_one_has_no_finish_reason(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_several_prompts_are_answered_as_by_the_proxy(
-    gateway: Gateway, litellm: LiteLlm, stream: bool  # noqa: FBT001
+    gateway: Gateway,
+    litellm: LiteLlm,
+    stream: bool,  # noqa: FBT001
 ) -> None:
     asked = {"model": "tiny", "prompt": ["Say", "it"], "max_tokens": 4, "temperature": 0, "stream": stream}
 
@@ -98,19 +99,15 @@ async def test_a_wrong_key_gets_the_proxys_own_words(start_gateway: StartGateway
     assert (answer.status, answer.error["message"], answer.attempts) == (400, "No connected db.", 1)
 
 
-async def test_its_health_cannot_be_probed_without_a_key_but_its_liveliness_can(
-    start_gateway: StartGateway, gateway: Gateway, litellm: LiteLlm
-) -> None:
-    by_default = await start_gateway(litellm.url, GATEWAY_BACKEND_API_KEY=litellm.key, GATEWAY_PROBE_TIMEOUT="30")
+async def test_a_probe_without_a_key_is_good_and_asks_no_model(gateway: Gateway, litellm: LiteLlm) -> None:
+    assert (await ask(f"{litellm.url}/health", seconds=PATIENCE)).status == 401
 
-    probes = [(await one.health())["downstream"]["backends"][0]["probe"]["ok"] for one in (by_default, gateway)]
+    (backend,) = (await gateway.health())["downstream"]["backends"]
 
-    assert probes == [False, True]
+    assert (backend["status"], backend["probe"]["ok"]) == ("ok", True)
 
 
-async def test_it_can_stand_before_the_gateway_as_well(
-    start_litellm: StartLiteLlm, through: Gateway
-) -> None:
+async def test_it_can_stand_before_the_gateway_as_well(start_litellm: StartLiteLlm, through: Gateway) -> None:
     before = await start_litellm(through.url)
 
     for stream in (False, True):

@@ -24,6 +24,10 @@ def asked(prompt: str) -> Any:
     return [{"role": "user", "content": prompt}]
 
 
+def called(message: Any) -> list[list[str]]:
+    return [[call.function.name, call.function.arguments] for call in message.tool_calls or []]
+
+
 def chat(url: str, prompt: str) -> Any:
     answer = sdk(url).chat.completions.create(model="tiny", messages=asked(prompt))
     return [answer.choices[0].message.content, answer.choices[0].finish_reason]
@@ -36,13 +40,13 @@ def stream(url: str, prompt: str) -> Any:
 
 def tools(url: str, prompt: str) -> Any:
     answer = sdk(url).chat.completions.create(model="tiny", messages=asked(prompt), tools=TOOLS, tool_choice="required")
-    return [[call.function.name, call.function.arguments] for call in answer.choices[0].message.tool_calls or []]
+    return called(answer.choices[0].message)
 
 
 def streamed_tools(url: str, prompt: str) -> Any:
     with sdk(url).chat.completions.stream(model="tiny", messages=asked(prompt), tools=TOOLS) as events:
         final = events.get_final_completion()
-    return [[call.function.name, call.function.arguments] for call in final.choices[0].message.tool_calls or []]
+    return called(final.choices[0].message)
 
 
 def structured(url: str, prompt: str) -> Any:

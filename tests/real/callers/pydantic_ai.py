@@ -46,7 +46,7 @@ def leave(url: str, prompt: str) -> Any:
     async def read() -> str | None:
         async with Agent(model(url)).run_stream(prompt) as answer:
             async for piece in answer.stream_text(delta=True, debounce_by=None):
-                return piece
+                return str(piece)
         return None
 
     return asyncio.run(read())

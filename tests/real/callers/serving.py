@@ -1,4 +1,4 @@
-"""The loop of a program with a client library: a line of JSON in with a call's name, an url and a prompt, its outcome out.
+"""The loop of a program with a client library: lines of JSON in, with a call's name, an url and a prompt; outcomes out.
 
 These programs run in the environment of `requirements/real.txt`.
 """
@@ -17,7 +17,8 @@ WEATHER = {
 
 def described(error: BaseException) -> dict[str, Any]:
     """Return the error's type, words and HTTP status: its own, or that of the error that it came from."""
-    status, cause = None, error
+    status = None
+    cause: BaseException | None = error
     while status is None and cause is not None:
         status = getattr(cause, "status_code", None)
         cause = cause.__cause__ or cause.__context__
