@@ -39,7 +39,7 @@
        |- Stalled                    504     backend_timeout, param idle
        |- AuthRefused                502     backend_auth_error         the backend's own 401 or 403
        `- ErrorAnswer                        the backend answered with an error: passed on unchanged
-          |- RateLimited             429, and 503 with a Retry-After: the replica is left alone
+          |- RateLimited             429, and 503 or 529 with a Retry-After: the replica is left alone
           |- ServerFault             408 5xx
           |- Exhausted               4xx     another target may answer
           |  |- ContextTooLong
@@ -369,7 +369,7 @@ class ErrorWords:
 
 
 class ErrorInside(InvalidResponse):
-    """An error in an answer with a good status: `words`. A dialect makes an error answer of it (`read_error_inside`).
+    """An error in an answer with a good status: `words`. It is made an error answer (`read_error_inside`).
 
     Attributes:
         words: what it says.
@@ -467,13 +467,15 @@ class ErrorAnswer(BackendError):
 
 ERROR_STATUSES = frozenset(range(400, 600)) - {407}
 """Those of error answers. 407 asks for a proxy's key: callers, and proxies before them, would take it for their own."""
-BREAKER_STATUSES = frozenset({500, 502, 503, 504})
-OUTAGE_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 529})
-"""Also Anthropic's `overloaded` (529), and what a content delivery network says of a server it cannot reach."""
+OVERLOADED_STATUSES = frozenset({503, 529})
+"""Of a server that has too much to do for now: 529 is Anthropic's word for it."""
+BREAKER_STATUSES = frozenset({500, 502, 504}) | OVERLOADED_STATUSES
+OUTAGE_STATUSES = frozenset({502, 504, 520, 521, 522, 523}) | OVERLOADED_STATUSES
+"""Also what a content delivery network says of a server that it cannot reach."""
 
 
 class RateLimited(ErrorAnswer):
-    """429, or 503 with a `Retry-After`: another replica is asked at once; this one when its cooldown is over."""
+    """429, or 503 or 529 with a `Retry-After`: another replica is asked at once; this one when its cooldown is over."""
 
     same_replica = False
     at_once_elsewhere = True

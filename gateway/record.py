@@ -121,7 +121,7 @@ class Record:
         queued: seconds in the queue.
         waits: for the end of outages and cooldowns, in order.
         first_token: when the first content event arrived, or None.
-        operation: `gen_ai.operation.name`, or None when it is no prompt.
+        operation: `gen_ai.operation.name`, or None when it is no prompt; provider: `gen_ai.provider.name`.
         model: the model it was forwarded for; route: the route's pattern.
         status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
         stop_reason: why no further attempt was made, or None.
@@ -150,6 +150,7 @@ class Record:
     ended: float | None = None
     first_token: float | None = None
     operation: str | None = None
+    provider: str | None = None
     model: str | None = None
     route: str | None = None
     stream: bool = False
@@ -214,6 +215,7 @@ class Record:
         self,
         *,
         operation: str,
+        provider: str,
         model: str,
         route: str,
         stream: bool,
@@ -224,6 +226,7 @@ class Record:
     ) -> None:
         """Note what the caller asks for, except its text."""
         self.operation = operation
+        self.provider = provider
         self.model = model
         self.route = route
         self.stream = stream

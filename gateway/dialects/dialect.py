@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from gateway.errors import BackendError, ErrorWords, GatewayError
+from gateway.errors import ErrorWords, GatewayError
 
 if TYPE_CHECKING:
     from gateway.record import Record
@@ -72,6 +72,7 @@ class Prompt:
         """Note what is asked for, except its text: for which model, by which route."""
         record.describe_request(
             operation=self.operation,
+            provider=self.dialect.provider,
             model=model,
             route=route,
             stream=self.stream,
@@ -147,9 +148,11 @@ class Dialect(Protocol):
 
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
+        provider: `gen_ai.provider.name` of its spans, which by the conventions names the API, whoever serves it.
     """
 
     passes_query: bool
+    provider: str
 
     @property
     def operations(self) -> Mapping[str, str]:
@@ -173,25 +176,11 @@ class Dialect(Protocol):
             InvalidResponse: it is not a good one.
         """
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an answer other than a good one is: unreadable, unless it has the status of an error.
-
-        Args:
-            status: HTTP status.
-            body: its bytes.
-            headers: those that pass to callers.
-            retry_after: seconds that it asks to wait, or None.
-        """
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside an answer with a good status is; as `read_error` otherwise."""
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return an error of the gateway as JSON."""
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer as the body of an error answer, in JSON."""
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
         """Return an error after the status went out, as the last event of a stream; `state` as far as it has come."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gateway.dialects.answer_fields import is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
+from gateway.dialects.error_answers import read_error, read_error_inside
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
@@ -204,13 +205,14 @@ class Attempts:
         timer.pause()
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
-        raise await self._executor.run(len(body), call.prompt.dialect.read_error, exchange.status, body, passed, wait)
+        raise await self._executor.run(len(body), read_error, exchange.status, body, passed, wait)
 
     def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
         """Return the error answer that an error inside a good answer is."""
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
-        failure = call.prompt.dialect.read_error_inside(error.words, passed, wait)
+        body = call.prompt.dialect.error_inside(error.words)
+        failure = read_error_inside(error.words, body, passed, wait)
         if error.words.number is None or call.committed:
             failure.outage = False  # that it cannot be used, it would have said before an answer
         if call.committed:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway import __version__
-from gateway.dialects.table import BY_PATH, dialect_of
+from gateway.dialects.table import BY_PATH
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
-from gateway.server.paths import CANONICAL, right_path
+from gateway.server.paths import CANONICAL, right_path, worded_by
 from gateway.server.request_reader import check_media_type, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
@@ -178,7 +178,7 @@ class Handlers:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
         if self._admission.draining:
-            return unrecorded_error(GatewayDraining(), dialect_of(request.path), headers)
+            return unrecorded_error(GatewayDraining(), worded_by(request.path), headers)
         if not self._health.ready:
             return json_response({"status": "starting"}, status=503, headers=headers)
         return json_response({"status": "ok"})

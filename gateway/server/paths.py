@@ -1,6 +1,7 @@
 """Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
 
-from gateway.dialects.table import BY_PATH
+from gateway.dialects.dialect import Dialect
+from gateway.dialects.table import BY_PATH, DIALECTS
 
 MODELS = "/v1/models"
 MODEL = "/v1/models/{id}"
@@ -15,6 +16,8 @@ def forms_of(path: str) -> tuple[str, str]:
 
 CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path)} | {"/": "/"}
 """The path that records know, for each form of it."""
+MAX_PARTS = max(path.count("/") for path in BY_PATH)
+"""Of the path of a call."""
 _BELOW_MODELS = tuple(f"{form}/" for form in forms_of(MODELS))
 
 
@@ -33,8 +36,25 @@ def needs_key(path: str, known: str | None) -> bool:
 
 def right_path(path: str) -> str | None:
     """Return the path that was meant where slashes, letter case or a second `/v1` are wrong, or None."""
-    parts = [part for part in path.lower().split("/") if part]
-    while parts[:2] == ["v1", "v1"]:
-        del parts[0]
-    straight = "/" + "/".join(parts)
+    straight = "/" + "/".join(_parts(path))
     return straight if straight in SERVICE else known_path(straight)
+
+
+def worded_by(path: str) -> Dialect:
+    """Return the dialect that words the errors of a path: that of the call that it is, nearly is, or is below."""
+    parts = _parts(path)[:MAX_PARTS]
+    while parts:
+        dialect = BY_PATH.get(CANONICAL.get("/" + "/".join(parts), ""))
+        if dialect is not None:
+            return dialect
+        del parts[-1]
+    return DIALECTS[0]
+
+
+def _parts(path: str) -> list[str]:
+    """Return the parts of a path in lower case, without empty ones and a second `/v1`."""
+    parts = [part for part in path.lower().split("/") if part]
+    first = 0
+    while parts[first : first + 2] == ["v1", "v1"]:
+        first += 1
+    return parts[first:]

@@ -33,6 +33,7 @@ def _server(record: "Record") -> SpanData:
             record.status,
             record.outcome,
             record.operation,
+            record.provider,
             record.model[:256],
             record.stream,
             record.choices,
@@ -115,6 +116,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     status: int,
     outcome: str,
     operation: str,
+    provider: str | None,
     model: str,
     stream: bool,  # noqa: FBT001
     choices: int,
@@ -131,11 +133,11 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     attributes: list[tuple[str, Value]] = [
         *http.attributes,
         ("gen_ai.operation.name", operation),
-        ("gen_ai.provider.name", "openai"),
         ("gen_ai.request.model", model),
         ("gateway.attempts", attempts),
     ]
     for attribute, value in (
+        ("gen_ai.provider.name", provider),
         ("gen_ai.request.stream", stream or None),
         ("gen_ai.request.choice.count", choices if choices != 1 else None),
         ("gen_ai.request.max_tokens", max_tokens),

@@ -14,7 +14,7 @@ from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
-from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidResponse
+from gateway.errors import ErrorWords, GatewayError, InvalidResponse
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -48,6 +48,11 @@ class WholeResponse(Struct):
     model: str | None = None
     status: str | None = None
     usage: _Usage | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says so."""
+        return self.object == "error"
 
     @property
     def response_id(self) -> str | None:
@@ -214,6 +219,7 @@ class OpenAIResponses:
     """The dialect of `/v1/responses`."""
 
     passes_query = True
+    provider = "openai"
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -239,21 +245,13 @@ class OpenAIResponses:
         """Check a whole response."""
         return read_whole(content_type, body, _decode_whole, WholeResponse)
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error answer is."""
-        return errors.read_error(status, body, headers, retry_after)
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside a good answer is."""
-        return errors.read_error_inside(words, headers, retry_after)
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""
         return errors.error_body(error)
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer, in the envelope."""
+        return errors.error_inside(words)
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
         """Return an `error` event, numbered after the events that have gone out."""
