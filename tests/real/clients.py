@@ -15,7 +15,7 @@ from tests.real.servers import ENVIRONMENT, HERE, PATIENCE
 NODE = shutil.which("node")
 PROGRAMS: dict[str, Sequence[str]] = {
     name: (str(ENVIRONMENT / "python"), "-m", f"tests.real.callers.{name}")
-    for name in ("openai_python", "langchain", "pydantic_ai")
+    for name in ("openai_python", "anthropic_python", "langchain", "pydantic_ai")
 } | {name: (NODE or "", str(HERE / "node" / f"{name}.mjs")) for name in ("openai_node", "vercel_ai")}
 """By the name of a client, the program that calls with it."""
 
