@@ -33,7 +33,7 @@ async def curl(gateway: Gateway, *options: str, **changes: object) -> tuple[int,
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("version", ["--http1.1", "--http1.0"])
-async def test_a_whole_answer_is_a_success(mock: MockModel, behind: Gateway, stream: bool, version: str) -> None:  # noqa: FBT001
+async def test_a_whole_answer_is_a_success(mock: MockModel, behind: Gateway, *, stream: bool, version: str) -> None:
     code, output = await curl(behind, version, stream=stream)
 
     assert code == 0

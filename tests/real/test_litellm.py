@@ -31,7 +31,7 @@ async def direct(litellm: LiteLlm, body: object, path: str = CHAT) -> Answer:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_an_answer_is_the_proxys(gateway: Gateway, litellm: LiteLlm, stream: bool) -> None:  # noqa: FBT001
+async def test_an_answer_is_the_proxys(gateway: Gateway, litellm: LiteLlm, *, stream: bool) -> None:
     asked = SAME | {"stream": stream}
 
     answer, expected = await post(gateway.url, asked), await direct(litellm, asked)
@@ -60,7 +60,8 @@ async def test_a_stream_of_two_choices_is_whole_though_one_has_no_finish_reason(
 async def test_several_prompts_are_answered_as_by_the_proxy(
     gateway: Gateway,
     litellm: LiteLlm,
-    stream: bool,  # noqa: FBT001
+    *,
+    stream: bool,
 ) -> None:
     asked = {"model": "tiny", "prompt": ["Say", "it"], "max_tokens": 4, "temperature": 0, "stream": stream}
 

@@ -80,8 +80,8 @@ async def backend_of(gateway: Gateway) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_an_answer_is_the_servers(
-    through: Gateway, llama: Llama, path: str, body: dict[str, Any], stream: bool
-) -> None:  # noqa: FBT001
+    through: Gateway, llama: Llama, path: str, body: dict[str, Any], *, stream: bool
+) -> None:
     asked = body | {"stream": stream}
 
     direct, answer = await post(llama.url, asked, path), await post(through.url, asked, path)
@@ -119,7 +119,8 @@ async def test_an_error_answer_is_the_servers(
     llama: Llama,
     body: dict[str, Any],
     status: int,
-    stream: bool,  # noqa: FBT001
+    *,
+    stream: bool,
 ) -> None:
     asked = body | {"stream": stream}
 
@@ -199,7 +200,8 @@ async def test_a_prompt_too_long_for_one_server_goes_to_another(
 async def test_a_server_stops_computing_when_the_caller_has_left(
     through: Gateway,
     llama: Llama,
-    stream: bool,  # noqa: FBT001
+    *,
+    stream: bool,
 ) -> None:
     before = llama.cancelled
     asking = asyncio.create_task(post(through.url, ENDLESS | {"stream": stream}))
