@@ -98,23 +98,10 @@ async def through(folder: Path, llama: Llama) -> AsyncIterator[Gateway]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def litellm(folder: Path, llama: Llama) -> AsyncIterator[LiteLlm]:
-    async with LiteLlm(folder, llama.url) as server:
+async def litellm(folder: Path, llama: Llama, through: Gateway) -> AsyncIterator[LiteLlm]:
+    """A proxy with the model `tiny`, and with `behind-a-gateway`, the same model behind the gateway."""
+    async with LiteLlm(folder, {"tiny": llama.url, "behind-a-gateway": through.url}) as server:
         yield server
-
-
-StartLiteLlm = Callable[[str], Awaitable[LiteLlm]]
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def start_litellm(tmp_path: Path) -> AsyncIterator[StartLiteLlm]:
-    """Start LiteLLM's proxy before the server at this url."""
-    async with AsyncExitStack() as stack:
-
-        async def start(url: str) -> LiteLlm:
-            return await stack.enter_async_context(LiteLlm(tmp_path, url))
-
-        yield start
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

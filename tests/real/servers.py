@@ -1,6 +1,7 @@
 """Real model servers, each as a process of its own, from the environment that `make test-real` makes."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from testkit import REPOSITORY
@@ -48,7 +49,11 @@ class Llama(LlamaServer):
 
 
 class LiteLlm(Process):
-    """LiteLLM's proxy with one model, `tiny`, behind an OpenAI-compatible server at `backend`.
+    """LiteLLM's proxy.
+
+    Args:
+        folder: Where its output goes.
+        models: For each name of a model the url, without `/v1`, of the OpenAI-compatible server that has it, as `tiny`.
 
     Attributes:
         key: What it asks of callers.
@@ -57,12 +62,18 @@ class LiteLlm(Process):
 
     key = "sk-test-of-the-gateway-0123456789"
 
-    def __init__(self, folder: Path, backend: str) -> None:
+    def __init__(self, folder: Path, models: Mapping[str, str]) -> None:
         port = free_port()
         self.url = f"http://{LOOPBACK}:{port}"
         config = folder / "litellm.yaml"
-        model = {"model": "openai/tiny", "api_base": f"{backend}/v1", "api_key": "none"}
-        config.write_text(json.dumps({"model_list": [{"model_name": "tiny", "litellm_params": model}]}))  # JSON is YAML
+        entries = [
+            {
+                "model_name": name,
+                "litellm_params": {"model": "openai/tiny", "api_base": f"{url}/v1", "api_key": "none"},
+            }
+            for name, url in models.items()
+        ]
+        config.write_text(json.dumps({"model_list": entries}))  # JSON is YAML
         program = [str(ENVIRONMENT / "litellm"), "--config", str(config), "--host", LOOPBACK, "--port", str(port)]
         env = {"LITELLM_MASTER_KEY": self.key, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         super().__init__("litellm", program, env=env, folder=folder, ready_url=f"{self.url}/health/liveliness")

@@ -54,6 +54,10 @@ async def endings(mock: MockModel) -> list[str | None]:
     return [call["ended"] for call in await journal(mock)]
 
 
+async def rested(gateway: Gateway) -> bool:
+    return not any(backend["cooling_seconds"] for backend in (await gateway.health())["downstream"]["backends"])
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 async def test_a_client_gets_what_it_gets_from_the_model(
     clients: StartClient, mock: MockModel, behind: Gateway, name: str, call: str
@@ -103,6 +107,7 @@ async def test_a_failure_that_lasts_is_the_models_and_is_asked_for_hardly_more_o
     # Vercel's does not know `x-should-retry`: three attempts for its first call, one for each of its two retries.
     assert through_calls <= (1 if status == 400 else direct_calls + 2 if name == "vercel_ai" else direct_calls)
     await mock.control("DELETE", "/faults")
+    await until(lambda: rested(behind), "no replica wants to be left alone")
     assert (await client.call("chat", behind.url, new_prompt())).value, "and it is over with the fault"
 
 

@@ -131,6 +131,15 @@ async def test_an_error_answer_is_the_servers(
     assert status == 500 or answer.attempts == 1
 
 
+async def test_an_error_answer_to_a_message_is_the_servers(through: Gateway, llama: Llama) -> None:
+    asked = SAME | {"messages": [{"role": "user", "content": "word " * 20_000}]}
+
+    direct, answer = [await post(url, asked, "/v1/messages") for url in (llama.url, through.url)]
+
+    assert (direct.status, answer.status, answer.attempts) == (400, 400, 1)
+    assert answer.json == direct.json
+
+
 async def test_what_a_server_was_not_started_for_costs_one_attempt_and_no_breaker(
     through: Gateway, llama: Llama
 ) -> None:
@@ -325,7 +334,7 @@ async def test_a_long_prompt_is_waited_for_while_the_server_gives_signs_of_life(
     server = await start_llama(n_batch=16, n_ubatch=1, sse_ping_interval=1)
     gateway = await start_gateway(server.url, GATEWAY_FIRST_TOKEN_TIMEOUT=str(timer))
 
-    for words in (200, 400, 800, 1600, 3200, 6000):  # until it takes longer than the timer, on a fast machine too
+    for words in (400, 640, 1000, 1600, 2600, 4200, 6000):  # until it takes longer than the timer, on a fast machine too
         long = SAME | {"stream": True, "messages": [{"role": "user", "content": "word " * words}]}
         answer = await post(gateway.url, long)
         assert (answer.status, answer.attempts, answer.events[-1]) == (200, 1, "[DONE]")
