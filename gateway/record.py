@@ -321,7 +321,7 @@ class Record:
                 parts += self._waits_between(before, attempt.started, now)
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")
-            outcome = attempt.outcome or ("streaming" if self.stream else "ok")
+            outcome = attempt.outcome or "streaming"
             took = ((attempt.ended if attempt.ended is not None else now) - attempt.started) * 1000
             parts.append(f'attempt-{attempt.number};desc="{attempt.backend} {outcome}";dur={took:.1f}')
         if self.waits:

@@ -259,6 +259,7 @@ class AnthropicMessages:
 
     passes_query = True
     provider = "anthropic"
+    passes_through = False
     operations: Mapping[str, str] = {MESSAGES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:

@@ -1,8 +1,9 @@
 """What the gateway needs to know of an API family: the protocol that each dialect implements."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.dialects import form_data, model_field
 from gateway.errors import ErrorWords, GatewayError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ class Prompt:
         path: of the call, with its `/v1`.
         operation: `gen_ai.operation.name` of its span.
         body: its bytes, unchanged.
+        boundary: of a form; None for JSON.
         model: the model it names, or None.
         stream: whether it asks for a stream.
         choices: how many choices its answer has.
@@ -28,6 +30,7 @@ class Prompt:
     __slots__ = (
         "asks_usage",
         "body",
+        "boundary",
         "choices",
         "dialect",
         "max_tokens",
@@ -48,6 +51,7 @@ class Prompt:
         *,
         method: str = "POST",
         model: str | None,
+        boundary: bytes | None = None,
         stream: bool = False,
         choices: int = 1,
         asks_usage: bool = False,
@@ -61,12 +65,25 @@ class Prompt:
         self.path = path
         self.operation = dialect.operations[path]
         self.body = body
+        self.boundary = boundary
         self.model = model
         self.stream = stream
         self.choices = choices
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.top_p = top_p
+
+    def with_model(self, model: str) -> bytes:
+        """Return its body with another model, or with one where it names none; every other byte stays."""
+        if self.boundary is not None:
+            return form_data.with_model(self.body, self.boundary, model)
+        return model_field.with_model(self.body, model)
+
+    def content(self) -> Iterable[bytes | memoryview]:
+        """Return what stands for it among other requests: its body; of a form all but the boundary."""
+        if self.boundary is not None:
+            return form_data.without_boundaries(self.body, self.boundary)
+        return [self.body]
 
     def describe_in(self, record: "Record", *, model: str, route: str) -> None:
         """Note what is asked for, except its text: for which model, by which route."""
@@ -149,10 +166,12 @@ class Dialect(Protocol):
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
         provider: `gen_ai.provider.name` of its spans, which by the conventions names the API, whoever serves it.
+        passes_through: requests may be forms, and good answers pass on as they come, whatever they are.
     """
 
     passes_query: bool
     provider: str
+    passes_through: bool
 
     @property
     def operations(self) -> Mapping[str, str]:

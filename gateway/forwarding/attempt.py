@@ -1,6 +1,7 @@
 """One attempt at one replica: the HTTP call under its timers, the report to the breaker, the notes in the record."""
 
 from asyncio import CancelledError
+from functools import partial
 from time import time
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,9 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.executor import LARGE
+from gateway.forwarding.body_relay import BodyRelay
 from gateway.forwarding.call import WholeAnswer
-from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
+from gateway.forwarding.stream_relay import StreamRelay, held_up, no_first_token, stalled
 from gateway.headers import retry_after
 from gateway.phase_timer import PhaseTimer
 from gateway.record import MAX_MESSAGE, AttemptRecord
@@ -46,8 +48,9 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 
-GOOD_STATUSES = frozenset(range(200, 300)) - {204, 205}
-"""Those of answers; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
+PASSED_STATUSES = frozenset(range(200, 300))
+GOOD_STATUSES = PASSED_STATUSES - {204, 205}
+"""Those of answers to prompts; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
 
 
 MAX_ERROR = 262_144
@@ -147,7 +150,8 @@ class Attempts:
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
         timeouts = lease.replica.timeouts
-        if call.sink is not None:
+        passes_through = call.prompt.dialect.passes_through
+        if call.sink is not None and not passes_through:
             timer.limit(timeouts.first_token, lambda: no_first_token(timeouts.first_token))
         else:
             timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
@@ -159,8 +163,10 @@ class Attempts:
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:
-                if exchange.status not in GOOD_STATUSES:
+                if exchange.status not in (PASSED_STATUSES if passes_through else GOOD_STATUSES):
                     await self._read_error(call, exchange, timer, timeouts.idle)
+                elif call.sink is not None and passes_through:
+                    await self._pass_through(call, call.sink, lease, exchange, timer)
                 elif call.sink is not None:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
@@ -272,7 +278,7 @@ class Attempts:
                 events += await relay.until_complete(self._max_answer)
             timer.end_at(call.deadline.end)
             headers = {"content-type": "text/event-stream", **exchange.passed_headers()}
-            await sink.commit(headers, events, state, relay.held_up)
+            await sink.commit(headers, events, state, partial(held_up, exchange, call.share))
             call.share.give_back(len(events))
             del events
             if call.commit != "complete":
@@ -282,6 +288,32 @@ class Attempts:
         finally:
             call.share.give_back_to(held)
             _describe(call.record, state, None if state.text is None else [state.text])
+
+    async def _pass_through(
+        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
+    ) -> None:
+        """Pass an answer on as it comes, whatever it is: its first byte is its commit."""
+        exchange.decode_within(self._max_answer)
+        relay = BodyRelay(exchange, timer, idle=lease.replica.timeouts.idle, share=call.share)
+        held = call.share.held
+        try:
+            body = await relay.until_commit(self._max_answer, whole=call.commit == "complete")
+            self._report(call.record, lease, lease.begin_answer)
+            timer.end_at(call.deadline.end)
+            await sink.commit(
+                exchange.passed_headers(),
+                body,
+                None,
+                partial(held_up, exchange, call.share),
+                status=exchange.status,
+                length=len(body) if call.commit == "complete" else exchange.length,
+            )
+            call.share.give_back(len(body))
+            del body
+            await relay.pass_on(sink.write)
+            await sink.end()
+        finally:
+            call.share.give_back_to(held)
 
     def _begin(self, call: "Call", target: "Target", replica: "Replica") -> AttemptRecord:
         """Note that an attempt begins."""

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
 
-from gateway.dialects.model_field import with_model
 from gateway.errors import (
     BackendError,
     BackendRateLimited,
@@ -317,7 +316,7 @@ class Forwarder:
         if model == prompt.model:
             return
         call.share.hold(len(prompt.body))
-        call.body = await self._executor.run(len(prompt.body), with_model, prompt.body, model)
+        call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
 
 
 def _in_order(call: "Call") -> "tuple[Target, ...]":

@@ -12,7 +12,7 @@ from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
 from gateway.server.paths import CANONICAL, right_path, worded_by
-from gateway.server.request_reader import check_media_type, forwarded_headers
+from gateway.server.request_reader import form_boundary, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
@@ -71,19 +71,19 @@ class Handlers:
         commit = self._reader.commit(request)
         caller = record.caller
         self._admission.check(caller)
-        check_media_type(request)
+        boundary = form_boundary(request, dialect)
         with self._byte_budget.share(caller) as share:
-            prompt = await self._reader.prompt(request, path, dialect, deadline, share)
+            prompt = await self._reader.prompt(request, path, dialect, deadline, share, boundary=boundary)
             model = prompt.model or self._pool.default_model
             route = self._pool.route(model)
             if route is None:
                 raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
             prompt.describe_in(record, model=model, route=route.model)
-            if self._settings.gateway_capture_content:
+            if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = dialect.prompt_messages(prompt.body)
             writer = None
-            if prompt.stream:
-                heartbeat = self._settings.gateway_heartbeat
+            if prompt.stream or dialect.passes_through:
+                heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
                 writer = request[STREAM] = StreamWriter(
                     request, record, dialect, heartbeat=heartbeat, clock=self._clock
                 )

@@ -9,9 +9,9 @@ SERVICE = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """The calls that ask how the gateway is."""
 
 
-def forms_of(path: str) -> tuple[str, str]:
+def forms_of(path: str) -> tuple[str, ...]:
     """Return a path below `/v1` as it is and without `/v1`: some clients are given a base url without it."""
-    return path, path.removeprefix("/v1")
+    return tuple(dict.fromkeys((path, path.removeprefix("/v1"))))
 
 
 CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path)} | {"/": "/"}

@@ -83,6 +83,12 @@ async def test_a_streamed_message(both: Both) -> None:
     assert text_of(events)
 
 
+async def test_counted_tokens(both: Both) -> None:
+    prompt = {name: value for name, value in PROMPT.items() if name != "max_tokens"}
+    counted = await both.whole(lambda sdk: sdk.messages.count_tokens(**prompt, system="Be brief.", tools=[TOOL]))
+    assert counted.input_tokens > 0
+
+
 async def test_thoughts_and_tools(both: Both) -> None:
     answer = await both.whole(lambda sdk: sdk.messages.create(**PROMPT, tools=[TOOL], thinking=THINKING))
     assert [block.type for block in answer.content] == ["thinking", "tool_use"]

@@ -86,6 +86,7 @@ class OpenAIChat:
 
     passes_query = False
     provider = "openai"
+    passes_through = False
     operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:

@@ -220,6 +220,7 @@ class OpenAIResponses:
 
     passes_query = True
     provider = "openai"
+    passes_through = False
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
