@@ -21,6 +21,7 @@ CALLS = (
     *((name, call) for name in CLIENTS for call in ("chat", "stream", "tools")),
     *((name, "structured") for name in OPENAI),
     *((name, "streamed_tools") for name in (*OPENAI[:3], "anthropic_python")),
+    ("anthropic_python", "count_tokens"),
     *((name, "embeddings") for name in OPENAI[:4]),
     *((name, call) for name in OPENAI[:3] for call in ("responses", "streamed_responses")),
 )

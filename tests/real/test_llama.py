@@ -334,7 +334,15 @@ async def test_a_long_prompt_is_waited_for_while_the_server_gives_signs_of_life(
     server = await start_llama(n_batch=16, n_ubatch=1, sse_ping_interval=1)
     gateway = await start_gateway(server.url, GATEWAY_FIRST_TOKEN_TIMEOUT=str(timer))
 
-    for words in (400, 640, 1000, 1600, 2600, 4200, 6000):  # until it takes longer than the timer, on a fast machine too
+    for words in (
+        400,
+        640,
+        1000,
+        1600,
+        2600,
+        4200,
+        6000,
+    ):  # until it takes longer than the timer, on a fast machine too
         long = SAME | {"stream": True, "messages": [{"role": "user", "content": "word " * words}]}
         answer = await post(gateway.url, long)
         assert (answer.status, answer.attempts, answer.events[-1]) == (200, 1, "[DONE]")

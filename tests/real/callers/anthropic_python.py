@@ -44,6 +44,10 @@ def streamed_tools(url: str, prompt: str) -> Any:
         return called(events.get_final_message())
 
 
+def count_tokens(url: str, prompt: str) -> Any:
+    return messages(url).count_tokens(model="tiny", messages=[{"role": "user", "content": prompt}]).input_tokens
+
+
 def leave(url: str, prompt: str) -> Any:
     with messages(url).stream(**asked(prompt)) as events:
         for text in events.text_stream:
@@ -53,4 +57,4 @@ def leave(url: str, prompt: str) -> Any:
 
 
 if __name__ == "__main__":
-    serve({one.__name__: one for one in (chat, stream, tools, streamed_tools, leave)})
+    serve({one.__name__: one for one in (chat, stream, tools, streamed_tools, count_tokens, leave)})
