@@ -44,7 +44,8 @@
           |- Exhausted               4xx     another target may answer
           |  |- ContextTooLong
           |  |- QuotaSpent
-          |  `- NoSuchModel
+          |  |- NoSuchModel
+          |  `- NoSuchResponse      each replica is asked for it
           `- Rejected                4xx     all others
 """
 
@@ -266,6 +267,7 @@ class BackendError(GatewayError):
         same_replica: that attempt may go to the replica that just failed.
         at_once_elsewhere: another replica is tried without a backoff.
         free_elsewhere: that attempt costs nothing of the retry budget.
+        everywhere: every replica is asked, however many attempts that takes.
         falls_back: the next target is tried when this one has no attempts left.
         verdict: what the failure means to the breaker.
         unreachable: nothing listens there, so a good probe ends the breaker's open time early.
@@ -280,6 +282,7 @@ class BackendError(GatewayError):
     same_replica: ClassVar[bool] = True
     at_once_elsewhere: ClassVar[bool] = False
     free_elsewhere: ClassVar[bool] = False
+    everywhere: ClassVar[bool] = False
     falls_back: ClassVar[bool] = True
     unreachable: ClassVar[bool] = False
     cools: ClassVar[bool] = False
@@ -515,6 +518,16 @@ class NoSuchModel(Exhausted):
     same_replica = False
     at_once_elsewhere = True
     avoided = True
+
+
+class NoSuchResponse(Exhausted):
+    """The replica does not know the stored response that the request is about: the one that made it does."""
+
+    retried = True
+    same_replica = False
+    at_once_elsewhere = True
+    free_elsewhere = True
+    everywhere = True
 
 
 class Rejected(ErrorAnswer):

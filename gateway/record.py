@@ -214,7 +214,7 @@ class Record:
     def describe_request(
         self,
         *,
-        operation: str,
+        operation: str | None,
         provider: str,
         model: str,
         route: str,

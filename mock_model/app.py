@@ -28,7 +28,7 @@ from mock_model.moderations import ModerationRequest
 from mock_model.order import Order
 from mock_model.ranking import RerankRequest, ScoreRequest
 from mock_model.responses import ResponseRequest
-from mock_model.script import HEALTH, Script
+from mock_model.script import HEALTH, MODELS, Script
 from mock_model.speech import SpeechRequest
 from mock_model.stored_responses import StoredResponses, wants_stream
 from mock_model.text import Writer
@@ -120,7 +120,7 @@ class Api:
         app = web.Application(middlewares=[api_errors, self._strays], client_max_size=MAX_BODY)
         app.router.add_get(HEALTH, self._health)
         # No HEAD: most faults write a body, which must not follow its headers.
-        app.router.add_get("/v1/models", self._list_models, allow_head=False)
+        app.router.add_get(MODELS, self._list_models, allow_head=False)
         app.router.add_get("/v1/models/{model:.+}", self._retrieve_model, allow_head=False)
         for path, operation, reader in OPERATIONS:
             app.router.add_post(path, self._operation(path, operation, reader, self._write))
@@ -186,7 +186,7 @@ class Api:
         return Order(_refusal(path, error), asked, asked or self._model_name, seen.stream is True)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
-        return await self._handle(request, "/v1/models", None, lambda *_: Order(list_models(self._models)))
+        return await self._aside(request, MODELS, list_models(self._models))
 
     async def _retrieve_model(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
@@ -195,10 +195,13 @@ class Api:
         )
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        """Answer a probe; it is neither in the journal nor traced."""
+        return await self._aside(request, HEALTH, OK)
+
+    async def _aside(self, request: web.Request, path: str, answer: Answer) -> web.StreamResponse:
+        """Answer what gateways ask by themselves, at any time; it is neither in the journal nor traced."""
         call = Call(request, machine=self._machine, journal=self._journal)
-        mark = fingerprint(HEALTH, b"")
-        call.take(Order(OK), mark, self._script.count(mark))
+        mark = fingerprint(path, b"")
+        call.take(Order(answer), mark, self._script.count(mark))
         return await self._answer(call, self._script.choose(call))
 
     @web.middleware

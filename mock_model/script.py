@@ -14,6 +14,9 @@ from mock_model.draws import draw
 from mock_model.faults import KINDS, Fault
 
 HEALTH = "/health"
+MODELS = "/v1/models"
+ASIDE = frozenset({HEALTH, MODELS})
+"""What gateways ask by themselves, at any time."""
 MAX_ENTRIES = 1000
 MAX_FINGERPRINTS = 100_000
 """Bodies told apart when occurrences are counted; the oldest is forgotten first."""
@@ -37,7 +40,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
-        """Return whether the call is one of them; only a path that names `/health` matches it."""
+        """Return whether the call is one of them; health and lists of models are, only if `path` names them."""
         return (
             self._covers(call.path)
             and (self.model is None or call.model == self.model)
@@ -46,7 +49,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def _covers(self, path: str) -> bool:
         if self.path is None:
-            return path != HEALTH
+            return path not in ASIDE
         return path.startswith(self.path[:-1]) if self.path.endswith("*") else path == self.path
 
 

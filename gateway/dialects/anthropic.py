@@ -258,6 +258,7 @@ class AnthropicMessages:
     """The dialect of `/v1/messages`."""
 
     passes_query = True
+    stores = False
     provider = "anthropic"
     passes_through = False
     operations: Mapping[str, str] = {MESSAGES: "chat"}

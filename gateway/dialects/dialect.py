@@ -1,7 +1,7 @@
 """What the gateway needs to know of an API family: the protocol that each dialect implements."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from gateway.dialects import form_data, model_field
 from gateway.errors import ErrorWords, GatewayError
@@ -17,16 +17,19 @@ class Prompt:
         dialect: the one that read it.
         method: of HTTP.
         path: of the call, with its `/v1`.
-        operation: `gen_ai.operation.name` of its span.
+        operation: `gen_ai.operation.name` of its span; None where nothing is generated.
         body: its bytes, unchanged.
         boundary: of a form; None for JSON.
         model: the model it names, or None.
         stream: whether it asks for a stream.
         choices: how many choices its answer has.
         asks_usage: whether its stream is asked to end with the usage.
+        previous_response_id: of the stored response that it goes on from, or None.
         max_tokens, temperature, top_p: as asked for, or None.
+        is_about_response: whether all that it asks for is a stored response: whoever does not know that has no answer.
     """
 
+    is_about_response: ClassVar[bool] = False
     __slots__ = (
         "asks_usage",
         "body",
@@ -38,6 +41,7 @@ class Prompt:
         "model",
         "operation",
         "path",
+        "previous_response_id",
         "stream",
         "temperature",
         "top_p",
@@ -55,6 +59,7 @@ class Prompt:
         stream: bool = False,
         choices: int = 1,
         asks_usage: bool = False,
+        previous_response_id: str | None = None,
         max_tokens: float | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -63,12 +68,13 @@ class Prompt:
         self.asks_usage = asks_usage
         self.method = method
         self.path = path
-        self.operation = dialect.operations[path]
+        self.operation = dialect.operations.get(path)
         self.body = body
         self.boundary = boundary
         self.model = model
         self.stream = stream
         self.choices = choices
+        self.previous_response_id = previous_response_id
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.top_p = top_p
@@ -165,11 +171,13 @@ class Dialect(Protocol):
 
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
+        stores: backends may store what they answer, so that further calls name it by its id.
         provider: `gen_ai.provider.name` of its spans, which by the conventions names the API, whoever serves it.
         passes_through: requests may be forms, and good answers pass on as they come, whatever they are.
     """
 
     passes_query: bool
+    stores: bool
     provider: str
     passes_through: bool
 

@@ -16,6 +16,7 @@ from gateway.errors import (
     GatewayError,
     InvalidResponse,
     NoSuchModel,
+    NoSuchResponse,
     QuotaSpent,
     RateLimited,
     Rejected,
@@ -26,6 +27,7 @@ KINDS: dict[Meaning, type[ErrorAnswer]] = {
     Meaning.CONTEXT: ContextTooLong,
     Meaning.QUOTA: QuotaSpent,
     Meaning.MODEL: NoSuchModel,
+    Meaning.RESPONSE: NoSuchResponse,
     Meaning.CONTENT: Rejected,
 }
 """What servers say of a request, whatever the status below 500."""

@@ -45,6 +45,7 @@ class PassedThrough:
     """
 
     passes_query = True
+    stores = False
     passes_through = True
 
     def __init__(self, operations: Mapping[str, str], family: Dialect) -> None:

@@ -15,11 +15,13 @@ from gateway.errors import (
     BackendError,
     CallerLeft,
     DeadlineExceeded,
+    ErrorAnswer,
     ErrorInside,
     GatewayError,
     InternalError,
     InvalidResponse,
     NoConnection,
+    NoSuchResponse,
     Silent,
     StaleConnection,
     WrongForm,
@@ -52,7 +54,8 @@ PASSED_STATUSES = frozenset(range(200, 300))
 GOOD_STATUSES = PASSED_STATUSES - {204, 205}
 """Those of answers to prompts; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
 
-
+NOT_HERE = frozenset({404, 405})
+"""Statuses with which a replica says that it does not know a stored response, or stores none at all."""
 MAX_ERROR = 262_144
 """Bytes of an error answer, not counted as held while a caller takes them; of a larger one only the status is told."""
 
@@ -170,14 +173,15 @@ class Attempts:
                 elif call.sink is not None:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
-                    await self._read_answer(call, exchange, timer, timeouts.idle)
+                    await self._read_answer(call, lease, exchange, timer)
             except ErrorInside as error:
                 raise self._error_answer(call, exchange, error) from None
             finally:
                 exchange.close()
 
-    async def _read_answer(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
+    async def _read_answer(self, call: "Call", lease: "Lease", exchange: "Exchange", timer: PhaseTimer) -> None:
         """Read an unstreamed answer."""
+        idle = lease.replica.timeouts.idle
         held = call.share.held
         dialect = call.prompt.dialect
         try:
@@ -192,6 +196,8 @@ class Attempts:
             call.share.give_back_to(held)
             raise
         _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
+        if call.remember is not None:
+            call.remember(answer.response_id, lease.replica.name, lease.model)
         call.answer = WholeAnswer(exchange.status, exchange.passed_headers(), body)
 
     async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
@@ -211,7 +217,10 @@ class Attempts:
         timer.pause()
         passed = exchange.passed_headers()
         wait = retry_after(passed, self._wall_clock())
-        raise await self._executor.run(len(body), read_error, exchange.status, body, passed, wait)
+        failure = await self._executor.run(len(body), read_error, exchange.status, body, passed, wait)
+        if call.prompt.is_about_response and isinstance(failure, ErrorAnswer) and failure.status in NOT_HERE:
+            failure = NoSuchResponse(failure.status, failure.body, failure.headers)
+        raise failure
 
     def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
         """Return the error answer that an error inside a good answer is."""
@@ -276,6 +285,8 @@ class Attempts:
                 events += await relay.until_answer(self._max_answer)
             if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
+            if call.remember is not None:
+                call.remember(state.response_id, lease.replica.name, lease.model)
             timer.end_at(call.deadline.end)
             headers = {"content-type": "text/event-stream", **exchange.passed_headers()}
             await sink.commit(headers, events, state, partial(held_up, exchange, call.share))
@@ -321,8 +332,8 @@ class Attempts:
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
         attempt = AttemptRecord(len(attempts) + 1, replica.name, self._rng.getrandbits(64) or 1, self._clock())
         attempt.host, attempt.port = replica.host, replica.port
-        attempt.url = replica.url_of(call.prompt.path)
-        attempt.model = target.model or call.model
+        attempt.url = replica.url_of(call.record.path or "")
+        attempt.model = target.model or call.model or None
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gateway.settings import Commit
 
 
+Remember = Callable[[str | None, str, str], None]
+"""Takes the id of an answer, the name of the replica that gave it, and the model that was asked for."""
 HeldUp = Callable[[int], AbstractContextManager[None]]
 """Surrounds a wait for a caller who has yet to take so many bytes."""
 
@@ -86,6 +88,7 @@ class Call:
         query: of the caller's url, encoded, where it goes on; empty for none.
         headers: the caller's that go to the backend, names in lower case.
         commit: when it begins to go out: with its first content, with its first answer, or when it is complete.
+        remember: called with the id of a good answer, the name of its replica and the model sent; None: nobody asks.
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
         targets: where it may go, in order; target: the one at hand.
@@ -113,6 +116,7 @@ class Call:
         "prompt",
         "query",
         "record",
+        "remember",
         "share",
         "sink",
         "target",
@@ -133,6 +137,7 @@ class Call:
         headers: list[tuple[str, str]],
         commit: "Commit",
         query: str = "",
+        remember: "Remember | None" = None,
     ) -> None:
         self.prompt = prompt
         self.model = model
@@ -143,6 +148,7 @@ class Call:
         self.headers = headers
         self.commit = commit
         self.query = query
+        self.remember = remember
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
         self.targets = targets

@@ -313,7 +313,7 @@ class Forwarder:
         prompt = call.prompt
         call.body = prompt.body
         model = target.model or call.model
-        if model == prompt.model:
+        if model == prompt.model or not prompt.body:
             return
         call.share.hold(len(prompt.body))
         call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)

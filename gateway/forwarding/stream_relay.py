@@ -101,6 +101,8 @@ class StreamRelay:
             await held.add(await self._checked_slowly(data))
             self._raise_failure()
             if (self._state.ended or self._at_end) and not self._state.content:
+                if self._state.finished:
+                    break
                 raise InvalidResponse("The backend's stream ended without content.")
         return held.joined()
 

@@ -71,6 +71,7 @@ class Replica:
         in_flight: attempts under way.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
+        models: what it listed when it was last asked; None: nothing so far.
         freed: called when an attempt has ended, or None.
     """
 
@@ -112,6 +113,7 @@ class Replica:
         self.last_error: LastError | None = None
         self.last_failed = False
         self.probe: Probe | None = None
+        self.models: tuple[str, ...] | None = None
         self._failures = 0  # each success makes up for one
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when

@@ -16,6 +16,11 @@ class Keys:
     def __init__(self, keys: list[str]) -> None:
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
+    @property
+    def needed(self) -> bool:
+        """Whether callers are known by their keys."""
+        return bool(self._digests)
+
     def fit(self, request: "web.Request") -> bool:
         """Return whether the request carries a valid key, or needs none."""
         return not self._digests or self._known(request) is not None

@@ -1,10 +1,12 @@
 """Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
 
 from gateway.dialects.dialect import Dialect
+from gateway.dialects.model_list import MODELS
+from gateway.dialects.openai.responses import RESPONSES
+from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
 from gateway.dialects.table import BY_PATH, DIALECTS
 
-MODELS = "/v1/models"
-MODEL = "/v1/models/{id}"
+MODEL = MODELS + "/{id}"
 SERVICE = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """The calls that ask how the gateway is."""
 
@@ -18,6 +20,7 @@ CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path
 """The path that records know, for each form of it."""
 MAX_PARTS = max(path.count("/") for path in BY_PATH)
 """Of the path of a call."""
+_BELOW_RESPONSES = tuple(f"{form}/" for form in forms_of(RESPONSES))
 _BELOW_MODELS = tuple(f"{form}/" for form in forms_of(MODELS))
 
 
@@ -26,12 +29,15 @@ def known_path(path: str) -> str | None:
     known = CANONICAL.get(path)
     if known is None and path.startswith(_BELOW_MODELS) and path not in _BELOW_MODELS:
         return MODEL
+    if known is None and path.startswith(_BELOW_RESPONSES):
+        response_id, _, action = path.partition("/responses/")[2].partition("/")
+        return {"": RESPONSE, "cancel": CANCEL}.get(action) if response_id and path[-1] != "/" else None
     return known
 
 
 def needs_key(path: str, known: str | None) -> bool:
     """Return whether a path asks for a key: every call that is forwarded or lists models, and all of `/v1`."""
-    return known not in {None, "/"} or path.startswith("/v1")
+    return known not in {None, "/"} or path.startswith(("/v1", *_BELOW_RESPONSES))
 
 
 def right_path(path: str) -> str | None:

@@ -116,7 +116,7 @@ class StreamWriter:
         self._held_up = held_up
         if length is not None:
             self._length, self._chunked = length, False
-        if not await self._open(events, headers, status):
+        if not await self._open(events, headers, status) and events:
             await self.write(events)
 
     async def write(self, events: bytes) -> None:

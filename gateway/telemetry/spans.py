@@ -68,6 +68,10 @@ def _describe_own(record: "Record", span: SpanData) -> None:
         span.own.append(("gen_ai.usage.input_tokens", record.input_tokens))
     if record.output_tokens is not None:
         span.own.append(("gen_ai.usage.output_tokens", record.output_tokens))
+    if record.operation is None and record.attempts:
+        span.own.append(("gateway.attempts", len(record.attempts)))
+        if record.stop_reason is not None:
+            span.own.append(("gateway.retry.stop_reason", record.stop_reason))
     if record.queued:
         span.own.append(("gateway.queue_seconds", record.queued))
     if record.input_text is not None:
@@ -189,6 +193,7 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
         attempt.timer,
         attempt.error_type,
         attempt.model and attempt.model[:256],
+        record.method,
         record.path,
     )
     span = SpanData(shared, trace_id=record.trace_id, span_id=attempt.span_id, parent_id=record.span_id)
@@ -224,10 +229,11 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     timer: str | None,
     error_type: str | None,
     model: str | None,
+    method: str,
     path: str | None,
 ) -> Shared:
     attributes: list[tuple[str, Value]] = [
-        ("http.request.method", "POST"),
+        ("http.request.method", method),
         ("url.full", url),
         ("server.address", host),
         ("server.port", port),
@@ -246,7 +252,7 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     ):
         if value is not None:
             attributes.append((attribute, value))
-    return Shared(f"POST {path}", CLIENT, attributes)
+    return Shared(f"{method} {path}", CLIENT, attributes)
 
 
 NO_FAULT = frozenset({"cancelled", LEFT, "gateway_draining"})

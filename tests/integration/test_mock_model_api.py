@@ -250,7 +250,7 @@ async def test_the_answer_names_the_request(http: aiohttp.ClientSession) -> None
 
 async def test_a_hostile_request_id_is_journaled_and_echoed_in_writable_form(mock: MockModel) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", mock.port)
-    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nx-request-id: a\xffb\r\nConnection: close\r\n\r\n")
+    writer.write(b"GET /v1/models/m HTTP/1.1\r\nHost: x\r\nx-request-id: a\xffb\r\nConnection: close\r\n\r\n")
     raw = await reader.read()
     writer.close()
     await writer.wait_closed()

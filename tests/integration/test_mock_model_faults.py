@@ -467,11 +467,12 @@ async def test_a_crash_in_a_test_looks_like_a_dead_process_until_revived(mock: M
     assert (await post(mock)).status == 200
 
 
-async def test_health_fails_only_where_it_is_named(mock: MockModel) -> None:
-    mock.set_faults([{"kind": "reset"}])
-    untouched = await post(mock, path="/health", method="GET")
-    mock.set_faults([{"kind": "status", "with": {"status": 500}, "match": {"path": "/health"}}])
-    named = await post(mock, path="/health", method="GET")
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_what_gateways_ask_by_themselves_fails_only_where_it_is_named(mock: MockModel, path: str) -> None:
+    mock.set_faults([{"kind": "reset", "times": 1}])
+    untouched = await post(mock, path=path, method="GET")
+    mock.set_faults([{"kind": "status", "with": {"status": 500}, "match": {"path": path}}])
+    named = await post(mock, path=path, method="GET")
 
     assert (untouched.status, named.status) == (200, 500)
     assert (await post(mock)).status == 200
@@ -508,12 +509,6 @@ async def test_a_match_knows_the_model_of_requests_that_name_none(mock: MockMode
 
     assert (await post(mock, body)).status == status
     assert mock.journal.calls[0].model == (body.get("model") if isinstance(body, dict) else None)
-
-
-async def test_the_default_model_is_not_what_a_list_of_models_is_for(mock: MockModel) -> None:
-    mock.set_faults([{"kind": "reset", "match": {"model": "demo-model"}}])
-
-    assert (await post(mock, path="/v1/models", method="GET")).status == 200
 
 
 async def test_the_same_seed_and_calls_meet_the_same_faults() -> None:

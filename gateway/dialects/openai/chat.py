@@ -85,6 +85,7 @@ class OpenAIChat:
     """The dialect of `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`."""
 
     passes_query = False
+    stores = False
     provider = "openai"
     passes_through = False
     operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
