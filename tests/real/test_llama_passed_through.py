@@ -1,10 +1,11 @@
-"""llama.cpp's calls beside chat, passed through."""
+"""llama.cpp's calls beside chat, passed through, and its list of models."""
 
 from typing import Any
 
 import pytest
 
 from testkit.http import Answer, ask
+from testkit.polling import until
 from testkit.servers import Gateway
 from tests.real.conftest import StartGateway, StartLlama
 from tests.real.servers import PATIENCE, Llama
@@ -53,3 +54,20 @@ async def test_what_the_server_cannot_do_is_its_own_answer(through: Gateway, lla
 
         assert (answer.status, answer.json, answer.attempts) == (direct.status, direct.json, 1)
         assert direct.status >= 400
+
+
+async def test_the_models_are_the_servers_and_one_is_taken_where_none_is_named(through: Gateway, llama: Llama) -> None:
+    async def listed() -> list[str]:
+        return [model["id"] for model in (await ask(f"{through.url}/v1/models")).json["data"]]
+
+    async def known() -> bool:
+        return await listed() != ["demo-model"]
+
+    await until(known, "the gateway has asked the server for its models")
+    there = [model["id"] for model in (await ask(f"{llama.url}/v1/models")).json["data"]]
+    answer = await post(
+        through.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Say"}], "max_tokens": 8}
+    )
+
+    assert there == await listed()
+    assert answer.status == 200
