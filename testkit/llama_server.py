@@ -1,12 +1,14 @@
 """llama.cpp's own server, from the wheel `xllamacpp`, with a model in a file: a real model server.
 
-`python -m testkit.llama_server PORT FILE NAME` serves the model in FILE (GGUF) as NAME on 127.0.0.1, until it is ended
-by a signal. Its errors go to standard error.
+`python -m testkit.llama_server PORT FILE NAME [PARAMETER=VALUE ...]` serves the model in FILE (GGUF) as NAME on
+127.0.0.1, until it is ended by a signal; parameters are llama.cpp's, as `xllamacpp.CommonParams` names them. Its errors
+go to standard error.
 """
 
 import os
 import signal
 import sys
+from enum import Enum
 from pathlib import Path
 
 from testkit.ports import LOOPBACK, free_port
@@ -26,18 +28,34 @@ ERRORS = 1
 class LlamaServer(Process):
     """The server as a process, at a free port; it is ready when it has loaded its model.
 
+    Args:
+        name: Of the process and of the model.
+        folder: Where its output goes.
+        file: The model.
+        parameters: Of llama.cpp, in place of those below.
+
     Attributes:
         url: Of its API, without `/v1`.
     """
 
-    def __init__(self, name: str, folder: Path, file: Path) -> None:
+    def __init__(self, name: str, folder: Path, file: Path, **parameters: str | int | bool) -> None:
         self.port = free_port()
         self.url = f"http://{LOOPBACK}:{self.port}"
-        command = python("testkit.llama_server", str(self.port), str(file), name)
+        pairs = [f"{parameter}={value}" for parameter, value in parameters.items()]
+        command = python("testkit.llama_server", str(self.port), str(file), name, *pairs)
         super().__init__(name, command, env={}, folder=folder, ready_url=f"{self.url}/health")
 
 
-def main(port: int, file: str, name: str) -> None:
+def parsed(text: str, default: object) -> object:
+    """Return the value that a text means for a parameter with such a default: an enumeration by its members' names."""
+    if isinstance(default, Enum):
+        return type(default)[text]
+    if isinstance(default, bool):
+        return text == "True"
+    return int(text) if isinstance(default, int) else text
+
+
+def main(port: int, file: str, name: str, *pairs: str) -> None:
     """Serve until a signal ends the process."""
     import xllamacpp  # noqa: PLC0415 - this program alone needs it
 
@@ -50,6 +68,9 @@ def main(port: int, file: str, name: str) -> None:
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.n_threads_http, parameters.verbosity = 4, ERRORS
     parameters.offline, parameters.ui, parameters.use_jinja = True, False, True
+    for pair in pairs:
+        parameter, _, text = pair.partition("=")
+        setattr(parameters, parameter, parsed(text, getattr(parameters, parameter)))
     server = xllamacpp.Server(parameters)
     print(f"listening on {server.listening_address}", flush=True)
     signal.pause()
