@@ -70,7 +70,7 @@ async def test_a_very_large_body_passes_and_is_not_read_here(
 
     assert answer.error["code"] == "invalid_json"
     assert [seen.body for seen in recorder.seen] == [body]
-    assert max(read_here) <= VERY_LARGE
+    assert max(read_here, default=0) <= VERY_LARGE
     assert gateway.parts.byte_budget.held == 0
 
 

@@ -211,9 +211,7 @@ class ResponseState:
         elif kind in TERMINAL:
             self._end(kind, event.get("response"))
         elif self.response_id is None and isinstance(response := event.get("response"), dict):
-            self.response_id = identifier(
-                response.get("id")
-            )  # the first event names it: what is cut off later is known, too
+            self.response_id = identifier(response.get("id"))  # from the first event: also of a stream cut off later
 
     def _end(self, kind: str, response: object) -> None:
         """Take in the terminal event; a failure before any content is an error inside a good answer."""
