@@ -164,7 +164,9 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     app = create_app(settings, load_routing(settings), telemetry)
     runner = runner_of(app)
     await runner.setup()
-    await app[PARTS].health.__aexit__()  # no probes
+    for watcher in ("health", "model_lists"):  # no probes; an older checkout asks for no lists
+        if (watching := getattr(app[PARTS], watcher, None)) is not None:
+            await watching.__aexit__()
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
