@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -62,6 +62,7 @@ class Parts:
         client: HttpClient,
         *,
         clock: "Callable[[], float]",
+        wall_clock: "Callable[[], float]",
         rng: Random,
     ) -> None:
         self.telemetry = telemetry
@@ -104,7 +105,8 @@ class Parts:
         self.health = Health(
             settings, pool=self.pool, client=client, admission=self.admission, telemetry=telemetry, clock=clock
         )
-        keys = Keys([key.get_secret_value() for key in settings.gateway_api_keys])
+        epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
+        keys = Keys(routing.keys, lambda: epoch + clock())
         self.handlers = Handlers(
             settings,
             keys=keys,
@@ -121,6 +123,7 @@ class Parts:
             keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
         )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
+        telemetry.metrics.watch_keys(keys.callers)
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
@@ -137,6 +140,7 @@ def create_app(
     *,
     client: HttpClient | None = None,
     clock: "Callable[[], float]" = monotonic,
+    wall_clock: "Callable[[], float]" = time,
     rng: Random | None = None,
 ) -> web.Application:
     """Return the gateway as an aiohttp application; `runner_of` runs it.
@@ -147,10 +151,11 @@ def create_app(
         telemetry: traces, metrics, logs.
         client: sends calls to backends.
         clock: seconds, monotonic.
+        wall_clock: seconds since the epoch, read once.
         rng: draws replicas and backoffs.
     """
     client = client or HttpClient()
-    parts = Parts(settings, routing, telemetry, client, clock=clock, rng=rng or Random())
+    parts = Parts(settings, routing, telemetry, client, clock=clock, wall_clock=wall_clock, rng=rng or Random())
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts

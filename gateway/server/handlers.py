@@ -7,7 +7,7 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.dialects.table import BY_PATH, dialect_of
-from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
+from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gateway.health import Health
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
+    from gateway.policy.caller import Caller
     from gateway.policy.pool import Pool, Route, Target
     from gateway.record import Record
     from gateway.server.keys import Keys
@@ -70,14 +71,12 @@ class Handlers:
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
         caller = record.caller
-        self._admission.check(caller)
+        self._admission.check(caller.id)
         check_media_type(request)
-        with self._byte_budget.share(caller) as share:
+        with self._byte_budget.share(caller.id) as share:
             prompt = await self._reader.prompt(request, path, dialect, deadline, share)
             model = prompt.model or self._pool.default_model
-            route = self._pool.route(model)
-            if route is None:
-                raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
+            route = self._route(caller, model)
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content:
                 record.input_text = dialect.prompt_messages(prompt.body)
@@ -95,7 +94,7 @@ class Handlers:
                 writer,
                 model=model,
                 targets=self._targets(route, model, record),
-                caller=caller,
+                caller=caller.id,
                 share=share,
                 headers=headers,
                 commit=commit,
@@ -108,6 +107,15 @@ class Handlers:
                 await self._forwarder.forward(call)
             del request[STREAM]
             return writer.response
+
+    def _route(self, caller: "Caller", model: str) -> "Route":
+        """Return the route of a model. Raises: ModelNotAllowed, ModelNotFound."""
+        if not caller.may_use(model):
+            raise ModelNotAllowed(f"This key may not use the model {model!r}; see GET /v1/models.", param="model")
+        route = self._pool.route(model)
+        if route is None:
+            raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
+        return route
 
     def _targets(self, route: "Route", model: str, record: "Record") -> "tuple[Target, ...]":
         """Return the route's targets in the order drawn for a request, and note which one comes first."""
@@ -141,16 +149,20 @@ class Handlers:
             raise
         return response
 
-    async def models(self, _request: web.Request) -> web.Response:
-        """Answer `GET /v1/models` from memory."""
-        return json_response({"object": "list", "data": [_model(name) for name in self._pool.models]})
+    async def models(self, request: web.Request) -> web.Response:
+        """Answer `GET /v1/models` from memory: the models that the caller may use."""
+        return json_response({"object": "list", "data": [_model(name) for name in self._models_of(request)]})
 
     async def model(self, request: web.Request) -> web.Response:
         """Answer `GET /v1/models/{id}`."""
         name = request.match_info["id"]
-        if name not in self._pool.models:
+        if name not in self._models_of(request):
             raise ModelNotFound(f"There is no model {name[:256]!r}; see GET /v1/models.", param="model")
         return json_response(_model(name))
+
+    def _models_of(self, request: web.Request) -> list[str]:
+        caller = request[RECORD].caller
+        return [name for name in self._pool.models if caller.may_use(name)]
 
     async def root(self, _request: web.Request) -> web.Response:
         """Answer `GET /`: what this is and where to look."""

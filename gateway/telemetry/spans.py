@@ -61,6 +61,8 @@ def _server(record: "Record") -> SpanData:
 def _describe_own(record: "Record", span: SpanData) -> None:
     """Add the attributes that are the request's alone."""
     span.own.append(("gateway.request_id", record.request_id))
+    if record.caller.name is not None:
+        _describe_key(record, span)
     if record.response_id is not None:
         span.own.append(("gen_ai.response.id", record.response_id))
     if record.input_tokens is not None:
@@ -75,6 +77,18 @@ def _describe_own(record: "Record", span: SpanData) -> None:
         span.own.append(("gen_ai.output.messages", record.output_text))
     if record.first_token is not None:
         span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
+
+
+def _describe_key(record: "Record", span: SpanData) -> None:
+    """Add whose key it is, never the key, and what of its limits was used."""
+    for name, value in (
+        ("gateway.key", record.caller.name),
+        ("gateway.key.limit", record.limit),
+        ("gateway.key.tokens", record.charged),
+        ("gateway.key.tokens_source", record.charged_by),
+    ):
+        if value is not None:
+            span.own.append((name, value))
 
 
 LEFT = "client_closed_request"

@@ -132,7 +132,7 @@ WRONG = [
     ("# nothing\n", "", "empty"),
     ("5", ", line 1, the file: ", "mapping"),
     ("[]", ", line 1, the file: ", "mapping"),
-    ("backends: {}\nextra: 1\n", ", line 2, the file: extra: ", "unknown key; allowed: backends, routes"),
+    ("backends: {}\nextra: 1\n", ", line 2, the file: extra: ", "unknown key; allowed: backends, keys, routes"),
     (f"backends: {{a: {A}}}\n", ", line 1, the file: ", "'routes' is missing"),
     (f"{ROUTES}\n", ", line 1, the file: ", "'backends' is missing"),
     (f"backends: {{}}\n{ROUTES}", ", line 1, backends: ", "at least one backend"),

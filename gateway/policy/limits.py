@@ -1,0 +1,233 @@
+"""The limits of a key: requests and tokens in any minute and in any day, and requests in flight. All that are set hold.
+
+Instants are seconds since the epoch of an injected clock that never goes back.
+"""
+
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from gateway.errors import RateLimitExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from gateway.config import LimitsConfig
+
+SLOTS = 60
+"""Parts of a window: seconds of a minute, 24 minutes of a day."""
+MINUTE, DAY = 60, 86_400
+"""Seconds."""
+
+
+class Window:
+    """What was used of one limit lately, in slots of time.
+
+    A slot is forgotten when a whole window has passed since its end. So no stretch of time as long as the window holds
+    more than the limit, wherever it begins.
+
+    Args:
+        name: of the limit, as configured.
+        limit: what may be used in a window.
+        seconds: the length of the window.
+
+    Attributes:
+        used: in the slots that are remembered, as of the latest look.
+    """
+
+    __slots__ = ("_seconds", "_slots", "limit", "name", "used")
+
+    def __init__(self, name: str, limit: int, seconds: int) -> None:
+        self.name = name
+        self.limit = limit
+        self.used = 0
+        self._seconds = seconds // SLOTS  # of a slot
+        self._slots: dict[int, int] = {}  # by number, the oldest first
+
+    def wait(self, amount: int, now: float) -> float:
+        """Return the seconds until so much more fits, 0 for now.
+
+        More than the limit fits in several windows, one after the other.
+        """
+        self.forget(now)
+        over = self.used + amount - self.limit
+        if over <= 0:
+            return 0.0
+        later, rest = divmod(max(amount, 1) - 1, self.limit)
+        over = self.used + rest + 1 - self.limit
+        wait = later * (SLOTS + 1) * self._seconds + 0.0
+        for slot, used in self._slots.items() if over > 0 else ():
+            over -= used
+            if over <= 0:
+                return wait + self._end(slot) - now
+        return wait
+
+    def add(self, amount: int, now: float) -> None:
+        """Use so much now, whatever the limit."""
+        slot = int(now // self._seconds)
+        self._slots[slot] = self._slots.get(slot, 0) + amount
+        self.used += amount
+
+    def change(self, at: float, amount: int, to: int, now: float) -> None:
+        """Make `to` of an amount that was used at an instant.
+
+        What becomes free was used then, and is gone with its slot; what is used beyond it is used now.
+        """
+        if to > amount:
+            self.forget(now)
+            self.add(to - amount, now)
+            return
+        slot = int(at // self._seconds)
+        if slot in self._slots:
+            self._slots[slot] -= amount - to
+            self.used -= amount - to
+
+    def forget(self, now: float) -> None:
+        """Forget the slots that a whole window has passed since."""
+        first = now // self._seconds - SLOTS
+        while self._slots:
+            slot = next(iter(self._slots))
+            if slot >= first:
+                return
+            self.used -= self._slots.pop(slot)
+
+    def empty_in(self, now: float) -> float:
+        """Return the seconds until nothing is used any more, unless more is used."""
+        self.forget(now)
+        last = next((slot for slot in reversed(self._slots) if self._slots[slot]), None)
+        return self._end(last) - now if last is not None else 0.0
+
+    def slots(self) -> dict[int, int]:
+        """Return a copy of what was used in each slot, by its number since the epoch."""
+        return dict(self._slots)
+
+    def restore(self, slots: "Mapping[int, int]", now: float) -> None:
+        """Add what was used before the process began; what lies in the future, by a clock that was wrong, is now."""
+        newest = int(now // self._seconds)
+        merged = self._slots
+        for slot, used in slots.items():
+            slot_known = min(slot, newest)
+            merged[slot_known] = merged.get(slot_known, 0) + used
+        self._slots = dict(sorted(merged.items()))
+        self.used = sum(self._slots.values())
+        self.forget(now)
+
+    def _end(self, slot: int) -> float:
+        """Return the instant at which a slot is forgotten."""
+        return (slot + SLOTS + 1) * self._seconds
+
+
+class Limits:
+    """What a key may use, and has used.
+
+    Args:
+        config: the limits that are set.
+        clock: seconds since the epoch; it never goes back.
+
+    Attributes:
+        requests, tokens: the windows of each; most_in_flight: requests at once, or None for any number.
+        in_flight: requests at once now.
+    """
+
+    __slots__ = ("clock", "in_flight", "most_in_flight", "requests", "tokens")
+
+    def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]") -> None:
+        self.clock = clock
+        self.requests = _windows("requests", config.requests_per_minute, config.requests_per_day)
+        self.tokens = _windows("tokens", config.tokens_per_minute, config.tokens_per_day)
+        self.most_in_flight = config.max_in_flight
+        self.in_flight = 0
+
+    def state(self) -> "Iterator[tuple[str, int, int]]":
+        """Yield each limit that is set: its name, what may be used, and what is used now."""
+        now = self.clock()
+        for window in (*self.requests, *self.tokens):
+            window.forget(now)
+            yield window.name, window.limit, window.used
+        if self.most_in_flight is not None:
+            yield "max_in_flight", self.most_in_flight, self.in_flight
+
+    def reserve(self, tokens: int) -> "Reservation":
+        """Return what one request needs, yet to be taken; tokens beyond a limit are cut to it."""
+        return Reservation(self, tokens)
+
+
+class Reservation:
+    """What one request needs of its key's limits: taken before it is forwarded, settled by what it has used.
+
+    Attributes:
+        tokens: reserved.
+    """
+
+    __slots__ = ("_limits", "_taken_at", "tokens")
+
+    def __init__(self, limits: Limits, tokens: int) -> None:
+        self._limits = limits
+        self._taken_at: float | None = None
+        self.tokens = tokens
+
+    def take(self) -> float | None:
+        """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
+        limits, tokens = self._limits, self.tokens
+        now = limits.clock()
+        wait = 0.0
+        for window in limits.requests:
+            wait = max(wait, window.wait(1, now))
+        for window in limits.tokens:
+            wait = max(wait, window.wait(min(tokens, window.limit), now))
+        if wait or (limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight):
+            return wait
+        for window in limits.requests:
+            window.add(1, now)
+        for window in limits.tokens:
+            window.add(min(tokens, window.limit), now)
+        limits.in_flight += 1
+        self._taken_at = now
+        return None
+
+    def settle(self, tokens: int) -> None:
+        """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken."""
+        at, now = self._taken_at, self._limits.clock()
+        if at is None:
+            raise RuntimeError("nothing is taken")
+        self._taken_at = None
+        self._limits.in_flight -= 1
+        for window in self._limits.tokens:
+            window.change(at, min(self.tokens, window.limit), tokens, now)
+
+    def give_back(self) -> None:
+        """Give all of it back: the request was never forwarded."""
+        at, now = self._taken_at, self._limits.clock()
+        self.settle(0)
+        for window in self._limits.requests:
+            window.change(at or now, 1, 0, now)
+
+    def refusal(self, ahead: "Iterable[Reservation]" = ()) -> RateLimitExceeded | None:
+        """Return why it cannot be taken now, by the limit that lets it wait longest; None if it can.
+
+        Args:
+            ahead: those of the same key that are taken before it.
+        """
+        limits, now = self._limits, self._limits.clock()
+        queue = [*ahead, self]
+        waits = [(window.wait(len(queue), now), window) for window in limits.requests]
+        waits += [
+            (window.wait(sum(min(each.tokens, window.limit) for each in queue), now), window)
+            for window in limits.tokens
+        ]
+        waits = [each for each in waits if each[0]]
+        if waits:
+            wait, window = max(waits, key=itemgetter(0))
+            return RateLimitExceeded(
+                f"The limit {window.name} of this key ({window.limit}) is used up.", limit=window.name, wait=wait
+            )
+        most = limits.most_in_flight
+        if most is not None and limits.in_flight >= most:
+            return RateLimitExceeded(
+                f"As many requests of this key are under way as may be ({most}).", limit="max_in_flight", wait=0.0
+            )
+        return None
+
+
+def _windows(what: str, per_minute: int | None, per_day: int | None) -> tuple[Window, ...]:
+    limits = ((f"{what}_per_minute", per_minute, MINUTE), (f"{what}_per_day", per_day, DAY))
+    return tuple(Window(name, limit, seconds) for name, limit, seconds in limits if limit is not None)
