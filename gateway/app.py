@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway.backend.client import HttpClient
+from gateway.day_store import DayStore
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
+from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
 from gateway.policy.admission import Admission
@@ -48,6 +50,7 @@ class Parts:
         pool: the replicas and routes.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
+        day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
         handlers, middleware: of the routes.
         write_timeout: seconds; of `Runner`.
@@ -102,11 +105,18 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.health = Health(
-            settings, pool=self.pool, client=client, admission=self.admission, telemetry=telemetry, clock=clock
-        )
         epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
         keys = Keys(routing.keys, lambda: epoch + clock())
+        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, lambda: epoch + clock())
+        self.health = Health(
+            settings,
+            pool=self.pool,
+            client=client,
+            admission=self.admission,
+            telemetry=telemetry,
+            limits=self.day_store,
+            clock=clock,
+        )
         self.handlers = Handlers(
             settings,
             keys=keys,
@@ -114,6 +124,7 @@ class Parts:
             pool=self.pool,
             admission=self.admission,
             byte_budget=self.byte_budget,
+            charges=Charges(self.executor, clock),
             forwarder=forwarder,
             health=self.health,
             telemetry=telemetry,
@@ -200,6 +211,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
+        await stack.enter_async_context(parts.day_store)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         yield

@@ -32,16 +32,23 @@ class Window:
 
     Attributes:
         used: in the slots that are remembered, as of the latest look.
+        touched: what was used has changed since somebody last set this to False.
     """
 
-    __slots__ = ("_seconds", "_slots", "limit", "name", "used")
+    __slots__ = ("_seconds", "_slots", "limit", "name", "touched", "used")
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
         self.limit = limit
         self.used = 0
+        self.touched = False
         self._seconds = seconds // SLOTS  # of a slot
         self._slots: dict[int, int] = {}  # by number, the oldest first
+
+    @property
+    def is_of_a_day(self) -> bool:
+        """Whether it is worth keeping over a restart."""
+        return self._seconds * SLOTS == DAY
 
     def wait(self, amount: int, now: float) -> float:
         """Return the seconds until so much more fits, 0 for now.
@@ -66,6 +73,7 @@ class Window:
         slot = int(now // self._seconds)
         self._slots[slot] = self._slots.get(slot, 0) + amount
         self.used += amount
+        self.touched = True
 
     def change(self, at: float, amount: int, to: int, now: float) -> None:
         """Make `to` of an amount that was used at an instant.
@@ -80,6 +88,7 @@ class Window:
         if slot in self._slots:
             self._slots[slot] -= amount - to
             self.used -= amount - to
+            self.touched = True
 
     def forget(self, now: float) -> None:
         """Forget the slots that a whole window has passed since."""
@@ -89,6 +98,11 @@ class Window:
             if slot >= first:
                 return
             self.used -= self._slots.pop(slot)
+
+    def left(self, now: float) -> int:
+        """Return what is left, never below 0."""
+        self.forget(now)
+        return max(0, self.limit - self.used)
 
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
@@ -104,9 +118,9 @@ class Window:
         """Add what was used before the process began; what lies in the future, by a clock that was wrong, is now."""
         newest = int(now // self._seconds)
         merged = self._slots
-        for slot, used in slots.items():
-            slot_known = min(slot, newest)
-            merged[slot_known] = merged.get(slot_known, 0) + used
+        for number, used in slots.items():
+            slot = min(number, newest)
+            merged[slot] = merged.get(slot, 0) + used
         self._slots = dict(sorted(merged.items()))
         self.used = sum(self._slots.values())
         self.forget(now)
@@ -164,6 +178,11 @@ class Reservation:
         self._limits = limits
         self._taken_at: float | None = None
         self.tokens = tokens
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the key's tokens are limited."""
+        return bool(self._limits.tokens)
 
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
@@ -226,6 +245,12 @@ class Reservation:
                 f"As many requests of this key are under way as may be ({most}).", limit="max_in_flight", wait=0.0
             )
         return None
+
+
+def least(windows: "Iterable[Window]", now: float) -> tuple[int, int, float]:
+    """Return of the window of which the least is left: its limit, what is left, and the seconds until it is empty."""
+    tightest = min(windows, key=lambda window: window.left(now))
+    return tightest.limit, tightest.left(now), tightest.empty_in(now)
 
 
 def _windows(what: str, per_minute: int | None, per_day: int | None) -> tuple[Window, ...]:

@@ -19,6 +19,7 @@ from gateway.server.stream_writer import StreamWriter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gateway.forwarding.charge import Charges
     from gateway.forwarding.forwarder import Forwarder
     from gateway.health import Health
     from gateway.policy.admission import Admission
@@ -47,6 +48,7 @@ class Handlers:
         pool: "Pool",
         admission: "Admission",
         byte_budget: "ByteBudget",
+        charges: "Charges",
         forwarder: "Forwarder",
         health: "Health",
         telemetry: "Telemetry",
@@ -58,6 +60,7 @@ class Handlers:
         self._pool = pool
         self._admission = admission
         self._byte_budget = byte_budget
+        self._charges = charges
         self._forwarder = forwarder
         self._health = health
         self._telemetry = telemetry
@@ -86,6 +89,9 @@ class Handlers:
                 writer = request[STREAM] = StreamWriter(
                     request, record, dialect, heartbeat=heartbeat, clock=self._clock
                 )
+            charge = None
+            if caller.limits is not None:
+                charge = await self._charges.begin(caller.limits, prompt, route.model, deadline)
             headers = forwarded_headers(request, record)
             call = Call(
                 prompt,
@@ -99,6 +105,7 @@ class Handlers:
                 headers=headers,
                 commit=commit,
                 query=request.rel_url.raw_query_string if dialect.passes_query else "",
+                charge=charge,
             )
             if writer is None:
                 await self._forwarder.forward(call)
