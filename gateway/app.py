@@ -50,6 +50,7 @@ class Parts:
         pool: the replicas and routes.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
+        keys: whose they are, and what is used of their limits.
         day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
         handlers, middleware: of the routes.
@@ -106,7 +107,7 @@ class Parts:
             retry_refused=telemetry.metrics.retry_refused,
         )
         epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
-        keys = Keys(routing.keys, lambda: epoch + clock())
+        self.keys = keys = Keys(routing.keys, lambda: epoch + clock())
         self.day_store = DayStore(settings.gateway_state_dir, keys.callers, lambda: epoch + clock())
         self.health = Health(
             settings,

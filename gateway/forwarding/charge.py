@@ -53,7 +53,7 @@ class Charges:
             DeadlineExceeded: it passed before the body could be looked into.
         """
         if not limits.tokens:
-            return Charge(self, limits.reserve(0), prompt, route, None)
+            return Charge(None, limits.reserve(0), prompt, route, None)
         read = prompt.dialect.prompt_tokens
         if len(prompt.body) <= LARGE:
             tokens = read(prompt)
@@ -76,7 +76,7 @@ class Charges:
         each = prompt.max_tokens
         if each is None or each <= 0:
             each = self._means.get((route, prompt.operation), FIRST_GUESS)
-        return int(min(each, MOST)) * min(prompt.choices, MOST)
+        return int(min(each, MOST)) * prompt.choices
 
 
 class Charge:
@@ -89,9 +89,9 @@ class Charge:
     __slots__ = ("_charges", "_events", "_excess", "_least", "_prompt", "_route", "_tokens", "reservation")
 
     def __init__(
-        self, charges: Charges, reservation: "Reservation", prompt: "Prompt", route: str, tokens: int | None
+        self, charges: Charges | None, reservation: "Reservation", prompt: "Prompt", route: str, tokens: int | None
     ) -> None:
-        self._charges = charges
+        self._charges = charges  # None where tokens are not limited
         self._prompt = prompt
         self._route = route
         self._tokens = tokens  # of the prompt; None where only what is reported counts
@@ -118,14 +118,14 @@ class Charge:
 
     def settle(self, call: "Call") -> None:
         """Charge what a request that has ended has used, and note it where tokens are limited."""
-        if not self.reservation.of_tokens:
+        if self._charges is None:
             self.reservation.settle(0)
             return
-        tokens, source = self._used(call)
+        tokens, source = self._used(call, self._charges)
         self.reservation.settle(tokens)
         call.record.charged, call.record.charged_by = tokens, source
 
-    def _used(self, call: "Call") -> tuple[int, str]:
+    def _used(self, call: "Call", charges: Charges) -> tuple[int, str]:
         """Return the tokens that a request has used, and where the number comes from.
 
         What failed before its answer costs nothing. The prompt counts once a caller left, or its deadline passed, while
@@ -136,12 +136,12 @@ class Charge:
         given, answered = record.input_tokens, record.output_tokens
         sent = given if given is not None else self._tokens or 0
         if outcome == "ok" and (given is not None or answered is not None):
-            self._charges.learn(self._prompt, self._route, answered or 0)
+            charges.learn(self._prompt, self._route, answered or 0)
             return sent + (answered or 0), REPORTED
         if outcome == "ok" or call.committed:
             relayed = max(answered or 0, self._relayed(call))
             if outcome == "ok":
-                self._charges.learn(self._prompt, self._route, relayed)
+                charges.learn(self._prompt, self._route, relayed)
             return sent + relayed, COUNTED
         return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
 

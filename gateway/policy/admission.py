@@ -77,11 +77,14 @@ class Admission:
 
         Then, and when the gateway is stopping, `enter` waits or refuses.
         """
-        if self.draining or caller in self._lines or not self._has_slot(caller):
+        mine = self._slots_of.get(caller, 0)
+        if self.draining or self.in_flight >= self._max_in_flight or mine >= self._slots_of_one:
             return False
-        if reservation is not None and reservation.take() is not None:
+        if reservation is not None and (caller in self._lines or reservation.take() is not None):
             return False
-        self._occupy(caller)
+        self.in_flight += 1
+        if caller:
+            self._slots_of[caller] = mine + 1
         return True
 
     async def enter(self, left: float, caller: str = "", reservation: "Reservation | None" = None) -> None:

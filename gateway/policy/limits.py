@@ -3,6 +3,7 @@
 Instants are seconds since the epoch of an injected clock that never goes back.
 """
 
+import math
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Window:
         touched: what was used has changed since somebody last set this to False.
     """
 
-    __slots__ = ("_seconds", "_slots", "limit", "name", "touched", "used")
+    __slots__ = ("_forget_at", "_seconds", "_slots", "limit", "name", "touched", "used")
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
@@ -44,20 +45,25 @@ class Window:
         self.touched = False
         self._seconds = seconds // SLOTS  # of a slot
         self._slots: dict[int, int] = {}  # by number, the oldest first
+        self._forget_at = math.inf  # the end of the oldest
 
     @property
     def is_of_a_day(self) -> bool:
         """Whether it is worth keeping over a restart."""
         return self._seconds * SLOTS == DAY
 
+    def fits(self, amount: int, now: float) -> bool:
+        """Return whether so much more fits now; more than the limit is cut to it."""
+        if now >= self._forget_at:
+            self._forget(now)
+        return self.used + amount <= self.limit or (not self.used and amount > self.limit)
+
     def wait(self, amount: int, now: float) -> float:
         """Return the seconds until so much more fits, 0 for now.
 
         More than the limit fits in several windows, one after the other.
         """
-        self.forget(now)
-        over = self.used + amount - self.limit
-        if over <= 0:
+        if self.fits(amount, now) and amount <= self.limit:
             return 0.0
         later, rest = divmod(max(amount, 1) - 1, self.limit)
         over = self.used + rest + 1 - self.limit
@@ -70,8 +76,13 @@ class Window:
 
     def add(self, amount: int, now: float) -> None:
         """Use so much now, whatever the limit."""
-        slot = int(now // self._seconds)
-        self._slots[slot] = self._slots.get(slot, 0) + amount
+        slot, slots = int(now // self._seconds), self._slots
+        if slot in slots:
+            slots[slot] += amount
+        else:
+            slots[slot] = amount
+            if len(slots) == 1:
+                self._forget_at = self._end(slot)
         self.used += amount
         self.touched = True
 
@@ -81,7 +92,6 @@ class Window:
         What becomes free was used then, and is gone with its slot; what is used beyond it is used now.
         """
         if to > amount:
-            self.forget(now)
             self.add(to - amount, now)
             return
         slot = int(at // self._seconds)
@@ -90,25 +100,17 @@ class Window:
             self.used -= amount - to
             self.touched = True
 
-    def forget(self, now: float) -> None:
-        """Forget the slots that a whole window has passed since."""
-        first = now // self._seconds - SLOTS
-        while self._slots:
-            slot = next(iter(self._slots))
-            if slot >= first:
-                return
-            self.used -= self._slots.pop(slot)
-
-    def left(self, now: float) -> int:
-        """Return what is left, never below 0."""
-        self.forget(now)
-        return max(0, self.limit - self.used)
+    def used_now(self, now: float) -> int:
+        """Return what is used now."""
+        if now >= self._forget_at:
+            self._forget(now)
+        return self.used
 
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
-        self.forget(now)
-        last = next((slot for slot in reversed(self._slots) if self._slots[slot]), None)
-        return self._end(last) - now if last is not None else 0.0
+        if not self.used_now(now):
+            return 0.0
+        return self._end(next(slot for slot in reversed(self._slots) if self._slots[slot])) - now
 
     def slots(self) -> dict[int, int]:
         """Return a copy of what was used in each slot, by its number since the epoch."""
@@ -123,7 +125,17 @@ class Window:
             merged[slot] = merged.get(slot, 0) + used
         self._slots = dict(sorted(merged.items()))
         self.used = sum(self._slots.values())
-        self.forget(now)
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        """Forget the slots that a whole window has passed since."""
+        while self._slots:
+            slot = next(iter(self._slots))
+            self._forget_at = self._end(slot)
+            if now < self._forget_at:
+                return
+            self.used -= self._slots.pop(slot)
+        self._forget_at = math.inf
 
     def _end(self, slot: int) -> float:
         """Return the instant at which a slot is forgotten."""
@@ -155,8 +167,7 @@ class Limits:
         """Yield each limit that is set: its name, what may be used, and what is used now."""
         now = self.clock()
         for window in (*self.requests, *self.tokens):
-            window.forget(now)
-            yield window.name, window.limit, window.used
+            yield window.name, window.limit, window.used_now(now)
         if self.most_in_flight is not None:
             yield "max_in_flight", self.most_in_flight, self.in_flight
 
@@ -179,29 +190,30 @@ class Reservation:
         self._taken_at: float | None = None
         self.tokens = tokens
 
-    @property
-    def of_tokens(self) -> bool:
-        """Whether the key's tokens are limited."""
-        return bool(self._limits.tokens)
-
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
         limits, tokens = self._limits, self.tokens
         now = limits.clock()
-        wait = 0.0
+        if limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight:
+            return self._wait(now)
         for window in limits.requests:
-            wait = max(wait, window.wait(1, now))
+            if not window.fits(1, now):
+                return self._wait(now)
         for window in limits.tokens:
-            wait = max(wait, window.wait(min(tokens, window.limit), now))
-        if wait or (limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight):
-            return wait
+            if not window.fits(tokens, now):
+                return self._wait(now)
         for window in limits.requests:
             window.add(1, now)
         for window in limits.tokens:
-            window.add(min(tokens, window.limit), now)
+            window.add(min(window.limit, tokens), now)
         limits.in_flight += 1
         self._taken_at = now
         return None
+
+    def _wait(self, now: float) -> float:
+        limits = self._limits
+        waits = [window.wait(1, now) for window in limits.requests]
+        return max(waits + [window.wait(min(self.tokens, window.limit), now) for window in limits.tokens], default=0.0)
 
     def settle(self, tokens: int) -> None:
         """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken."""
@@ -211,7 +223,8 @@ class Reservation:
         self._taken_at = None
         self._limits.in_flight -= 1
         for window in self._limits.tokens:
-            window.change(at, min(self.tokens, window.limit), tokens, now)
+            reserved = min(window.limit, self.tokens)
+            window.change(at, reserved, tokens, now)
 
     def give_back(self) -> None:
         """Give all of it back: the request was never forwarded."""
@@ -247,10 +260,11 @@ class Reservation:
         return None
 
 
-def least(windows: "Iterable[Window]", now: float) -> tuple[int, int, float]:
-    """Return of the window of which the least is left: its limit, what is left, and the seconds until it is empty."""
-    tightest = min(windows, key=lambda window: window.left(now))
-    return tightest.limit, tightest.left(now), tightest.empty_in(now)
+def tightest(windows: tuple[Window, ...], now: float) -> Window:
+    """Return the window of which the least is left."""
+    if len(windows) == 1:
+        return windows[0]
+    return min(windows, key=lambda window: window.limit - window.used_now(now))
 
 
 def _windows(what: str, per_minute: int | None, per_day: int | None) -> tuple[Window, ...]:

@@ -9,13 +9,13 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, InvalidApiKey, Refusal
-from gateway.policy.limits import least
+from gateway.policy.limits import tightest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.dialects.dialect import Dialect
-    from gateway.policy.limits import Limits
+    from gateway.policy.limits import Limits, Window
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
@@ -51,13 +51,22 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
 def _rate_limits(limits: "Limits") -> dict[str, str]:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
     headers, now = {}, limits.clock()
-    for what, windows in (("requests", limits.requests), ("tokens", limits.tokens)):
-        if windows:
-            limit, left, empty_in = least(windows, now)
-            headers[f"x-ratelimit-limit-{what}"] = str(limit)
-            headers[f"x-ratelimit-remaining-{what}"] = str(left)
-            headers[f"x-ratelimit-reset-{what}"] = _duration(math.ceil(empty_in))
+    if limits.requests:
+        window = tightest(limits.requests, now)
+        headers["x-ratelimit-limit-requests"] = str(window.limit)
+        headers["x-ratelimit-remaining-requests"] = _left(window, now)
+        headers["x-ratelimit-reset-requests"] = _duration(math.ceil(window.empty_in(now)))
+    if limits.tokens:
+        window = tightest(limits.tokens, now)
+        headers["x-ratelimit-limit-tokens"] = str(window.limit)
+        headers["x-ratelimit-remaining-tokens"] = _left(window, now)
+        headers["x-ratelimit-reset-tokens"] = _duration(math.ceil(window.empty_in(now)))
     return headers
+
+
+def _left(window: "Window", now: float) -> str:
+    left = window.limit - window.used_now(now)
+    return str(left) if left > 0 else "0"
 
 
 @lru_cache(maxsize=256)

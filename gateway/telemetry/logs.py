@@ -201,7 +201,6 @@ def _json_line(record: "Record", level: int) -> str:
         seconds=_rounded(record.seconds(0.0)),
         queued_seconds=_rounded(record.queued),
         stream=record.stream,
-        key=record.caller.name,
         route=record.route,
         model=record.model and record.model[:MAX_MODEL],
         backend=record.backend,
@@ -220,12 +219,13 @@ def _json_line(record: "Record", level: int) -> str:
         error=record.error_message,
         input_tokens=record.input_tokens,
         output_tokens=record.output_tokens,
-        key_tokens=record.charged,
-        key_tokens_source=record.charged_by,
         request_id=record.request_id,
         trace_id=record.trace,
         span_id=f"{record.span_id:016x}",
     )
+    if record.caller.name is not None:
+        fields.key = record.caller.name
+        fields.key_tokens, fields.key_tokens_source = record.charged, record.charged_by
     if record.waits:
         fields.waits = [
             _WaitFields(wait.kind, wait.backend, _rounded((wait.ended or wait.began) - wait.began))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.config import LimitsConfig
-from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Reservation, Window, least
+from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Reservation, Window, tightest
 from tests.unit.gateway.fakes import Clock
 
 EPOCH = 1_800_000_000.0
@@ -79,12 +79,11 @@ def test_a_window_holds_no_more_slots_than_it_has_however_long_it_is_used() -> N
     now = EPOCH
     for _ in range(5_000):
         now += random.random() * 2
-        window.forget(now)
+        window.used_now(now)
         window.add(1, now)
         assert len(window.slots()) <= SLOTS + 1
     assert window.used == sum(window.slots().values())
-    window.forget(now + 62)
-    assert (window.used, window.slots()) == (0, {})
+    assert (window.used_now(now + 62), window.slots()) == (0, {})
 
 
 def test_the_whole_limit_may_be_used_at_once_and_again_a_window_and_a_slot_later() -> None:
@@ -225,15 +224,17 @@ def test_who_comes_behind_others_is_told_the_wait_behind_them() -> None:
 def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     clock = clock_at()
     of = limits(clock, requests_per_minute=10, requests_per_day=12)
-    assert least(of.requests, clock()) == (10, 10, 0)
+    assert tightest(of.requests, clock()).limit == 10
+    assert of.requests[0].empty_in(clock()) == 0
     for _ in range(9):
         assert took(of)
     clock.forward(0.5)
-    assert least(of.requests, clock()) == (10, 1, 60.5)
+    assert tightest(of.requests, clock()) is of.requests[0]
+    assert of.requests[0].empty_in(clock()) == 60.5
     clock.forward(61)
-    limit, left, empty_in = least(of.requests, clock())
-    assert (limit, left) == (12, 3)
-    assert 80_000 < empty_in <= DAY + 24 * 60
+    assert tightest(of.requests, clock()) is of.requests[1]
+    assert of.requests[1].used_now(clock()) == 9
+    assert 80_000 < of.requests[1].empty_in(clock()) <= DAY + 24 * 60
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
@@ -250,8 +251,7 @@ def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None
     (behind,) = limits(clock, tokens_per_day=100).tokens
     behind.restore(before.slots(), clock() - 500_000)
     assert (behind.used, len(behind.slots())) == (30, 1)
-    behind.forget(clock() - 500_000 + DAY + 1441)
-    assert behind.used == 0
+    assert behind.used_now(clock() - 500_000 + DAY + 1441) == 0
 
 
 class OneKey(RuleBasedStateMachine):
@@ -299,9 +299,7 @@ class OneKey(RuleBasedStateMachine):
     def pass_a_day(self) -> None:
         self.clock.forward(DAY + 1_440)
         windows = [*self.of.requests, *self.of.tokens]
-        for window in windows:
-            window.forget(self.clock())
-        assert {window.used for window in windows} == {0}
+        assert {window.used_now(self.clock()) for window in windows} == {0}
         self.beyond = False
 
     def windows(self) -> Iterator[Window]:
