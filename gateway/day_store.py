@@ -90,10 +90,11 @@ class DayStore:
 
     async def _keep(self) -> None:
         """Save once a second, and a last time."""
-        while not self._stopping.is_set():
+        stops = False
+        while not stops:
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL):
-                    await self._stopping.wait()
+                    stops = await self._stopping.wait()
             await self._save()
 
     async def _save(self) -> None:
