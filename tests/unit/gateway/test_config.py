@@ -586,9 +586,14 @@ def test_keys_have_names_models_and_limits(tmp_path: Path, monkeypatch: pytest.M
         backends: {{a: {A}}}
         routes: [{{model: m, targets: [{{backend: a}}]}}]
         keys:
-          - {{name: team-a, key_env: A_KEY, models: [m, "qwen*"], limits: {{requests_per_minute: 600, max_in_flight: 20}}}}
+          - name: team-a
+            key_env: A_KEY
+            models: [m, "qwen*"]
+            limits: {{requests_per_minute: 600, max_in_flight: 20}}
           - {{name: team-b, key_env: B_KEY, limits: {{}}}}
-          - {{name: team.c, key_sha256: {"12" * 32}, limits: {{requests_per_day: 1, tokens_per_minute: 2, tokens_per_day: 999999999999}}}}
+          - name: team.c
+            key_sha256: {"12" * 32}
+            limits: {{requests_per_day: 1, tokens_per_minute: 2, tokens_per_day: 999999999999}}
         """,
     )
     first, second, third = found.keys

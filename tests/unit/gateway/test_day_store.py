@@ -1,5 +1,4 @@
 import asyncio
-import os
 import sqlite3
 from pathlib import Path
 
@@ -146,7 +145,7 @@ async def test_without_limits_of_a_day_or_a_folder_there_is_no_file(
     tmp_path: Path, config: dict[str, int] | None, status: str, *, folder: bool
 ) -> None:
     clock = Clock(EPOCH)
-    one = Caller("key a", "a") if config is None else caller(clock, **config)
+    one = Caller("key a", "a", None, Limits(LimitsConfig(**config), clock) if config is not None else None)
     async with DayStore(tmp_path if folder else None, [one], clock) as store:
         assert store.status == status
-    assert not os.listdir(tmp_path)
+    assert not (tmp_path / FILE).exists()
