@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gateway.policy.caller import Caller
-    from gateway.policy.limits import Window
+    from gateway.policy.limits import Limits, Window
 
     Slots = dict[int, int]
     Change = tuple[str, str, int, int]
@@ -56,12 +56,10 @@ class DayStore:
         self._is_off = not limited
         self._file = folder / FILE if folder is not None else None
         self._clock = clock
-        self._windows = {
-            (str(caller.name), window.name): window
+        self._limits = {
+            str(caller.name): caller.limits
             for caller in limited
-            if caller.limits is not None
-            for window in (*caller.limits.requests, *caller.limits.tokens)
-            if window.is_of_a_day
+            if caller.limits is not None and _windows(caller.limits)
         }
         self._saved: dict[tuple[str, str], Slots] = {}
         self._restored = False
@@ -77,7 +75,7 @@ class DayStore:
         return "degraded" if self._failing else "ok"
 
     async def __aenter__(self) -> Self:
-        if self._file is not None and self._windows:
+        if self._file is not None and self._limits:
             await self._save()
             self._task = asyncio.create_task(self._keep())
         return self
@@ -102,7 +100,7 @@ class DayStore:
         try:
             if not self._restored:
                 self._restore(await asyncio.to_thread(self._read))
-            touched = {key: window for key, window in self._windows.items() if window.touched}
+            touched = {key: limits for key, limits in self._limits.items() if limits.touched}
             if touched or self._failing:
                 await self._save_those(touched)
         except (sqlite3.Error, OSError) as error:
@@ -118,31 +116,32 @@ class DayStore:
                 _log.info("the limits of a day are kept again in %s", self._file)
             self._failing = False
 
-    async def _save_those(self, windows: "dict[tuple[str, str], Window]") -> None:
-        """Save the changes of some windows. Raises: sqlite3.Error, OSError; then they are saved the next time."""
+    async def _save_those(self, touched: "dict[str, Limits]") -> None:
+        """Save the changes of some keys. Raises: sqlite3.Error, OSError; then they are saved the next time."""
         changes: list[Change] = []
-        now = {key: window.slots() for key, window in windows.items()}
+        now = {(key, window.name): window.slots() for key, limits in touched.items() for window in _windows(limits)}
         for (key, name), slots in now.items():
             before = self._saved.get((key, name), {})
             for slot in slots.keys() | before.keys():
                 more = slots.get(slot, 0) - before.get(slot, 0)
                 if more:
                     changes.append((key, name, slot, more))
-        for window in windows.values():
-            window.touched = False
+        for limits in touched.values():
+            limits.touched = False
         try:
             await asyncio.to_thread(self._write, changes, int(self._clock() * SLOTS // DAY) - SLOTS)
         except BaseException:
-            for window in windows.values():
-                window.touched = True
+            for limits in touched.values():
+                limits.touched = True
             raise
         self._saved |= now
 
     def _restore(self, used: "dict[tuple[str, str], Slots]") -> None:
-        for key, slots in used.items():
-            if key in self._windows:
-                self._windows[key].restore(slots, self._clock())
-                self._saved[key] = slots
+        for key, limits in self._limits.items():
+            for window in _windows(limits):
+                if slots := used.get((key, window.name)):
+                    window.restore(slots, self._clock())
+                    self._saved[key, window.name] = slots
         self._restored = True
 
     def _read(self) -> "dict[tuple[str, str], Slots]":
@@ -170,3 +169,8 @@ class DayStore:
             database.close()
             raise
         return database
+
+
+def _windows(limits: "Limits") -> "tuple[Window, ...]":
+    """Return its windows of a day."""
+    return tuple(window for window in (*limits.requests, *limits.tokens) if window.is_of_a_day)

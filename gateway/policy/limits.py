@@ -24,7 +24,7 @@ class Window:
     """What was used of one limit lately, in slots of time.
 
     A slot is forgotten when a whole window has passed since its end. So no stretch of time as long as the window holds
-    more than the limit, wherever it begins.
+    more than the limit, wherever it begins. `roll` comes before each use of it.
 
     Args:
         name: of the limit, as configured.
@@ -32,110 +32,89 @@ class Window:
         seconds: the length of the window.
 
     Attributes:
-        used: in the slots that are remembered, as of the latest look.
-        touched: what was used has changed since somebody last set this to False.
+        shown: the limit as text.
+        used: in all slots that are remembered; what is added to it is used in the present one.
+        began: the instant at which the present slot began.
     """
 
-    __slots__ = ("_forget_at", "_seconds", "_slots", "limit", "name", "touched", "used")
+    __slots__ = ("_past", "_past_used", "_seconds", "_slot", "began", "limit", "name", "shown", "used")
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
         self.limit = limit
+        self.shown = str(limit)
         self.used = 0
-        self.touched = False
+        self.began = 0.0
         self._seconds = seconds // SLOTS  # of a slot
-        self._slots: dict[int, int] = {}  # by number, the oldest first
-        self._forget_at = math.inf  # the end of the oldest
+        self._slot = 0  # the number of the present one
+        self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
+        self._past_used = 0
 
     @property
     def is_of_a_day(self) -> bool:
         """Whether it is worth keeping over a restart."""
         return self._seconds * SLOTS == DAY
 
-    def fits(self, amount: int, now: float) -> bool:
-        """Return whether so much more fits now; more than the limit is cut to it."""
-        if now >= self._forget_at:
-            self._forget(now)
-        return self.used + amount <= self.limit or (not self.used and amount > self.limit)
+    def roll(self, now: float) -> float:
+        """Begin the slot of an instant, and forget those that are too old; return the instant of the next one."""
+        slot = int(now // self._seconds)
+        if slot > self._slot:
+            if self.used > self._past_used:
+                self._past[self._slot] = self.used - self._past_used
+            while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
+                self.used -= self._past.pop(oldest)
+            self._past_used = self.used
+            self._slot = slot
+            self.began = slot * self._seconds
+        return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
         """Return the seconds until so much more fits, 0 for now.
 
         More than the limit fits in several windows, one after the other.
         """
-        if self.fits(amount, now) and amount <= self.limit:
+        if self.used + amount <= self.limit:
             return 0.0
         later, rest = divmod(max(amount, 1) - 1, self.limit)
         over = self.used + rest + 1 - self.limit
         wait = later * (SLOTS + 1) * self._seconds + 0.0
-        for slot, used in self._slots.items() if over > 0 else ():
+        for slot, used in self.slots().items() if over > 0 else ():
             over -= used
             if over <= 0:
                 return wait + self._end(slot) - now
         return wait
 
-    def add(self, amount: int, now: float) -> None:
-        """Use so much now, whatever the limit."""
-        slot, slots = int(now // self._seconds), self._slots
-        if slot in slots:
-            slots[slot] += amount
-        else:
-            slots[slot] = amount
-            if len(slots) == 1:
-                self._forget_at = self._end(slot)
-        self.used += amount
-        self.touched = True
-
-    def change(self, at: float, amount: int, to: int, now: float) -> None:
-        """Make `to` of an amount that was used at an instant.
-
-        What becomes free was used then, and is gone with its slot; what is used beyond it is used now.
-        """
-        if to > amount:
-            self.add(to - amount, now)
-            return
+    def change(self, at: float, by: int) -> None:
+        """Change what was used at an instant before the present slot; what is forgotten stays so."""
         slot = int(at // self._seconds)
-        if slot in self._slots:
-            self._slots[slot] -= amount - to
-            self.used -= amount - to
-            self.touched = True
-
-    def used_now(self, now: float) -> int:
-        """Return what is used now."""
-        if now >= self._forget_at:
-            self._forget(now)
-        return self.used
+        if slot in self._past:
+            self._past[slot] += by
+            self._past_used += by
+            self.used += by
 
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
-        if not self.used_now(now):
+        if self.used > self._past_used:
+            return self._end(self._slot) - now
+        if not self.used:
             return 0.0
-        return self._end(next(slot for slot in reversed(self._slots) if self._slots[slot])) - now
+        return self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
 
     def slots(self) -> dict[int, int]:
-        """Return a copy of what was used in each slot, by its number since the epoch."""
-        return dict(self._slots)
+        """Return what was used in each slot, by its number since the epoch, the oldest first."""
+        return {**self._past, self._slot: self.used - self._past_used}
 
     def restore(self, slots: "Mapping[int, int]", now: float) -> None:
         """Add what was used before the process began; what lies in the future, by a clock that was wrong, is now."""
-        newest = int(now // self._seconds)
-        merged = self._slots
+        self.roll(now)
+        merged = self.slots()
         for number, used in slots.items():
-            slot = min(number, newest)
-            merged[slot] = merged.get(slot, 0) + used
-        self._slots = dict(sorted(merged.items()))
-        self.used = sum(self._slots.values())
-        self._forget(now)
-
-    def _forget(self, now: float) -> None:
-        """Forget the slots that a whole window has passed since."""
-        while self._slots:
-            slot = next(iter(self._slots))
-            self._forget_at = self._end(slot)
-            if now < self._forget_at:
-                return
-            self.used -= self._slots.pop(slot)
-        self._forget_at = math.inf
+            slot = min(number, self._slot)
+            if slot >= self._slot - SLOTS:
+                merged[slot] = merged.get(slot, 0) + used
+        self.used = sum(merged.values())
+        self._past_used = self.used - merged.pop(self._slot)
+        self._past = dict(sorted(merged.items()))
 
     def _end(self, slot: int) -> float:
         """Return the instant at which a slot is forgotten."""
@@ -152,9 +131,10 @@ class Limits:
     Attributes:
         requests, tokens: the windows of each; most_in_flight: requests at once, or None for any number.
         in_flight: requests at once now.
+        touched: something was used since somebody last set this to False.
     """
 
-    __slots__ = ("clock", "in_flight", "most_in_flight", "requests", "tokens")
+    __slots__ = ("_rolls_at", "clock", "in_flight", "most_in_flight", "requests", "tokens", "touched")
 
     def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]") -> None:
         self.clock = clock
@@ -162,12 +142,21 @@ class Limits:
         self.tokens = _windows("tokens", config.tokens_per_minute, config.tokens_per_day)
         self.most_in_flight = config.max_in_flight
         self.in_flight = 0
+        self.touched = False
+        self._rolls_at = 0.0
+
+    def look(self) -> float:
+        """Return the instant, at which all windows are as they are to be."""
+        now = self.clock()
+        if now >= self._rolls_at:
+            self._rolls_at = min((window.roll(now) for window in (*self.requests, *self.tokens)), default=math.inf)
+        return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
         """Yield each limit that is set: its name, what may be used, and what is used now."""
-        now = self.clock()
+        self.look()
         for window in (*self.requests, *self.tokens):
-            yield window.name, window.limit, window.used_now(now)
+            yield window.name, window.limit, window.used
         if self.most_in_flight is not None:
             yield "max_in_flight", self.most_in_flight, self.in_flight
 
@@ -193,20 +182,21 @@ class Reservation:
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
         limits, tokens = self._limits, self.tokens
-        now = limits.clock()
+        now = limits.look()
         if limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight:
             return self._wait(now)
         for window in limits.requests:
-            if not window.fits(1, now):
+            if window.used >= window.limit:
                 return self._wait(now)
         for window in limits.tokens:
-            if not window.fits(tokens, now):
+            if window.used + tokens > window.limit and (window.used or tokens <= window.limit):
                 return self._wait(now)
         for window in limits.requests:
-            window.add(1, now)
+            window.used += 1
         for window in limits.tokens:
-            window.add(min(window.limit, tokens), now)
+            window.used += tokens if tokens < window.limit else window.limit  # noqa: FURB136 - at each request
         limits.in_flight += 1
+        limits.touched = True
         self._taken_at = now
         return None
 
@@ -216,22 +206,33 @@ class Reservation:
         return max(waits + [window.wait(min(self.tokens, window.limit), now) for window in limits.tokens], default=0.0)
 
     def settle(self, tokens: int) -> None:
-        """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken."""
-        at, now = self._taken_at, self._limits.clock()
+        """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken.
+
+        What becomes free was used when it was taken, and is forgotten with that; what is used beyond it is used now.
+        """
+        at, limits = self._taken_at, self._limits
         if at is None:
             raise RuntimeError("nothing is taken")
         self._taken_at = None
-        self._limits.in_flight -= 1
-        for window in self._limits.tokens:
-            reserved = min(window.limit, self.tokens)
-            window.change(at, reserved, tokens, now)
+        limits.look()
+        limits.in_flight -= 1
+        limits.touched = True
+        for window in limits.tokens:
+            more = tokens - (self.tokens if self.tokens < window.limit else window.limit)  # noqa: FURB136
+            if more > 0 or at >= window.began:
+                window.used += more
+            else:
+                window.change(at, more)
 
     def give_back(self) -> None:
         """Give all of it back: the request was never forwarded."""
-        at, now = self._taken_at, self._limits.clock()
+        at = self._taken_at
         self.settle(0)
         for window in self._limits.requests:
-            window.change(at or now, 1, 0, now)
+            if at is not None and at < window.began:
+                window.change(at, -1)
+            else:
+                window.used -= 1
 
     def refusal(self, ahead: "Iterable[Reservation]" = ()) -> RateLimitExceeded | None:
         """Return why it cannot be taken now, by the limit that lets it wait longest; None if it can.
@@ -239,7 +240,7 @@ class Reservation:
         Args:
             ahead: those of the same key that are taken before it.
         """
-        limits, now = self._limits, self._limits.clock()
+        limits, now = self._limits, self._limits.look()
         queue = [*ahead, self]
         waits = [(window.wait(len(queue), now), window) for window in limits.requests]
         waits += [
@@ -260,11 +261,13 @@ class Reservation:
         return None
 
 
-def tightest(windows: tuple[Window, ...], now: float) -> Window:
+def tightest(windows: tuple[Window, ...]) -> Window:
     """Return the window of which the least is left."""
-    if len(windows) == 1:
-        return windows[0]
-    return min(windows, key=lambda window: window.limit - window.used_now(now))
+    least = windows[0]
+    for window in windows[1:]:
+        if window.limit - window.used < least.limit - least.used:
+            least = window
+    return least
 
 
 def _windows(what: str, per_minute: int | None, per_day: int | None) -> tuple[Window, ...]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.dialects.dialect import Dialect
-    from gateway.policy.limits import Limits, Window
+    from gateway.policy.limits import Limits
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
@@ -50,23 +50,20 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
 
 def _rate_limits(limits: "Limits") -> dict[str, str]:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    headers, now = {}, limits.clock()
+    headers, now = {}, limits.look()
     if limits.requests:
-        window = tightest(limits.requests, now)
-        headers["x-ratelimit-limit-requests"] = str(window.limit)
-        headers["x-ratelimit-remaining-requests"] = _left(window, now)
+        window = tightest(limits.requests)
+        headers["x-ratelimit-limit-requests"] = window.shown
+        headers["x-ratelimit-remaining-requests"] = (
+            str(window.limit - window.used) if window.used < window.limit else "0"
+        )
         headers["x-ratelimit-reset-requests"] = _duration(math.ceil(window.empty_in(now)))
     if limits.tokens:
-        window = tightest(limits.tokens, now)
-        headers["x-ratelimit-limit-tokens"] = str(window.limit)
-        headers["x-ratelimit-remaining-tokens"] = _left(window, now)
+        window = tightest(limits.tokens)
+        headers["x-ratelimit-limit-tokens"] = window.shown
+        headers["x-ratelimit-remaining-tokens"] = str(window.limit - window.used) if window.used < window.limit else "0"
         headers["x-ratelimit-reset-tokens"] = _duration(math.ceil(window.empty_in(now)))
     return headers
-
-
-def _left(window: "Window", now: float) -> str:
-    left = window.limit - window.used_now(now)
-    return str(left) if left > 0 else "0"
 
 
 @lru_cache(maxsize=256)

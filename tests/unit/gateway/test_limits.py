@@ -46,8 +46,9 @@ def test_no_stretch_of_time_as_long_as_the_window_holds_more_than_the_limit(
     used: list[tuple[float, int]] = []
     for pause, amount in asked:
         now += pause * seconds / 3
+        window.roll(now)
         if not window.wait(amount, now):
-            window.add(amount, now)
+            window.used += amount
             used.append((now, amount))
     for end, _ in used:
         assert sum(amount for at, amount in used if end - seconds < at <= end) <= limit
@@ -65,13 +66,17 @@ def test_what_has_waited_as_long_as_it_was_told_fits_and_not_a_slot_earlier(
     for pause, asked_for in asked:
         now += pause * seconds / 3
         amount = min(asked_for, limit)
+        window.roll(now)
         wait = window.wait(amount, now)
         assert 0 <= wait <= (SLOTS + 1) * seconds / SLOTS
         if wait > 2 * seconds / SLOTS:
-            assert window.wait(amount, now + wait - seconds / SLOTS) > 0
+            earlier = now + wait - seconds / SLOTS
+            window.roll(earlier)
+            assert window.wait(amount, earlier) > 0
         now = math.nextafter(now + wait, math.inf)
+        window.roll(now)
         assert not window.wait(amount, now)
-        window.add(amount, now)
+        window.used += amount
 
 
 def test_a_window_holds_no_more_slots_than_it_has_however_long_it_is_used() -> None:
@@ -79,11 +84,12 @@ def test_a_window_holds_no_more_slots_than_it_has_however_long_it_is_used() -> N
     now = EPOCH
     for _ in range(5_000):
         now += random.random() * 2
-        window.used_now(now)
-        window.add(1, now)
+        window.roll(now)
+        window.used += 1
         assert len(window.slots()) <= SLOTS + 1
     assert window.used == sum(window.slots().values())
-    assert (window.used_now(now + 62), window.slots()) == (0, {})
+    window.roll(now + 62)
+    assert (window.used, set(window.slots().values())) == (0, {0})
 
 
 def test_the_whole_limit_may_be_used_at_once_and_again_a_window_and_a_slot_later() -> None:
@@ -224,34 +230,41 @@ def test_who_comes_behind_others_is_told_the_wait_behind_them() -> None:
 def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     clock = clock_at()
     of = limits(clock, requests_per_minute=10, requests_per_day=12)
-    assert tightest(of.requests, clock()).limit == 10
+    of.look()
+    assert tightest(of.requests).limit == 10
     assert of.requests[0].empty_in(clock()) == 0
     for _ in range(9):
         assert took(of)
     clock.forward(0.5)
-    assert tightest(of.requests, clock()) is of.requests[0]
+    of.look()
+    assert tightest(of.requests) is of.requests[0]
     assert of.requests[0].empty_in(clock()) == 60.5
     clock.forward(61)
-    assert tightest(of.requests, clock()) is of.requests[1]
-    assert of.requests[1].used_now(clock()) == 9
+    of.look()
+    assert tightest(of.requests) is of.requests[1]
+    assert of.requests[1].used == 9
     assert 80_000 < of.requests[1].empty_in(clock()) <= DAY + 24 * 60
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
     clock = clock_at()
     (before,) = limits(clock, tokens_per_day=100).tokens
-    before.add(10, clock())
+    before.roll(clock())
+    before.used += 10
     clock.forward(7_200)
-    before.add(20, clock())
+    before.roll(clock())
+    before.used += 20
     (after,) = limits(clock, tokens_per_day=100).tokens
-    after.add(5, clock())
+    after.roll(clock())
+    after.used += 5
     after.restore(before.slots(), clock())
-    assert after.used == 35
+    assert after.used == 35 == sum(after.slots().values())
     assert list(after.slots()) == sorted(after.slots())
     (behind,) = limits(clock, tokens_per_day=100).tokens
     behind.restore(before.slots(), clock() - 500_000)
     assert (behind.used, len(behind.slots())) == (30, 1)
-    assert behind.used_now(clock() - 500_000 + DAY + 1441) == 0
+    behind.roll(clock() - 500_000 + DAY + 1441)
+    assert behind.used == 0
 
 
 class OneKey(RuleBasedStateMachine):
@@ -299,7 +312,8 @@ class OneKey(RuleBasedStateMachine):
     def pass_a_day(self) -> None:
         self.clock.forward(DAY + 1_440)
         windows = [*self.of.requests, *self.of.tokens]
-        assert {window.used_now(self.clock()) for window in windows} == {0}
+        self.of.look()
+        assert {window.used for window in windows} == {0}
         self.beyond = False
 
     def windows(self) -> Iterator[Window]:
