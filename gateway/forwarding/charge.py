@@ -20,9 +20,9 @@ REPORTED, COUNTED = "reported", "counted"
 """Where a number of tokens comes from: the backend's usage, or what was sent and relayed."""
 BYTES_OF_A_TOKEN = 4
 FIRST_GUESS = 256
-"""Tokens of an answer of which the most is not given, before any has been seen."""
+"""Tokens of an answer to a request that gives no most, before any has been seen."""
 MEMORY = 16
-"""Answers over which the mean of a route's is taken, about."""
+"""Answers to such requests over which the mean of a route is taken, about."""
 MOST = 10**15
 """Tokens that a request may ask for, as far as anybody reckons with them."""
 
@@ -64,7 +64,7 @@ class Charges:
         return Charge(self, limits.reserve((tokens or 0) + expected), prompt, route, tokens)
 
     def learn(self, prompt: "Prompt", route: str, tokens: int) -> None:
-        """Take in how many tokens a whole answer had."""
+        """Take in how many tokens a whole answer had to a request that gave no most."""
         key, each = (route, prompt.operation), tokens / prompt.choices
         mean = self._means.get(key)
         self._means[key] = each if mean is None else mean + (each - mean) / MEMORY
@@ -97,7 +97,7 @@ class Charge:
         self._tokens = tokens  # of the prompt; None where only what is reported counts
         self._events = 0
         self._excess = 0
-        self._least = 1 << 62
+        self._least = 0
         self.reservation = reservation
 
     def counting(self, write: "Write", first: bytes) -> "Write":
@@ -107,9 +107,12 @@ class Charge:
         self._events = _events_in(first)
 
         def write_and_count(events: bytes) -> "Coroutine[Any, Any, None]":
-            number = _events_in(events) or 1
             size = len(events)
-            self._least = min(self._least, size // number)
+            if self._least <= size < 2 * self._least:
+                number = 1  # two would be longer
+            else:
+                number = _events_in(events) or 1
+                self._least = min(self._least or size, size // number)
             self._events += number
             self._excess += size - number * self._least
             return write(events)
@@ -136,11 +139,12 @@ class Charge:
         given, answered = record.input_tokens, record.output_tokens
         sent = given if given is not None else self._tokens or 0
         if outcome == "ok" and (given is not None or answered is not None):
-            charges.learn(self._prompt, self._route, answered or 0)
+            if self._prompt.max_tokens is None:
+                charges.learn(self._prompt, self._route, answered or 0)
             return sent + (answered or 0), REPORTED
         if outcome == "ok" or call.committed:
             relayed = max(answered or 0, self._relayed(call))
-            if outcome == "ok":
+            if outcome == "ok" and self._prompt.max_tokens is None:
                 charges.learn(self._prompt, self._route, relayed)
             return sent + relayed, COUNTED
         return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED

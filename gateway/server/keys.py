@@ -1,5 +1,6 @@
 """Gateway keys: who may send prompts."""
 
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from gateway.config import KeyConfig
+
+
+ADDRESSES = 1024
+"""Callers of an open gateway that are remembered."""
 
 
 class Keys:
@@ -38,6 +43,7 @@ class Keys:
             for number, key in enumerate(keys)
         }
         self.callers = tuple(self._by_digest.values())
+        self._of_address = lru_cache(maxsize=ADDRESSES)(Caller)
 
     def fit(self, request: "web.Request") -> bool:
         """Return whether the request carries a valid key, or needs none."""
@@ -50,7 +56,7 @@ class Keys:
             InvalidApiKey: the request carries no valid key, and needs one.
         """
         if not self._by_digest:
-            return Caller(request.remote or "")
+            return self._of_address(request.remote or "")
         known = self._known(request)
         if known is None:
             raise InvalidApiKey(
