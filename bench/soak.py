@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from bench.machine import BenchError, Cores
 from bench.report import grid
 from testkit import usage
-from testkit.completions import CHAT_PATH, EMBEDDINGS_PATH, RESPONSES_PATH
+from testkit.completions import CHAT_PATH, EMBEDDINGS_PATH, MESSAGES_PATH, RESPONSES_PATH
 from testkit.http import ask
 from testkit.load import Call, Load, Plan
 from testkit.otlp import Sink
@@ -63,6 +63,7 @@ LOADS: dict[str, dict[str, Any]] = {
     "chat": {"callers": CALLERS, "keep_alive": True},
     "new-connections": {"rate": 10},
     "responses": {"rate": 10, "path": RESPONSES_PATH, "kinds": ("stream",), "keep_alive": True},
+    "messages": {"rate": 10, "path": MESSAGES_PATH, "kinds": ("stream",), "keep_alive": True},
     "embeddings": {"rate": 10, "path": EMBEDDINGS_PATH, "kinds": ("answer",), "keep_alive": True},
     "large": {"rate": 5, "characters": 250_000, "kinds": ("answer",), "keep_alive": True},
     "leaves-in-a-stream": {"rate": 15, "kinds": ("stream",), "leave_after": 1},

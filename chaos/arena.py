@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from chaos.counts import Books, reconcile
 from chaos.load import Load, Plan
 from chaos.processes import Gateway, Mock
-from chaos.proxy import Network, Proxy
 from testkit import usage
+from testkit.fault_proxy import FaultProxy, Network
 from testkit.load import Call, now
 from testkit.otlp import Sink
 from testkit.polling import until
@@ -97,7 +97,7 @@ class Arena:
         self._collected = collected
         self._stack = AsyncExitStack()
         self.mocks: list[Mock] = []
-        self.proxies: list[Proxy] = []
+        self.proxies: list[FaultProxy] = []
         self.gateways: list[Gateway] = []
         self.folder: Path
         self.collector: Sink
@@ -114,7 +114,7 @@ class Arena:
         return self.gateways[0]
 
     @property
-    def proxy(self) -> Proxy:
+    def proxy(self) -> FaultProxy:
         """The first proxy."""
         return self.proxies[0]
 
@@ -233,7 +233,7 @@ class Arena:
         await asyncio.gather(*(self.add_mock() for _ in range(mocks)))
         self.mocks.sort(key=lambda mock: mock.name)
         for mock in self.mocks if self._proxied else ():
-            proxy = Proxy((mock.host, mock.port))
+            proxy = FaultProxy((mock.host, mock.port))
             stack.push_async_callback(proxy.close)
             await proxy.be(Network.GOOD)
             self.proxies.append(proxy)

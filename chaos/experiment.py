@@ -9,8 +9,8 @@ import yaml
 from msgspec import Meta
 
 from chaos.measures import MEASURES
-from chaos.proxy import Network
 from mock_model.script import Script
+from testkit.fault_proxy import Network
 
 FOLDER = Path(__file__).resolve().parent / "experiments"
 ACTIONS = {

@@ -10,7 +10,7 @@ import aiohttp
 
 from chaos.arena import GATEWAY, MOCK, Arena
 from chaos.experiment import ACTIONS
-from chaos.proxy import Network
+from testkit.fault_proxy import Network
 from testkit.processes import ProcessError, spawn
 
 if TYPE_CHECKING:

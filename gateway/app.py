@@ -10,12 +10,15 @@ from aiohttp import web
 
 from gateway.backend.client import HttpClient
 from gateway.day_store import DayStore
+from gateway.dialects.model_list import MODELS
+from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
+from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
@@ -26,7 +29,7 @@ from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
 from gateway.server.middleware import Middleware
-from gateway.server.paths import MODELS, forms_of
+from gateway.server.paths import forms_of
 from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class Parts:
         keys: whose they are, and what is used of their limits.
         day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
+        model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
@@ -118,6 +122,9 @@ class Parts:
             limits=self.day_store,
             clock=clock,
         )
+        self.model_lists = ModelLists(
+            pool=self.pool, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
+        )
         self.handlers = Handlers(
             settings,
             keys=keys,
@@ -174,19 +181,26 @@ def create_app(
     routes = [
         web.post(form, recorded(handlers.prompt), expect_handler=_expect) for path in BY_PATH for form in forms_of(path)
     ]
-    for path, handler in (
+    for method, path, about_response in (
+        ("GET", RESPONSE, handlers.response),
+        ("DELETE", RESPONSE, handlers.response),
+        ("POST", CANCEL, handlers.cancel_response),
+    ):
+        handler = recorded(about_response)
+        routes += [web.route(method, form, handler, expect_handler=_expect) for form in forms_of(path)]
+    for path, answer in (
         *((form, handlers.models) for form in forms_of(MODELS)),
         *((form + "/{id:.+}", handlers.model) for form in forms_of(MODELS)),
         ("/", handlers.root),
     ):
-        routes.append(web.get(path, recorded(handler), expect_handler=_expect))
-    for path, handler in (
+        routes.append(web.get(path, recorded(answer), expect_handler=_expect))
+    for path, service in (
         ("/health", handlers.health),
         ("/livez", handlers.livez),
         ("/readyz", handlers.readyz),
         ("/metrics", handlers.metrics),
     ):
-        routes.append(web.get(path, unrecorded(handler), expect_handler=_expect))
+        routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
@@ -207,7 +221,7 @@ def runner_of(app: web.Application) -> Runner:
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:
-    """Start telemetry, client, probes; stop them in reverse: what happens until the end is still reported."""
+    """Start telemetry, client, probes, model lists; stop in reverse: what happens until the end is still reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
@@ -215,6 +229,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.day_store)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
+        await stack.enter_async_context(parts.model_lists)
         yield
 
 

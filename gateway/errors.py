@@ -41,12 +41,13 @@
        |- Stalled                    504     backend_timeout, param idle
        |- AuthRefused                502     backend_auth_error         the backend's own 401 or 403
        `- ErrorAnswer                        the backend answered with an error: passed on unchanged
-          |- RateLimited             429, and 503 with a Retry-After: the replica is left alone
+          |- RateLimited             429, and 503 or 529 with a Retry-After: the replica is left alone
           |- ServerFault             408 5xx
           |- Exhausted               4xx     another target may answer
           |  |- ContextTooLong
           |  |- QuotaSpent
-          |  `- NoSuchModel
+          |  |- NoSuchModel
+          |  `- NoSuchResponse      each replica is asked for it
           `- Rejected                4xx     all others
 """
 
@@ -292,6 +293,7 @@ class BackendError(GatewayError):
         same_replica: that attempt may go to the replica that just failed.
         at_once_elsewhere: another replica is tried without a backoff.
         free_elsewhere: that attempt costs nothing of the retry budget.
+        everywhere: every replica is asked, however many attempts that takes.
         falls_back: the next target is tried when this one has no attempts left.
         verdict: what the failure means to the breaker.
         unreachable: nothing listens there, so a good probe ends the breaker's open time early.
@@ -306,6 +308,7 @@ class BackendError(GatewayError):
     same_replica: ClassVar[bool] = True
     at_once_elsewhere: ClassVar[bool] = False
     free_elsewhere: ClassVar[bool] = False
+    everywhere: ClassVar[bool] = False
     falls_back: ClassVar[bool] = True
     unreachable: ClassVar[bool] = False
     cools: ClassVar[bool] = False
@@ -395,7 +398,7 @@ class ErrorWords:
 
 
 class ErrorInside(InvalidResponse):
-    """An error in an answer with a good status: `words`. A dialect makes an error answer of it (`read_error_inside`).
+    """An error in an answer with a good status: `words`. It is made an error answer (`read_error_inside`).
 
     Attributes:
         words: what it says.
@@ -493,13 +496,15 @@ class ErrorAnswer(BackendError):
 
 ERROR_STATUSES = frozenset(range(400, 600)) - {407}
 """Those of error answers. 407 asks for a proxy's key: callers, and proxies before them, would take it for their own."""
-BREAKER_STATUSES = frozenset({500, 502, 503, 504})
-OUTAGE_STATUSES = frozenset({502, 503, 504, 520, 521, 522, 523, 529})
-"""Also Anthropic's `overloaded` (529), and what a content delivery network says of a server it cannot reach."""
+OVERLOADED_STATUSES = frozenset({503, 529})
+"""Of a server that has too much to do for now: 529 is Anthropic's word for it."""
+BREAKER_STATUSES = frozenset({500, 502, 504}) | OVERLOADED_STATUSES
+OUTAGE_STATUSES = frozenset({502, 504, 520, 521, 522, 523}) | OVERLOADED_STATUSES
+"""Also what a content delivery network says of a server that it cannot reach."""
 
 
 class RateLimited(ErrorAnswer):
-    """429, or 503 with a `Retry-After`: another replica is asked at once; this one when its cooldown is over."""
+    """429, or 503 or 529 with a `Retry-After`: another replica is asked at once; this one when its cooldown is over."""
 
     same_replica = False
     at_once_elsewhere = True
@@ -539,6 +544,16 @@ class NoSuchModel(Exhausted):
     same_replica = False
     at_once_elsewhere = True
     avoided = True
+
+
+class NoSuchResponse(Exhausted):
+    """The replica does not know the stored response that the request is about: the one that made it does."""
+
+    retried = True
+    same_replica = False
+    at_once_elsewhere = True
+    free_elsewhere = True
+    everywhere = True
 
 
 class Rejected(ErrorAnswer):

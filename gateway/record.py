@@ -123,7 +123,7 @@ class Record:
         queued: seconds in the queue.
         waits: for the end of outages and cooldowns, in order.
         first_token: when the first content event arrived, or None.
-        operation: `gen_ai.operation.name`, or None when it is no prompt.
+        operation: `gen_ai.operation.name`, or None when it is no prompt; provider: `gen_ai.provider.name`.
         model: the model it was forwarded for; route: the route's pattern.
         status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
         stop_reason: why no further attempt was made, or None.
@@ -155,6 +155,7 @@ class Record:
     ended: float | None = None
     first_token: float | None = None
     operation: str | None = None
+    provider: str | None = None
     model: str | None = None
     route: str | None = None
     stream: bool = False
@@ -221,7 +222,8 @@ class Record:
     def describe_request(
         self,
         *,
-        operation: str,
+        operation: str | None,
+        provider: str,
         model: str,
         route: str,
         stream: bool,
@@ -232,6 +234,7 @@ class Record:
     ) -> None:
         """Note what the caller asks for, except its text."""
         self.operation = operation
+        self.provider = provider
         self.model = model
         self.route = route
         self.stream = stream
@@ -328,7 +331,7 @@ class Record:
                 parts += self._waits_between(before, attempt.started, now)
             if attempt.backoff:
                 parts.append(f"backoff-{attempt.number - 1};dur={attempt.backoff * 1000:.1f}")
-            outcome = attempt.outcome or ("streaming" if self.stream else "ok")
+            outcome = attempt.outcome or "streaming"
             took = ((attempt.ended if attempt.ended is not None else now) - attempt.started) * 1000
             parts.append(f'attempt-{attempt.number};desc="{attempt.backend} {outcome}";dur={took:.1f}')
         if self.waits:

@@ -115,10 +115,9 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="a whole number from 0 to 65535")] = 8000
     app_mode: Annotated[Literal["dev", "prod"], Field(description="dev or prod")] = "dev"
     model_name: Annotated[
-        str,
-        AfterValidator(_printable),
-        Field(min_length=1, max_length=256, description="1 to 256 printable characters"),
-    ] = "demo-model"
+        Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=256)] | None,
+        Field(description="1 to 256 printable characters"),
+    ] = None
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
     gateway_backend_urls: Annotated[

@@ -1,6 +1,6 @@
 """A good answer, ready to be sent: a body, or the events of a stream."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,13 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One server-sent event: its bytes, which part of a stream it is, and whether a decoding step comes before it."""
+    """One server-sent event, or one piece of a sound.
+
+    Attributes:
+        data: its bytes.
+        part: of a stream that it is.
+        step: whether a decoding step comes before it.
+    """
 
     data: bytes
     part: Part
@@ -35,26 +41,30 @@ class Answer:
 
     Attributes:
         status: of the answer; not 200 if the request is wrong.
-        body: the JSON of an unstreamed answer, else empty.
-        events: the events of a streamed answer, else empty.
+        body: of an unstreamed answer, else empty.
+        events: those of a streamed answer, or the pieces of a sound; else empty.
+        media_type: what it is sent as, if neither JSON nor a stream of events.
         steps: decoding steps, the first included; the time of an answer depends on them.
         input_tokens: tokens of the prompt.
         output_tokens: tokens of all choices.
         finish_reasons: one for each choice.
+        effect: what the model remembers or forgets as this answer begins; faults that send another answer prevent it.
     """
 
     status: int = 200
     body: bytes = b""
+    media_type: str = ""
     events: tuple[Event, ...] = ()
     steps: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     finish_reasons: tuple[str, ...] = field(default=())
+    effect: Callable[[], None] | None = None
 
     @property
     def content_type(self) -> str:
         """The media type it is sent as."""
-        return EVENT_STREAM if self.events else JSON
+        return self.media_type or (EVENT_STREAM if self.events else JSON)
 
     @property
     def content(self) -> bytes:

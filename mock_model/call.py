@@ -10,8 +10,8 @@ from time import monotonic, time
 from aiohttp import web
 from multidict import CIMultiDict
 
-from mock_model.answer import JSON, Answer, Event
-from mock_model.errors import envelope
+from mock_model.answer import EVENT_STREAM, JSON, Answer, Event
+from mock_model.errors import error_body, is_anthropic
 from mock_model.journal import Ended, Entry, Journal, clip
 from mock_model.machine import Machine, Released
 from mock_model.order import Order
@@ -45,7 +45,9 @@ class Call:
         self.answer = Answer()
         self.entry = Entry(
             time=time(),
+            method=clip(request.method),
             path=clip(request.path),
+            query=clip(request.query_string),
             request_id=_header(request, "x-request-id"),
             traceparent=_header(request, "traceparent"),
         )
@@ -76,8 +78,9 @@ class Call:
             await self.play(response, answer.events)
             return await self.finish(response, "complete" if answer is self.answer else "fault")
         await self.think()
+        self._take_effect()
         self.end("complete" if answer is self.answer else "fault")
-        return self.reply(answer.status, answer.body, content_type=content_type)
+        return self.reply(answer.status, answer.body, content_type=content_type or answer.content_type)
 
     async def take_place(self) -> None:
         """Wait for a place among the calls being answered; it is kept until the call ends.
@@ -98,9 +101,10 @@ class Call:
     ) -> web.StreamResponse:
         """Send the headers of the good answer, chunked unless a length is given."""
         await self.take_place()
+        self._take_effect()
         response = web.StreamResponse(status=self.answer.status, headers=self._headers())
         response.content_type = content_type or self.answer.content_type
-        if self.answer.events:
+        if self.answer.content_type == EVENT_STREAM:
             response.headers["Cache-Control"] = "no-cache"
         if length is not None:
             response.content_length = length
@@ -150,8 +154,9 @@ class Call:
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> web.Response:
-        """Return an error in OpenAI's form."""
-        return self.reply(status, envelope(status, message, param=param, code=code), headers=headers)
+        """Return an error in the form of the API that is called."""
+        body = error_body(self.path, status, message, param=param, code=code)
+        return self.reply(status, body, headers=headers)
 
     async def hang(self) -> web.StreamResponse:
         """Send nothing more until the caller leaves, or the mock model stops or is reset."""
@@ -183,9 +188,16 @@ class Call:
         """Note in the journal how the call ended, before the caller can see it."""
         self._journal.end(self.entry, ended)
 
+    def _take_effect(self) -> None:
+        if self.answer.effect is not None:
+            self.answer.effect()
+
     def _headers(self) -> CIMultiDict[str]:
+        request_id = self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}"
+        if is_anthropic(self.path):
+            return CIMultiDict({"request-id": request_id, "anthropic-organization-id": "mock-model"})
         head = {
-            "x-request-id": self.entry.request_id or f"req_{self.fingerprint}{self.occurrence}",
+            "x-request-id": request_id,
             "openai-version": "2020-10-01",
             "openai-processing-ms": str(int((monotonic() - self.start) * 1000)),
         }

@@ -1,7 +1,7 @@
 """The control API: faults, journal, metrics, reset and crash."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import msgspec
 from aiohttp import web
@@ -11,13 +11,35 @@ from mock_model.control_guard import control_guard
 from mock_model.errors import envelope
 from mock_model.journal import Journal
 from mock_model.metrics import CONTENT_TYPE, Metrics
-from mock_model.middleware import openai_errors
+from mock_model.middleware import api_errors
 from mock_model.script import Script, ScriptError
 
 MAX_BODY = 4 * 2**20
 
 CRASH_DELAY = 0.05
 """Seconds before a crash, for the answer to `POST /crash` to reach the caller."""
+
+
+def fault_routes(script: Script) -> Sequence[web.RouteDef]:
+    """Return the routes by which a script is put, shown and removed."""
+
+    async def get(_request: web.Request) -> web.Response:
+        return _json(msgspec.json.encode(script.document()))
+
+    async def put(request: web.Request) -> web.Response:
+        try:
+            script.replace(msgspec.json.decode(await request.read()))
+        except ScriptError as error:
+            return _json(envelope(400, str(error), param=error.where, code="invalid_faults"), status=400)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return _json(envelope(400, f"the script is not JSON: {error}", code="invalid_json"), status=400)
+        return await get(request)
+
+    async def delete(_request: web.Request) -> web.Response:
+        script.clear()
+        return web.Response(status=204)
+
+    return web.get("/faults", get), web.put("/faults", put), web.delete("/faults", delete)
 
 
 class Control:
@@ -42,32 +64,14 @@ class Control:
 
     def create_app(self) -> web.Application:
         """Return the application that serves it."""
-        app = web.Application(middlewares=[openai_errors, control_guard(self._hosts)], client_max_size=MAX_BODY)
-        app.router.add_get("/faults", self._get_faults)
-        app.router.add_put("/faults", self._put_faults)
-        app.router.add_delete("/faults", self._delete_faults)
+        app = web.Application(middlewares=[api_errors, control_guard(self._hosts)], client_max_size=MAX_BODY)
+        app.router.add_routes(fault_routes(self._script))
         app.router.add_get("/journal", self._get_journal)
         app.router.add_delete("/journal", self._delete_journal)
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_post("/reset", self._post_reset)
         app.router.add_post("/crash", self._post_crash)
         return app
-
-    async def _get_faults(self, _request: web.Request) -> web.Response:
-        return _json(msgspec.json.encode(self._script.document()))
-
-    async def _put_faults(self, request: web.Request) -> web.Response:
-        try:
-            self._script.replace(msgspec.json.decode(await request.read()))
-        except ScriptError as error:
-            return _json(envelope(400, str(error), param=error.where, code="invalid_faults"), status=400)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return _json(envelope(400, f"the script is not JSON: {error}", code="invalid_json"), status=400)
-        return await self._get_faults(request)
-
-    async def _delete_faults(self, _request: web.Request) -> web.Response:
-        self._script.clear()
-        return web.Response(status=204)
 
     async def _get_journal(self, _request: web.Request) -> web.Response:
         return _json(self._journal.document())

@@ -14,10 +14,10 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from mock_model.answer import JSON, Answer, Event
+from mock_model.answer import EVENT_STREAM, JSON, Answer, Event, data_event, named_event
 from mock_model.call import Call
 from mock_model.draws import draw
-from mock_model.errors import envelope
+from mock_model.errors import OVERLOADED, anthropic_error, envelope, error_body, is_anthropic
 
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -33,7 +33,12 @@ PAGE = (
 )
 GARBAGE = b"this is no JSON {"
 MALFORMED = b'data: {"id": "chatcmpl-broken", "choices": [{"index": 0, "delta": {"content": \n\n'
+RESPONSES = "/v1/responses"
 ELLIPSIS = "…".encode()
+COMMENT = b": ping\n\n"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+TEXTS = (b'"content":"', b'"arguments":"', b'"text":"', b'"thinking":"', b'"partial_json":"', b'"delta":"')
+"""What stands before the words of an event."""
 
 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +63,21 @@ def _streamed(call: Call) -> bool:
     return bool(call.answer.events)
 
 
+def _phrase(status: int) -> str:
+    if status == OVERLOADED:
+        return "Overloaded"
+    return HTTPStatus(status).phrase if status in list(HTTPStatus) else "unknown status"
+
+
+def _of_events(call: Call) -> bool:
+    return call.answer.content_type == EVENT_STREAM
+
+
+def _opening(events: tuple[Event, ...]) -> int:
+    """Return how many events come before the first token."""
+    return next((number for number, event in enumerate(events) if event.step), len(events))
+
+
 def _half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
@@ -67,7 +87,7 @@ class Status(Fault):
 
     Attributes:
         status: 200 to 599.
-        body: JSON; a text is sent as it stands, as text/plain. Without it: an error in OpenAI's form.
+        body: JSON; a text is sent as it stands, as text/plain. Without it: an error in the form of the path's API.
         headers: further headers, such as `retry-after`; not those that say where the answer ends.
     """
 
@@ -91,8 +111,8 @@ class Status(Fault):
         """Answer with it."""
         content_type = JSON
         if self.body is UNSET:
-            phrase = HTTPStatus(self.status).phrase if self.status in list(HTTPStatus) else "unknown status"
-            body = envelope(self.status, f"{phrase} (a fault of the mock model)", code=f"mock_{self.status}")
+            message = f"{_phrase(self.status)} (a fault of the mock model)"
+            body = error_body(call.path, self.status, message, code=f"mock_{self.status}")
         elif isinstance(self.body, str):
             body, content_type = self.body.encode(), "text/plain; charset=utf-8"
         else:
@@ -161,12 +181,82 @@ class SlowFirstToken(Fault):
             await response.write(call.answer.body)
             return await call.finish(response, "complete")
         events = call.answer.events
-        opening = next((number for number, event in enumerate(events) if event.step), len(events))
+        opening = _opening(events)
         response = await call.begin()
         await call.play(response, events[:opening])
         await call.machine.wait(self.delay)
         await call.play(response, events[opening:])
         return await call.finish(response, "complete")
+
+
+class Pings(Fault):
+    """A good answer after signs of life: comments, in messages `ping` events, of an unstreamed answer blank lines.
+
+    Attributes:
+        count: how many.
+        interval: before each, and before the answer goes on.
+        after_events: how many events come before them; by default all that come before the first token.
+    """
+
+    kind = "pings"
+    count: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
+    interval: Seconds = 1.0
+    after_events: Count | None = None
+
+    def suits(self, call: Call) -> bool:
+        """Return whether such signs can stand in the answer."""
+        return call.answer.content_type in {EVENT_STREAM, JSON}
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Send the beginning and the signs, then go on as usual."""
+        answer = call.answer
+        response = await call.begin()
+        if not _streamed(call):
+            await self._live(call, response, b"\n")
+            await call.think()
+            await response.write(answer.body)
+            return await call.finish(response, "complete")
+        place = _opening(answer.events) if self.after_events is None else self.after_events
+        await call.play(response, answer.events[:place])
+        await self._live(call, response, PING if is_anthropic(call.path) else COMMENT)
+        await call.play(response, answer.events[place:])
+        return await call.finish(response, "complete")
+
+    async def _live(self, call: Call, response: web.StreamResponse, sign: bytes) -> None:
+        for _ in range(self.count):
+            await call.machine.wait(self.interval)
+            await response.write(sign)
+        await call.machine.wait(self.interval)
+
+
+class OneSlot(Fault, dict=True):
+    """A server that answers one stream at a time: a newer one ends the one before it, as if that were complete."""
+
+    kind = "one_slot"
+
+    def __post_init__(self) -> None:
+        self._turn: asyncio.Future[None] | None = None
+
+    def suits(self, call: Call) -> bool:
+        """Return whether it is a stream of events."""
+        return _of_events(call)
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve until another one comes."""
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+        turn = self._turn = asyncio.get_running_loop().create_future()
+        response = await call.begin()
+        playing = asyncio.ensure_future(call.play(response, call.answer.events))
+        try:
+            await asyncio.wait((playing, turn), return_when=asyncio.FIRST_COMPLETED)
+            displaced = playing.cancel()
+            await asyncio.wait((playing,))
+            if not displaced:
+                playing.result()
+            return await call.finish(response, "fault" if displaced else "complete")
+        finally:
+            playing.cancel()
 
 
 class Stall(Fault):
@@ -212,6 +302,8 @@ class Cut(Fault):
 
     def suits(self, call: Call) -> bool:
         """Return whether something would be missing; a reset shows after the last event too."""
+        if _streamed(call) and not _of_events(call) and self.where == "inside_character":
+            return False
         whole = len(call.answer.events)
         shows_at_the_end = self.how == "reset" and self.where == "between"
         return not _streamed(call) or self.after_events < whole or (shows_at_the_end and self.after_events == whole)
@@ -236,7 +328,7 @@ class Cut(Fault):
         data = rest[0].data
         if self.where == "inside_event":
             return _half(data)
-        for key in (b'"content":"', b'"arguments":"', b'"text":"', b'"delta":"'):
+        for key in TEXTS:
             if key in data:
                 return data[: data.index(key) + len(key)] + ELLIPSIS[:2]
         return b'data: {"id":"' + ELLIPSIS[:2]
@@ -251,7 +343,7 @@ class _Edited(Fault):
 
     def suits(self, call: Call) -> bool:
         """Return whether it is a stream that would change."""
-        return _streamed(call) and tuple(self.edit(call.answer.events)) != call.answer.events
+        return _of_events(call) and tuple(self.edit(call.answer.events)) != call.answer.events
 
     async def apply(self, call: Call) -> web.StreamResponse:
         """Serve the edited events."""
@@ -259,27 +351,37 @@ class _Edited(Fault):
 
 
 class NoDone(_Edited):
-    """A stream without `[DONE]`; not for responses, which has none."""
+    """A stream without `[DONE]`, or, in messages, without `message_stop`; not for responses, which has neither."""
 
     kind = "no_done"
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """Return all but `[DONE]`."""
+        """Return all but the last event."""
         return (event for event in events if event.part != "done")
 
 
 class NoFinish(_Edited):
-    """A stream with neither finish reasons nor `[DONE]`, or, in responses, without its last event."""
+    """A stream with neither finish reasons nor `[DONE]`.
+
+    In messages it has neither `message_delta` nor `message_stop`, in responses no last event.
+
+    Attributes:
+        done: whether `[DONE]` (`message_stop`) comes all the same.
+    """
 
     kind = "no_finish"
+    done: bool = False
 
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
-        """Return all but the finish and `[DONE]`."""
-        return (event for event in events if event.part not in {"finish", "done"})
+        """Return all but the finish and, mostly, `[DONE]`."""
+        without = {"finish"} if self.done else {"finish", "done"}
+        return (event for event in events if event.part not in without)
 
 
 class MalformedEvent(_Edited):
     """A stream with one more event, whose data is not JSON; the rest is sent as usual.
+
+    Where events have names, its name is that of the next one.
 
     Attributes:
         after_events: how many good events come before it; at the latest it is the last but one.
@@ -291,7 +393,51 @@ class MalformedEvent(_Edited):
     def edit(self, events: tuple[Event, ...]) -> Iterable[Event]:
         """Return the events with the bad one between."""
         place = min(self.after_events, len(events) - 1)
-        return (*events[:place], Event(MALFORMED, "closing"), *events[place:])
+        first = events[place].data.partition(b"\n")[0]
+        name = first + b"\n" if first.startswith(b"event: ") else b""
+        return (*events[:place], Event(name + MALFORMED, "closing"), *events[place:])
+
+
+class ErrorEvent(Fault):
+    """A stream that ends properly with an error as its last event.
+
+    Attributes:
+        after_events: how many good events come before it; at the latest it takes the place of the last one.
+        error: what stands in `error`, any JSON; by default the server's own trouble, in the form of the API.
+    """
+
+    kind = "error_event"
+    after_events: Count = 1
+    error: Any | UnsetType = UNSET
+
+    def suits(self, call: Call) -> bool:
+        """Return whether it is a stream of events."""
+        return _of_events(call)
+
+    async def apply(self, call: Call) -> web.StreamResponse:
+        """Serve the beginning and the error."""
+        events = call.answer.events
+        place = min(self.after_events, len(events) - 1)
+        error = self._event(call.path, events[place])
+        return await call.serve(replace(call.answer, events=(*events[:place], error)))
+
+    def _event(self, path: str, place: Event) -> Event:
+        """Return the error that takes the place of an event."""
+        message = "the model failed (a fault of the mock model)"
+        if is_anthropic(path):
+            error = anthropic_error(OVERLOADED, message)
+            return named_event(error if self.error is UNSET else {**error, "error": self.error}, "finish")
+        error = msgspec.json.decode(envelope(500, message, code="mock_error"))
+        if self.error is not UNSET:
+            error = {"error": self.error}
+        if path.startswith(RESPONSES):
+            number = msgspec.json.decode(place.data.partition(b"data: ")[2])["sequence_number"]
+            detail = error["error"]
+            fields = {"code": None, "message": detail, "param": None}
+            if isinstance(detail, dict):
+                fields = {name: detail.get(name) for name in fields}
+            return named_event({"type": "error", "sequence_number": number, **fields, **error}, "finish")
+        return data_event(error, "finish")
 
 
 class ContentType(Fault):
@@ -427,14 +573,14 @@ class Overload(Fault, dict=True):
         capacity: calls that are answered at a time.
         queue: further calls that wait for a place.
         retry_after: what the others are told, in seconds; None: nothing.
-        status: 503 or 429.
+        status: 503, 429 or 529.
     """
 
     kind = "overload"
     capacity: Annotated[int, Meta(ge=0, le=1_000_000)]
     queue: Count = 0
     retry_after: Seconds | None = None
-    status: Literal[429, 503] = 503
+    status: Literal[429, 503, 529] = 503
 
     def __post_init__(self) -> None:
         self._present = 0
@@ -475,11 +621,14 @@ KINDS: dict[str, type[Fault]] = {
         HangBeforeHeaders,
         HangAfterHeaders,
         SlowFirstToken,
+        Pings,
+        OneSlot,
         Stall,
         Cut,
         NoDone,
         NoFinish,
         MalformedEvent,
+        ErrorEvent,
         ContentType,
         Html,
         ShortBody,

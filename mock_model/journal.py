@@ -30,7 +30,9 @@ class Entry(msgspec.Struct):
         fault: the kind of the fault that was applied, or None.
         ended: `complete` (the caller got the whole answer, late ones and errors for wrong requests included), `fault`
             (a fault or the end of this process spoiled it), `caller_left`; None while it is under way.
-        events_sent: server-sent events that went out whole, `[DONE]` included.
+        events_sent: server-sent events that went out whole, `[DONE]` included, or pieces of a sound.
+        method: of the call.
+        query: of its URL, decoded and clipped; in memory only, for a file may last, and a query may hold a key.
     """
 
     time: float
@@ -42,6 +44,8 @@ class Entry(msgspec.Struct):
     fault: str | None = None
     ended: Ended | None = None
     events_sent: int = 0
+    method: str = ""
+    query: str = ""
 
 
 class _Started(msgspec.Struct, tag_field="event", tag="started"):

@@ -1,11 +1,11 @@
-"""Errors that the HTTP server itself finds (unknown path, wrong method, body too large), in OpenAI's form."""
+"""Errors that the HTTP server itself finds (unknown path, wrong method, body too large), in the form of the API."""
 
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from mock_model.answer import JSON
-from mock_model.errors import envelope
+from mock_model.errors import error_body
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -13,11 +13,12 @@ _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 4
 
 
 @web.middleware
-async def openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer with an envelope where the server would answer with plain text."""
+async def api_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer with JSON where the server would answer with plain text."""
     try:
         return await handler(request)
     except web.HTTPException as error:
-        body = envelope(error.status, f"{error.reason}: {request.method} {request.path}", code=_CODES.get(error.status))
+        message = f"{error.reason}: {request.method} {request.path}"
+        body = error_body(request.path, error.status, message, code=_CODES.get(error.status))
         headers = {name: value for name, value in error.headers.items() if name.lower() == "allow"}
         return web.Response(status=error.status, body=body, content_type=JSON, headers=headers)

@@ -1,5 +1,7 @@
 """The list of models."""
 
+from collections.abc import Iterable
+
 from mock_model.answer import CREATED, Answer, document
 
 
@@ -7,9 +9,9 @@ def _model(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": CREATED, "owned_by": "mock-model"}
 
 
-def list_models(name: str) -> Answer:
-    """Return a list of one model."""
-    return Answer(body=document({"object": "list", "data": [_model(name)]}))
+def list_models(names: Iterable[str]) -> Answer:
+    """Return the list of the models with these names."""
+    return Answer(body=document({"object": "list", "data": [_model(name) for name in names]}))
 
 
 def retrieve_model(name: str) -> Answer:

@@ -48,6 +48,23 @@ class Item:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response from its beginning to its end.
+
+    Attributes:
+        opened: as it is told at once: in progress or, in the background, queued.
+        working: as it is while the model works on it.
+        closed: as it is in the end.
+        answer: the whole response, or its stream.
+    """
+
+    opened: dict[str, Any]
+    working: dict[str, Any]
+    closed: dict[str, Any]
+    answer: Answer
+
+
 class ResponseRequest(msgspec.Struct):
     """The body of `POST /v1/responses`; fields not named here are ignored."""
 
@@ -65,8 +82,11 @@ class ResponseRequest(msgspec.Struct):
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
 
-    def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:
-        """Return the model's answer."""
+    background: bool | None = None
+    store: bool | None = None
+
+    def respond(self, response_id: str, model: str, fingerprint: str, writer: Writer) -> Response:
+        """Return the response with this id."""
         item = self._item(fingerprint, writer)
         cut = item.function is None and item.passage.cut
         input_tokens = count_tokens(texts_in([self.instructions, self.input]))
@@ -78,23 +98,25 @@ class ResponseRequest(msgspec.Struct):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": input_tokens + output_tokens,
         }
-        opened = self._response(model, fingerprint)
+        working = self._response(response_id, model)
+        opened = {**working, "status": "queued"} if self.background else working
         status = "incomplete" if cut else "completed"
         closed = {
-            **opened,
+            **working,
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": [item.value(status, item.passage.text)],
             "usage": usage,
         }
-        return Answer(
+        answer = Answer(
             body=b"" if self.stream else document(closed),
-            events=tuple(self._events(item, opened, closed)) if self.stream else (),
+            events=tuple(self._events(item, opened, working, closed)) if self.stream else (),
             steps=output_tokens,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             finish_reasons=("length" if cut else "tool_calls" if item.function is not None else "stop",),
         )
+        return Response(opened, working, closed, answer)
 
     def _item(self, fingerprint: str, writer: Writer) -> Item:
         tool = self._tool()
@@ -117,12 +139,14 @@ class ResponseRequest(msgspec.Struct):
         name = chosen(self.tool_choice, list(functions), answered=answered)
         return None if name is None else functions[name]
 
-    def _response(self, model: str, fingerprint: str) -> dict[str, Any]:
+    def _response(self, response_id: str, model: str) -> dict[str, Any]:
         return {
-            "id": "resp_" + fingerprint,
+            "id": response_id,
             "object": "response",
             "created_at": CREATED,
             "status": "in_progress",
+            "background": bool(self.background),
+            "store": self.store is not False,
             "error": None,
             "incomplete_details": None,
             "instructions": self.instructions,
@@ -141,7 +165,9 @@ class ResponseRequest(msgspec.Struct):
             "usage": None,
         }
 
-    def _events(self, item: Item, opened: dict[str, Any], closed: dict[str, Any]) -> Iterator[Event]:
+    def _events(
+        self, item: Item, opened: dict[str, Any], working: dict[str, Any], closed: dict[str, Any]
+    ) -> Iterator[Event]:
         number = 0
 
         def event(kind: str, stage: Part, fields: dict[str, Any]) -> Event:
@@ -153,7 +179,9 @@ class ResponseRequest(msgspec.Struct):
         text, status = item.passage.text, closed["status"]
         place: dict[str, Any] = {"item_id": item.id, "output_index": 0}
         yield event("response.created", "opening", {"response": opened})
-        yield event("response.in_progress", "opening", {"response": opened})
+        if self.background:
+            yield event("response.queued", "opening", {"response": opened})
+        yield event("response.in_progress", "opening", {"response": working})
         added = {"output_index": 0, "item": item.value("in_progress")}
         yield event("response.output_item.added", "opening", added)
         if item.function is not None:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +14,9 @@ from mock_model.draws import draw
 from mock_model.faults import KINDS, Fault
 
 HEALTH = "/health"
+MODELS = "/v1/models"
+ASIDE = frozenset({HEALTH, MODELS})
+"""What gateways ask by themselves, at any time."""
 MAX_ENTRIES = 1000
 MAX_FINGERPRINTS = 100_000
 """Bodies told apart when occurrences are counted; the oldest is forgotten first."""
@@ -29,19 +33,24 @@ class ScriptError(ValueError):
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which calls an entry is for; what is left out matches all."""
+    """Which calls an entry is for; what is left out matches all, and so does `*` at the end of a path."""
 
     model: str | None = None
-    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/health)\Z")] | None = None
+    path: Annotated[str, Meta(pattern=r"\A(/v1/.+|/tokenize|/detokenize|/health)\Z")] | None = None
     stream: bool | None = None
 
     def covers(self, call: Call) -> bool:
-        """Return whether the call is one of them; only a path that names `/health` matches it."""
+        """Return whether the call is one of them; health and lists of models are, only if `path` names them."""
         return (
-            (call.path == self.path if self.path is not None else call.path != HEALTH)
+            self._covers(call.path)
             and (self.model is None or call.model == self.model)
             and (self.stream is None or call.stream == self.stream)
         )
+
+    def _covers(self, path: str) -> bool:
+        if self.path is None:
+            return path not in ASIDE
+        return path.startswith(self.path[:-1]) if self.path.endswith("*") else path == self.path
 
 
 class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -89,10 +98,15 @@ class Script:
 
     Whether a `rate` applies depends on the seed, the number of the entry, the call's fingerprint and how many calls
     with this fingerprint have come since the script was put; not on the order of other calls.
+
+    Args:
+        seed: decides every draw.
+        kinds: the faults that there are, by their kind.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kinds: Mapping[str, type[Fault]] = KINDS) -> None:
         self._seed = seed
+        self._kinds = kinds
         self._lines: list[Line] = []
         self._seen: OrderedDict[str, int] = OrderedDict()
 
@@ -109,7 +123,7 @@ class Script:
             raise ScriptError("the script must be a list of faults", None)
         if len(entries) > MAX_ENTRIES:
             raise ScriptError(f"the script has more than {MAX_ENTRIES} faults", None)
-        self._lines = [_line(number, entry) for number, entry in enumerate(entries)]
+        self._lines = [_line(number, entry, self._kinds) for number, entry in enumerate(entries)]
         self._seen.clear()
 
     def clear(self) -> None:
@@ -134,7 +148,7 @@ class Script:
         return next((line.fault for line in self._lines if line.takes(call, self._seed)), None)
 
 
-def _line(number: int, value: Any) -> Line:  # noqa: ANN401
+def _line(number: int, value: Any, kinds: Mapping[str, type[Fault]]) -> Line:  # noqa: ANN401
     where = f"[{number}]"
     kind = value.get("kind") if isinstance(value, dict) else None
     name = f'fault {where} ("{kind}")' if isinstance(kind, str) else f"fault {where}"
@@ -142,12 +156,12 @@ def _line(number: int, value: Any) -> Line:  # noqa: ANN401
         entry = msgspec.convert(value, _Entry)
     except msgspec.ValidationError as error:
         raise _error(name, where, error) from None
-    if entry.kind not in KINDS:
-        raise ScriptError(f"{name}: kind must be one of {', '.join(KINDS)}", f"{where}.kind")
+    if entry.kind not in kinds:
+        raise ScriptError(f"{name}: kind must be one of {', '.join(kinds)}", f"{where}.kind")
     if entry.times is not None and entry.rate is not None:
         raise ScriptError(f"{name}: give times or rate, not both", f"{where}.rate")
     try:
-        fault = msgspec.convert(entry.with_, KINDS[entry.kind])
+        fault = msgspec.convert(entry.with_, kinds[entry.kind])
     except msgspec.ValidationError as error:
         raise _error(name, f"{where}.with", error) from None
     if (wrong := fault.wrong()) is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from mock_model.machine import Machine
 from mock_model.metrics import Metrics
 from mock_model.script import Script
 from mock_model.settings import Settings
+from mock_model.stored_responses import StoredResponses
 from mock_model.text import Writer
 from mock_model.tracing import build_provider, flush_and_stop
 
@@ -66,9 +68,12 @@ class MockModel:
         self._machine = Machine(
             seed=settings.mock_seed, pace=pace, load=load, refuse=self.refuse, crash=self._crash_now
         )
+        writer = Writer(settings.mock_seed, settings.mock_tokens)
+        self._responses = StoredResponses(writer=writer, pace=pace, place=lambda: f"{socket.gethostname()}:{self.port}")
         self._api = Api(
-            model_name=settings.model_name,
-            writer=Writer(settings.mock_seed, settings.mock_tokens),
+            models=(settings.model_name, *settings.mock_models),
+            writer=writer,
+            responses=self._responses,
             machine=self._machine,
             script=self.faults,
             journal=self.journal,
@@ -154,12 +159,13 @@ class MockModel:
         self.faults.replace(list(faults))
 
     async def reset(self) -> None:
-        """Back to a mock model that was just started: no faults, an empty journal, an open port.
+        """Back to a mock model that was just started: no faults, no responses, an empty journal, an open port.
 
         Whom a fault makes wait is hung up on; calls that are answered as usual go on.
         """
         self.faults.clear()
         self.journal.clear()
+        self._responses.clear()
         self._machine.release()
         await self.revive()
 
@@ -168,7 +174,11 @@ class MockModel:
         await self._listener.refuse(seconds)
 
     def die(self) -> None:
-        """Drop every connection and refuse further ones, as if the process had been killed, until `revive`."""
+        """Drop every connection and refuse further ones, as if the process had been killed, until `revive`.
+
+        The journal stays, for the test that reads it; the responses are forgotten.
+        """
+        self._responses.clear()
         self._listener.die()
 
     async def revive(self) -> None:

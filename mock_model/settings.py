@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     app_mode: AppMode = Field(default="dev", description="dev or prod")
     log_level: LogLevel = Field(default="info", description="debug, info, warning, error or critical")
     model_name: Name = "demo-model"
+    mock_models: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
+        default=[], description="names of models, separated by commas"
+    )
 
     mock_seed: int = Field(default=0, description="a whole number")
     mock_ttft: Seconds = 0.02

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from testkit.completions import LAST_RESPONSES, RESPONSES_PATH, prompt, text_in, text_of
+from testkit.completions import LAST_EVENTS, TYPED_ERRORS, prompt, text_in, text_of
 from testkit.http import ERROR_KEYS, Body
 from testkit.load import Call, Plan, Try
 from testkit.sse import Event, read_events
@@ -95,10 +95,14 @@ class Error:
 
 
 def error_in(document: Any) -> Error | None:  # noqa: ANN401 - any JSON
-    """Return the error of a document in OpenAI's form; None when it is none."""
+    """Return the error of a document in OpenAI's form or Anthropic's; None when it is none."""
     error = document.get("error") if isinstance(document, dict) else None
-    if isinstance(error, dict) and error.keys() == ERROR_KEYS and error["code"] and error["message"]:
+    if not isinstance(error, dict) or not error.get("message"):
+        return None
+    if error.keys() == ERROR_KEYS and error["code"]:
         return Error(str(error["code"]), error["param"])
+    if document.keys() == {"type", "error"} and document["type"] == "error" and error.get("type"):
+        return Error(str(error.get("code", error["type"])), error.get("param"))
     return None
 
 
@@ -260,7 +264,7 @@ class Reading:
         self._call = call
         self._expected = expected
         self._leave_after = plan.leave_after
-        self._error_name = "error" if plan.path == RESPONSES_PATH else ""
+        self._error_name = "error" if plan.path in TYPED_ERRORS else ""
         self._text = ""
         self._last = ""
         self._whole = False
@@ -299,7 +303,7 @@ class Reading:
                 call.flaw = f"an error event of another API: {event.name} {event.data[:200]}"
             return
         call.events += 1
-        self._whole = document.get("type") in LAST_RESPONSES
+        self._whole = document.get("type") in LAST_EVENTS
         self._text += text_in(document)
 
     def _judge(self, *, cut: bool) -> None:

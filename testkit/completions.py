@@ -5,9 +5,11 @@ from typing import Any
 MODEL = "demo-model"
 TEXT = "Say something."
 CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
-RESPONSES_PATH, EMBEDDINGS_PATH = "/v1/responses", "/v1/embeddings"
-LAST_RESPONSES = frozenset({"response.completed", "response.incomplete"})
-"""The types of the last event of a whole stream of responses, which has no `[DONE]`."""
+RESPONSES_PATH, EMBEDDINGS_PATH, MESSAGES_PATH = "/v1/responses", "/v1/embeddings", "/v1/messages"
+LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "message_stop"})
+"""The types of the last event of a whole stream of an API without `[DONE]`."""
+TYPED_ERRORS = frozenset({RESPONSES_PATH, MESSAGES_PATH})
+"""The APIs whose error events have a name and a type."""
 
 
 def prompt(
@@ -32,6 +34,8 @@ def prompt(
         fields = {"input": text}
     else:
         fields = {"messages": [{"role": "user", "content": text}]}
+        if path == MESSAGES_PATH:  # Anthropic's API asks for a limit
+            limit = limit or 1024
     limits = {} if limit is None else {name: limit}
     return {"model": model, **fields, **limits, **more}
 
@@ -43,6 +47,8 @@ def text_of(document: Any) -> str | None:  # noqa: ANN401 - any JSON
     """Return the text of a whole answer, empty for embeddings; None when it is no answer."""
     if document.get("object") == "list" and document.get("data"):
         return ""
+    if document.get("type") == "message":
+        return "".join(block["text"] for block in document["content"])
     if document.get("object") == "response":
         return "".join(part["text"] for item in document["output"] for part in item["content"])
     for choice in document.get("choices") or ():
@@ -55,5 +61,7 @@ def text_in(event: Any) -> str:  # noqa: ANN401 - any JSON
     """Return what the document of a stream's event adds to the text."""
     if event.get("type") == "response.output_text.delta":
         return str(event["delta"])
+    if event.get("type") == "content_block_delta":
+        return str(event["delta"].get("text", ""))
     choices = event.get("choices") or ()
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)

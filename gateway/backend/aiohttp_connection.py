@@ -80,6 +80,10 @@ class Protocol(ResponseHandler):
         aiohttp tells the body's reader that the connection was closed, but not that its bytes are not HTTP.
         """
         super().set_exception(exc, exc_cause or exc)
+        self._end_body()
+
+    def _end_body(self) -> None:
+        """Tell the reader of a body that is under way that it was cut off."""
         body = self._payload
         if body is not None and not body.is_eof() and body.exception() is None:
             body.set_exception(aiohttp.ClientPayloadError("the connection failed in the middle of a body"))
@@ -119,7 +123,12 @@ class Protocol(ResponseHandler):
             self.transport.set_protocol(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Forget an answer that nobody will read: it would hold the connection, which holds the answer."""
+        """End a body that lasts until the connection ends, and forget an answer that nobody will read.
+
+        aiohttp takes a reset for the proper end of such a body. An answer would hold the connection, which holds it.
+        """
+        if exc is not None:
+            self._end_body()
         super().connection_lost(exc)
         self._head = None
         self._loop.call_soon(self._buffer.clear)  # not before a reader that waits for it has read it

@@ -238,6 +238,14 @@ class Exchange:
         """The media type, in lower case, without parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body as `read` returns it; None where its end alone tells, or it is compressed."""
+        if self._decoder is not None or "Transfer-Encoding" in self.headers:
+            return None
+        length = self.headers.get("Content-Length")
+        return int(length) if length is not None else None
+
     def decode_within(self, limit: int) -> None:
         """Decode the body as it is read, if it is compressed: we asked for identity, and some compress all the same.
 
@@ -269,7 +277,7 @@ class Exchange:
         """Whether the whole body has come and been read."""
         if self._decoder is not None and self._decoded is not None:
             return False
-        return self._content.at_eof() and not self._peeked
+        return self._content.at_eof() and self._content.exception() is None and not self._peeked
 
     @property
     def waiting(self) -> int:

@@ -18,7 +18,10 @@ class HasError(Protocol):
     """A whole answer; its error is not taken apart, however large it is."""
 
     error: msgspec.Raw
-    object: str | None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says of itself that it is an error."""
 
 
 T = TypeVar("T", bound=HasError)
@@ -64,7 +67,7 @@ def read_whole(content_type: str, body: bytes, decode_typed: Callable[[bytes], T
         raise InvalidResponse("The backend's answer is not a JSON object.") from None
     except NO_JSON:
         raise InvalidResponse("The backend's answer is not JSON.") from None
-    if (whole.error is not NULL and bytes(whole.error) != b"null") or whole.object == "error":
+    if (whole.error is not NULL and bytes(whole.error) != b"null") or whole.is_error:
         raise_error_inside(body)
         raise InvalidResponse("The backend's answer is an error with a good status.")
     return whole

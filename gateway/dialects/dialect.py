@@ -1,9 +1,10 @@
 """What the gateway needs to know of an API family: the protocol that each dialect implements."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from gateway.errors import BackendError, ErrorWords, GatewayError
+from gateway.dialects import form_data, model_field
+from gateway.errors import ErrorWords, GatewayError
 
 if TYPE_CHECKING:
     from gateway.record import Record
@@ -16,18 +17,23 @@ class Prompt:
         dialect: the one that read it.
         method: of HTTP.
         path: of the call, with its `/v1`.
-        operation: `gen_ai.operation.name` of its span.
+        operation: `gen_ai.operation.name` of its span; None where nothing is generated.
         body: its bytes, unchanged.
+        boundary: of a form; None for JSON.
         model: the model it names, or None.
         stream: whether it asks for a stream.
         choices: how many choices its answer has.
         asks_usage: whether its stream is asked to end with the usage.
+        previous_response_id: of the stored response that it goes on from, or None.
         max_tokens, temperature, top_p: as asked for, or None.
+        is_about_response: whether all that it asks for is a stored response: whoever does not know that has no answer.
     """
 
+    is_about_response: ClassVar[bool] = False
     __slots__ = (
         "asks_usage",
         "body",
+        "boundary",
         "choices",
         "dialect",
         "max_tokens",
@@ -35,6 +41,7 @@ class Prompt:
         "model",
         "operation",
         "path",
+        "previous_response_id",
         "stream",
         "temperature",
         "top_p",
@@ -48,9 +55,11 @@ class Prompt:
         *,
         method: str = "POST",
         model: str | None,
+        boundary: bytes | None = None,
         stream: bool = False,
         choices: int = 1,
         asks_usage: bool = False,
+        previous_response_id: str | None = None,
         max_tokens: float | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -59,19 +68,34 @@ class Prompt:
         self.asks_usage = asks_usage
         self.method = method
         self.path = path
-        self.operation = dialect.operations[path]
+        self.operation = dialect.operations.get(path)
         self.body = body
+        self.boundary = boundary
         self.model = model
         self.stream = stream
         self.choices = choices
+        self.previous_response_id = previous_response_id
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.top_p = top_p
+
+    def with_model(self, model: str) -> bytes:
+        """Return its body with another model, or with one where it names none; every other byte stays."""
+        if self.boundary is not None:
+            return form_data.with_model(self.body, self.boundary, model)
+        return model_field.with_model(self.body, model)
+
+    def content(self) -> Iterable[bytes | memoryview]:
+        """Return what stands for it among other requests: its body; of a form all but the boundary."""
+        if self.boundary is not None:
+            return form_data.without_boundaries(self.body, self.boundary)
+        return [self.body]
 
     def describe_in(self, record: "Record", *, model: str, route: str) -> None:
         """Note what is asked for, except its text: for which model, by which route."""
         record.describe_request(
             operation=self.operation,
+            provider=self.dialect.provider,
             model=model,
             route=route,
             stream=self.stream,
@@ -147,9 +171,15 @@ class Dialect(Protocol):
 
     Attributes:
         passes_query: the query of a caller's url goes on to the backend.
+        stores: backends may store what they answer, so that further calls name it by its id.
+        provider: `gen_ai.provider.name` of its spans, which by the conventions names the API, whoever serves it.
+        passes_through: requests may be forms, and good answers pass on as they come, whatever they are.
     """
 
     passes_query: bool
+    stores: bool
+    provider: str
+    passes_through: bool
 
     @property
     def operations(self) -> Mapping[str, str]:
@@ -176,25 +206,11 @@ class Dialect(Protocol):
             InvalidResponse: it is not a good one.
         """
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an answer other than a good one is: unreadable, unless it has the status of an error.
-
-        Args:
-            status: HTTP status.
-            body: its bytes.
-            headers: those that pass to callers.
-            retry_after: seconds that it asks to wait, or None.
-        """
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside an answer with a good status is; as `read_error` otherwise."""
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return an error of the gateway as JSON."""
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer as the body of an error answer, in JSON."""
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
         """Return an error after the status went out, as the last event of a stream; `state` as far as it has come."""

@@ -19,6 +19,7 @@ class Meaning(Enum):
     CONTEXT = "the prompt is too long for the model"
     QUOTA = "the account's quota is spent"
     MODEL = "the server does not know the model"
+    RESPONSE = "the server does not know the stored response"
     CONTENT = "the content is refused"
     RATE_LIMIT = "too many requests"
     OVERLOADED = "the server has too much to do"
@@ -36,6 +37,7 @@ NAMES = {
     "billing_error": Meaning.QUOTA,
     "model_not_found": Meaning.MODEL,
     "deploymentnotfound": Meaning.MODEL,
+    "previous_response_not_found": Meaning.RESPONSE,
     "content_filter": Meaning.CONTENT,
     "content_policy_violation": Meaning.CONTENT,
     "responsibleaipolicyviolation": Meaning.CONTENT,
@@ -75,6 +77,11 @@ CONTEXT_PHRASES = (
     "prompt is too long",
     "exceeds the maximum number of tokens",
 )
+NO_RESPONSE = re.compile(
+    r"\W*(?:(?:the|previous|stored|requested) )*response\b(?: with(?: the)? id)?:? ?\S* ?(?:was |is )?"
+    r"(?:not found|does not exist|doesn't exist)|\W*no response (?:was )?found"
+)
+"""At the beginning of a message: further on it can be about anything."""
 MODEL_PHRASES = ("no such model", "unknown model", "no endpoints found", "not found, try pulling")
 NO_MODEL = re.compile(
     r"\b(?:models?|deployment)\b.*?(?:does not exist|doesn't exist|not found|not available)", re.DOTALL
@@ -93,6 +100,7 @@ STATUS_OF = {
     Meaning.CONTENT: 400,
     Meaning.REQUEST: 400,
     Meaning.MODEL: 404,
+    Meaning.RESPONSE: 404,
     Meaning.OVERLOADED: 503,
     Meaning.KEY: 401,
 }
@@ -113,6 +121,8 @@ def meaning_of(words: ErrorWords, status: int) -> Meaning | None:
         found = Meaning.CONTENT
     elif status in TOO_LONG and (_any_of(CONTEXT_PHRASES, text) or _says_less_tokens(text)):
         found = Meaning.CONTEXT
+    elif status in {400, 404} and NO_RESPONSE.match(text) is not None:
+        found = Meaning.RESPONSE
     elif _says_no_model(words, status, text):
         found = Meaning.MODEL
     return found

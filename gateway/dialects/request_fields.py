@@ -36,11 +36,21 @@ Count = (
 Number = Annotated[float, Meta(description="a number")]
 Tokens = Annotated[int | float, Meta(description="a number")]
 """Some clients write 10.0 for 10."""
+
+
+class Message(Struct):
+    """One message of a chat; its content is the backend's business."""
+
+    role: Annotated[str, Meta(description="a text")]
+
+
+ListOfMessages = Annotated[list[Message], Meta(min_length=1, description="a list of at least one message")]
 LARGE_LIST = 1 << 18
 """Bytes; of a larger list the wrong item is not searched for."""
 MAX_PLACES = 5_000
 """Places of a name in a body, at whatever level, beyond which it is not searched for the one at the top level."""
 
+_A_MESSAGE = re.compile(rb"\s*\[\s*\{")
 _ESCAPED = re.compile(rb"\\u00(?:4[1-9a-fA-F]|5[0-9aAfF]|6[1-9a-fA-F]|7[0-9aA])|\\u017[fF]|\\u212[aA]")
 """What could stand for a letter or underscore of a name, in either case."""
 _ALSO_LETTERS = {
@@ -78,6 +88,12 @@ def check_text_or_list(name: str, value: msgspec.Raw, *, may_be_null: bool) -> N
     raw = bytes(value)
     if raw[:1] not in b'"[' and not (may_be_null and raw == b"null"):
         raise InvalidRequest(f"`{name}` must be a text or a list.", param=name)
+
+
+def check_messages(value: msgspec.Raw) -> None:
+    """Check messages that are too many to look into: a list that begins with an object. Raises: InvalidRequest."""
+    if _A_MESSAGE.match(value) is None:
+        raise InvalidRequest("`messages` must be a list of at least one message.", param="messages")
 
 
 class _Names:

@@ -1,11 +1,13 @@
 """One attempt at one replica: the HTTP call under its timers, the report to the breaker, the notes in the record."""
 
 from asyncio import CancelledError
+from functools import partial
 from time import time
 from typing import TYPE_CHECKING
 
 from gateway.dialects.answer_fields import is_json, raise_error_inside
 from gateway.dialects.captured_text import output_messages
+from gateway.dialects.error_answers import read_error, read_error_inside
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
 from gateway.errors import (
@@ -13,19 +15,22 @@ from gateway.errors import (
     BackendError,
     CallerLeft,
     DeadlineExceeded,
+    ErrorAnswer,
     ErrorInside,
     GatewayError,
     InternalError,
     InvalidResponse,
     NoConnection,
+    NoSuchResponse,
     Silent,
     StaleConnection,
     WrongForm,
     drop_frames,
 )
 from gateway.executor import LARGE
+from gateway.forwarding.body_relay import BodyRelay
 from gateway.forwarding.call import WholeAnswer
-from gateway.forwarding.stream_relay import StreamRelay, no_first_token, stalled
+from gateway.forwarding.stream_relay import StreamRelay, held_up, no_first_token, stalled
 from gateway.headers import RATE_LIMITS, retry_after
 from gateway.phase_timer import PhaseTimer
 from gateway.record import MAX_MESSAGE, AttemptRecord
@@ -45,10 +50,12 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 
-GOOD_STATUSES = frozenset(range(200, 300)) - {204, 205}
-"""Those of answers; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
+PASSED_STATUSES = frozenset(range(200, 300))
+GOOD_STATUSES = PASSED_STATUSES - {204, 205}
+"""Those of answers to prompts; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
 
-
+NOT_HERE = frozenset({404, 405})
+"""Statuses with which a replica says that it does not know a stored response, or stores none at all."""
 MAX_ERROR = 262_144
 """Bytes of an error answer, not counted as held while a caller takes them; of a larger one only the status is told."""
 
@@ -146,7 +153,8 @@ class Attempts:
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
         timeouts = lease.replica.timeouts
-        if call.sink is not None:
+        passes_through = call.prompt.dialect.passes_through
+        if call.sink is not None and not passes_through:
             timer.limit(timeouts.first_token, lambda: no_first_token(timeouts.first_token))
         else:
             timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
@@ -158,19 +166,22 @@ class Attempts:
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:
-                if exchange.status not in GOOD_STATUSES:
+                if exchange.status not in (PASSED_STATUSES if passes_through else GOOD_STATUSES):
                     await self._read_error(call, exchange, timer, timeouts.idle)
+                elif call.sink is not None and passes_through:
+                    await self._pass_through(call, call.sink, lease, exchange, timer)
                 elif call.sink is not None:
                     await self._relay_stream(call, call.sink, lease, exchange, timer)
                 else:
-                    await self._read_answer(call, exchange, timer, timeouts.idle)
+                    await self._read_answer(call, lease, exchange, timer)
             except ErrorInside as error:
                 raise self._error_answer(call, exchange, error) from None
             finally:
                 exchange.close()
 
-    async def _read_answer(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
+    async def _read_answer(self, call: "Call", lease: "Lease", exchange: "Exchange", timer: PhaseTimer) -> None:
         """Read an unstreamed answer."""
+        idle = lease.replica.timeouts.idle
         held = call.share.held
         dialect = call.prompt.dialect
         try:
@@ -185,6 +196,8 @@ class Attempts:
             call.share.give_back_to(held)
             raise
         _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
+        if call.remember is not None:
+            call.remember(answer.response_id, lease.replica.name, lease.model)
         call.answer = WholeAnswer(exchange.status, _passed_headers(call, exchange), body)
 
     async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
@@ -204,13 +217,17 @@ class Attempts:
         timer.pause()
         passed = _passed_headers(call, exchange)
         wait = retry_after(passed, self._wall_clock())
-        raise await self._executor.run(len(body), call.prompt.dialect.read_error, exchange.status, body, passed, wait)
+        failure = await self._executor.run(len(body), read_error, exchange.status, body, passed, wait)
+        if call.prompt.is_about_response and isinstance(failure, ErrorAnswer) and failure.status in NOT_HERE:
+            failure = NoSuchResponse(failure.status, failure.body, failure.headers)
+        raise failure
 
     def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
         """Return the error answer that an error inside a good answer is."""
         passed = _passed_headers(call, exchange)
         wait = retry_after(passed, self._wall_clock())
-        failure = call.prompt.dialect.read_error_inside(error.words, passed, wait)
+        body = call.prompt.dialect.error_inside(error.words)
+        failure = read_error_inside(error.words, body, passed, wait)
         if error.words.number is None or call.committed:
             failure.outage = False  # that it cannot be used, it would have said before an answer
         if call.committed:
@@ -268,9 +285,11 @@ class Attempts:
                 events += await relay.until_answer(self._max_answer)
             if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
+            if call.remember is not None:
+                call.remember(state.response_id, lease.replica.name, lease.model)
             timer.end_at(call.deadline.end)
             headers = {"content-type": "text/event-stream", **_passed_headers(call, exchange)}
-            await sink.commit(headers, events, state, relay.held_up)
+            await sink.commit(headers, events, state, partial(held_up, exchange, call.share))
             write = sink.write if call.charge is None else call.charge.counting(sink.write, events)
             call.share.give_back(len(events))
             del events
@@ -282,14 +301,40 @@ class Attempts:
             call.share.give_back_to(held)
             _describe(call.record, state, None if state.text is None else [state.text])
 
+    async def _pass_through(
+        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
+    ) -> None:
+        """Pass an answer on as it comes, whatever it is: its first byte is its commit."""
+        exchange.decode_within(self._max_answer)
+        relay = BodyRelay(exchange, timer, idle=lease.replica.timeouts.idle, share=call.share)
+        held = call.share.held
+        try:
+            body = await relay.until_commit(self._max_answer, whole=call.commit == "complete")
+            self._report(call.record, lease, lease.begin_answer)
+            timer.end_at(call.deadline.end)
+            await sink.commit(
+                _passed_headers(call, exchange),
+                body,
+                None,
+                partial(held_up, exchange, call.share),
+                status=exchange.status,
+                length=len(body) if call.commit == "complete" else exchange.length,
+            )
+            call.share.give_back(len(body))
+            del body
+            await relay.pass_on(sink.write)
+            await sink.end()
+        finally:
+            call.share.give_back_to(held)
+
     def _begin(self, call: "Call", target: "Target", replica: "Replica") -> AttemptRecord:
         """Note that an attempt begins."""
         attempts = call.record.attempts
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
         attempt = AttemptRecord(len(attempts) + 1, replica.name, self._rng.getrandbits(64) or 1, self._clock())
         attempt.host, attempt.port = replica.host, replica.port
-        attempt.url = replica.url_of(call.prompt.path)
-        attempt.model = target.model or call.model
+        attempt.url = replica.url_of(call.record.path or "")
+        attempt.model = target.model or call.model or None
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()

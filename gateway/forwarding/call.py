@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from gateway.settings import Commit
 
 
+Remember = Callable[[str | None, str, str], None]
+"""Takes the id of an answer, the name of the replica that gave it, and the model that was asked for."""
 HeldUp = Callable[[int], AbstractContextManager[None]]
 """Surrounds a wait for a caller who has yet to take so many bytes."""
 
 
 class StreamSink(Protocol):
-    """The caller's side of a streamed answer.
+    """The caller's side of an answer that is sent as it comes.
 
     Attributes:
         committed: the first byte of a backend's answer has gone out: nothing is retried any more.
@@ -31,21 +33,32 @@ class StreamSink(Protocol):
 
     committed: bool
 
-    async def commit(self, headers: Mapping[str, str], events: bytes, state: "StreamState", held_up: "HeldUp") -> None:
+    async def commit(
+        self,
+        headers: Mapping[str, str],
+        events: bytes,
+        state: "StreamState | None",
+        held_up: "HeldUp",
+        *,
+        status: int = 200,
+        length: int | None = None,
+    ) -> None:
         """Send the status, the headers and the first events; waits while the caller does not read.
 
         Args:
             headers: of the answer.
             events: bytes.
-            state: how far the stream has come, now and later.
+            state: how far the stream has come, now and later; None where nobody reads it.
             held_up: surrounds each wait for a caller who does not read.
+            status: of HTTP.
+            length: of the whole body in bytes, None where that is not known.
 
         Raises:
             CallerLeft: nobody is there any more.
         """
 
     async def write(self, events: bytes) -> None:
-        """Send whole events; waits while the caller does not read. Raises: CallerLeft."""
+        """Send further bytes, of a stream whole events; waits while the caller does not read. Raises: CallerLeft."""
 
     async def end(self) -> None:
         """End a complete answer; waits while the caller does not read. Raises: CallerLeft."""
@@ -70,13 +83,14 @@ class Call:
         model: the one it is for: the caller's, or the default.
         deadline: of the whole request.
         record: what happens is noted in it.
-        sink: where a stream goes; None when none was asked for.
+        sink: where an answer goes that is sent as it comes: a stream, or what is passed through; None for others.
         caller: who asks: the key, else the address.
         charge: what counts for the limits of its key; None where it has none.
         share: holds its bytes.
         query: of the caller's url, encoded, where it goes on; empty for none.
         headers: the caller's that go to the backend, names in lower case.
-        commit: when a stream begins to go out: with its first content, with its first answer, or when it is complete.
+        commit: when it begins to go out: with its first content, with its first answer, or when it is complete.
+        remember: called with the id of a good answer, the name of its replica and the model sent; None: nobody asks.
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
         targets: where it may go, in order; target: the one at hand.
@@ -105,6 +119,7 @@ class Call:
         "prompt",
         "query",
         "record",
+        "remember",
         "share",
         "sink",
         "target",
@@ -126,6 +141,7 @@ class Call:
         commit: "Commit",
         query: str = "",
         charge: "Charge | None" = None,
+        remember: "Remember | None" = None,
     ) -> None:
         self.prompt = prompt
         self.model = model
@@ -136,6 +152,7 @@ class Call:
         self.headers = headers
         self.commit = commit
         self.query = query
+        self.remember = remember
         self.body = prompt.body
         self.answer: WholeAnswer | None = None
         self.targets = targets
@@ -152,7 +169,7 @@ class Call:
     def fingerprint(self) -> bytes:
         """Return what stands for its path and body."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.prompt.path, self.prompt.body)
+            self._fingerprint = fingerprint(self.prompt.path, self.prompt.content())
         return self._fingerprint
 
     def attempts_at(self, target: "Target") -> int:

@@ -38,7 +38,7 @@ class Charges:
     def __init__(self, executor: "Executor", clock: "Callable[[], float]") -> None:
         self._executor = executor
         self._clock = clock
-        self._means: dict[tuple[str, str], float] = {}
+        self._means: dict[tuple[str, str | None], float] = {}
 
     async def begin(self, limits: "Limits", prompt: "Prompt", route: str, deadline: "Deadline") -> "Charge":
         """Return what a request is charged, yet to be taken.
@@ -52,7 +52,7 @@ class Charges:
         Raises:
             DeadlineExceeded: it passed before the body could be looked into.
         """
-        if not limits.tokens:
+        if not limits.tokens or prompt.is_about_response:  # its tokens counted when it was made
             return Charge(None, limits.reserve(0), prompt, route, None)
         read = prompt.dialect.prompt_tokens
         if len(prompt.body) <= LARGE:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
 
-from gateway.dialects.model_field import with_model
 from gateway.errors import (
     BackendError,
     BackendRateLimited,
@@ -317,10 +316,10 @@ class Forwarder:
         prompt = call.prompt
         call.body = prompt.body
         model = target.model or call.model
-        if model == prompt.model:
+        if model == prompt.model or not prompt.body:
             return
         call.share.hold(len(prompt.body))
-        call.body = await self._executor.run(len(prompt.body), with_model, prompt.body, model)
+        call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
 
 
 def _in_order(call: "Call") -> "tuple[Target, ...]":

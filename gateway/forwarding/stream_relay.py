@@ -83,7 +83,7 @@ class StreamRelay:
             Stalled: nothing at all came for the idle timeout.
             InvalidResponse: cut, or unreadable; AnswerTooLarge; ErrorInside.
         """
-        held = _Held(self._share, limit, f"The backend sent {limit} bytes without any content.")
+        held = Held(self._share, limit, f"The backend sent {limit} bytes without any content.")
         alive = False
         while not self._state.content:
             left = due - self._clock()
@@ -101,12 +101,14 @@ class StreamRelay:
             await held.add(await self._checked_slowly(data))
             self._raise_failure()
             if (self._state.ended or self._at_end) and not self._state.content:
+                if self._state.finished:
+                    break
                 raise InvalidResponse("The backend's stream ended without content.")
         return held.joined()
 
     async def until_answer(self, limit: int) -> bytes:
         """Return the events up to the first one of the answer, after any reasoning. Raises: as `until_complete`."""
-        held = _Held(self._share, limit, f"The backend sent {limit} bytes of reasoning without an answer.")
+        held = Held(self._share, limit, f"The backend sent {limit} bytes of reasoning without an answer.")
         while not (self._state.answer or self._state.ended or self._at_end):
             self._timer.limit(self._idle, self._stalled)
             await held.add(await self._checked_slowly(await self._exchange.read()))
@@ -115,21 +117,9 @@ class StreamRelay:
 
     async def until_complete(self, limit: int) -> bytes:
         """Return the rest of the answer, at most `limit` bytes. Raises: as `until_first_content`, AnswerTooLarge."""
-        held = _Held(self._share, limit, f"The backend's answer is larger than {limit} bytes.")
+        held = Held(self._share, limit, f"The backend's answer is larger than {limit} bytes.")
         await self.pass_on(held.add)
         return held.joined()
-
-    @contextmanager
-    def held_up(self, size: int) -> "Iterator[None]":
-        """Read nothing more while the caller has yet to take `size` bytes, and count what waits as held."""
-        self._exchange.hold_back()
-        size += self._exchange.waiting
-        self._share.count(size)
-        try:
-            yield
-        finally:
-            self._share.give_back(size)
-            self._exchange.go_on()
 
     async def pass_on(self, write: "Callable[[bytes], Awaitable[None]]") -> None:
         """Pass events on as they arrive, to the end of a complete stream.
@@ -313,8 +303,21 @@ class StreamRelay:
         return stalled(self._idle)
 
 
-class _Held:
-    """Events that wait for commit, held by a share; beyond the limit in bytes they are too many: `message`."""
+@contextmanager
+def held_up(exchange: "Exchange", share: "Share", size: int) -> "Iterator[None]":
+    """Read nothing more while the caller has yet to take `size` bytes, and count what waits as held."""
+    exchange.hold_back()
+    size += exchange.waiting
+    share.count(size)
+    try:
+        yield
+    finally:
+        share.give_back(size)
+        exchange.go_on()
+
+
+class Held:
+    """Bytes that wait for commit, held by a share; beyond the limit in bytes they are too many: `message`."""
 
     def __init__(self, share: "Share", limit: int, message: str) -> None:
         self._share = share
@@ -324,7 +327,7 @@ class _Held:
         self._size = 0
 
     async def add(self, events: bytes) -> None:
-        """Hold further events, as `StreamSink.write` sends them. Raises: AnswerTooLarge, GatewayOverloaded."""
+        """Hold further bytes, as `StreamSink.write` sends them. Raises: AnswerTooLarge, GatewayOverloaded."""
         self._size += len(events)
         if self._size > self._limit:
             raise AnswerTooLarge(self._message)

@@ -1,4 +1,4 @@
-"""Replicas that asked to be left alone: with 429, or with 503 and a `Retry-After`."""
+"""Replicas that asked to be left alone: with 429, or with 503 or 529 and a `Retry-After`."""
 
 from typing import TYPE_CHECKING
 

@@ -4,7 +4,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 MAX_FINGERPRINTS = 1000
 BAD_BODY = 60.0
@@ -13,11 +13,12 @@ REPEAT = 30.0
 """Seconds in which the same body of the same caller is a repeat."""
 
 
-def fingerprint(path: str, body: bytes) -> bytes:
-    """Return what stands for a body: SHA-256 of path and body."""
+def fingerprint(path: str, content: "Iterable[bytes | memoryview]") -> bytes:
+    """Return what stands for a body: SHA-256 of path and content."""
     digest = sha256(path.encode())
     digest.update(b"\n")
-    digest.update(body)
+    for piece in content:
+        digest.update(piece)
     return digest.digest()
 
 

@@ -2,7 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from gateway.errors import BackendError, ContextTooLong, CutOff, ErrorAnswer, NoSuchModel, Rejected, Verdict
+from gateway.errors import (
+    BackendError,
+    ContextTooLong,
+    CutOff,
+    ErrorAnswer,
+    NoSuchModel,
+    NoSuchResponse,
+    Rejected,
+    Verdict,
+)
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
@@ -116,7 +125,7 @@ class Lease:
 
     def _note(self, error: BackendError, trace_id: str) -> None:
         replica = self.replica
-        if isinstance(error, (Rejected, ContextTooLong)):  # the request was wrong, the backend is well
+        if isinstance(error, (Rejected, ContextTooLong, NoSuchResponse)):  # the request was wrong, the backend is well
             replica.note_success(self.model)
         elif isinstance(error, NoSuchModel):
             replica.note_answer()

@@ -16,8 +16,8 @@ TRIALS = 6
 class Outage:
     """Begins with the first failure after a success that says that the backend cannot be used; a success ends it.
 
-    Such failures are: refused, unresolved, not connected in time, reset before headers, 502, 503 and 504; and 500s to
-    two different bodies.
+    Such failures are: refused, unresolved, not connected in time, reset before headers, 502, 503, 504 and 529; and
+    500s to two different bodies.
 
     Args:
         wait: seconds in which requests wait; 0 for none.

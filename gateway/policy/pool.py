@@ -7,6 +7,7 @@ from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.fingerprints import Repeats
 from gateway.policy.replica import Replica
+from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
@@ -14,8 +15,14 @@ if TYPE_CHECKING:
     from random import Random
 
     from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
+
+ANY = "*"
+"""The model of a route for all of them."""
+DEFAULT_MODEL = "demo-model"
+"""The mock model's."""
 
 
 class Target:
@@ -36,6 +43,12 @@ class Target:
         self.replicas = home.replicas
         self.weight = weight
         self._rng = rng
+
+    def only(self, replica: Replica) -> "Target":
+        """Return the same with one of its replicas alone."""
+        target = Target(self.home, self.model, self._rng)
+        target.replicas = (replica,)
+        return target
 
     @property
     def full(self) -> bool:
@@ -150,9 +163,13 @@ class Pool:
     """All replicas and routes.
 
     Attributes:
-        default_model: the model of a request that names none.
+        default_model: the model of a request that names none: the configured one, else the first that is listed.
+        models: those that routes name, in order; in place of `*` the default one and what its backends list.
+        listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
         repeats: the requests that failed lately.
         replicas: of all backends, in order.
+        backends: those of all routes in their order, each once, as targets that keep the caller's model.
+        responses: where stored responses live.
         routes: the first one that matches wins.
     """
 
@@ -168,8 +185,9 @@ class Pool:
         cooldown_begun: "Callable[[str, float], None]",
         released: "Callable[[str, int], None]",
     ) -> None:
-        self.default_model = settings.model_name
+        self._model_name = settings.model_name
         self.repeats = Repeats(clock)
+        self.responses = ResponseHomes()
 
         def backend(config: "BackendConfig") -> Backend:
             home = Backend(
@@ -210,6 +228,14 @@ class Pool:
 
         self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))
+        homes = dict.fromkeys(target.home for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(home, None, rng) for home in homes)
+        for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
+        asked = (replica for target in for_all if target.model is None for replica in target.replicas)
+        self.listing = tuple(dict.fromkeys(asked))
+        self.default_model: str
+        self.models: tuple[str, ...]
+        self._set_models()
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -218,12 +244,34 @@ class Pool:
                 return route
         return None
 
-    @property
-    def models(self) -> list[str]:
-        """The models that routes name, in order, and the default model in place of `*`; each once."""
-        names = [
-            self.default_model if route.model == "*" else route.model
-            for route in self.routes
-            if route.names_a_model or route.model == "*"
+    def home_target(self, home: "Home", model: str, route: Route | None) -> Target | None:
+        """Return the target that asks the home of a stored response alone; None when it is not there.
+
+        Args:
+            home: of the response.
+            model: of the call.
+            route: of the model: the target of it that made the response, else another one for the same replica. None:
+                whatever the routes are.
+        """
+        targets = self.backends if route is None else route.targets
+        able = [
+            target.only(replica) for target in targets for replica in target.replicas if replica.name == home.replica
         ]
-        return list(dict.fromkeys(names))
+        return next((target for target in able if (target.model or model) == home.model), able[0] if able else None)
+
+    def note_models(self, replica: Replica, names: tuple[str, ...]) -> None:
+        """Take in what a replica lists; its names stay while it cannot be asked."""
+        if names != replica.models:
+            replica.models = names
+            self._set_models()
+
+    def _set_models(self) -> None:
+        listed = [name for replica in self.listing for name in replica.models or ()]
+        self.default_model = self._model_name or next(iter(listed), DEFAULT_MODEL)
+        names: list[str] = []
+        for route in self.routes:
+            if route.names_a_model:
+                names.append(route.model)
+            elif route.model == ANY:
+                names += [self.default_model, *listed]
+        self.models = tuple(dict.fromkeys(names))

@@ -24,6 +24,8 @@ FAILURES_AVOIDED = 5
 AVOIDED_AFTER_FAILURES = 5.0
 """Seconds for which it does."""
 MAX_MODELS = 1000
+MAX_PATHS = 64
+"""Whose urls are kept; there are fewer, but for those that hold an id."""
 
 
 SLOW_PROBE = 1.0
@@ -63,13 +65,13 @@ class Replica:
         name: as in `x-gateway-backend`.
         timeouts: of its attempts.
         base: what the SDKs call `base_url`: the url, with `/v1` if it has no path of its own.
-        base_path: of the base.
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
         in_flight: attempts under way.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
+        models: what it listed when it was last asked; None: nothing so far.
         freed: called when an attempt has ended, or None.
     """
 
@@ -94,7 +96,6 @@ class Replica:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.origin = f"{parts.scheme}://{host}{port}"
         self.base = self.origin + (path or "/v1")
-        self.base_path = path or "/v1"
         self._query = urlencode(config.query, quote_via=quote)
         self._query_names = frozenset(name for name, _ in config.query)
         self.shown_url = self.origin + parts.path
@@ -104,6 +105,7 @@ class Replica:
         self.outage = outage
         self.budget = budget
         self.freed: Callable[[], None] | None = None
+        self._urls: dict[str, str] = {}
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
         self.in_flight = 0
@@ -111,6 +113,7 @@ class Replica:
         self.last_error: LastError | None = None
         self.last_failed = False
         self.probe: Probe | None = None
+        self.models: tuple[str, ...] | None = None
         self._failures = 0  # each success makes up for one
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
@@ -143,7 +146,12 @@ class Replica:
         A path below `/v1` follows the base without it. Any other, such as `/tokenize`, stands beside the `/v1` that
         ends most bases, as vLLM and llama.cpp have it.
         """
-        return _joined(self.base, path)
+        url = self._urls.get(path)
+        if url is None:
+            url = _joined(self.base, path)
+            if len(self._urls) < MAX_PATHS:
+                self._urls[path] = url
+        return url
 
     def target_of(self, path: str, query: str) -> str:
         """Return what a call asks for (RFC 9112, 3.2): path and query; the replica's own query wins over the caller's.
@@ -152,11 +160,11 @@ class Replica:
             path: of the call, as in `url_of`.
             query: of the caller, encoded; empty for none.
         """
-        target = _joined(self.base_path, path)
-        if not (query or self._query):
-            return target
-        kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
-        return f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"
+        target = self.url_of(path)[len(self.origin) :]
+        if query or self._query:
+            kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
+            target = f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"
+        return target
 
     def _is_own(self, pair: str) -> bool:
         """Return whether a pair of a query has a name that is configured for the replica."""

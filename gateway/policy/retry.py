@@ -92,6 +92,7 @@ class Retry:
         """Count a failed attempt; `trial`: it was the one that an unwell breaker admits."""
         self._tried.append(replica)
         self._was_trial = trial
+        self._made -= failure.everywhere
         if not (failure.same_replica or failure.cools):
             self._given_up.add(replica)
 
@@ -152,6 +153,8 @@ class Retry:
     def _why_final(self, failure: "BackendError") -> str | None:
         if not failure.retried:
             return "not retryable"
+        if failure.everywhere:
+            return None
         if self._made + len(self._tried) >= self._policy.max_attempts:
             return "attempts"
         return None if self._tried[-1].budget.allows_any else "budget"

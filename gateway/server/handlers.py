@@ -1,37 +1,44 @@
 """One handler for each call of the contract: read the request, do what it asks, answer."""
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from gateway import __version__
-from gateway.dialects.table import BY_PATH, dialect_of
+from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE, StoredResponses
+from gateway.dialects.table import BY_PATH
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
-from gateway.server.paths import CANONICAL, right_path
-from gateway.server.request_reader import check_media_type, forwarded_headers
+from gateway.server.paths import CANONICAL, right_path, worded_by
+from gateway.server.request_reader import form_boundary, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gateway.dialects.dialect import Prompt
+    from gateway.forwarding.call import Remember
     from gateway.forwarding.charge import Charges
     from gateway.forwarding.forwarder import Forwarder
     from gateway.health import Health
     from gateway.policy.admission import Admission
-    from gateway.policy.byte_budget import ByteBudget
+    from gateway.policy.byte_budget import ByteBudget, Share
     from gateway.policy.caller import Caller
+    from gateway.policy.deadline import Deadline
     from gateway.policy.pool import Pool, Route, Target
+    from gateway.policy.response_homes import Home
     from gateway.record import Record
     from gateway.server.keys import Keys
     from gateway.server.request_reader import RequestReader
-    from gateway.settings import Settings
+    from gateway.settings import Commit, Settings
     from gateway.telemetry import Telemetry
 
+STORED_RESPONSES = StoredResponses()
 SMALL_ANSWER = 65_536
 """Bytes; a larger answer counts as held until the caller has taken it."""
 
@@ -75,45 +82,29 @@ class Handlers:
         commit = self._reader.commit(request)
         caller = record.caller
         self._admission.check(caller.id)
-        check_media_type(request)
+        boundary = form_boundary(request, dialect)
         with self._byte_budget.share(caller.id) as share:
-            prompt = await self._reader.prompt(request, path, dialect, deadline, share)
+            prompt = await self._reader.prompt(request, path, dialect, deadline, share, boundary=boundary)
             model = prompt.model or self._pool.default_model
             route = self._route(caller, model)
             prompt.describe_in(record, model=model, route=route.model)
-            if self._settings.gateway_capture_content:
+            if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = dialect.prompt_messages(prompt.body)
-            writer = None
-            if prompt.stream:
-                heartbeat = self._settings.gateway_heartbeat
-                writer = request[STREAM] = StreamWriter(
-                    request, record, dialect, heartbeat=heartbeat, clock=self._clock
-                )
-            charge = None
-            if caller.limits is not None:
-                charge = await self._charges.begin(caller.limits, prompt, route.model, deadline)
+            targets = self._targets(route, model, prompt, record)
+            remember = partial(self._pool.responses.made, owner=self._owner(record)) if dialect.stores else None
             headers = forwarded_headers(request, record)
-            call = Call(
+            return await self._forward(
+                request,
                 prompt,
                 deadline,
-                record,
-                writer,
-                model=model,
-                targets=self._targets(route, model, record),
-                caller=caller.id,
-                share=share,
-                headers=headers,
+                share,
                 commit=commit,
-                query=request.rel_url.raw_query_string if dialect.passes_query else "",
-                charge=charge,
+                model=model,
+                route=route.model,
+                targets=targets,
+                headers=headers,
+                remember=remember,
             )
-            if writer is None:
-                await self._forwarder.forward(call)
-                return await self._send_whole(request, call)
-            async with writer:
-                await self._forwarder.forward(call)
-            del request[STREAM]
-            return writer.response
 
     def _route(self, caller: "Caller", model: str) -> "Route":
         """Return the route of a model. Raises: ModelNotAllowed, ModelNotFound."""
@@ -124,14 +115,117 @@ class Handlers:
             raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
         return route
 
-    def _targets(self, route: "Route", model: str, record: "Record") -> "tuple[Target, ...]":
-        """Return the route's targets in the order drawn for a request, and note which one comes first."""
+    async def response(self, request: web.Request) -> web.StreamResponse:
+        """Read or delete a stored response: `GET` or `DELETE` of its id."""
+        answer = await self._ask_home(request, RESPONSE)
+        if request.method == "DELETE":
+            self._pool.responses.forget(request.match_info["id"])
+        return answer
+
+    async def cancel_response(self, request: web.Request) -> web.StreamResponse:
+        """Cancel a response that is made in the background."""
+        return await self._ask_home(request, CANCEL)
+
+    async def _ask_home(self, request: web.Request, path: str) -> web.StreamResponse:
+        """Forward a call for a stored response to the replica that made it or, if it is not known, to all in turn."""
+        record = request[RECORD]
+        response_id, query = request.match_info["id"], request.rel_url.raw_query_string
+        deadline = self._reader.deadline(request, record.started)
+        commit = self._reader.commit(request)
+        self._admission.check(record.caller.id)
+        prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
+        record.stream = prompt.stream
+        home = self._home_of(response_id, record, param="id")
+        pinned = self._pool.home_target(home, home.model, None) if home is not None else None
+        headers = [header for header in forwarded_headers(request, record) if header[0] != "content-type"]  # no body
+        with self._byte_budget.share(record.caller.id) as share:
+            return await self._forward(
+                request,
+                prompt,
+                deadline,
+                share,
+                commit=commit,
+                model=home.model if home is not None else "",
+                route="",
+                targets=self._pool.backends if pinned is None else (pinned,),
+                headers=headers,
+                remember=lambda _id, replica, _model: self._pool.responses.found(response_id, replica),
+            )
+
+    async def _forward(
+        self,
+        request: web.Request,
+        prompt: "Prompt",
+        deadline: "Deadline",
+        share: "Share",
+        *,
+        commit: "Commit",
+        model: str,
+        route: str,
+        targets: "tuple[Target, ...]",
+        headers: list[tuple[str, str]],
+        remember: "Remember | None",
+    ) -> web.StreamResponse:
+        """Get a checked request answered."""
+        record, dialect = request[RECORD], prompt.dialect
+        caller, charge = record.caller, None
+        if caller.limits is not None:
+            charge = await self._charges.begin(caller.limits, prompt, route, deadline)
+        writer = None
+        if prompt.stream or dialect.passes_through:
+            heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
+            writer = request[STREAM] = StreamWriter(request, record, dialect, heartbeat=heartbeat, clock=self._clock)
+        call = Call(
+            prompt,
+            deadline,
+            record,
+            writer,
+            model=model,
+            targets=targets,
+            caller=caller.id,
+            share=share,
+            headers=headers,
+            commit=commit,
+            query=request.rel_url.raw_query_string if dialect.passes_query else "",
+            remember=remember,
+            charge=charge,
+        )
+        if writer is None:
+            await self._forwarder.forward(call)
+            return await self._send_whole(request, call)
+        async with writer:
+            await self._forwarder.forward(call)
+        del request[STREAM]
+        return writer.response
+
+    def _targets(self, route: "Route", model: str, prompt: "Prompt", record: "Record") -> "tuple[Target, ...]":
+        """Return the targets in the order in which the request may go to them.
+
+        What goes on from a stored response goes to its home; else the order is the one that the route draws, and the
+        record notes which target comes first.
+        """
+        if prompt.previous_response_id is not None:
+            home = self._home_of(prompt.previous_response_id, record, param="previous_response_id")
+            pinned = self._pool.home_target(home, model, route) if home is not None else None
+            if pinned is not None:
+                return (pinned,)
         if not route.weighted:
             return route.targets
         targets = route.order()
         first = targets[0]
         record.draw_target(first.backend, first.model or model, first.weight, self._clock())
         return targets
+
+    def _home_of(self, response_id: str, record: "Record", *, param: str) -> "Home | None":
+        """Return the home of a stored response, None for one that is not known. Raises: NotFound, for another key's."""
+        home = self._pool.responses.of(response_id)
+        if home is not None and home.owner not in {None, self._owner(record)}:
+            raise NotFound("There is no response with this id.", param=param)
+        return home
+
+    def _owner(self, record: "Record") -> str | None:
+        """Return whose the responses of a request are: its key's; None where callers are not known by keys."""
+        return record.caller.id if self._keys.needed else None
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""
@@ -179,7 +273,7 @@ class Handlers:
                 "service": "llm-gateway",
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
-                "model": self._settings.model_name,
+                "model": self._pool.default_model,
                 "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
             }
         )
@@ -197,7 +291,7 @@ class Handlers:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
         if self._admission.draining:
-            return unrecorded_error(GatewayDraining(), dialect_of(request.path), headers)
+            return unrecorded_error(GatewayDraining(), worded_by(request.path), headers)
         if not self._health.ready:
             return json_response({"status": "starting"}, status=503, headers=headers)
         return json_response({"status": "ok"})

@@ -45,6 +45,11 @@ class Keys:
         self.callers = tuple(self._by_digest.values())
         self._of_address = lru_cache(maxsize=ADDRESSES)(Caller)
 
+    @property
+    def needed(self) -> bool:
+        """Whether callers are known by their keys."""
+        return bool(self._by_digest)
+
     def fit(self, request: "web.Request") -> bool:
         """Return whether the request carries a valid key, or needs none."""
         return not self._by_digest or self._known(request) is not None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from multidict import CIMultiDict
 
-from gateway.dialects.table import dialect_of
 from gateway.errors import (
     CallerLeft,
     GatewayDraining,
@@ -20,7 +19,7 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.record import Record
-from gateway.server.paths import known_path, needs_key
+from gateway.server.paths import known_path, needs_key, worded_by
 from gateway.server.responses import error_response, explaining, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
@@ -73,7 +72,7 @@ class Middleware:
         except web.HTTPMethodNotAllowed as error:
             allowed = error.headers["Allow"]
             failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
-            response = unrecorded_error(failure, dialect_of(request.path), {"allow": allowed})
+            response = unrecorded_error(failure, worded_by(request.path), {"allow": allowed})
         return self._closed_while_draining(response)
 
     async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
@@ -120,7 +119,7 @@ class Middleware:
         record.end_with(error)
         record.ended = self._clock()
         self._telemetry.finish(record)
-        response = error_response(error, dialect_of(record.path or ""), record, record.ended)
+        response = error_response(error, worded_by(request.path if request is not None else ""), record, record.ended)
         response.force_close()
         return response
 
@@ -140,7 +139,7 @@ class Middleware:
         drop_frames(error)
         if stream is not None and stream.opened:
             return await stream.end_with_error(failure)
-        response = error_response(failure, dialect_of(record.path or ""), record, self._clock())
+        response = error_response(failure, worded_by(request.path), record, self._clock())
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["allow"] = error.headers["Allow"]
         return response

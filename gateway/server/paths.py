@@ -1,20 +1,26 @@
 """Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
 
-from gateway.dialects.table import BY_PATH
+from gateway.dialects.dialect import Dialect
+from gateway.dialects.model_list import MODELS
+from gateway.dialects.openai.responses import RESPONSES
+from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
+from gateway.dialects.table import BY_PATH, DIALECTS
 
-MODELS = "/v1/models"
-MODEL = "/v1/models/{id}"
+MODEL = MODELS + "/{id}"
 SERVICE = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """The calls that ask how the gateway is."""
 
 
-def forms_of(path: str) -> tuple[str, str]:
+def forms_of(path: str) -> tuple[str, ...]:
     """Return a path below `/v1` as it is and without `/v1`: some clients are given a base url without it."""
-    return path, path.removeprefix("/v1")
+    return tuple(dict.fromkeys((path, path.removeprefix("/v1"))))
 
 
 CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path)} | {"/": "/"}
 """The path that records know, for each form of it."""
+MAX_PARTS = max(path.count("/") for path in BY_PATH)
+"""Of the path of a call."""
+_BELOW_RESPONSES = tuple(f"{form}/" for form in forms_of(RESPONSES))
 _BELOW_MODELS = tuple(f"{form}/" for form in forms_of(MODELS))
 
 
@@ -23,18 +29,38 @@ def known_path(path: str) -> str | None:
     known = CANONICAL.get(path)
     if known is None and path.startswith(_BELOW_MODELS) and path not in _BELOW_MODELS:
         return MODEL
+    if known is None and path.startswith(_BELOW_RESPONSES):
+        response_id, _, action = path.partition("/responses/")[2].partition("/")
+        return {"": RESPONSE, "cancel": CANCEL}.get(action) if response_id and path[-1] != "/" else None
     return known
 
 
 def needs_key(path: str, known: str | None) -> bool:
     """Return whether a path asks for a key: every call that is forwarded or lists models, and all of `/v1`."""
-    return known not in {None, "/"} or path.startswith("/v1")
+    return known not in {None, "/"} or path.startswith(("/v1", *_BELOW_RESPONSES))
 
 
 def right_path(path: str) -> str | None:
     """Return the path that was meant where slashes, letter case or a second `/v1` are wrong, or None."""
-    parts = [part for part in path.lower().split("/") if part]
-    while parts[:2] == ["v1", "v1"]:
-        del parts[0]
-    straight = "/" + "/".join(parts)
+    straight = "/" + "/".join(_parts(path))
     return straight if straight in SERVICE else known_path(straight)
+
+
+def worded_by(path: str) -> Dialect:
+    """Return the dialect that words the errors of a path: that of the call that it is, nearly is, or is below."""
+    parts = _parts(path)[:MAX_PARTS]
+    while parts:
+        dialect = BY_PATH.get(CANONICAL.get("/" + "/".join(parts), ""))
+        if dialect is not None:
+            return dialect
+        del parts[-1]
+    return DIALECTS[0]
+
+
+def _parts(path: str) -> list[str]:
+    """Return the parts of a path in lower case, without empty ones and a second `/v1`."""
+    parts = [part for part in path.lower().split("/") if part]
+    first = 0
+    while parts[first : first + 2] == ["v1", "v1"]:
+        first += 1
+    return parts[first:]

@@ -14,6 +14,8 @@ from gateway.content_coding import (
     Decoder,
     coding_of,
 )
+from gateway.dialects.form_data import boundary_of
+from gateway.dialects.passed_through import read_form
 from gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -88,9 +90,18 @@ class RequestReader:
         )
 
     async def prompt(
-        self, request: web.Request, path: str, dialect: "Dialect", deadline: Deadline, share: "Share"
+        self,
+        request: web.Request,
+        path: str,
+        dialect: "Dialect",
+        deadline: Deadline,
+        share: "Share",
+        *,
+        boundary: bytes | None,
     ) -> "Prompt":
         """Read, decode and check the body of a request to `path`, which is one of the dialect's.
+
+        `boundary`: of a form; None for JSON.
 
         Raises:
             CallerError: it is late, too large, malformed HTTP, in a wrong coding, or not what the dialect reads.
@@ -98,9 +109,11 @@ class RequestReader:
             GatewayOverloaded: the share cannot hold it.
         """
         body = await self._body(request, deadline, share)
-        if len(body) <= LARGE:
+        if boundary is None and len(body) <= LARGE:
             return dialect.read_request(path, body)
         with PhaseTimer(self._clock, deadline.end, "The deadline passed before the request's body could be checked."):
+            if boundary is not None:
+                return await self._executor.run(len(body), read_form, dialect, path, body, boundary)
             return await self._executor.run(len(body), dialect.read_request, path, body)
 
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
@@ -166,10 +179,24 @@ def _only(request: web.Request, name: str) -> str | None:
     return value
 
 
-def check_media_type(request: web.Request) -> None:
-    """Refuse a body that is not JSON. Raises: UnsupportedMediaType."""
-    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+def form_boundary(request: web.Request, dialect: "Dialect") -> bytes | None:
+    """Return the boundary of a form, where the dialect takes forms; None for JSON.
+
+    Raises:
+        UnsupportedMediaType: the body is neither.
+        InvalidRequest: it is a form without a good boundary.
+    """
+    content_type = request.headers.get("Content-Type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "application/json":
+        return None
+    if not dialect.passes_through:
         raise UnsupportedMediaType("Send the body as content-type: application/json.", param="content-type")
+    if media_type != "multipart/form-data":
+        raise UnsupportedMediaType(
+            "Send the body as content-type: application/json or multipart/form-data.", param="content-type"
+        )
+    return boundary_of(content_type)
 
 
 def forwarded_headers(request: web.Request, record: "Record") -> list[tuple[str, str]]:

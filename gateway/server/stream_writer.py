@@ -1,4 +1,4 @@
-"""The caller's side of a streamed answer: commit, events, heartbeats, and an end that is never silent."""
+"""The caller's side of an answer that is sent as it comes: commit, heartbeats, and an end that is never silent."""
 
 import asyncio
 import socket
@@ -27,10 +27,15 @@ POLL = 0.005
 LAST_WORD = 0.05
 """Seconds that an error event may take to a caller who does not read; then the connection is aborted."""
 HEARTBEAT = b": waiting for the model\n\n"
+EVENT_STREAM = "text/event-stream"
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Headers of event streams, so that no proxy holds them back."""
 
 
 class StreamWriter:
-    """One streamed answer. Nothing is sent before `commit`, except heartbeats when they are on.
+    """One answer that is sent as it comes: a stream, or what is passed through.
+
+    Nothing is sent before `commit`, except heartbeats when they are on.
 
     Args:
         request: of the caller.
@@ -66,6 +71,7 @@ class StreamWriter:
         self._opening = asyncio.Lock()
         self._ended = False
         self._chunked = request.version >= HttpVersion11
+        self._length: int | None = None
         self.committed = False
 
     @property
@@ -95,13 +101,22 @@ class StreamWriter:
             self._beating = None
 
     async def commit(
-        self, headers: "Mapping[str, str]", events: bytes, state: "StreamState", held_up: "HeldUp"
+        self,
+        headers: "Mapping[str, str]",
+        events: bytes,
+        state: "StreamState | None",
+        held_up: "HeldUp",
+        *,
+        status: int = 200,
+        length: int | None = None,
     ) -> None:
         """Send the status, the headers and the first events: from here on nothing is retried. Raises: CallerLeft."""
         self.committed = True
         self._state = state
         self._held_up = held_up
-        if not await self._open(events, headers):
+        if length is not None:
+            self._length, self._chunked = length, False
+        if not await self._open(events, headers, status) and events:
             await self.write(events)
 
     async def write(self, events: bytes) -> None:
@@ -159,7 +174,7 @@ class StreamWriter:
             if transport is not None:
                 if not taken:
                     transport.abort()
-                elif self._chunked:
+                elif self._chunked or self._length is not None:
                     transport.close()
                 else:
                     _reset(transport)
@@ -177,19 +192,17 @@ class StreamWriter:
             return False
         return True
 
-    async def _open(self, events: bytes, headers: "Mapping[str, str]") -> bool:
+    async def _open(self, events: bytes, headers: "Mapping[str, str]", status: int = 200) -> bool:
         """Send the status, the headers and the first events in one; return False when the status has gone out."""
         async with self._opening:
             if self._response is not None:
                 return False
-            response = web.StreamResponse(
-                headers={
-                    "cache-control": "no-cache",
-                    "x-accel-buffering": "no",
-                    **headers,
-                    **explaining(self._record, self._clock()),
-                }
-            )
+            explained = {**headers, **explaining(self._record, self._clock())}
+            if headers.get("content-type", "").lower().startswith(EVENT_STREAM):
+                explained = UNBUFFERED | explained
+            response = web.StreamResponse(status=status, headers=explained)
+            if self._length is not None:
+                response.content_length = self._length
             try:
                 await response.prepare(self._request)
                 self._response = response
@@ -209,7 +222,7 @@ class StreamWriter:
             await asyncio.sleep(max(0.0, self._last_write + self._heartbeat - self._clock()))
             if self._ended or self._clock() - self._last_write < self._heartbeat:
                 continue
-            opened = await self._open(HEARTBEAT, {"content-type": "text/event-stream"})
+            opened = await self._open(HEARTBEAT, {"content-type": EVENT_STREAM})
             if not opened and not self._ended:
                 await self.write(HEARTBEAT)
 

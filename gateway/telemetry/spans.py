@@ -33,6 +33,7 @@ def _server(record: "Record") -> SpanData:
             record.status,
             record.outcome,
             record.operation,
+            record.provider,
             record.model[:256],
             record.stream,
             record.choices,
@@ -50,6 +51,8 @@ def _server(record: "Record") -> SpanData:
     span.start = record.started_ns
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
     _describe_own(record, span)
+    if record.caller.name is not None:
+        _describe_key(record, span)
     if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
         span.status = ERROR
         span.error = record.error_message
@@ -61,14 +64,16 @@ def _server(record: "Record") -> SpanData:
 def _describe_own(record: "Record", span: SpanData) -> None:
     """Add the attributes that are the request's alone."""
     span.own.append(("gateway.request_id", record.request_id))
-    if record.caller.name is not None:
-        _describe_key(record, span)
     if record.response_id is not None:
         span.own.append(("gen_ai.response.id", record.response_id))
     if record.input_tokens is not None:
         span.own.append(("gen_ai.usage.input_tokens", record.input_tokens))
     if record.output_tokens is not None:
         span.own.append(("gen_ai.usage.output_tokens", record.output_tokens))
+    if record.operation is None and record.attempts:
+        span.own.append(("gateway.attempts", len(record.attempts)))
+        if record.stop_reason is not None:
+            span.own.append(("gateway.retry.stop_reason", record.stop_reason))
     if record.queued:
         span.own.append(("gateway.queue_seconds", record.queued))
     if record.input_text is not None:
@@ -129,6 +134,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     status: int,
     outcome: str,
     operation: str,
+    provider: str | None,
     model: str,
     stream: bool,  # noqa: FBT001
     choices: int,
@@ -145,11 +151,11 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     attributes: list[tuple[str, Value]] = [
         *http.attributes,
         ("gen_ai.operation.name", operation),
-        ("gen_ai.provider.name", "openai"),
         ("gen_ai.request.model", model),
         ("gateway.attempts", attempts),
     ]
     for attribute, value in (
+        ("gen_ai.provider.name", provider),
         ("gen_ai.request.stream", stream or None),
         ("gen_ai.request.choice.count", choices if choices != 1 else None),
         ("gen_ai.request.max_tokens", max_tokens),
@@ -201,6 +207,7 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
         attempt.timer,
         attempt.error_type,
         attempt.model and attempt.model[:256],
+        record.method,
         record.path,
     )
     span = SpanData(shared, trace_id=record.trace_id, span_id=attempt.span_id, parent_id=record.span_id)
@@ -236,10 +243,11 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     timer: str | None,
     error_type: str | None,
     model: str | None,
+    method: str,
     path: str | None,
 ) -> Shared:
     attributes: list[tuple[str, Value]] = [
-        ("http.request.method", "POST"),
+        ("http.request.method", method),
         ("url.full", url),
         ("server.address", host),
         ("server.port", port),
@@ -258,7 +266,7 @@ def _attempt_attributes(  # noqa: PLR0917 - the key of the cache
     ):
         if value is not None:
             attributes.append((attribute, value))
-    return Shared(f"POST {path}", CLIENT, attributes)
+    return Shared(f"{method} {path}", CLIENT, attributes)
 
 
 NO_FAULT = frozenset({"cancelled", LEFT, "gateway_draining"})

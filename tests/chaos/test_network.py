@@ -3,7 +3,7 @@
 import asyncio
 
 from chaos.promises import Verdict, all_good, at_most, attempts_at_most, fails_as
-from chaos.proxy import Network
+from testkit.fault_proxy import Network
 from testkit.load import now, sent_between
 from testkit.ports import LOOPBACK
 from tests.chaos.verdict import StartArena, nothing_is_lost, probed_well, recovers

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from chaos.promises import Verdict, all_good, at_most
+from testkit.completions import CHAT_PATH, MESSAGES_PATH
 from testkit.load import Call
 from tests.chaos.verdict import StartArena, nothing_is_lost
 
@@ -16,8 +17,10 @@ PART = 0.3
 KINDS = ("answer", "stream", "stream", "answer")
 """Two replicas take calls in turn while none is slow: by this order each gets answers and streams."""
 SPOILED = 8
+OPENING = {CHAT_PATH: 1, MESSAGES_PATH: 3}
+"""Events without content."""
 AFTER = 4
-"""Events before a fault that comes after commit: the opening, which has no content, and three tokens."""
+"""Events before a fault that comes after commit: the opening of a chat, and three tokens."""
 
 
 def fault(kind: str, **details: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -46,8 +49,14 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("name", BEFORE)
-async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, name: str) -> None:
+OF_THE_GRAMMAR = ("stall", "cut-by-end", "cut-by-reset", "cut-inside-event", "cut-inside-character", "malformed-event")
+"""Faults in a stream: each API has a grammar of its own, in which they must be known."""
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [*((name, CHAT_PATH) for name in BEFORE), *((name, MESSAGES_PATH) for name in OF_THE_GRAMMAR)]
+)
+async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, name: str, path: str) -> None:
     """The first 8 calls that one replica gets (and the fault suits) are spoiled, of 45, half of them streams.
 
     The other replica is well. 0 failures; each spoiled call was sent again once, to that one (a call that was reset on
@@ -56,7 +65,7 @@ async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, 
     """
     arena = await start_arena(mocks=2, gateway=PATIENT)
     await arena.mock.faults({**BEFORE[name], "times": SPOILED})
-    async with arena.load(RATE, total=TOTAL, kinds=KINDS) as load:
+    async with arena.load(RATE, total=TOTAL, kinds=KINDS, path=path) as load:
         await load.all_sent(60)
     spoiled = [entry["request_id"] for entry in arena.mock.arrivals() if entry["fault"]]
     tries = {call.id: len(call.tries) for call in load.calls}
@@ -85,8 +94,17 @@ AFTER_COMMIT = {
 }
 
 
+def in_the_stream_of(path: str, script: dict[str, Any]) -> dict[str, Any]:
+    """The same fault after as many tokens, however many events an API opens with."""
+    details = script["with"]
+    if "after_events" in details:
+        details = details | {"after_events": details["after_events"] + OPENING[path] - OPENING[CHAT_PATH]}
+    return script | {"with": details}
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, MESSAGES_PATH])
 @pytest.mark.parametrize("name", AFTER_COMMIT)
-async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, name: str) -> None:
+async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, name: str, path: str) -> None:
     """30 % of the streams are spoiled after three tokens, 45 calls; two replicas could take a retry, and must not.
 
     Exactly the spoiled streams fail: with the beginning of their own text, one error event and no `[DONE]`; each took
@@ -95,8 +113,8 @@ async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, 
     script, expected = AFTER_COMMIT[name]
     arena = await start_arena(mocks=2, gateway=PATIENT)
     for mock in arena.mocks:
-        await mock.faults({**script, "rate": PART, "match": {"stream": True}})
-    async with arena.load(RATE, total=TOTAL) as load:
+        await mock.faults({**in_the_stream_of(path, script), "rate": PART, "match": {"stream": True}})
+    async with arena.load(RATE, total=TOTAL, path=path) as load:
         await load.all_sent(60)
     spoiled = {entry["request_id"] for mock in arena.mocks for entry in mock.arrivals() if entry["fault"]}
     failed = [call for call in load.calls if call.outcome != "ok"]

@@ -20,6 +20,7 @@ class RawCall:
     """One prompt, as it came, and the means of answering it.
 
     Attributes:
+        line: method, path and query, version.
         headers: names in lower case.
         body: bytes.
         number: 1, 2, ... over all prompts; `turn`: over those on this connection.
@@ -27,6 +28,7 @@ class RawCall:
 
     def __init__(
         self,
+        line: str,
         headers: dict[str, str],
         body: bytes,
         *,
@@ -35,6 +37,7 @@ class RawCall:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
+        self.line = line
         self.headers = headers
         self.body = body
         self.number = number
@@ -84,11 +87,13 @@ class RawBackend:
     Attributes:
         calls: the prompts that came.
         probes: how often its health was asked; `healthy`: what it said.
+        lists: the head of each question for its models; the answer is 404.
     """
 
     def __init__(self, play: Play) -> None:
         self.calls: list[RawCall] = []
         self.probes = 0
+        self.lists: list[list[str]] = []
         self.healthy = True
         self._play = play
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,8 +143,12 @@ class RawBackend:
                 status = b"200 OK" if self.healthy else b"500 Internal Server Error"
                 writer.write(b"HTTP/1.1 %s\r\ncontent-length: 0\r\n\r\n" % status)
                 continue
+            if lines[0].startswith("GET ") and "/models" in lines[0]:
+                self.lists.append(lines)
+                writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+                continue
             turn += 1
-            call = RawCall(headers, body, number=len(self.calls) + 1, turn=turn, reader=reader, writer=writer)
+            call = RawCall(lines[0], headers, body, number=len(self.calls) + 1, turn=turn, reader=reader, writer=writer)
             self.calls.append(call)
             await self._play(call)
         await writer.wait_closed()

@@ -21,6 +21,7 @@ from gateway.server.listener import Listener
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
+from testkit.polling import until
 
 KEY = "gw-key-1"
 REFUSED = "http://127.0.0.1:1"
@@ -131,6 +132,11 @@ def config(folder: Path, text: str) -> Path:
     file = folder / "gateway.yaml"
     file.write_text(text)
     return file
+
+
+async def listed(gateway: Gateway) -> None:
+    """Wait until the backends have listed their models: nothing more goes to them by itself, where none is probed."""
+    await until(lambda: all(replica.models is not None for replica in gateway.parts.pool.listing))
 
 
 def prefer(gateway: Gateway, replica: str) -> None:

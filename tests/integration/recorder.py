@@ -27,7 +27,7 @@ class Seen:
 
 
 class Recorder:
-    """Answers every prompt alike; `seen` are the prompts, `probed` the health checks.
+    """Answers every prompt alike; `seen` are the prompts, `probed` the probes, `listed` the questions for models.
 
     Attributes:
         status, headers: of the answers.
@@ -42,6 +42,7 @@ class Recorder:
         self.pieces = [ANSWER]
         self.written = 0
         self.probed: list[Seen] = []
+        self.listed: list[Seen] = []
         self.url = ""
 
     @property
@@ -50,8 +51,8 @@ class Recorder:
         return len(self.probed)
 
     async def probe(self, request: web.Request) -> web.Response:
-        """404 is good enough."""
-        self.probed.append(await _seen(request))
+        """404 is good enough, also where models are asked for."""
+        (self.listed if request.path.endswith("/models") else self.probed).append(await _seen(request))
         return web.Response(status=404)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:

@@ -331,7 +331,7 @@ async def test_the_deadline_holds_for_the_body_too(mock: MockModel, start_gatewa
         ("POST //v1/chat/completions", 404, "not_found"),
         ("POST /V1/chat/completions", 404, "not_found"),
         ("POST /v1/../v1/nothing", 404, "not_found"),
-        ("POST /v1/audio/speech", 404, "not_found"),
+        ("POST /v1/audio/noise", 404, "not_found"),
         (f"GET /{MARK}", 404, "not_found"),
         (f"GET /%0d%0a{MARK}:%201", 404, "not_found"),
         ("GET /v1/chat/completions", 405, "method_not_allowed"),

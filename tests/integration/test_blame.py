@@ -23,7 +23,7 @@ from testkit.http import Answer
 from testkit.polling import until
 from testkit.sse import Events
 from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw, chunk
-from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
+from tests.integration.gateways import Gateway, StartGateway, StartMock, listed, prefer
 from tests.integration.processes import Program, running
 from tests.integration.wire import BODY, Wire, chunks_in, dial, post
 
@@ -125,7 +125,8 @@ async def test_a_shortage_is_not_tried_again_at_other_replicas(
     start_mock: StartMock, start_gateway: StartGateway, sockets: Sockets
 ) -> None:
     gateway = await start_gateway(*[await start_mock() for _ in range(4)], gateway_probe_path="")
-    sockets.error = errno.EMFILE
+    await listed(gateway)
+    sockets.wanted, sockets.error = 0, errno.EMFILE
     no_connection(await gateway.chat())
     assert sockets.wanted == 1
 
@@ -239,6 +240,7 @@ async def test_used_up_local_ports_are_told(
     except OSError:
         pytest.skip("this kernel cannot limit the local ports of a socket")
     gateway = await start_gateway(slow_mock, **STRICT, gateway_probe_path="")
+    await listed(gateway)
     monkeypatch.setattr(aiohttp_connection, "_Socket", OnePort)
     streaming = asyncio.create_task(gateway.chat(stream=True))
     await slow_mock.called(1)

@@ -96,7 +96,7 @@ async def test_a_caller_who_names_no_model_gets_the_default_one(
     assert recorder.seen[2].body == b'{"prompt":"x","model":"own"}'
 
 
-@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/completions", "/v1/embeddings", "/v1/responses"])
+@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"])
 async def test_an_answer_comes_back_byte_for_byte(recorder: Recorder, start_gateway: StartGateway, path: str) -> None:
     gateway = await start_gateway(recorder.url)
     odd = b'\r\n {"a" : 1.0, "b":[1e5,-0.0, 12345678901234567890], "c":"\\u00e9\xc3\xa9","error": null, "choices":[]}\n'

@@ -52,7 +52,7 @@ def at_once(gateway: Gateway, number: int, **changes: Any) -> list[asyncio.Task[
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("number", [502, 503, 504])
+@pytest.mark.parametrize("number", [502, 503, 504, 529])
 async def test_a_short_outage_costs_the_caller_only_time(
     mock: MockModel, start_gateway: StartGateway, number: int, *, stream: bool
 ) -> None:

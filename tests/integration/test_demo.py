@@ -1,6 +1,8 @@
 """`make demo` as somebody runs it who has just cloned the repository."""
 
+import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,6 +59,9 @@ async def test_the_demo_tells_its_story_shows_each_trace_and_leaves_nothing_runn
     assert (answer.status, answer.attempts) == (200, 2)
     await demo.says(f"trace     {answer.headers['x-trace-id']}")
     assert "500 status_500 -> retry" in demo.said
+    for line in re.findall(r"^curl -X PUT .*/faults -d '(.*)'$", demo.said, flags=re.MULTILINE):
+        put = await ask(f"http://{LOOPBACK}:{demo.control_port}/faults", method="PUT", body=json.loads(line))
+        assert put.status == 200, put
     assert "   gateway |" in demo.said, "its log is shown"
     demo.signal(signal.SIGTERM)
     assert await demo.wait() == 0
@@ -107,6 +112,14 @@ async def test_a_port_that_is_taken_or_wrong_is_told_in_one_line(tmp_path: Path)
     await other.start(wait=False)
     assert await other.wait() == 1
     assert other.said == "demo: PORT=eight is not a port: give a whole number from 1 to 65535\n"
+
+
+async def test_a_model_that_is_not_known_is_told_with_those_that_are(tmp_path: Path) -> None:
+    demo = Demo(tmp_path)
+    demo.env = {**demo.env, "MODEL": "gpt-4"}
+    await demo.start(wait=False)
+    assert await demo.wait() == 1
+    assert demo.said == "demo: MODEL=gpt-4 is not known: give smollm2, or nothing for the mock model\n"
 
 
 async def test_a_setting_that_is_wrong_is_told_with_what_the_process_said(tmp_path: Path) -> None:

@@ -13,11 +13,25 @@ from typing import Any
 import pytest
 
 from gateway.policy.breaker import State
-from testkit.completions import CHAT
+from testkit.completions import CHAT, CHAT_PATH, MESSAGES_PATH, RESPONSES_PATH, prompt
 from testkit.sse import DONE, Events
 from tests.integration.backends_raw import END, OPEN_STREAM_HEAD, STREAM_HEAD, RawCall, StartRaw, event
 from tests.integration.gateways import Gateway, StartGateway
-from tests.integration.streaming import FINISH, QUICK, ROLE, WHOLE, WORD, respond, settled, streaming
+from tests.integration.streaming import (
+    END_OF_TURN,
+    FINISH,
+    QUICK,
+    ROLE,
+    SAID,
+    START,
+    WHOLE,
+    WHOLE_MESSAGE,
+    WORD,
+    respond,
+    send,
+    settled,
+    streaming,
+)
 from tests.integration.wire import dial
 
 if sys.version_info >= (3, 14):
@@ -47,6 +61,9 @@ INSIDE: list[tuple[object, int]] = [
     ({"error": {"message": WORDS, "code": True}}, 502),
     ({"object": "error", "message": WORDS, "type": "BadRequestError", "code": 400}, 400),
 ]
+
+
+APIS = {"chat": CHAT_PATH, "responses": RESPONSES_PATH, "messages": MESSAGES_PATH}
 
 
 def streamed(*events: bytes) -> Play:
@@ -85,12 +102,10 @@ async def rest_after_commit(start_raw: StartRaw, start_gateway: StartGateway, ev
 
 
 async def ask(gateway: Gateway, *, stream: bool, api: str) -> Any:  # noqa: ANN401
-    if api == "responses":
-        return await respond(gateway, stream=stream)
-    return await gateway.chat(stream=stream)
+    return await send(gateway, APIS[api], stream=stream)
 
 
-@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(("document", "status"), INSIDE)
 async def test_an_error_inside_a_200_is_an_error_answer_with_the_servers_words(
@@ -109,6 +124,7 @@ async def test_an_error_inside_a_200_is_an_error_answer_with_the_servers_words(
 
     assert answer.status == status
     assert WORDS in answer.error["message"]
+    assert answer.json.keys() == ({"type", "error"} if api == "messages" else {"error"})
     assert len(backend.calls) == (2 if status in {502, 503} else 1)
     breaker = gateway.parts.pool.replicas[0].breaker
     assert breaker.consecutive_failures == (status in {502, 503})
@@ -151,7 +167,7 @@ async def test_json_in_place_of_a_stream_is_known_whatever_its_type(
     assert (wrong.status, wrong.error["code"], wrong_calls) == (502, "backend_invalid_response", 1)
 
 
-@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("api", APIS)
 async def test_a_byte_order_mark_before_a_whole_answer_or_an_error_is_no_failure(
     start_raw: StartRaw, start_gateway: StartGateway, api: str
 ) -> None:
@@ -166,7 +182,7 @@ async def test_a_byte_order_mark_before_a_whole_answer_or_an_error_is_no_failure
     assert (answer.status, answer.body, len(backend.calls)) == (400, bad, 1)
 
 
-@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("api", APIS)
 async def test_a_list_with_one_error_as_the_first_event_is_that_error(
     start_raw: StartRaw, start_gateway: StartGateway, api: str
 ) -> None:
@@ -195,6 +211,24 @@ async def test_done_before_the_end_of_a_response_is_no_end(start_raw: StartRaw, 
     answer = await respond(await start_gateway(backend.url, gateway_max_attempts=1))
     assert b"[DONE]" not in answer.body
     assert answer.status == 502 or answer.cut
+
+
+@pytest.mark.parametrize("before", [START + SAID, START + SAID + END_OF_TURN])
+async def test_done_before_the_end_of_a_message_is_no_end(
+    start_raw: StartRaw, start_gateway: StartGateway, before: bytes
+) -> None:
+    backend = await start_raw(streamed(before, DONE))
+    answer = await send(await start_gateway(backend.url, gateway_max_attempts=1), MESSAGES_PATH, stream=True)
+    assert b"[DONE]" not in answer.body
+    assert answer.status == 502 or answer.cut
+
+
+async def test_done_after_the_end_of_a_message_goes_no_further(
+    start_raw: StartRaw, start_gateway: StartGateway
+) -> None:
+    backend = await start_raw(streamed(WHOLE_MESSAGE, DONE))
+    answer = await send(await start_gateway(backend.url), MESSAGES_PATH, stream=True)
+    assert (answer.status, answer.body, answer.cut) == (200, WHOLE_MESSAGE, False)
 
 
 async def test_an_error_field_is_an_error_before_the_commit_and_after_it(
@@ -230,12 +264,13 @@ async def test_an_error_in_mid_stream_is_passed_on_unchanged_without_a_proper_en
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl, which slim containers have not")
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
 async def test_after_commit_a_failure_ends_the_body_improperly_so_that_curl_fails(
     start_raw: StartRaw, start_gateway: StartGateway, path: str
 ) -> None:
-    body = {"/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}[path]
-    word = {"/v1/responses": b'data: {"type": "response.output_text.delta", "sequence_number": 0}\n\n'}.get(path, WORD)
+    body = prompt(path)
+    delta = b'data: {"type": "response.output_text.delta", "sequence_number": 0}\n\n'
+    word = {"/v1/responses": delta, "/v1/messages": SAID}.get(path, WORD)
 
     async def cut(call: RawCall) -> None:
         await call.send(STREAM_HEAD)

@@ -49,6 +49,8 @@ async def test_every_answer_of_v1_explains_itself(start_mock: StartMock, start_g
         ("/v1/embeddings", {"input": "x"}),
         ("/v1/responses", {"input": "x"}),
         ("/v1/responses", {"input": "x", "stream": True}),
+        ("/v1/messages", CHAT),
+        ("/v1/messages", CHAT | {"stream": True}),
     ):
         await check(await call("POST", path, json=body, headers=key), 200, 1, "backend-1")
     mock.set_faults([{"kind": "status", "with": {"status": 418}}])
@@ -60,7 +62,7 @@ async def test_every_answer_of_v1_explains_itself(start_mock: StartMock, start_g
     mock.set_faults([{"kind": "reset"}])
     # Over a kept-alive connection, so that it is sent again once.
     await check(await call("POST", CHAT_PATH, json=CHAT, headers=key), 502, 2, None)
-    assert mock.journal.total == 12
+    assert mock.journal.total == 14
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ async def test_a_wrong_key_is_refused_in_every_header(
 @pytest.mark.parametrize(
     "line",
     [
-        *(f"POST {path}" for path in ("/chat/completions", "/completions", "/embeddings", "/responses")),
+        *(f"POST {path}" for path in ("/chat/completions", "/completions", "/embeddings", "/responses", "/messages")),
         *("GET /models", "GET /models/demo-model", "GET /chat/completions", "DELETE /models", "HEAD /models"),
     ],
 )

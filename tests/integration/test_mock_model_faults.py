@@ -467,11 +467,12 @@ async def test_a_crash_in_a_test_looks_like_a_dead_process_until_revived(mock: M
     assert (await post(mock)).status == 200
 
 
-async def test_health_fails_only_where_it_is_named(mock: MockModel) -> None:
-    mock.set_faults([{"kind": "reset"}])
-    untouched = await post(mock, path="/health", method="GET")
-    mock.set_faults([{"kind": "status", "with": {"status": 500}, "match": {"path": "/health"}}])
-    named = await post(mock, path="/health", method="GET")
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_what_gateways_ask_by_themselves_fails_only_where_it_is_named(mock: MockModel, path: str) -> None:
+    mock.set_faults([{"kind": "reset", "times": 1}])
+    untouched = await post(mock, path=path, method="GET")
+    mock.set_faults([{"kind": "status", "with": {"status": 500}, "match": {"path": path}}])
+    named = await post(mock, path=path, method="GET")
 
     assert (untouched.status, named.status) == (200, 500)
     assert (await post(mock)).status == 200
@@ -510,12 +511,6 @@ async def test_a_match_knows_the_model_of_requests_that_name_none(mock: MockMode
     assert mock.journal.calls[0].model == (body.get("model") if isinstance(body, dict) else None)
 
 
-async def test_the_default_model_is_not_what_a_list_of_models_is_for(mock: MockModel) -> None:
-    mock.set_faults([{"kind": "reset", "match": {"model": "demo-model"}}])
-
-    assert (await post(mock, path="/v1/models", method="GET")).status == 200
-
-
 async def test_the_same_seed_and_calls_meet_the_same_faults() -> None:
     async def run(bodies: list[int], seed: int) -> dict[tuple[int, int], str | None]:
         async with MockModel(settings(mock_seed=seed)) as mock:
@@ -548,3 +543,97 @@ async def test_stopping_does_not_wait_for_calls_that_hang() -> None:
     assert asyncio.get_running_loop().time() - start < 5
     await asyncio.gather(*calls)
     assert [call.ended for call in mock.journal.calls] == ["fault"] * 6
+
+
+@pytest.mark.parametrize("after", [0, 3, 100])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+async def test_an_error_event_is_the_last_of_its_stream(mock: MockModel, path: str, after: int) -> None:
+    body = {**STREAM, "prompt": "x", "input": "x"}
+    usual = await post(mock, body, path)
+    script(mock, "error_event", after_events=after)
+    answer = await post(mock, body, path)
+    error = json.loads(answer.events[-1].rpartition(b"data: ")[2])
+
+    assert answer.ended_well
+    assert answer.events[:-1] == usual.events[:-1][:after]
+    assert set(error["error"]) == {"message", "type", "param", "code"}
+    assert await ended(mock) == ("error_event", "fault", len(answer.events))
+    if path == "/v1/responses":
+        assert answer.events[-1].startswith(b"event: error\n")
+        assert (error["type"], error["sequence_number"]) == ("error", len(answer.events) - 1)
+        assert (error["code"], error["message"]) == (error["error"]["code"], error["error"]["message"])
+
+
+@pytest.mark.parametrize("error", ["no more room", {"code": 400, "message": "too long"}, None])
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+async def test_an_error_event_can_say_anything(mock: MockModel, path: str, error: Any) -> None:
+    script(mock, "error_event", after_events=0, error=error)
+    answer = await post(mock, {**STREAM, "input": "x"}, path)
+
+    assert json.loads(answer.events[0].rpartition(b"data: ")[2])["error"] == error
+
+
+async def test_an_error_event_is_for_streams(mock: MockModel) -> None:
+    script(mock, "error_event")
+    answer = await post(mock)
+
+    assert answer.status == 200
+    assert await ended(mock) == (None, "complete", 0)
+
+
+@pytest.mark.parametrize("after", [None, 0, 3, 100])
+async def test_pings_are_comments_before_the_first_token(mock: MockModel, after: int | None) -> None:
+    usual = await good(mock, STREAM)
+    script(mock, "pings", count=2, interval=0, **({} if after is None else {"after_events": after}))
+    answer = await post(mock, STREAM)
+    place = 1 if after is None else min(after, EVENTS)
+
+    assert answer.events == [*usual.events[:place], b": ping", b": ping", *usual.events[place:]]
+    assert await ended(mock) == ("pings", "complete", EVENTS)
+
+
+async def test_pings_of_a_whole_answer_are_blank_lines(mock: MockModel) -> None:
+    usual = await good(mock, BODY)
+    script(mock, "pings", count=3, interval=0)
+    answer = await post(mock)
+
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.text == b"\n\n\n" + usual.body
+    assert await ended(mock) == ("pings", "complete", 0)
+
+
+async def test_pings_end_when_the_caller_leaves(mock: MockModel) -> None:
+    mock.set_faults([{"kind": "pings", "with": {"count": 1_000_000, "interval": 0.001}}])
+    _, writer = await asyncio.open_connection("127.0.0.1", mock.port)
+    content = json.dumps(STREAM).encode()
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: mock\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+    await mock.called(1)
+    writer.close()
+
+    assert (await ended(mock))[:2] == ("pings", "caller_left")
+
+
+async def test_a_newer_stream_takes_the_slot_of_the_one_before() -> None:
+    async with MockModel(settings(mock_token_interval=600, mock_tokens=2)) as mock:
+        script(mock, "one_slot")
+        calls = []
+        for tokens in (2, 2, 1):
+            calls.append(asyncio.create_task(post(mock, {**STREAM, "max_tokens": tokens})))
+            async with asyncio.timeout(10):
+                while len(mock.journal.calls) < len(calls) or mock.journal.calls[-1].events_sent < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        first, second, third = await asyncio.gather(*calls)
+        journal = [(call.fault, call.ended, call.events_sent) for call in mock.journal.calls]
+
+    assert [len(answer.events) for answer in (first, second, third)] == [2, 2, 4]
+    assert all(answer.ended_well for answer in (first, second, third))
+    assert b"[DONE]" in third.text
+    assert journal == [("one_slot", "fault", 2), ("one_slot", "fault", 2), ("one_slot", "complete", 4)]
+
+
+async def test_a_stream_without_finish_reasons_can_be_done(mock: MockModel) -> None:
+    usual = await good(mock, STREAM)
+    script(mock, "no_finish", done=True)
+    answer = await post(mock, STREAM)
+
+    assert answer.events == [*usual.events[:-2], usual.events[-1]]

@@ -111,9 +111,9 @@ async def test_a_call_without_a_route_is_a_span_without_its_path_in_the_name(tra
     assert span.status.status_code == StatusCode.UNSET
 
 
-async def test_health_and_control_are_not_traced(traced: Traced) -> None:
+async def test_health_lists_of_models_and_control_are_not_traced(traced: Traced) -> None:
     async with aiohttp.ClientSession() as session:
-        for url in (f"{traced.mock.url}/health", f"{traced.mock.control_url}/journal"):
+        for url in (f"{traced.mock.url}/health", f"{traced.mock.url}/v1/models", f"{traced.mock.control_url}/journal"):
             async with session.get(url) as answer:
                 assert answer.status == 200
 
@@ -123,12 +123,12 @@ async def test_health_and_control_are_not_traced(traced: Traced) -> None:
 async def test_a_malformed_traceparent_is_a_trace_of_its_own(traced: Traced) -> None:
     async with (
         aiohttp.ClientSession(headers={"traceparent": "00-zz-yy-01"}) as session,
-        session.get(f"{traced.mock.url}/v1/models") as answer,
+        session.get(f"{traced.mock.url}/v1/models/m") as answer,
     ):
         assert answer.status == 200
 
     span = traced.exporter.get_finished_spans()[-1]
-    assert span.name == "GET /v1/models"
+    assert span.name == "GET /v1/models/{model}"
     assert span.parent is None
 
 

@@ -165,7 +165,7 @@ async def test_another_version_of_http_is_505(
     assert 'gateway_requests_total{outcome="invalid_request",route="other",status="505"} 1.0' in metrics
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/responses"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/responses", "/messages"])
 @pytest.mark.parametrize("base", ["", "/v1"])
 async def test_a_prompt_may_be_posted_without_v1(
     recorder: Recorder, start_gateway: StartGateway, path: str, base: str

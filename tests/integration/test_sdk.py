@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mock_model.serve import MockModel
 from testkit.polling import until
-from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.gateways import Gateway, StartGateway, listed
 
 MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 TOOL: Any = {
@@ -182,10 +182,11 @@ async def test_models(mock: MockModel, start_gateway: StartGateway, tmp_path: Pa
         'routes: [{model: org/small, targets: [{backend: one}]}, {model: "*", targets: [{backend: one}]}]\n'
     )
     gateway = await start_gateway(gateway_config=file, model_name="default")
+    await listed(gateway)
     async with gateway.sdk as sdk:
-        listed = [model async for model in sdk.models.list()]
-        assert [model.id for model in listed] == ["org/small", "default"]
-        for model in listed:
+        models = [model async for model in sdk.models.list()]
+        assert [model.id for model in models] == ["org/small", "default", "demo-model"]
+        for model in models:
             assert await sdk.models.retrieve(model.id) == model
         with pytest.raises(openai.NotFoundError) as caught:
             await sdk.models.retrieve("none-of-them")

@@ -9,7 +9,7 @@ from gateway import __version__
 from mock_model.serve import MockModel
 from testkit.completions import CHAT_PATH
 from testkit.polling import until
-from tests.integration.gateways import KEY, REFUSED, StartGateway, config, get
+from tests.integration.gateways import KEY, REFUSED, StartGateway, config, get, listed
 from tests.integration.recorder import Recorder
 from tests.integration.wire import send
 
@@ -216,9 +216,10 @@ routes:
 """,
     )
     gateway = await start_gateway(gateway_config=file, model_name="fallback")
+    await listed(gateway)
     document = json.loads((await get(gateway, "/v1/models")).body)
     assert document["object"] == "list"
-    assert [model["id"] for model in document["data"]] == ["org/second", "first", "fallback"]
+    assert [model["id"] for model in document["data"]] == ["org/second", "first", "fallback", "demo-model"]
     for model in document["data"]:
         assert model["object"] == "model"
         assert {"created", "owned_by"} < set(model)

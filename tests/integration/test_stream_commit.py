@@ -7,16 +7,25 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
+from testkit.completions import CHAT_PATH, MESSAGES_PATH, RESPONSES_PATH
 from testkit.sse import DONE, Events
 from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw, event
 from tests.integration.gateways import StartGateway, StartMock
 from tests.integration.streaming import (
+    BROKEN_MESSAGES,
+    END_OF_TURN,
     FINISH,
     LATE,
+    MESSAGE,
+    MESSAGE_STOP,
     QUICK,
     RESPONSE,
     ROLE,
+    SAID,
     SHORT,
+    SIGNATURE,
+    START,
+    THOUGHT,
     WHOLE,
     WORD,
     Caller,
@@ -24,7 +33,9 @@ from tests.integration.streaming import (
     fault,
     named,
     once,
+    send,
     settled,
+    straight,
     streaming,
 )
 
@@ -44,6 +55,19 @@ async def test_a_stream_held_until_it_is_whole_is_tried_again(
     assert answer.headers["x-gateway-attempts"] == "2"
     await mock.settled()
     assert [call.ended for call in mock.journal.calls][1:] == ["complete"]
+    await settled(gateway)
+
+
+@pytest.mark.parametrize("failing", BROKEN_MESSAGES, ids=named)
+async def test_a_message_held_until_it_is_whole_is_tried_again(
+    mock: MockModel, start_gateway: StartGateway, failing: dict[str, Any]
+) -> None:
+    gateway = await start_gateway(mock, gateway_stream_commit="complete", **QUICK)
+    expected = await straight(mock, MESSAGES_PATH, MESSAGE | {"stream": True})
+    mock.set_faults([once(failing)])
+    answer = await send(gateway, MESSAGES_PATH, stream=True)
+    assert (answer.status, answer.body) == (200, expected)
+    assert answer.headers["x-gateway-attempts"] == "2"
     await settled(gateway)
 
 
@@ -99,6 +123,89 @@ async def test_a_held_stream_larger_than_an_answer_may_be_is_not_tried_again(
     await mock.settled()
     assert mock.journal.total == 1
     await settled(gateway)
+
+
+# A stream held until its answer begins
+
+OF_RESPONSES = [
+    event({"type": f"response.{kind}", "sequence_number": number, "delta": "x", "response": {}})
+    for number, kind in enumerate(("reasoning_text.delta", "output_text.delta", "completed"))
+]
+THINKING: dict[str, tuple[list[bytes], bytes, bytes]] = {
+    CHAT_PATH: ([event({"choices": [{"index": 0, "delta": {"reasoning": "hm"}}]})], WORD, FINISH + DONE),
+    RESPONSES_PATH: (OF_RESPONSES[:1], OF_RESPONSES[1], OF_RESPONSES[2]),
+    MESSAGES_PATH: ([START, THOUGHT, SIGNATURE], SAID, END_OF_TURN + MESSAGE_STOP),
+}
+"""Of each API: thoughts, the first words of the answer, the end."""
+
+
+@pytest.mark.parametrize("path", THINKING)
+async def test_a_failure_while_it_thinks_is_tried_again_where_the_answer_is_waited_for(
+    start_raw: StartRaw, start_gateway: StartGateway, path: str
+) -> None:
+    thoughts, words, end = THINKING[path]
+
+    async def fail_once(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        await call.events(*thoughts)
+        if call.number == 1:
+            await seen.wait()
+            call.reset()
+            return
+        await call.events(words, end)
+        await call.send(END)
+
+    seen = asyncio.Event()
+    backend = await start_raw(fail_once)
+    gateway = await start_gateway(backend.url, **QUICK)
+    asked = asyncio.create_task(send(gateway, path, stream=True, headers={"x-gateway-commit": "first_answer"}))
+    await backend.called(1)
+    seen.set()
+    answer = await asked
+    assert (answer.status, answer.body, answer.cut) == (200, b"".join([*thoughts, words, end]), False)
+    assert len(backend.calls) == answer.attempts == 2
+    await settled(gateway)
+
+
+@pytest.mark.parametrize("path", THINKING)
+async def test_an_answer_goes_out_with_its_first_words_after_the_thoughts(
+    start_raw: StartRaw, start_gateway: StartGateway, path: str
+) -> None:
+    thoughts, words, end = THINKING[path]
+
+    async def step_by_step(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        await call.events(*thoughts, words)
+        await seen.wait()
+        await call.events(end)
+        await call.send(END)
+
+    seen = asyncio.Event()
+    gateway = await start_gateway((await start_raw(step_by_step)).url, gateway_stream_commit="first_answer")
+    async with streaming(gateway, path) as caller:
+        assert [await caller.next() for _ in thoughts] == thoughts
+        assert await caller.next() == words
+        seen.set()
+        assert await caller.rest() == end
+
+
+@pytest.mark.parametrize("path", THINKING)
+async def test_thoughts_go_out_at_once_by_default(start_raw: StartRaw, start_gateway: StartGateway, path: str) -> None:
+    thoughts, words, end = THINKING[path]
+
+    async def step_by_step(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        await call.events(*thoughts)
+        await seen.wait()
+        await call.events(words, end)
+        await call.send(END)
+
+    seen = asyncio.Event()
+    gateway = await start_gateway((await start_raw(step_by_step)).url)
+    async with streaming(gateway, path) as caller:
+        assert [await caller.next() for _ in thoughts] == thoughts
+        seen.set()
+        assert await caller.rest() == words + end
 
 
 # Heartbeats
@@ -220,6 +327,32 @@ async def test_after_a_heartbeat_responses_fail_with_the_first_number(
         assert events.documents[-1]["type"] == "error"
         assert events.documents[-1]["sequence_number"] == 0, "the caller has seen none"
         assert len(backend.calls) == attempts
+
+
+@pytest.mark.parametrize("own", [None, {"type": "invalid_request_error", "message": "Bad prompt."}])
+async def test_after_a_heartbeat_messages_fail_in_their_own_form(
+    start_raw: StartRaw, start_gateway: StartGateway, own: dict[str, str] | None
+) -> None:
+    async def fail(call: RawCall) -> None:
+        await seen.wait()
+        if own is None:
+            call.reset()
+        else:
+            await call.answer(json.dumps({"type": "error", "error": own}).encode(), status="400 Bad Request")
+
+    seen = asyncio.Event()
+    gateway = await start_gateway((await start_raw(fail)).url, gateway_heartbeat=0.1, gateway_max_attempts=1)
+    async with streaming(gateway, MESSAGES_PATH) as caller:
+        assert (await caller.next()).startswith(b":")
+        seen.set()
+        events = Events(await caller.rest())
+    assert events.data[-1].startswith(b"event: error\n")
+    assert events.documents[-1].keys() == {"type", "error"}
+    error = events.only_error()
+    if own is None:
+        assert (error["type"], error["code"]) == ("api_error", "backend_connection_error")
+    else:
+        assert error == own
 
 
 async def test_heartbeats_are_for_streams_only(start_mock: StartMock, start_gateway: StartGateway) -> None:

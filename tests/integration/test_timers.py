@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from mock_model.serve import MockModel
-from testkit.completions import CHAT
+from testkit.completions import CHAT, MESSAGES_PATH
 from testkit.http import Answer
 from testkit.polling import until
 from testkit.sse import Events
 from tests.integration.backends_raw import END, STREAM_HEAD, RawBackend, RawCall, StartRaw, chunk, full_backlog
 from tests.integration.gateways import Gateway, StartGateway, StartMock, prefer
 from tests.integration.stopwatch import Stopwatch
+from tests.integration.streaming import WHOLE_MESSAGE, send
 from tests.integration.wire import Wire, dial, post
 
 PROMISE = 0.1
@@ -29,6 +30,7 @@ CHAT_PATH = "/v1/chat/completions"
 HANG = {"kind": "hang_before_headers"}
 HANG_AFTER_HEADERS = {"kind": "hang_after_headers"}
 ROLE_ONLY = {"kind": "stall", "with": {"after_events": 1}}
+PING_ONLY = {"kind": "stall", "with": {"after_events": 3}}
 STALL = {"kind": "stall", "with": {"after_events": 4}}
 
 
@@ -84,6 +86,7 @@ async def test_first_token(mock: MockModel, start_gateway: StartGateway, fault: 
 
 ENDLESS = 1000
 SIGNS = {"comments": b": still thinking\n\n", "roles": chunk()}
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 async def think(call: RawCall, sign: bytes, times: int) -> None:
@@ -116,6 +119,39 @@ async def test_signs_of_life_are_waited_for_where_nobody_else_can_answer(
     assert watch.took >= 1, "longer than the timeout"
     assert len(backend.calls) == answer.attempts == 1
     assert await breaker_and_failures(gateway) == ("closed", 0)
+
+
+async def test_pings_before_a_message_are_signs_of_life(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def play(call: RawCall) -> None:
+        await call.send(STREAM_HEAD)
+        for _ in range(5):
+            await call.events(PING)
+            await asyncio.sleep(0.2)
+        await call.events(WHOLE_MESSAGE)
+        await call.send(END)
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_first_token_timeout=0.6, gateway_breaker_failures=1)
+    answer = await send(gateway, MESSAGES_PATH, stream=True)
+    assert (answer.status, answer.body) == (200, PING * 5 + WHOLE_MESSAGE)
+    assert len(backend.calls) == answer.attempts == 1
+    assert await breaker_and_failures(gateway) == ("closed", 0)
+
+
+@pytest.mark.parametrize("fault", [HANG, HANG_AFTER_HEADERS, PING_ONLY], ids=["silent", "headers only", "ping only"])
+async def test_first_token_of_a_message(mock: MockModel, start_gateway: StartGateway, fault: dict[str, Any]) -> None:
+    gateway = await start_gateway(mock, gateway_first_token_timeout=SHORT)
+    mock.set_faults([fault])
+    answer = await send(gateway, MESSAGES_PATH, stream=True)
+    assert answer.status == 504
+    assert answer.json["type"] == "error"
+    assert answer.error.items() >= {
+        ("type", "timeout_error"),
+        ("code", "backend_timeout"),
+        ("param", "first_token"),
+    }
+    await mock.settled()
+    assert [call.ended for call in mock.journal.calls] == ["caller_left"]
 
 
 async def test_signs_of_life_end_with_the_first_token_timeout_where_another_replica_can_answer(

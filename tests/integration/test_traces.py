@@ -84,6 +84,7 @@ async def test_an_answered_prompt_is_one_tree_below_its_caller(start_stack: Star
         ("/v1/chat/completions", {}, "chat", ["stop"]),
         ("/v1/completions", {"prompt": "Hello"}, "text_completion", ["stop"]),
         ("/v1/responses", {"input": "Hello"}, "chat", ["completed"]),
+        ("/v1/messages", {}, "chat", ["end_turn"]),
         ("/v1/embeddings", {"input": "Hello"}, "embeddings", None),
     ],
 )
@@ -98,6 +99,7 @@ async def test_each_call_has_its_operation_usage_and_finish_reasons(
     assert trace.server.name == f"POST {path}"
     assert trace.attempts[0].name == f"POST {path}"
     assert found["gen_ai.operation.name"] == operation
+    assert found["gen_ai.provider.name"] == ("anthropic" if path == "/v1/messages" else "openai")
     assert found["gen_ai.usage.input_tokens"] > 0
     assert found.get("gen_ai.response.finish_reasons") == reasons
     assert "gen_ai.request.stream" not in found
@@ -109,6 +111,7 @@ async def test_each_call_has_its_operation_usage_and_finish_reasons(
         ("/v1/chat/completions", {"stream_options": {"include_usage": True}}, ["stop"]),
         ("/v1/completions", {"prompt": "Hello", "stream_options": {"include_usage": True}}, ["stop"]),
         ("/v1/responses", {"input": "Hello"}, ["completed"]),
+        ("/v1/messages", {}, ["end_turn"]),
     ],
 )
 async def test_a_stream_tells_usage_finish_reasons_and_its_first_token(

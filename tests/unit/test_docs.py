@@ -174,7 +174,7 @@ USED = re.compile(r"\]\[([\w-]+)\]")
     ("text", "promises"),
     [
         (text_of(ROOT / "README.md").partition("\n## What is promised\n")[2].partition("\n## ")[0], 13),
-        (page("failures"), 20 + 5 + 17),
+        (page("failures"), 20 + 6 + 18),
     ],
     ids=["README", "failures"],
 )

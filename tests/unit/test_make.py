@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from tools.demo import MODELS
+
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -25,3 +27,13 @@ def test_the_workflow_and_the_hooks_run_what_ci_runs() -> None:
     assert own == {"check", "test", "test-3.14", "test-chaos", "test-stack"}
     assert set(workflow["jobs"]["make"]["strategy"]["matrix"]["target"]) == own
     assert {hook["entry"].removeprefix("make ") for hook in local["hooks"]} <= own
+
+
+def test_the_demo_knows_the_models_that_make_installs() -> None:
+    files = {path.stem.removeprefix("model-"): path.read_text() for path in ROOT.glob("requirements/model-*.txt")}
+
+    assert set(files) == set(MODELS)
+    for name, text in files.items():
+        assert MODELS[name][0].replace("_", "-") in text
+        assert text.startswith("--only-binary :all:\n"), "llama.cpp would be compiled"
+        assert "--hash=" in text

@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from gateway.dialects.answer_fields import read_whole
 from gateway.dialects.captured_text import fields_of, input_messages, objects_in
@@ -17,13 +16,15 @@ from gateway.dialects.prompt_tokens import tokens_of
 from gateway.dialects.request_fields import (
     Count,
     Flag,
+    ListOfMessages,
     ModelName,
     Number,
     Tokens,
+    check_messages,
     check_text_or_list,
     read_fields,
 )
-from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidRequest
+from gateway.errors import ErrorWords, GatewayError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -34,12 +35,6 @@ class StreamOptions(Struct):
     """The part of `stream_options` that is read."""
 
     include_usage: Flag | None = None
-
-
-class Message(Struct):
-    """One message of a chat; its content is the backend's business."""
-
-    role: Annotated[str, Meta(description="a text")]
 
 
 class _GenerationRequest(Struct, kw_only=True):
@@ -55,7 +50,7 @@ class _GenerationRequest(Struct, kw_only=True):
 class ChatRequest(_GenerationRequest, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, description="a list of at least one message")]
+    messages: ListOfMessages
     max_completion_tokens: Tokens | None = None
 
 
@@ -83,7 +78,6 @@ _chat = msgspec.json.Decoder(ChatRequest)
 _many_messages = msgspec.json.Decoder(ManyMessages)
 _completions = msgspec.json.Decoder(CompletionsRequest)
 _embeddings = msgspec.json.Decoder(EmbeddingsRequest)
-_A_MESSAGE = re.compile(rb"\s*\[\s*\{")
 _SEVERAL = re.compile(rb'\s*\[\s*(["\[{])')
 """The beginning of a list of prompts; a list of numbers would be the tokens of one prompt."""
 
@@ -92,6 +86,9 @@ class OpenAIChat:
     """The dialect of `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`."""
 
     passes_query = False
+    stores = False
+    provider = "openai"
+    passes_through = False
     operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -134,21 +131,13 @@ class OpenAIChat:
         """Check a whole answer."""
         return read_whole(content_type, body, decode_whole_answer, WholeAnswer)
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error answer is."""
-        return errors.read_error(status, body, headers, retry_after)
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside a good answer is."""
-        return errors.read_error_inside(words, headers, retry_after)
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""
         return errors.error_body(error)
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer, in the envelope."""
+        return errors.error_inside(words)
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:  # noqa: ARG002
         """Return an event with the envelope."""
@@ -173,8 +162,7 @@ def _read_chat(body: bytes) -> ChatRequest | ManyMessages:
     if len(body) <= BLOCK or not has_many_objects(body):
         return read_fields(_chat, body)
     fields = read_fields(_many_messages, body)
-    if _A_MESSAGE.match(fields.messages) is None:
-        raise InvalidRequest("`messages` must be a list of at least one message.", param="messages")
+    check_messages(fields.messages)
     return fields
 
 

@@ -39,6 +39,11 @@ class AnswerFields(Struct):
     usage: _Usage | None = None
 
     @property
+    def is_error(self) -> bool:
+        """Whether it says so: vLLM's older form of an error."""
+        return self.object == "error"
+
+    @property
     def response_id(self) -> str | None:
         """The id of the answer."""
         return self.id

@@ -1,10 +1,10 @@
 """OpenAI's responses."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from gateway.dialects.answer_fields import NULL, count, event_document, name, read_whole, small_parts
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
@@ -15,7 +15,8 @@ from gateway.dialects.openai import errors
 from gateway.dialects.prompt_tokens import tokens_of
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
-from gateway.errors import BackendError, ErrorWords, GatewayError, InvalidResponse
+from gateway.errors import ErrorWords, GatewayError, InvalidResponse
+from gateway.policy.response_homes import MAX_ID
 
 RESPONSES = "/v1/responses"
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -26,6 +27,7 @@ class ResponsesRequest(Struct):
 
     input: msgspec.Raw = NULL
     model: ModelName | None = None
+    previous_response_id: Annotated[str, Meta(description="a text")] | None = None
     stream: Flag | None = None
     max_output_tokens: Tokens | None = None
     temperature: Number | None = None
@@ -49,6 +51,11 @@ class WholeResponse(Struct):
     model: str | None = None
     status: str | None = None
     usage: _Usage | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it says so."""
+        return self.object == "error"
 
     @property
     def response_id(self) -> str | None:
@@ -189,6 +196,8 @@ class ResponseState:
             self.error = words_of(own, {})
         elif kind in TERMINAL:
             self._end(kind, event.get("response"))
+        elif self.response_id is None and isinstance(response := event.get("response"), dict):
+            self.response_id = _id_of(response)  # the first event names it: what is cut off later is known, too
 
     def _end(self, kind: str, response: object) -> None:
         """Take in the terminal event; a failure before any content is an error inside a good answer."""
@@ -204,7 +213,7 @@ class ResponseState:
         if not isinstance(response, dict):
             return
         self.model = name(response.get("model"))
-        self.response_id = name(response.get("id"))
+        self.response_id = _id_of(response)
         usage = response.get("usage")
         if isinstance(usage, dict):
             self.input_tokens = count(usage.get("input_tokens"))
@@ -215,6 +224,9 @@ class OpenAIResponses:
     """The dialect of `/v1/responses`."""
 
     passes_query = True
+    stores = True
+    provider = "openai"
+    passes_through = False
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -227,12 +239,13 @@ class OpenAIResponses:
             body,
             model=fields.model,
             stream=bool(fields.stream),
+            previous_response_id=fields.previous_response_id,
             max_tokens=fields.max_output_tokens,
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
 
-    def prompt_tokens(self, prompt: Prompt) -> int:
+    def prompt_tokens(self, prompt: Prompt) -> int | None:
         """Return about how many tokens a prompt has."""
         return tokens_of(prompt.body)
 
@@ -244,21 +257,13 @@ class OpenAIResponses:
         """Check a whole response."""
         return read_whole(content_type, body, _decode_whole, WholeResponse)
 
-    def read_error(
-        self, status: int, body: bytes, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error answer is."""
-        return errors.read_error(status, body, headers, retry_after)
-
-    def read_error_inside(
-        self, words: ErrorWords, headers: Mapping[str, str], retry_after: float | None
-    ) -> BackendError:
-        """Return the failure that an error inside a good answer is."""
-        return errors.read_error_inside(words, headers, retry_after)
-
     def error_body(self, error: GatewayError) -> bytes:
         """Return OpenAI's envelope."""
         return errors.error_body(error)
+
+    def error_inside(self, words: ErrorWords) -> bytes:
+        """Return what a server says in an error inside a good answer, in the envelope."""
+        return errors.error_inside(words)
 
     def error_event(self, error: GatewayError, state: StreamState | None) -> bytes:
         """Return an `error` event, numbered after the events that have gone out."""
@@ -286,6 +291,12 @@ class OpenAIResponses:
             if isinstance(part.get("text"), str)
         ]
         return ["".join(said)] * bool(said)
+
+
+def _id_of(response: dict[str, Any]) -> str | None:
+    """Return the whole id of a response, which further calls name; None for one that is too long to be known."""
+    response_id = response.get("id")
+    return response_id if isinstance(response_id, str) and len(response_id) <= MAX_ID else None
 
 
 def _number_of_delta(data: bytes) -> int | None:

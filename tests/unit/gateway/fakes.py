@@ -7,7 +7,7 @@ from time import time
 from typing import Any
 
 from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig, usual_replica
-from gateway.dialects.openai.chat import OpenAIChat
+from gateway.dialects.error_answers import read_error
 from gateway.errors import BackendError
 from gateway.headers import retry_after
 from gateway.policy.breaker import State
@@ -43,7 +43,7 @@ class Chance(Random):
 
 def error_answer(status: int, body: bytes, headers: Mapping[str, str]) -> BackendError:
     """The failure that an answer of a backend is."""
-    return OpenAIChat().read_error(status, body, headers, retry_after(headers, time()))
+    return read_error(status, body, headers, retry_after(headers, time()))
 
 
 def replica_config(name: str, url: str = "http://127.0.0.1:1", **settings: Any) -> ReplicaConfig:  # noqa: ANN401

@@ -59,8 +59,15 @@ class _Servers(HttpClient):
         self._scene = scene
         self._servers = servers
 
-    async def post(
-        self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
+    async def send(
+        self,
+        replica: "Replica",
+        method: str,
+        target: str,
+        body: bytes,
+        headers: list[tuple[str, str]],
+        *,
+        fresh: bool,
     ) -> "Exchange":
         scene = self._scene
         scene.calls.append((scene.now, replica.name, body))

@@ -65,8 +65,15 @@ class ScriptedClient(HttpClient):
         self._clock = clock
         self.calls: list[tuple[float, str, bool]] = []
 
-    async def post(
-        self, replica: "Replica", path: str, body: bytes, headers: list[tuple[str, str]], *, fresh: bool
+    async def send(
+        self,
+        replica: "Replica",
+        method: str,
+        target: str,
+        body: bytes,
+        headers: list[tuple[str, str]],
+        *,
+        fresh: bool,
     ) -> "Exchange":
         self.calls.append((self._clock(), replica.name, fresh))
         outcomes = self._script[replica.name]

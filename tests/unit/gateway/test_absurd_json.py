@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gateway.dialects.answer_fields import raise_error_inside
+from gateway.dialects.anthropic import MESSAGES, AnthropicMessages, MessageState
+from gateway.dialects.error_answers import read_error
 from gateway.dialects.model_field import with_model
 from gateway.dialects.openai.chat import CHAT, COMPLETIONS, EMBEDDINGS, OpenAIChat
 from gateway.dialects.openai.choices import ChoicesState
@@ -57,6 +59,9 @@ BODIES = {
     "spaces": (CHAT, b"{" + A_MESSAGE + b" " * SIZE + b"}"),
     "inputs": (EMBEDDINGS, filled(b'{"input":[', b"[1]", b"]}")),
     "items": (RESPONSES, filled(b'{"input":[', b'{"role":""}', b"]}")),
+    "messages of Anthropic": (MESSAGES, filled(b'{"messages":[', b'{"role":""}', b"]}")),
+    "messages of Anthropic that are none": (MESSAGES, filled(b'{"messages":[', b"{}", b"]}")),
+    "blocks": (MESSAGES, filled(b'{"messages":[{"role":"","content":[', b'{"type":"text"}', b"]}]}")),
     "model inside": (CHAT, filled(b'{"messages":[', b'{"role":"","model":"x"}', b"]}")),
     "model as text": (COMPLETIONS, filled(b'{"prompt":[', b'"model"', b"]}")),
     "n inside": (CHAT, filled(b"{" + A_MESSAGE + b',"tools":[', b'{"n":0}', b"]}")),
@@ -71,6 +76,7 @@ ANSWERS = {
     "texts": filled(b'{"choices":[],"x":[', b'""', b"]}"),
     "error": filled(b'{"error":[', b"{}", b"]}"),
     "half surrogates": b'{"choices":[{"message":{"content":"%b"}}]}' % (rb"\ud800" * (SIZE // 6)),
+    "blocks": filled(b'{"type":"message","content":[', b"{}", b"]}"),
     "no object": filled(b"[", b"{}", b"]"),
 }
 EVENTS = {
@@ -79,6 +85,10 @@ EVENTS = {
     "delta": filled(b'{"choices":[{"delta":{"content":[', b"{}", b"]}}]}"),
     "response": filled(b'{"type":"response.completed","response":{"output":[', b"{}", b"]}}"),
     "item": filled(b'{"type":"response.output_item.done","item":{"content":[', b"{}", b"]}}"),
+    "message": filled(b'{"type":"message_start","message":{"content":[', b"{}", b"]}}"),
+    "delta of a block": filled(b'{"type":"content_block_delta","delta":{"citation":[', b"{}", b"]}}"),
+    "block": filled(b'{"type":"content_block_start","content_block":{"content":[', b"{}", b"]}}"),
+    "end of a message": filled(b'{"type":"message_delta","delta":{"container":[', b"{}", b"]}}"),
     "usage": filled(b'{"usage":[', b"{}", b"]}"),
 }
 
@@ -128,22 +138,19 @@ def test_a_body_costs_little_more_than_its_bytes(shape: str) -> None:
 @pytest.mark.parametrize("shape", ANSWERS)
 def test_an_answer_costs_little_more_than_its_bytes(shape: str) -> None:
     body = ANSWERS[shape]
-    for dialect in (OpenAIChat(), OpenAIResponses()):
+    for dialect in (OpenAIChat(), OpenAIResponses(), AnthropicMessages()):
         cost(
             len(body),
             lambda dialect=dialect: refused(lambda: dialect.read_answer("application/json", body).finish_reasons),  # type: ignore[misc]
         )
-        cost(
-            len(body),
-            lambda dialect=dialect: refused(lambda: dialect.read_error(500, body, {}, None)),  # type: ignore[misc]
-        )
+    cost(len(body), lambda: refused(lambda: read_error(500, body, {}, None)))
     cost(len(body), lambda: refused(lambda: raise_error_inside(body)))
 
 
 @pytest.mark.parametrize("shape", EVENTS)
 def test_an_event_costs_little_more_than_its_bytes(shape: str) -> None:
     data = EVENTS[shape]
-    for make in (lambda: ChoicesState(1), ResponseState):
+    for make in (lambda: ChoicesState(1), ResponseState, MessageState):
         begun: StreamState = make()
         begun.feed(b'{"model":"m","type":"response.created","choices":[{"index":0,"delta":{"content":"hi"}}]}')
         for state in (begun, make()):

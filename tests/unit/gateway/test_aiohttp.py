@@ -188,12 +188,12 @@ def test_a_connection_that_was_accepted_while_the_loop_stood_still_is_in_time(ru
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             url = URL(f"http://model.test:{listener.getsockname()[1]}/")
-            late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+            late = ConnectLimit(1.0, lambda: ConnectTimeout("late"))
             async with connector(resolver=Book("127.0.0.1")) as made:
                 stalls_of_loop()
                 opening = asyncio.create_task(made.open(request_to(url), late))
                 await asyncio.sleep(0)
-                time.sleep(0.5)  # noqa: ASYNC251 - the loop stands still
+                time.sleep(2.0)  # noqa: ASYNC251 - the loop stands still
                 connection, new = await opening
                 assert new
                 connection.close()
@@ -296,6 +296,21 @@ async def test_reading_that_was_not_paused_is_not_resumed() -> None:
     protocol.resume_reading()
     assert (transport.resumed, protocol._reading_paused) == (1, False)
     protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("end", [None, ConnectionResetError()])
+async def test_a_reset_is_no_proper_end_of_a_body_that_lasts_until_the_connection_ends(
+    end: ConnectionResetError | None,
+) -> None:
+    protocol = BackendProtocol(asyncio.get_running_loop())
+    protocol.connection_made(Transport())
+    protocol.set_response_params(auto_decompress=False, read_until_eof=True)
+    protocol.data_received(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+    _, content = await protocol.read()
+    protocol.connection_lost(end)
+    assert content.is_eof()
+    assert (content.exception() is None) == (end is None)
+    assert unread(content) == b"half"
 
 
 async def test_a_backend_is_held_back_beside_aiohttps_own_pause() -> None:

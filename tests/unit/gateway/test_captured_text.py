@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 
+from gateway.dialects.anthropic import AnthropicMessages
 from gateway.dialects.captured_text import MAX_MESSAGES, MAX_TEXT, output_messages
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.dialects.openai.responses import OpenAIResponses
 
-CHAT, RESPONSES = OpenAIChat(), OpenAIResponses()
+CHAT, RESPONSES, MESSAGES = OpenAIChat(), OpenAIResponses(), AnthropicMessages()
 
 
 def text(content: str, role: str = "user") -> dict[str, Any]:
@@ -41,12 +42,26 @@ def test_a_prompt_has_the_form_of_the_conventions(body: dict[str, Any], messages
         ({"choices": [{"message": {"content": "a"}}, {"message": {"content": None}}]}, ["a", ""]),
         ({"choices": [{"text": "b"}]}, ["b"]),
         ({"output": [{"type": "reasoning"}, {"content": [{"text": "c"}, {"text": "d"}]}]}, ["cd"]),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "e"}, {"text": "f"}]}, ["ef"]),
+        ({"content": [{"type": "tool_use", "name": "f", "input": {}}]}, []),
         ({"data": [{"embedding": [0.1]}]}, []),
     ],
 )
 def test_the_texts_of_an_answer(body: dict[str, Any], texts: list[str]) -> None:
-    dialect = RESPONSES if "output" in body else CHAT
+    dialect = RESPONSES if "output" in body else MESSAGES if "content" in body else CHAT
     assert dialect.answer_texts(json.dumps(body).encode()) == texts
+
+
+@pytest.mark.parametrize("system", ["Be kind.", [{"type": "text", "text": "Be kind."}]])
+def test_a_system_prompt_beside_the_messages_comes_first(system: object) -> None:
+    blocks = [{"type": "text", "text": "Hi"}, {"type": "tool_result", "content": "secret"}]
+    body = {"system": system, "messages": [{"role": "user", "content": blocks}]}
+
+    assert json.loads(MESSAGES.prompt_messages(json.dumps(body).encode())) == [
+        text("Be kind.", "system"),
+        {"role": "user", "parts": [{"type": "text", "content": "Hi"}, {"type": "tool_result"}]},
+    ]
+    assert json.loads(MESSAGES.prompt_messages(b'{"messages": [{"role": "user", "content": "Hi"}]}')) == [text("Hi")]
 
 
 def test_an_answer_is_told_with_its_finish_reasons() -> None:
@@ -70,4 +85,4 @@ def test_what_cannot_be_decoded_in_full_costs_the_capture_alone() -> None:
     body = b'{"prompt": "p", "odd": 1%s}' % (b"0" * 5000)
 
     assert json.loads(CHAT.prompt_messages(body)) in ([text("p")], [{"role": "user", "parts": []}])
-    assert CHAT.answer_texts(body) == RESPONSES.answer_texts(body) == []
+    assert CHAT.answer_texts(body) == RESPONSES.answer_texts(body) == MESSAGES.answer_texts(body) == []

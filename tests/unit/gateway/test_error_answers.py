@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.dialects.anthropic import AnthropicMessages, WholeMessage
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.dialects.openai.choices import WholeAnswer
 from gateway.dialects.openai.responses import OpenAIResponses, WholeResponse
@@ -33,7 +34,7 @@ JSON = b'{"error": {"message": "no", "type": "t", "param": null, "code": "c"}}'
 NEUTRAL = {"content-type": "application/json"}
 
 
-DIALECTS = OpenAIChat(), OpenAIResponses()
+DIALECTS = OpenAIChat(), OpenAIResponses(), AnthropicMessages()
 
 
 def envelope(error: BackendError) -> dict[str, str | None]:
@@ -80,7 +81,7 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (504, ServerFault, Verdict.FAILURE),
         (505, Rejected, Verdict.SUCCESS),
         (507, ServerFault, Verdict.SUCCESS),
-        (529, ServerFault, Verdict.SUCCESS),
+        (529, ServerFault, Verdict.FAILURE),
         (599, ServerFault, Verdict.SUCCESS),
         (600, InvalidResponse, Verdict.FAILURE),
         (999, InvalidResponse, Verdict.FAILURE),
@@ -205,7 +206,7 @@ def test_no_text_makes_retry_after_fail(text: str) -> None:
 def test_any_object_without_an_error_is_a_good_answer(body: bytes) -> None:
     for dialect in DIALECTS:
         answer = dialect.read_answer("application/json", body)
-        assert isinstance(answer, WholeAnswer | WholeResponse)
+        assert isinstance(answer, WholeAnswer | WholeResponse | WholeMessage)
         assert bytes(answer.error) == b"null"
 
 
@@ -214,6 +215,7 @@ def test_any_object_without_an_error_is_a_good_answer(body: bytes) -> None:
     [
         *(b"", b"[]", b"5", b'"x"', b"null", b"{", b"{} {}", b'{"a": nan}', b'{"a": "\xff"}'),
         *(b'{"error": {}}', b'{"error": "x"}'),
+        b'{"object": "error", "type": "error"}',
         b'{"error": false}',
         b'{"choices": 5, "error": "x"}',
         b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -254,3 +256,15 @@ def test_an_answer_tells_about_itself() -> None:
 
     assert (whole.id, whole.model, whole.finish_reasons) == ("chatcmpl-1", "m", ["stop", "error"])
     assert (whole.input_tokens, whole.output_tokens) == (3, 4)
+
+
+def test_a_message_tells_about_itself() -> None:
+    """With the cached tokens of its prompt, as OpenTelemetry's conventions count them."""
+    usage = {"input_tokens": 3, "cache_creation_input_tokens": 10, "cache_read_input_tokens": 200, "output_tokens": 4}
+    document = {"id": "msg_1", "type": "message", "model": "m", "content": [], "stop_reason": "end_turn"}
+    whole = AnthropicMessages().read_answer("application/json", json.dumps(document | {"usage": usage}).encode())
+
+    assert (whole.response_id, whole.model, whole.finish_reasons) == ("msg_1", "m", ["end_turn"])
+    assert (whole.input_tokens, whole.output_tokens) == (213, 4)
+    bare = AnthropicMessages().read_answer("application/json", json.dumps(document).encode())
+    assert (bare.input_tokens, bare.output_tokens) == (None, None)

@@ -17,8 +17,8 @@ def test_a_body_is_known_for_a_minute() -> None:
 
 
 def test_a_fingerprint_is_of_path_and_body() -> None:
-    assert len({fingerprint("/a", b"1"), fingerprint("/b", b"1"), fingerprint("/a", b"2")}) == 3
-    assert fingerprint("/a", b"1") == fingerprint("/a", b"1")
+    assert len({fingerprint("/a", [b"1"]), fingerprint("/b", [b"1"]), fingerprint("/a", [b"2"])}) == 3
+    assert fingerprint("/a", [b"1"]) == fingerprint("/a", [b"1"])
 
 
 def test_a_repeat_is_of_the_same_caller_within_half_a_minute() -> None:

@@ -188,6 +188,7 @@ def worst(number: int) -> Record:
     record.trace_state = "\xff" * MAX_TRACE_STATE
     record.describe_request(
         operation="chat",
+        provider="openai",
         model=wide[:512],
         route=wide[:512],
         stream=True,

@@ -400,8 +400,38 @@ def test_a_replica_is_the_same_in_every_route(tmp_path: Path) -> None:
 
 
 def test_models_are_the_named_routes_and_the_default_one_each_once(tmp_path: Path) -> None:
-    assert routed(tmp_path).models == ["m", "n", "late"]
-    assert pool(Clock(), {"a": 1}).models == ["demo-model"]
+    assert routed(tmp_path).models == ("m", "n", "late")
+    assert pool(Clock(), {"a": 1}).models == ("demo-model",)
+
+
+def test_what_the_backends_of_a_route_for_all_list_is_in_its_place_each_once(tmp_path: Path) -> None:
+    of = with_routes(
+        tmp_path,
+        "[{model: m, targets: [{backend: a}]}, {model: '*', targets: [{backend: b}, {backend: a, model: tiny}]}, "
+        "{model: 'n-*', targets: [{backend: a}]}]",
+    )
+    assert [each.name for each in of.listing] == ["b"]
+    assert (of.default_model, of.models) == ("demo-model", ("m", "demo-model"))
+
+    of.note_models(of.listing[0], ("org/x:1b", "m"))
+
+    assert (of.default_model, of.models) == ("org/x:1b", ("m", "org/x:1b"))
+
+
+def test_the_default_model_is_the_first_that_any_replica_lists_unless_one_is_configured(tmp_path: Path) -> None:
+    of = pool(Clock(), {"a": 2})
+    first, second = of.listing
+    of.note_models(second, ("late",))
+    assert (of.default_model, of.models) == ("late", ("late",))
+    of.note_models(first, ("early", "late"))
+    assert (of.default_model, of.models) == ("early", ("early", "late"))
+    of.note_models(first, ())
+    assert (of.default_model, of.models) == ("late", ("late",))
+
+    named = routed(tmp_path)
+    (b,) = named.listing
+    named.note_models(b, ("x",))
+    assert (named.default_model, named.models) == ("n", ("m", "n", "x", "late"))
 
 
 def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
@@ -465,7 +495,8 @@ def test_a_prefix_matches_the_names_that_begin_with_it_and_is_no_model(tmp_path:
     assert of.route("qwen-3/8b") is of.routes[1]
     assert of.route("qwen") is None
     assert of.route("my-qwen-3") is None
-    assert of.models == ["qwen-max", "m"]
+    assert of.models == ("qwen-max", "m")
+    assert of.listing == ()
 
 
 def test_a_good_probe_that_was_slow_ends_the_open_time_of_a_backend_that_was_frozen() -> None:

@@ -41,6 +41,7 @@ def chat(more: bytes = b"") -> Prompt:
         (COMPLETIONS, b'{"prompt":null}'),
         ("/v1/embeddings", b'{"input":[1,2]}'),
         ("/v1/responses", b"{}"),
+        ("/v1/messages", b"{" + MESSAGES + b"}"),
     ],
 )
 def test_the_least_a_caller_must_send(path: str, body: bytes) -> None:
@@ -141,6 +142,13 @@ def test_what_is_no_json(body: bytes) -> None:
         ("/v1/embeddings", b'{"input":null}', "input"),
         ("/v1/responses", b'{"input":5}', "input"),
         ("/v1/responses", b'{"max_output_tokens":"many"}', "max_output_tokens"),
+        ("/v1/messages", b"{}", "messages"),
+        ("/v1/messages", b'{"messages":[]}', "messages"),
+        ("/v1/messages", b'{"messages":[{"content":"hi"}]}', "messages[0].role"),
+        ("/v1/messages", b'{"messages":"' + b"x" * 70_000 + b'"}', "messages"),
+        ("/v1/messages", b'{"messages":{"a":[' + b"{}," * 30_000 + b"{}]}}", "messages"),
+        ("/v1/messages", b"{" + MESSAGES + b',"max_tokens":"many"}', "max_tokens"),
+        ("/v1/messages", b"{" + MESSAGES + b',"stream":"yes"}', "stream"),
     ],
 )
 def test_a_wrong_field_is_named(path: str, body: bytes, param: str | None) -> None:
@@ -165,7 +173,12 @@ def test_any_other_number_of_choices_is_wrong(written: str) -> None:
 
 
 def test_a_byte_order_mark_is_passed_over_and_goes_on() -> None:
-    for path, rest in ((CHAT, MESSAGES), (COMPLETIONS, b'"prompt":"hi"'), ("/v1/responses", b'"input":"hi"')):
+    for path, rest in (
+        (CHAT, MESSAGES),
+        (COMPLETIONS, b'"prompt":"hi"'),
+        ("/v1/responses", b'"input":"hi"'),
+        ("/v1/messages", MESSAGES),
+    ):
         body = b'\xef\xbb\xbf {"model":"m",' + rest + b"}"
         prompt = parse(path, body)
         assert (prompt.body, prompt.model) == (body, "m")
@@ -201,10 +214,12 @@ def test_a_byte_order_mark_is_passed_over_and_goes_on() -> None:
         ("/v1/embeddings", b'"INPUT":"hi"', "input"),
         ("/v1/responses", b'"input":"hi"', "input"),
         ("/v1/responses", b'"max_output_tokens":1,"Max_Output_Tokens":1', "max_output_tokens"),
+        ("/v1/messages", b'"Messages":[]', "messages"),
+        ("/v1/messages", b'"max_tokens":1,"max_tokens":2', "max_tokens"),
     ],
 )
 def test_a_field_that_is_read_may_not_be_there_twice_or_in_another_case(path: str, more: bytes, param: str) -> None:
-    fields = {CHAT: MESSAGES, COMPLETIONS: b'"prompt":"hi"'}.get(path, b'"input":"hi"')
+    fields = {CHAT: MESSAGES, "/v1/messages": MESSAGES, COMPLETIONS: b'"prompt":"hi"'}.get(path, b'"input":"hi"')
     large = b'"x":{"model":"' + b"y" * 10_000 + b'"}'
     for members in ([fields, more], [more, fields], [fields, large, more], [more, b'"x":"\\ud83d"', fields]):
         for separator in (b",", b" ,\n "):

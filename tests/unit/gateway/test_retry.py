@@ -60,7 +60,7 @@ def spent(*names: str) -> Callable[[dict[str, Replica]], None]:
 
 CONNECTION = [ConnectionFailed("reset"), Unreachable("refused"), ConnectTimeout("late")]
 BACKED_OFF = [
-    *(answered(status) for status in (408, 500, 502, 504, 503)),
+    *(answered(status) for status in (408, 500, 502, 504, 503, 529)),
     answered(503, headers={"retry-after": "soon"}),
     InvalidResponse("cut"),
 ]
@@ -142,7 +142,7 @@ def test_a_failure_on_the_fresh_connection_is_that_of_the_attempt() -> None:
     assert told.replicas["a-1"].budget.left() == 9
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, 503, 529])
 def test_with_retry_after_another_replica_is_asked_at_once_from_its_budget(status: int) -> None:
     told = forward({"a-1": [busy(5, status), None], "a-2": [busy(5, status), None]}, gateway_max_attempts=2)
 
@@ -152,7 +152,7 @@ def test_with_retry_after_another_replica_is_asked_at_once_from_its_budget(statu
     assert told.replicas[told.calls[1]].budget.left() == 9
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, 503, 529])
 @pytest.mark.parametrize("wait", [0.0, 0.25, 3.0, 10.0])
 def test_without_another_replica_retry_after_is_waited_for_and_never_less(status: int, wait: float) -> None:
     told = forward({"a-1": [busy(wait, status), None]})

@@ -121,7 +121,7 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "0.0.0.0",
         8000,
         "dev",
-        "demo-model",
+        None,
     )
     assert settings.log_level == "INFO"
     assert settings.gateway_backend_urls == ["http://127.0.0.1:8001"]

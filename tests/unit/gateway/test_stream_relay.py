@@ -25,7 +25,7 @@ from gateway.errors import (
     Verdict,
 )
 from gateway.executor import Executor
-from gateway.forwarding.stream_relay import AFTER_FINISH, AFTER_LAST, StreamRelay
+from gateway.forwarding.stream_relay import AFTER_FINISH, AFTER_LAST, StreamRelay, held_up
 from gateway.phase_timer import PhaseTimer
 from gateway.policy.byte_budget import ByteBudget
 from tests.unit.gateway.fakes import Clock
@@ -572,18 +572,7 @@ async def test_while_a_caller_does_not_read_the_backend_is_held_back_and_what_wa
 ):
     exchange, budget = FakeExchange([], "end"), ByteBudget(10)
     share = budget.share()
-    timer = PhaseTimer(asyncio.get_running_loop().time, 1e9)
-    subject = StreamRelay(
-        cast("Exchange", exchange),
-        ChoicesState(1),
-        timer,
-        idle=1,
-        max_event=1,
-        share=share,
-        executor=Executor(at_once=1 << 40),
-        clock=asyncio.get_running_loop().time,
-    )
-    with suppress(CallerLeft), subject.held_up(100):
+    with suppress(CallerLeft), held_up(cast("Exchange", exchange), share, 100):
         assert exchange.held_back
         assert share.held == budget.held == 107
         raise CallerLeft

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.dialects.anthropic import MessageState
 from gateway.dialects.dialect import StreamState
 from gateway.dialects.openai.choices import ChoicesState
 from gateway.dialects.openai.responses import ResponseState
@@ -270,6 +271,7 @@ def test_a_text_in_place_of_the_first_event_is_an_error(text: str) -> None:
 
     assert document_of(seen(ChoicesState(1), data)) == text
     assert document_of(seen(ResponseState(), data)) == text
+    assert document_of(seen(MessageState(), data)) == text
     assert chat(chunk(delta(content="a")), data).error is None
 
 
@@ -286,15 +288,19 @@ def test_an_error_event_of_ours_is_numbered_from_0_or_after_the_last() -> None:
     assert responses({"type": "response.created", "sequence_number": "x"}).sequence_number == 0
 
 
+EVENTS_OF_MESSAGES = ("message_start", "content_block_delta", "text_delta", "message_delta", "message_stop")
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from(["", "a", "stop", "error", "response.completed"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.sampled_from(["", "a", "stop", "error", "response.completed", *EVENTS_OF_MESSAGES]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
                 [
                     *("choices", "delta", "text", "index", "finish_reason", "usage", "error", "type", "response"),
-                    *("model", "id", "prompt_tokens", "sequence_number"),
+                    *("model", "id", "prompt_tokens", "sequence_number", "message", "stop_reason"),
                 ]
             ),
             inner,
@@ -307,7 +313,7 @@ VALUES = st.recursive(
 
 @given(st.lists(VALUES, max_size=4), st.integers(1, 3), st.booleans())
 def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], choices: int, keep: bool) -> None:  # noqa: FBT001
-    for state in (ChoicesState(choices, keep_text=keep), ResponseState(keep_text=keep)):
+    for state in (ChoicesState(choices, keep_text=keep), ResponseState(keep_text=keep), MessageState(keep_text=keep)):
         before = (False, False, False)
         for event in events:
             state.feed(json.dumps(event).encode())
@@ -319,6 +325,7 @@ def test_no_json_makes_it_fail_and_progress_is_never_lost(events: list[object], 
 
 
 WORDS = chunk(delta(content="word"), model="demo", id="one")
+SAID = b'{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "word"}}'
 NUMBERED = b'{"type": "response.output_text.delta", "sequence_number": 7, "delta": "word"}'
 
 
@@ -351,11 +358,16 @@ def told_of(state: StreamState, data: bytes) -> dict[str, object]:
     | st.fixed_dictionaries(
         {"type": st.sampled_from(["response.output_text.delta", "error"]), "sequence_number": VALUES},
         optional={"error": VALUES},
+    )
+    | st.fixed_dictionaries(
+        {"type": st.sampled_from(["content_block_delta", "message_delta", "error"])},
+        optional={"delta": VALUES | st.fixed_dictionaries({"type": st.just("text_delta")}), "usage": VALUES},
     ),
     st.none() | st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=2)),
 )
 @example({"choices": [{"delta": {"content": "x"}}]}, (30, b"\xff"))
 @example({"choices": [{"delta": {"content": "x"}}]}, (30, b"\n"))
+@example({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "xxxx"}}, (70, b"\xff"))
 @example({"type": "response.output_text.delta", "sequence_number": 8, "delta": "xxxxxxxxx"}, (75, b"\xff"))
 def test_a_glance_at_an_event_of_words_tells_as_much_as_a_look(event: object, noise: tuple[int, bytes] | None) -> None:
     """Kept words make it look closely at every event."""
@@ -367,6 +379,7 @@ def test_a_glance_at_an_event_of_words_tells_as_much_as_a_look(event: object, no
     assert told_of(seen(ResponseState(), NUMBERED), data) == told_of(
         seen(ResponseState(keep_text=True), NUMBERED), data
     )
+    assert told_of(seen(MessageState(), SAID), data) == told_of(seen(MessageState(keep_text=True), SAID), data)
 
 
 @pytest.mark.parametrize("size", [10, 100_000])

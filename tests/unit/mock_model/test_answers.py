@@ -29,6 +29,8 @@ TOOL = {
 
 def answer(request_type: Any, **body: Any) -> Answer:
     request = decode(msgspec.json.Decoder(request_type), json.dumps(body).encode())
+    if isinstance(request, ResponseRequest):
+        return request.respond("resp_1", body.get("model", "demo-model"), "00aa", WRITER).answer
     result: Answer = request.answer(body.get("model", "demo-model"), "00aa", WRITER)
     return result
 

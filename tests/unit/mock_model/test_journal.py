@@ -44,6 +44,8 @@ def test_a_call_has_the_fields_of_the_contract() -> None:
                 "fault": None,
                 "ended": "complete",
                 "events_sent": 0,
+                "method": "",
+                "query": "",
             }
         ],
     }

@@ -75,6 +75,10 @@ def test_neither_times_nor_rate_is_every_call() -> None:
         ({}, {"path": "/health"}, None),
         ({"model": "m"}, {"path": "/health"}, None),
         ({"path": "/health"}, {"path": "/health"}, "reset"),
+        ({"path": "/tokenize"}, {"path": "/tokenize"}, "reset"),
+        ({"path": "/v1/responses/*"}, {"path": "/v1/responses/resp_1/cancel"}, "reset"),
+        ({"path": "/v1/responses/*"}, {"path": "/v1/responses"}, None),
+        ({"path": "/v1/*"}, {"path": "/health"}, None),
     ],
 )
 def test_match(match: dict[str, Any], facts: dict[str, Any], expected: str | None) -> None:
@@ -267,7 +271,8 @@ def test_a_script_is_a_list_of_bearable_length(value: Any) -> None:
 def test_the_kinds_are_those_of_the_contract() -> None:
     contract = """
         status latency hang_before_headers hang_after_headers slow_first_token stall cut no_done no_finish
-        malformed_event content_type html short_body not_json drip reset refuse overload crash
+        malformed_event error_event content_type html short_body not_json drip reset refuse overload crash
     """
+    further = "pings one_slot"
 
-    assert set(KINDS) == set(contract.split())
+    assert set(KINDS) == {*contract.split(), *further.split()}

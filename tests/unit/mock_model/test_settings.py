@@ -26,6 +26,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_LEVEL", "WARNING")
     monkeypatch.setenv("MOCK_JOURNAL_FILE", "")
     monkeypatch.setenv("MOCK_CONTROL_HOSTS", "a.example, b.example,")
+    monkeypatch.setenv("MOCK_MODELS", "one, org/two:tag")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
 
@@ -35,6 +36,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.level == logging.WARNING
     assert settings.mock_journal_file is None
     assert settings.mock_control_hosts == ["a.example", "b.example"]
+    assert settings.mock_models == ["one", "org/two:tag"]
     assert settings.exports_traces
     assert settings.traces_protocol == "grpc"
 

@@ -1,0 +1,65 @@
+"""The models that a server lists, in whatever form.
+
+Most servers have OpenAI's, with `data`: vLLM, Ollama, LiteLLM and, as far as it matters here, Anthropic. llama.cpp has
+`models` beside it; Together answers with the list itself; Cohere has `models` with names in place of ids.
+"""
+
+import msgspec
+
+from gateway.dialects.answer_fields import NULL
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode_with, leniently
+from gateway.errors import InvalidResponse
+
+MODELS = "/v1/models"
+MAX_MODELS = 2_000
+"""Names taken of one list: the first ones."""
+MAX_NAME = 512
+"""Characters; callers cannot ask for a longer name."""
+
+
+class _List(msgspec.Struct):
+    data: msgspec.Raw = NULL
+    models: msgspec.Raw = NULL
+
+
+class _Entry(msgspec.Struct):
+    id: str | None = None
+    name: str | None = None
+
+
+_list = msgspec.json.Decoder(_List)
+_entries = msgspec.json.Decoder(list[msgspec.Raw])
+_entry = msgspec.json.Decoder(_Entry)
+
+
+def names_in(body: bytes) -> tuple[str, ...]:
+    """Return the names in a list of models, in its order, each once; within bounds, since a server may list anything.
+
+    Raises:
+        InvalidResponse: it is no list of models.
+    """
+    try:
+        entries = leniently(_entries_of, body.removeprefix(BYTE_ORDER_MARK).strip())
+    except NO_JSON:
+        raise InvalidResponse("The answer is not a list of models in JSON.") from None
+    names = list(dict.fromkeys(name for entry in entries if (name := _name_of(entry)) is not None))
+    if entries and not names:
+        raise InvalidResponse("The list has no model with a name.")
+    return tuple(names[:MAX_MODELS])
+
+
+def _entries_of(text: bytes) -> list[msgspec.Raw]:
+    if not text.startswith(b"["):
+        document = decode_with(_list.decode, text)
+        text = bytes(document.data if document.data is not NULL else document.models)
+    return decode_with(_entries.decode, text)
+
+
+def _name_of(entry: msgspec.Raw) -> str | None:
+    """Return the name of a model; None for what cannot be asked for."""
+    try:
+        model = decode_with(_entry.decode, bytes(entry))
+    except NO_JSON:
+        return None
+    name = model.id or model.name
+    return name if name is not None and 0 < len(name) <= MAX_NAME and name.isprintable() else None

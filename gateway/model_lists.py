@@ -1,0 +1,103 @@
+"""The lists of models: what the backends of a `*` route list themselves, asked for in the background."""
+
+import asyncio
+import logging
+import math
+from typing import TYPE_CHECKING, Self
+
+from gateway.dialects.model_list import MODELS, names_in
+from gateway.errors import ConnectionFailed, GatewayError, InvalidResponse, Silent
+from gateway.phase_timer import PhaseTimer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.backend.client import HttpClient
+    from gateway.executor import Executor
+    from gateway.policy.byte_budget import ByteBudget
+    from gateway.policy.pool import Pool
+    from gateway.policy.replica import Replica
+
+INTERVAL = 60.0
+"""Seconds between two questions to a replica."""
+EAGER_INTERVAL = 5.0
+"""Seconds, for one that has listed nothing so far and cannot be reached: it may start after the gateway."""
+TIMEOUT = 10.0
+"""Seconds for a whole list; hosted services take longer for it than for a probe."""
+MAX_LIST = 4 << 20
+"""Bytes."""
+OK = 200
+HEADERS = [("accept", "application/json"), ("accept-encoding", "identity"), ("user-agent", "llm-gateway")]
+
+_log = logging.getLogger("gateway")
+
+
+class ModelLists:
+    """Asks replicas for their models while it is entered; the pool keeps them.
+
+    A question is no attempt: it says nothing to breaker, cooldown or health. What goes wrong leaves the last list.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: "Pool",
+        client: "HttpClient",
+        byte_budget: "ByteBudget",
+        executor: "Executor",
+        clock: "Callable[[], float]",
+    ) -> None:
+        self._pool = pool
+        self._client = client
+        self._byte_budget = byte_budget
+        self._executor = executor
+        self._clock = clock
+        self._tasks: list[asyncio.Task[None]] = []
+        self._logged: set[Replica] = set()
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.listing]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _watch(self, replica: "Replica") -> None:
+        """Ask one replica for its models again and again."""
+        while True:
+            interval = INTERVAL
+            try:
+                names = await self._ask(replica)
+            except ConnectionFailed:  # probes and attempts tell as much
+                interval = EAGER_INTERVAL if replica.models is None else INTERVAL
+            except GatewayError as trouble:
+                self._log_trouble(replica, trouble)
+            else:
+                self._logged.discard(replica)
+                self._pool.note_models(replica, names)
+            await asyncio.sleep(interval)
+
+    async def _ask(self, replica: "Replica") -> tuple[str, ...]:
+        """Return the names that a replica lists. Raises: GatewayError."""
+        late = f"It did not come within {TIMEOUT:g} s."
+        timer = PhaseTimer(self._clock, math.inf)
+        timer.limit(TIMEOUT, lambda: Silent(late, timer="models"))
+        with timer, self._byte_budget.share() as share:
+            target = replica.target_of(MODELS, "")
+            exchange = await self._client.send(replica, "GET", target, b"", HEADERS, fresh=True)
+            try:
+                if exchange.status != OK:
+                    raise InvalidResponse(f"The answer is {exchange.status}.")
+                exchange.decode_within(MAX_LIST)
+                body = await exchange.read_whole(share, MAX_LIST, lambda: None)
+            finally:
+                exchange.close()
+            return await self._executor.run(len(body), names_in, body)
+
+    def _log_trouble(self, replica: "Replica", trouble: GatewayError) -> None:
+        """Log the first of several failures in a row."""
+        if replica not in self._logged:
+            self._logged.add(replica)
+            _log.warning("no list of models from %s: %s", replica.name, trouble.message)
