@@ -536,3 +536,63 @@ async def test_a_folder_that_cannot_be_used_hurts_no_request_and_shows_in_health
 async def test_health_says_whether_there_are_limits(mock: MockModel, start: Start) -> None:
     assert (await (await start(mock)).health())["limits"] == {"status": "off"}
     assert (await (await start(mock, b="limits: {max_in_flight: 3}")).health())["limits"] == {"status": "ok"}
+
+
+# At every API
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_messages_are_charged_as_reported_and_refused_in_their_own_form(
+    mock: MockModel, start: Start, *, stream: bool
+) -> None:
+    gateway: Gateway = await start(
+        mock, a="models: [demo-model], limits: {requests_per_minute: 1, tokens_per_minute: 100000}"
+    )
+    body = {"model": "demo-model", "max_tokens": 50, "messages": CHAT["messages"], "stream": stream}
+    path, headers = "/v1/messages", {"x-api-key": SECRETS["team-a"]}
+    async with gateway.client.post(path, json=body | {"model": "qwen-3"}, headers=headers) as response:
+        assert response.status == 403
+        assert (await response.json())["error"]["code"] == "model_not_allowed"
+    async with gateway.client.post(path, json=body, headers=headers) as response:
+        assert response.status == 200
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        await response.read()
+    await until(lambda: idle(gateway))
+    line = (await lines(gateway, 2))[1]
+    assert line["key_tokens"] == line["input_tokens"] + line["output_tokens"] == used(gateway, "tokens_per_minute")
+    assert line["key_tokens_source"] == "reported"
+    async with gateway.client.post(path, json=body, headers=headers) as response:
+        document = await response.json()
+        assert (response.status, document["type"], document["error"]["type"]) == (429, "error", "rate_limit_error")
+        assert document["error"]["code"] == "rate_limit_exceeded"
+        assert 0 < int(response.headers["retry-after"]) <= 61
+    assert mock.journal.total == 1
+
+
+async def test_what_is_passed_through_counts_as_a_request_and_reserves_nothing(mock: MockModel, start: Start) -> None:
+    gateway: Gateway = await start(
+        mock, a="models: [demo-model], limits: {requests_per_minute: 2, tokens_per_minute: 10}"
+    )
+    body = {"model": "demo-model", "input": "word " * 1000}
+    statuses = []
+    for model in ("demo-model", "demo-model", "qwen-3", "demo-model"):
+        async with gateway.client.post("/v1/moderations", json=body | {"model": model}, headers=key()) as response:
+            await response.read()
+            statuses.append(response.status)
+    assert statuses == [200, 200, 403, 429]
+    assert (used(gateway, "requests_per_minute"), used(gateway, "tokens_per_minute")) == (2, 0)
+
+
+async def test_a_stored_response_that_is_read_again_costs_its_tokens_once(mock: MockModel, start: Start) -> None:
+    gateway: Gateway = await start(mock, a="limits: {requests_per_minute: 4, tokens_per_minute: 100000}")
+    async with gateway.client.post(
+        "/v1/responses", json={"model": "demo-model", "input": "Say it."}, headers=key()
+    ) as response:
+        made = await response.json()
+    tokens = used(gateway, "tokens_per_minute")
+    assert tokens == made["usage"]["total_tokens"]
+    for _ in range(3):
+        assert (await get(gateway, f"/v1/responses/{made['id']}", **key())).status == 200
+    assert used(gateway, "tokens_per_minute") == tokens
+    assert (await get(gateway, f"/v1/responses/{made['id']}", **key())).status == 429
+    assert (await get(gateway, f"/v1/responses/{made['id']}", **key("team-b"))).status == 404
