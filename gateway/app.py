@@ -3,17 +3,19 @@
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from gateway.backend.client import HttpClient
+from gateway.day_store import DayStore
 from gateway.dialects.model_list import MODELS
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
 from gateway.forwarding.attempt import Attempts
+from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
 from gateway.model_lists import ModelLists
@@ -51,6 +53,8 @@ class Parts:
         pool: the replicas and routes.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
+        keys: whose they are, and what is used of their limits.
+        day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
@@ -66,6 +70,7 @@ class Parts:
         client: HttpClient,
         *,
         clock: "Callable[[], float]",
+        wall_clock: "Callable[[], float]",
         rng: Random,
     ) -> None:
         self.telemetry = telemetry
@@ -105,13 +110,21 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
+        epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
+        self.keys = keys = Keys(routing.keys, lambda: epoch + clock())
+        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, lambda: epoch + clock())
         self.health = Health(
-            settings, pool=self.pool, client=client, admission=self.admission, telemetry=telemetry, clock=clock
+            settings,
+            pool=self.pool,
+            client=client,
+            admission=self.admission,
+            telemetry=telemetry,
+            limits=self.day_store,
+            clock=clock,
         )
         self.model_lists = ModelLists(
             pool=self.pool, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
         )
-        keys = Keys([key.get_secret_value() for key in settings.gateway_api_keys])
         self.handlers = Handlers(
             settings,
             keys=keys,
@@ -119,6 +132,7 @@ class Parts:
             pool=self.pool,
             admission=self.admission,
             byte_budget=self.byte_budget,
+            charges=Charges(self.executor, clock),
             forwarder=forwarder,
             health=self.health,
             telemetry=telemetry,
@@ -128,6 +142,7 @@ class Parts:
             keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
         )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
+        telemetry.metrics.watch_keys(keys.callers)
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
@@ -144,6 +159,7 @@ def create_app(
     *,
     client: HttpClient | None = None,
     clock: "Callable[[], float]" = monotonic,
+    wall_clock: "Callable[[], float]" = time,
     rng: Random | None = None,
 ) -> web.Application:
     """Return the gateway as an aiohttp application; `runner_of` runs it.
@@ -154,10 +170,11 @@ def create_app(
         telemetry: traces, metrics, logs.
         client: sends calls to backends.
         clock: seconds, monotonic.
+        wall_clock: seconds since the epoch, read once.
         rng: draws replicas and backoffs.
     """
     client = client or HttpClient()
-    parts = Parts(settings, routing, telemetry, client, clock=clock, rng=rng or Random())
+    parts = Parts(settings, routing, telemetry, client, clock=clock, wall_clock=wall_clock, rng=rng or Random())
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
@@ -209,6 +226,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
+        await stack.enter_async_context(parts.day_store)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)

@@ -1,8 +1,9 @@
-"""Backends and routes: from the file `GATEWAY_CONFIG` (YAML), or from `GATEWAY_BACKEND_URLS` without one."""
+"""Backends, routes and keys: from the file `GATEWAY_CONFIG` (YAML), or from the environment without one."""
 
 import re
 import ssl
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -110,11 +111,40 @@ class RouteConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """What a key may use; None: as much as there is."""
+
+    requests_per_minute: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    max_in_flight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyConfig:
+    """A gateway key.
+
+    Attributes:
+        name: as in metrics, spans and logs; None for one that has none.
+        digest: SHA-256 of the key.
+        models: those it may use, each by its name or the beginning of names (`name-*`); None for all.
+        limits: what it may use.
+    """
+
+    name: str | None
+    digest: bytes = field(repr=False)
+    models: tuple[str, ...] | None = None
+    limits: LimitsConfig = LimitsConfig()
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
-    """All backends and routes; the first route that matches a model wins."""
+    """All backends and routes, of which the first that matches a model wins; and the gateway keys, none: it is open."""
 
     backends: tuple[BackendConfig, ...]
     routes: tuple[RouteConfig, ...]
+    keys: tuple[KeyConfig, ...] = ()
 
 
 def load_routing(settings: "Settings") -> Routing:
@@ -123,8 +153,10 @@ def load_routing(settings: "Settings") -> Routing:
     Raises:
         SettingsError: the file is invalid; the message has line and key.
     """
+    keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
     if settings.gateway_config is not None:
-        return _from_file(settings.gateway_config, settings)
+        routing = _from_file(settings.gateway_config, settings)
+        return routing if routing.keys else replace(routing, keys=keys)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
     if api_key is not None and not _is_key(api_key):
@@ -136,6 +168,7 @@ def load_routing(settings: "Settings") -> Routing:
     return Routing(
         backends=(BackendConfig("backend", replicas),),
         routes=(RouteConfig("*", (TargetConfig("backend", None),)),),
+        keys=keys,
     )
 
 
@@ -209,6 +242,10 @@ BACKEND_KEYS = {
     *("url", "urls", "api_key_env", "api_key_header", "headers", "query"),
     *("timeouts", "probe", "max_in_flight", "tls"),
 }
+LIMITS = tuple(each.name for each in fields(LimitsConfig))
+MAX_KEY_NAME = 64
+"""Characters."""
+MAX_LIMIT_DIGITS = 12
 
 
 class _File:
@@ -226,7 +263,7 @@ class _File:
             raise SettingsError(
                 f"GATEWAY_CONFIG={str(self._path)!r}: the file is empty; it needs the keys backends and routes"
             )
-        top = self._mapping(root, "the file", {"backends", "routes"}, required=("backends", "routes"))
+        top = self._mapping(root, "the file", {"backends", "routes", "keys"}, required=("backends", "routes"))
         nodes = self._mapping(top["backends"], "backends", None)
         backends = tuple(self._backend(name, node) for name, node in nodes.items())
         if not backends:
@@ -236,11 +273,11 @@ class _File:
         routes = tuple(
             self._route(node, f"routes[{n}]", known) for n, node in enumerate(self._list(top["routes"], "routes"))
         )
-        return Routing(backends, routes)
+        return Routing(backends, routes, self._keys(top["keys"]) if "keys" in top else ())
 
     def _backend(self, name: str, node: yaml.Node) -> BackendConfig:
         key = f"backends.{name}"
-        if not name or not all(c.isalnum() or c in "-_." for c in name) or not name.isascii():
+        if not _is_name(name):
             raise self._wrong(node, key, "a backend's name consists of letters, digits, '-', '_' and '.'")
         items = self._mapping(node, key, BACKEND_KEYS)
         if ("url" in items) == ("urls" in items):
@@ -282,10 +319,14 @@ class _File:
             raise self._wrong(nodes[without], f"{key}.targets[{without}]", "needs a weight as the others have")
         if weights and not any(weights):
             raise self._wrong(items["targets"], f"{key}.targets", "needs at least one weight above 0")
-        model = self._text(items["model"], f"{key}.model")
+        return RouteConfig(self._model(items["model"], f"{key}.model"), targets)
+
+    def _model(self, node: yaml.Node, key: str) -> str:
+        """Return the name of a model, the beginning of names with a `*`, or `*`."""
+        model = self._text(node, key)
         if "*" in model[:-1]:
-            raise self._wrong(items["model"], f"{key}.model", "a '*' can only be the last character")
-        return RouteConfig(model, targets)
+            raise self._wrong(node, key, "a '*' can only be the last character")
+        return model
 
     def _target(self, node: yaml.Node, key: str, known: set[str]) -> TargetConfig:
         items = self._mapping(node, key, {"backend", "model", "weight"}, required=("backend",))
@@ -307,6 +348,55 @@ class _File:
                     node, key = nodes[backend.name], f"backends.{backend.name}"
                     raise self._wrong(node, key, f"two replicas would be called {replica.name!r}")
                 seen.add(replica.name)
+
+    def _keys(self, node: yaml.Node) -> tuple[KeyConfig, ...]:
+        """Return the gateway keys, each with a name and a value of its own."""
+        keys: list[KeyConfig] = []
+        for number, item in enumerate(self._list(node, "keys")):
+            key = self._gateway_key(item, f"keys[{number}]")
+            for other, earlier in enumerate(keys):
+                if earlier.name == key.name:
+                    raise self._wrong(item, f"keys[{number}].name", f"keys[{other}] has the same name")
+                if earlier.digest == key.digest:
+                    raise self._wrong(item, f"keys[{number}]", f"it is the same key as keys[{other}]")
+            keys.append(key)
+        return tuple(keys)
+
+    def _gateway_key(self, node: yaml.Node, key: str) -> KeyConfig:
+        items = self._mapping(node, key, {"name", "key_env", "key_sha256", "models", "limits"}, required=("name",))
+        name = self._text(items["name"], f"{key}.name")
+        if not _is_name(name) or len(name) > MAX_KEY_NAME:
+            raise self._wrong(
+                items["name"],
+                f"{key}.name",
+                f"a key's name consists of up to {MAX_KEY_NAME} letters, digits, '-', '_' and '.'",
+            )
+        if ("key_env" in items) == ("key_sha256" in items):
+            raise self._wrong(node, key, "needs exactly one of key_env and key_sha256")
+        value = self._api_key(items.get("key_env"), f"{key}.key_env")
+        digest = _digest(value) if value is not None else self._sha256(items["key_sha256"], f"{key}.key_sha256")
+        models = None
+        if "models" in items:
+            nodes = self._list(items["models"], f"{key}.models")
+            models = tuple(self._model(item, f"{key}.models[{n}]") for n, item in enumerate(nodes))
+        return KeyConfig(name, digest, models, self._limits(items.get("limits"), f"{key}.limits"))
+
+    def _sha256(self, node: yaml.Node, key: str) -> bytes:
+        digits = node.value if isinstance(node, yaml.ScalarNode) else ""
+        if not re.fullmatch("[0-9a-fA-F]{64}", digits):  # a number, to YAML, if none of them is a letter
+            raise self._wrong(
+                node, key, "needs the 64 hexadecimal digits of the key's SHA-256, without a line end in it"
+            )
+        return bytes.fromhex(digits)
+
+    def _limits(self, node: yaml.Node | None, key: str) -> LimitsConfig:
+        if node is None:
+            return LimitsConfig()
+        limits = {
+            name: self._count(item, f"{key}.{name}", at_least=1, digits=MAX_LIMIT_DIGITS)
+            for name, item in self._mapping(node, key, set(LIMITS)).items()
+        }
+        return LimitsConfig(**limits)
 
     def _api_key(self, node: yaml.Node | None, key: str) -> str | None:
         if node is None:
@@ -458,13 +548,13 @@ class _File:
             raise self._wrong(node, key, "needs a number of seconds greater than 0")
         return value
 
-    def _count(self, node: yaml.Node | None, key: str, *, at_least: int) -> int | None:
+    def _count(self, node: yaml.Node | None, key: str, *, at_least: int, digits: int = 9) -> int | None:
         if node is None:
             return None
-        digits = node.value if node.tag == f"{_TAG}int" else ""
-        if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) < at_least:
-            raise self._wrong(node, key, f"needs a whole number of at least {at_least} and at most nine digits")
-        return int(digits)
+        written = node.value if node.tag == f"{_TAG}int" else ""
+        if not re.fullmatch(f"[0-9]{{1,{digits}}}", written) or int(written) < at_least:
+            raise self._wrong(node, key, f"needs a whole number of at least {at_least} and at most {digits} digits")
+        return int(written)
 
     def _written(self, node: yaml.Node, key: str) -> str:
         """Return a value as it is written: `2024-10-21` is a date to YAML, and plainly meant as text."""
@@ -512,6 +602,14 @@ class _File:
 
     def _wrong(self, node: yaml.Node, key: str, message: str) -> SettingsError:
         return SettingsError(f"GATEWAY_CONFIG={str(self._path)!r}, line {node.start_mark.line + 1}, {key}: {message}")
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode()).digest()
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and text.isascii() and all(c.isalnum() or c in "-_." for c in text)
 
 
 def _is_key(value: str) -> bool:

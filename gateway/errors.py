@@ -8,6 +8,7 @@
     |  |- InvalidRequest             400     invalid_request
     |  |  `- UnsupportedHttpVersion  505     neither HTTP/1.1 nor HTTP/1.0
     |  |- InvalidApiKey              401     invalid_api_key
+    |  |- ModelNotAllowed            403     model_not_allowed
     |  |- NotFound                   404     not_found
     |  |- ModelNotFound              404     model_not_found
     |  |- MethodNotAllowed           405     method_not_allowed
@@ -21,6 +22,7 @@
     |- Refusal                       503     no attempt was made; says when to try again
     |  |- BackendUnavailable                 backend_unavailable
     |  |- BackendRateLimited      429        backend_rate_limited
+    |  |- RateLimitExceeded       429        rate_limit_exceeded    a limit of the caller's key
     |  |- GatewayOverloaded                  gateway_overloaded
     |  |  `- NoConnection                     descriptors, local ports or the system's buffers are used up
     |  `- GatewayDraining                    gateway_draining
@@ -143,6 +145,13 @@ class InvalidApiKey(CallerError):
         self.shown = shown
 
 
+class ModelNotAllowed(CallerError):
+    """The caller's key may not use the model."""
+
+    status = 403
+    code = "model_not_allowed"
+
+
 class NotFound(CallerError):
     """Unknown path."""
 
@@ -236,6 +245,23 @@ class BackendRateLimited(Refusal):
 
     status = 429
     code = "backend_rate_limited"
+
+
+class RateLimitExceeded(Refusal):
+    """A limit of the caller's key is used up.
+
+    Attributes:
+        limit: its name.
+        wait: seconds until the request may fit; 0: when another one of the same key ends.
+    """
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str, wait: float) -> None:
+        super().__init__(message, retry_after=wait)
+        self.limit = limit
+        self.wait = wait
 
 
 class GatewayOverloaded(Refusal):

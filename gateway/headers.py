@@ -9,7 +9,8 @@ from functools import lru_cache
 FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotency-key"})
 FORWARDED_PREFIXES = ("openai-", "anthropic-", "x-stainless-")
 PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
-PASSED_PREFIXES = ("openai-", "anthropic-", "x-ratelimit-")
+RATE_LIMITS = "x-ratelimit-"
+PASSED_PREFIXES = ("openai-", "anthropic-", RATE_LIMITS)
 GATEWAY_NAMES = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gateway.backend.client import HttpClient
     from gateway.config import ProbeConfig
+    from gateway.day_store import DayStore
     from gateway.policy.admission import Admission
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
@@ -39,6 +40,7 @@ class Health:
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
+        limits: "DayStore",
         clock: "Callable[[], float]",
     ) -> None:
         self._app_mode = settings.app_mode
@@ -46,6 +48,7 @@ class Health:
         self._client = client
         self._admission = admission
         self._telemetry = telemetry
+        self._limits = limits
         self._clock = clock
         self._started = clock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -130,8 +133,8 @@ class Health:
             downstream = "down"
         elif any(state != "ok" for state in states):
             downstream = "degraded"
-        telemetry = self._telemetry.status
-        status = "degraded" if downstream == "ok" and telemetry == "degraded" else downstream
+        telemetry, limits = self._telemetry.status, self._limits.status
+        status = "degraded" if downstream == "ok" and "degraded" in {telemetry, limits} else downstream
         return {
             "status": status,
             "version": __version__,
@@ -142,6 +145,7 @@ class Health:
             "queued": self._admission.queued,
             "downstream": {"status": downstream, "backends": backends},
             "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
+            "limits": {"status": limits},
         }
 
 

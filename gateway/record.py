@@ -1,7 +1,8 @@
 """What happened to one request, attempt by attempt.
 
 Written while the request is under way and read when it has ended: headers, metrics, the log line and the spans are all
-rendered from it. Plain numbers and words only: no HTTP, no telemetry. Instants are seconds of `time.monotonic`.
+rendered from it. Plain numbers and words, and who asks: no HTTP, no telemetry. Instants are seconds of
+`time.monotonic`.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from functools import lru_cache
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
-from gateway.errors import ErrorAnswer, GatewayOverloaded
+from gateway.errors import ErrorAnswer, GatewayOverloaded, RateLimitExceeded
+from gateway.policy.caller import NOBODY, Caller
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,7 +117,7 @@ class Record:
         trace_state: the caller's `tracestate`, or None.
         sampled: decided at the start, and passed on to the backend.
         request_id: the caller's, or ours.
-        caller: who asks: which key, else the address; "" before that is known.
+        caller: who asks; nobody before that is known.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue.
@@ -127,6 +129,9 @@ class Record:
         stop_reason: why no further attempt was made, or None.
         fell_back: whether a further target was tried.
         shed: why it was refused at admission, or None.
+        limit: which limit of the caller's key refused it, or None.
+        charged: tokens that count for the limits of the key; None where it has none. charged_by: `reported`, as the
+            backend counted them, or `counted`, from what was sent and relayed.
         events: (instant, name, attributes) in order.
         input_text, output_text: captured text, or None.
         extra: bytes beyond those that every request may hold, while it waits for its export.
@@ -140,7 +145,7 @@ class Record:
     started: float
     started_ns: int
     parent_id: int | None = None
-    caller: str = ""
+    caller: Caller = NOBODY
     trace_state: str | None = None
     sampled: bool = True
     attempts: list[AttemptRecord] = field(default_factory=list)
@@ -164,6 +169,9 @@ class Record:
     stop_reason: str | None = None
     fell_back: bool = False
     shed: str | None = None
+    limit: str | None = None
+    charged: int | None = None
+    charged_by: str | None = None
     response_id: str | None = None
     response_model: str | None = None
     finish_reasons: list[str] | None = None
@@ -264,6 +272,8 @@ class Record:
         self.error_message = error.message[:MAX_MESSAGE]
         if isinstance(error, GatewayOverloaded):
             self.shed = error.reason
+        elif isinstance(error, RateLimitExceeded):
+            self.limit = error.limit
 
     @property
     def is_large(self) -> bool:

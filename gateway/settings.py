@@ -135,6 +135,8 @@ class Settings(BaseSettings):
         Field(description="one key or several, separated by commas or lines; unset it for none"),
     ] = []
 
+    gateway_state_dir: Path | None = None
+
     gateway_request_deadline: Seconds = 600
     gateway_connect_timeout: Seconds = 1
     gateway_first_token_timeout: Seconds = 30

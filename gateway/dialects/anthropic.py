@@ -25,6 +25,7 @@ from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_answers import own_error, own_words
 from gateway.dialects.error_words import read_words, status_of, words_of
 from gateway.dialects.json_text import NO_JSON, decode_with, has_many_objects
+from gateway.dialects.prompt_tokens import tokens_of
 from gateway.dialects.request_fields import (
     Flag,
     ListOfMessages,
@@ -291,6 +292,10 @@ class AnthropicMessages:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Return about how many tokens a prompt has."""
+        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:  # noqa: ARG002
         """Return the state of a stream of a message."""

@@ -200,6 +200,9 @@ class Dialect(Protocol):
             InvalidRequest: it is no object, or a field is wrong; `param` names it.
         """
 
+    def prompt_tokens(self, prompt: Prompt) -> int | None:
+        """Return about how many tokens a prompt has, for the limits of a key; None: only what is reported counts."""
+
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of the stream that answers `prompt`; `until_answer`: reasoning is told from the answer."""
 

@@ -57,6 +57,9 @@ class PassedThrough:
         """Read the model of a JSON body."""
         return Prompt(self, path, body, model=read_fields(_request, body).model)
 
+    def prompt_tokens(self, prompt: Prompt) -> None:
+        """Reserve nothing: only usage that is reported counts."""
+
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of a stream of the family: one that is passed through has none."""
         return self._family.stream_state(prompt, keep_text=keep_text, until_answer=until_answer)

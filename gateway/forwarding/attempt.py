@@ -31,7 +31,7 @@ from gateway.executor import LARGE
 from gateway.forwarding.body_relay import BodyRelay
 from gateway.forwarding.call import WholeAnswer
 from gateway.forwarding.stream_relay import StreamRelay, held_up, no_first_token, stalled
-from gateway.headers import retry_after
+from gateway.headers import RATE_LIMITS, retry_after
 from gateway.phase_timer import PhaseTimer
 from gateway.record import MAX_MESSAGE, AttemptRecord
 
@@ -198,7 +198,7 @@ class Attempts:
         _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
         if call.remember is not None:
             call.remember(answer.response_id, lease.replica.name, lease.model)
-        call.answer = WholeAnswer(exchange.status, exchange.passed_headers(), body)
+        call.answer = WholeAnswer(exchange.status, _passed_headers(call, exchange), body)
 
     async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
         """Read an answer other than a good one. Raises: the failure that it is."""
@@ -215,7 +215,7 @@ class Attempts:
         finally:
             call.share.give_back_to(held)
         timer.pause()
-        passed = exchange.passed_headers()
+        passed = _passed_headers(call, exchange)
         wait = retry_after(passed, self._wall_clock())
         failure = await self._executor.run(len(body), read_error, exchange.status, body, passed, wait)
         if call.prompt.is_about_response and isinstance(failure, ErrorAnswer) and failure.status in NOT_HERE:
@@ -224,7 +224,7 @@ class Attempts:
 
     def _error_answer(self, call: "Call", exchange: "Exchange", error: ErrorInside) -> BackendError:
         """Return the error answer that an error inside a good answer is."""
-        passed = exchange.passed_headers()
+        passed = _passed_headers(call, exchange)
         wait = retry_after(passed, self._wall_clock())
         body = call.prompt.dialect.error_inside(error.words)
         failure = read_error_inside(error.words, body, passed, wait)
@@ -288,12 +288,13 @@ class Attempts:
             if call.remember is not None:
                 call.remember(state.response_id, lease.replica.name, lease.model)
             timer.end_at(call.deadline.end)
-            headers = {"content-type": "text/event-stream", **exchange.passed_headers()}
+            headers = {"content-type": "text/event-stream", **_passed_headers(call, exchange)}
             await sink.commit(headers, events, state, partial(held_up, exchange, call.share))
+            write = sink.write if call.charge is None else call.charge.counting(sink.write, events)
             call.share.give_back(len(events))
             del events
             if call.commit != "complete":
-                await relay.pass_on(sink.write)
+                await relay.pass_on(write)
             await sink.end()
             await relay.read_end()
         finally:
@@ -312,7 +313,7 @@ class Attempts:
             self._report(call.record, lease, lease.begin_answer)
             timer.end_at(call.deadline.end)
             await sink.commit(
-                exchange.passed_headers(),
+                _passed_headers(call, exchange),
                 body,
                 None,
                 partial(held_up, exchange, call.share),
@@ -377,6 +378,14 @@ class Attempts:
         after = replica.breaker.state
         if before != after:
             record.note_breaker(self._clock(), replica.name, before, after)
+
+
+def _passed_headers(call: "Call", exchange: "Exchange") -> dict[str, str]:
+    """Return the headers of an answer that pass to its caller: of rate limits only those of the caller's own key."""
+    passed = exchange.passed_headers()
+    if call.charge is not None:
+        passed = {name: value for name, value in passed.items() if not name.startswith(RATE_LIMITS)}
+    return passed
 
 
 def _limit_idle(timer: PhaseTimer, seconds: float) -> None:

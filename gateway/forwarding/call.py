@@ -8,6 +8,7 @@ from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from gateway.dialects.dialect import Prompt, StreamState
+    from gateway.forwarding.charge import Charge
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
     from gateway.policy.outage import Outage
@@ -84,6 +85,7 @@ class Call:
         record: what happens is noted in it.
         sink: where an answer goes that is sent as it comes: a stream, or what is passed through; None for others.
         caller: who asks: the key, else the address.
+        charge: what counts for the limits of its key; None where it has none.
         share: holds its bytes.
         query: of the caller's url, encoded, where it goes on; empty for none.
         headers: the caller's that go to the backend, names in lower case.
@@ -105,6 +107,7 @@ class Call:
         "body",
         "bridged",
         "caller",
+        "charge",
         "commit",
         "counted",
         "deadline",
@@ -137,6 +140,7 @@ class Call:
         headers: list[tuple[str, str]],
         commit: "Commit",
         query: str = "",
+        charge: "Charge | None" = None,
         remember: "Remember | None" = None,
     ) -> None:
         self.prompt = prompt
@@ -154,6 +158,7 @@ class Call:
         self.targets = targets
         self.target = targets[0]
         self.caller = caller
+        self.charge = charge
         self.failed_before: frozenset[str] | None = None
         self.given_up: set[Replica] = set()
         self.counted: set[Replica] = set()

@@ -73,15 +73,16 @@ class Forwarder:
         """Get the call answered: `call.answer` is set, or its sink has received a complete stream.
 
         Raises:
-            Refusal: no attempt was made.
+            Refusal: no attempt was made; among them RateLimitExceeded, where its charge does not fit.
             DeadlineExceeded: wherever the call was.
             BackendError: the last attempt's failure, before or after commit.
             CallerLeft: while a stream was written.
         """
-        if not self._admission.enter_at_once(call.caller):
+        reservation = call.charge.reservation if call.charge is not None else None
+        if not self._admission.enter_at_once(call.caller, reservation):
             queued_at = self._clock()
             try:
-                await self._admission.enter(call.deadline.left_to_commit(), call.caller)
+                await self._admission.enter(call.deadline.left_to_commit(), call.caller, reservation)
             finally:
                 call.record.queued = self._clock() - queued_at
         failure: BackendError | None = None
@@ -107,6 +108,8 @@ class Forwarder:
             raise
         finally:
             failure = None
+            if call.charge is not None:
+                call.charge.settle(call)
             self._admission.leave(call.caller)
 
     async def _look_up(self, call: "Call") -> None:

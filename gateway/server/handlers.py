@@ -9,7 +9,7 @@ from aiohttp import web
 from gateway import __version__
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE, StoredResponses
 from gateway.dialects.table import BY_PATH
-from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotFound, NotFound
+from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from gateway.dialects.dialect import Prompt
     from gateway.forwarding.call import Remember
+    from gateway.forwarding.charge import Charges
     from gateway.forwarding.forwarder import Forwarder
     from gateway.health import Health
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget, Share
+    from gateway.policy.caller import Caller
     from gateway.policy.deadline import Deadline
     from gateway.policy.pool import Pool, Route, Target
     from gateway.policy.response_homes import Home
@@ -53,6 +55,7 @@ class Handlers:
         pool: "Pool",
         admission: "Admission",
         byte_budget: "ByteBudget",
+        charges: "Charges",
         forwarder: "Forwarder",
         health: "Health",
         telemetry: "Telemetry",
@@ -64,6 +67,7 @@ class Handlers:
         self._pool = pool
         self._admission = admission
         self._byte_budget = byte_budget
+        self._charges = charges
         self._forwarder = forwarder
         self._health = health
         self._telemetry = telemetry
@@ -77,14 +81,12 @@ class Handlers:
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
         caller = record.caller
-        self._admission.check(caller)
+        self._admission.check(caller.id)
         boundary = form_boundary(request, dialect)
-        with self._byte_budget.share(caller) as share:
+        with self._byte_budget.share(caller.id) as share:
             prompt = await self._reader.prompt(request, path, dialect, deadline, share, boundary=boundary)
             model = prompt.model or self._pool.default_model
-            route = self._pool.route(model)
-            if route is None:
-                raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
+            route = self._route(caller, model)
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = dialect.prompt_messages(prompt.body)
@@ -98,10 +100,20 @@ class Handlers:
                 share,
                 commit=commit,
                 model=model,
+                route=route.model,
                 targets=targets,
                 headers=headers,
                 remember=remember,
             )
+
+    def _route(self, caller: "Caller", model: str) -> "Route":
+        """Return the route of a model. Raises: ModelNotAllowed, ModelNotFound."""
+        if not caller.may_use(model):
+            raise ModelNotAllowed(f"This key may not use the model {model!r}; see GET /v1/models.", param="model")
+        route = self._pool.route(model)
+        if route is None:
+            raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
+        return route
 
     async def response(self, request: web.Request) -> web.StreamResponse:
         """Read or delete a stored response: `GET` or `DELETE` of its id."""
@@ -120,13 +132,13 @@ class Handlers:
         response_id, query = request.match_info["id"], request.rel_url.raw_query_string
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
-        self._admission.check(record.caller)
+        self._admission.check(record.caller.id)
         prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
         record.stream = prompt.stream
         home = self._home_of(response_id, record, param="id")
         pinned = self._pool.home_target(home, home.model, None) if home is not None else None
         headers = [header for header in forwarded_headers(request, record) if header[0] != "content-type"]  # no body
-        with self._byte_budget.share(record.caller) as share:
+        with self._byte_budget.share(record.caller.id) as share:
             return await self._forward(
                 request,
                 prompt,
@@ -134,6 +146,7 @@ class Handlers:
                 share,
                 commit=commit,
                 model=home.model if home is not None else "",
+                route="",
                 targets=self._pool.backends if pinned is None else (pinned,),
                 headers=headers,
                 remember=lambda _id, replica, _model: self._pool.responses.found(response_id, replica),
@@ -148,12 +161,16 @@ class Handlers:
         *,
         commit: "Commit",
         model: str,
+        route: str,
         targets: "tuple[Target, ...]",
         headers: list[tuple[str, str]],
         remember: "Remember | None",
     ) -> web.StreamResponse:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
+        caller, charge = record.caller, None
+        if caller.limits is not None:
+            charge = await self._charges.begin(caller.limits, prompt, route, deadline)
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
@@ -165,12 +182,13 @@ class Handlers:
             writer,
             model=model,
             targets=targets,
-            caller=record.caller,
+            caller=caller.id,
             share=share,
             headers=headers,
             commit=commit,
             query=request.rel_url.raw_query_string if dialect.passes_query else "",
             remember=remember,
+            charge=charge,
         )
         if writer is None:
             await self._forwarder.forward(call)
@@ -207,7 +225,7 @@ class Handlers:
 
     def _owner(self, record: "Record") -> str | None:
         """Return whose the responses of a request are: its key's; None where callers are not known by keys."""
-        return record.caller if self._keys.needed else None
+        return record.caller.id if self._keys.needed else None
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""
@@ -233,16 +251,20 @@ class Handlers:
             raise
         return response
 
-    async def models(self, _request: web.Request) -> web.Response:
-        """Answer `GET /v1/models` from memory."""
-        return json_response({"object": "list", "data": [_model(name) for name in self._pool.models]})
+    async def models(self, request: web.Request) -> web.Response:
+        """Answer `GET /v1/models` from memory: the models that the caller may use."""
+        return json_response({"object": "list", "data": [_model(name) for name in self._models_of(request)]})
 
     async def model(self, request: web.Request) -> web.Response:
         """Answer `GET /v1/models/{id}`."""
         name = request.match_info["id"]
-        if name not in self._pool.models:
+        if name not in self._models_of(request):
             raise ModelNotFound(f"There is no model {name[:256]!r}; see GET /v1/models.", param="model")
         return json_response(_model(name))
+
+    def _models_of(self, request: web.Request) -> list[str]:
+        caller = request[RECORD].caller
+        return [name for name in self._pool.models if caller.may_use(name)]
 
     async def root(self, _request: web.Request) -> web.Response:
         """Answer `GET /`: what this is and where to look."""

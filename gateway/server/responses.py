@@ -1,6 +1,7 @@
 """What callers get besides a backend's own bytes: the explaining headers, and errors in the form of their dialect."""
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -8,11 +9,13 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, InvalidApiKey, Refusal
+from gateway.policy.limits import tightest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.dialects.dialect import Dialect
+    from gateway.policy.limits import Limits
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
@@ -35,12 +38,40 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
         "server-timing": record.server_timing(now),
         "server": SERVER,
     }
+    if record.caller.limits is not None:
+        headers |= _rate_limits(record.caller.limits)
     backend = record.backend
     if backend is not None:
         headers["x-gateway-backend"] = backend
         if record.attempts[-1].request_id is not None:
             headers["x-backend-request-id"] = record.attempts[-1].request_id
     return headers
+
+
+def _rate_limits(limits: "Limits") -> dict[str, str]:
+    """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
+    headers, now = {}, limits.look()
+    if limits.requests:
+        window = tightest(limits.requests)
+        headers["x-ratelimit-limit-requests"] = window.shown
+        headers["x-ratelimit-remaining-requests"] = (
+            str(window.limit - window.used) if window.used < window.limit else "0"
+        )
+        headers["x-ratelimit-reset-requests"] = _duration(math.ceil(window.empty_in(now)))
+    if limits.tokens:
+        window = tightest(limits.tokens)
+        headers["x-ratelimit-limit-tokens"] = window.shown
+        headers["x-ratelimit-remaining-tokens"] = str(window.limit - window.used) if window.used < window.limit else "0"
+        headers["x-ratelimit-reset-tokens"] = _duration(math.ceil(window.empty_in(now)))
+    return headers
+
+
+@lru_cache(maxsize=256)
+def _duration(seconds: int) -> str:
+    """Return a number of seconds as OpenAI writes it: `1s`, `6m0s`, `23h59m8s`."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
 def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:

@@ -161,6 +161,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     seconds: float
     queued_seconds: float
     stream: bool
+    key: str | None = None
     route: str | None = None
     model: str | None = None
     backend: str | None = None
@@ -172,6 +173,8 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     error: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    key_tokens: int | None = None
+    key_tokens_source: str | None = None
     request_id: str
     trace_id: str
     span_id: str
@@ -220,6 +223,9 @@ def _json_line(record: "Record", level: int) -> str:
         trace_id=record.trace,
         span_id=f"{record.span_id:016x}",
     )
+    if record.caller.name is not None:
+        fields.key = record.caller.name
+        fields.key_tokens, fields.key_tokens_source = record.charged, record.charged_by
     if record.waits:
         fields.waits = [
             _WaitFields(wait.kind, wait.backend, _rounded((wait.ended or wait.began) - wait.began))
@@ -249,6 +255,7 @@ def _readable_line(record: "Record", _level: int) -> str:
         f"{clock} {record.status} {record.method} {record.path or '(unknown path)'}"
         f" {record.seconds(0.0) * 1000:.1f} ms {record.outcome}"
         f"{f' [{attempts}]' if attempts else ''}"
+        f"{f' key={record.caller.name}' if record.caller.name is not None else ''}"
         f" request={record.request_id} trace={record.trace}"
         f"{f' ({error})' if error else ''}"
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
+    from gateway.policy.caller import Caller
     from gateway.policy.pool import Pool
     from gateway.record import Record
     from gateway.telemetry.output import Output
@@ -107,6 +108,15 @@ class Metrics:
         tokens = Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
         self._input_tokens = tokens.labels("input")
         self._output_tokens = tokens.labels("output")
+        self._key_requests = _Children(
+            Counter("gateway_key_requests", "Requests with a named key.", ["key", "outcome"], registry=registry)
+        )
+        self._key_tokens = _Children(
+            Counter("gateway_key_tokens", "Tokens that count for a named key.", ["key", "source"], registry=registry)
+        )
+        self._key_refused = _Children(
+            Counter("gateway_key_refused", "Requests that a limit refused.", ["key", "limit"], registry=registry)
+        )
         self.loop_lag = Gauge(
             "gateway_event_loop_lag_seconds",
             "How late the event loop was, at worst, in the last 15 s.",
@@ -122,6 +132,10 @@ class Metrics:
             for state in State:
                 self._transitions.labels(replica.name, state.value)
         self._registry.register(_Parts(pool, admission, byte_budget, connections))
+
+    def watch_keys(self, callers: "Sequence[Caller]") -> None:
+        """Read what is used of the limits of keys whenever the metrics are asked for."""
+        self._registry.register(_Keys(callers))
 
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
@@ -149,6 +163,19 @@ class Metrics:
             self._bridged.labels(_BRIDGED.get(record.outcome, "failed")).inc()
         if record.outcome == "client_closed_request":
             self._disconnects.inc()
+        if record.caller.name is not None:
+            self._count_key(record, record.caller.name)
+
+    def _count_key(self, record: "Record", key: str) -> None:
+        """Count a request with a named key."""
+        self._key_requests(key, record.outcome).inc()
+        tokens, source = record.charged, record.charged_by
+        if tokens is None:
+            tokens, source = (record.input_tokens or 0) + (record.output_tokens or 0), "reported"
+        if tokens:
+            self._key_tokens(key, source).inc(tokens)
+        if record.limit is not None:
+            self._key_refused(key, record.limit).inc()
 
     def retry_allowed(self, backend: str) -> None:
         """Count a retry sent to this replica."""
@@ -263,6 +290,24 @@ class _Parts:
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
         yield _gauge("gateway_waiting_requests", "Requests that wait for a backend.", len(self._admission.waiting))
         yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._byte_budget.held)
+
+
+class _Keys:
+    """The limits of keys, and what is used of them."""
+
+    def __init__(self, callers: "Sequence[Caller]") -> None:
+        self._callers = callers
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        limits = GaugeMetricFamily("gateway_key_limit", "What a key may use, by limit.", labels=["key", "limit"])
+        used = GaugeMetricFamily("gateway_key_limit_used", "What of it is used now.", labels=["key", "limit"])
+        for caller in self._callers:
+            for name, most, now in caller.limits.state() if caller.limits is not None else ():
+                limits.add_metric([str(caller.name), name], most)
+                used.add_metric([str(caller.name), name], now)
+        yield limits
+        yield used
 
 
 class _Dropped:

@@ -12,6 +12,7 @@ from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.json_text import has_many_objects, without_escapes
 from gateway.dialects.openai import errors
 from gateway.dialects.openai.choices import AnswerFields, ChoicesState, WholeAnswer, decode_whole_answer
+from gateway.dialects.prompt_tokens import tokens_of
 from gateway.dialects.request_fields import (
     Count,
     Flag,
@@ -116,6 +117,10 @@ class OpenAIChat:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Return about how many tokens a prompt has."""
+        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of a stream of choices."""

@@ -22,6 +22,7 @@ from gateway.dialects.dialect import Prompt, StreamState
 from gateway.dialects.error_words import read_words, words_of
 from gateway.dialects.json_text import NO_JSON, decode_with
 from gateway.dialects.openai import errors
+from gateway.dialects.prompt_tokens import tokens_of
 from gateway.dialects.request_fields import Flag, ModelName, Number, Tokens, check_text_or_list, read_fields
 from gateway.dialects.server_sent_events import DONE
 from gateway.errors import ErrorWords, GatewayError, InvalidResponse
@@ -258,6 +259,10 @@ class OpenAIResponses:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
+
+    def prompt_tokens(self, prompt: Prompt) -> int | None:
+        """Return about how many tokens a prompt has."""
+        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:  # noqa: ARG002
         """Return the state of a stream of numbered events."""

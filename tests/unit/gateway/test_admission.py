@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded
+from gateway.config import LimitsConfig
+from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded, RateLimitExceeded
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
+from gateway.policy.limits import Limits, Reservation
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
 
@@ -488,3 +490,204 @@ def test_one_caller_holds_half_of_the_bytes() -> None:
         assert budget.held == 180
     assert budget.held == 0
     assert not budget.of_one
+
+
+# One caller after the other
+
+
+def test_callers_have_their_turn_one_after_the_other_whoever_came_first() -> None:
+    async def story(_clock: Clock) -> list[str]:
+        gate, order = admission(slots=2, queue=20), []
+
+        async def come(caller: str) -> None:
+            await gate.enter(LONG, caller)
+            order.append(caller)
+            await settle()
+            gate.leave(caller)
+
+        await gate.enter(LONG, "x")
+        await gate.enter(LONG, "y")
+        tasks = [asyncio.create_task(come(caller)) for caller in ["a"] * 6 + ["b"] * 2 + ["c"] * 3]
+        await settle()
+        gate.leave("x")
+        await asyncio.gather(*tasks)
+        gate.leave("y")
+        assert_empty(gate)
+        return order
+
+    assert "".join(run(story)) == "abcabcacaaa"
+
+
+def test_in_a_full_queue_the_last_of_the_longest_line_makes_room_for_who_has_fewer() -> None:
+    async def story(_clock: Clock) -> None:
+        gate = admission(slots=1, queue=4)
+        await gate.enter(LONG, "x")
+        greedy = [asyncio.create_task(gate.enter(LONG, "greedy")) for _ in range(4)]
+        await settle()
+        gate.check("modest")
+        with pytest.raises(GatewayOverloaded):
+            gate.check("greedy")
+        modest = [asyncio.create_task(gate.enter(LONG, "modest")) for _ in range(3)]
+        await settle()
+        ends = [await error_of(task) for task in (greedy[3], greedy[2], modest[2])]
+        assert all(isinstance(end, GatewayOverloaded) and end.reason == "queue_full" for end in ends)
+        assert gate.queued == 4
+        gate.leave("x")
+        for task, caller in (
+            (greedy[0], "greedy"),
+            (modest[0], "modest"),
+            (greedy[1], "greedy"),
+            (modest[1], "modest"),
+        ):
+            await task
+            gate.leave(caller)
+        assert_empty(gate)
+
+    run(story)
+
+
+# What a key may use
+
+
+def limits_of(clock: Clock, **config: int) -> Limits:
+    return Limits(LimitsConfig(**config), clock)
+
+
+def test_who_would_wait_longer_than_the_queue_allows_is_refused_at_once_and_told_how_long() -> None:
+    async def story(clock: Clock) -> None:
+        gate, of = admission(slots=8), limits_of(clock, requests_per_minute=2)
+        for _ in range(2):
+            assert gate.enter_at_once("key", of.reserve(0))
+        began = clock()
+        with pytest.raises(RateLimitExceeded) as refused:
+            await gate.enter(LONG, "key", of.reserve(0))
+        assert clock() - began < NOW
+        assert refused.value.limit == "requests_per_minute"
+        assert refused.value.retry_after is not None
+        assert 60 <= refused.value.retry_after <= 61
+        await asyncio.sleep(refused.value.retry_after)
+        assert gate.enter_at_once("key", of.reserve(0))
+        for _ in range(3):
+            gate.leave("key")
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_a_short_wait_for_a_limit_is_waited_out_in_the_queue_in_order() -> None:
+    async def story(clock: Clock) -> None:
+        gate, of = admission(slots=8), limits_of(clock, tokens_per_minute=10)
+        assert gate.enter_at_once("key", of.reserve(10))
+        await asyncio.sleep(59.5)
+        began = clock()
+        large = asyncio.create_task(gate.enter(LONG, "key", of.reserve(10)))
+        await settle()
+        with pytest.raises(RateLimitExceeded):  # behind the large one it would not fit for another minute
+            await gate.enter(LONG, "key", of.reserve(1))
+        assert gate.enter_at_once("other", limits_of(clock, tokens_per_minute=10).reserve(10))
+        await large
+        assert 0.4 < clock() - began < 1.6
+        assert of.in_flight == 2
+        for caller in ("key", "key", "other"):
+            gate.leave(caller)
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_what_another_request_gives_back_goes_to_who_waits() -> None:
+    async def story(clock: Clock) -> None:
+        gate, of = admission(slots=8), limits_of(clock, max_in_flight=2)
+        first, second = of.reserve(0), of.reserve(0)
+        assert gate.enter_at_once("key", first)
+        assert gate.enter_at_once("key", second)
+        third, fourth = (asyncio.create_task(gate.enter(LONG, "key", of.reserve(0))) for _ in range(2))
+        await settle()
+        first.settle(0)
+        gate.leave("key")
+        await third
+        assert not fourth.done()
+        error = await error_of(fourth)
+        assert isinstance(error, RateLimitExceeded)
+        assert (error.limit, error.retry_after) == ("max_in_flight", 0)
+        assert of.in_flight == 2
+        for _ in range(2):
+            gate.leave("key")
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_who_is_out_of_slots_as_well_is_told_of_the_slots() -> None:
+    async def story(clock: Clock) -> None:
+        gate, of = admission(slots=1), limits_of(clock, max_in_flight=1)
+        assert gate.enter_at_once("key", of.reserve(0))
+        with pytest.raises(GatewayOverloaded) as late:
+            await gate.enter(LONG, "key", of.reserve(0))
+        assert late.value.reason == "queue_timeout"
+        gate.leave("key")
+        assert_empty(gate)
+
+    run(story)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", ""]),
+            st.sampled_from(["come", "come", "leave", "cancel", "sleep"]),
+            st.integers(0, 12),
+        ),
+        max_size=50,
+    ),
+    st.integers(1, 5),
+    st.integers(0, 5),
+)
+def test_whatever_happens_as_much_is_taken_as_is_under_way(
+    steps: list[tuple[str, str, int]], slots: int, queue: int
+) -> None:
+    async def story(clock: Clock) -> None:
+        gate = admission(slots=slots, queue=queue)
+        keys = {
+            "a": limits_of(clock, requests_per_minute=4, tokens_per_minute=20),
+            "b": limits_of(clock, tokens_per_minute=12, max_in_flight=2),
+        }
+        inside: list[tuple[str, Reservation | None]] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def come(caller: str, tokens: int) -> None:
+            reservation = keys[caller].reserve(tokens) if caller else None
+            await gate.enter(LONG, caller, reservation)
+            inside.append((caller, reservation))
+
+        for caller, kind, number in steps:
+            if kind == "come":
+                tasks.append(asyncio.create_task(come(caller, number)))
+            elif kind == "leave" and inside:
+                who, reservation = inside.pop(number % len(inside))
+                if reservation is not None:
+                    reservation.settle(reservation.tokens // 2)
+                gate.leave(who)
+            elif kind == "cancel" and tasks:
+                tasks[number % len(tasks)].cancel()
+            elif kind == "sleep":
+                await asyncio.sleep(number)
+            await settle()
+            assert gate.in_flight == len(inside) <= slots
+            assert gate.queued <= queue
+            for key, of in keys.items():
+                assert of.in_flight == sum(who == key for who, _ in inside)
+                assert all(used <= most for _, most, used in of.state())
+        for task in tasks:
+            task.cancel()
+        await settle()
+        for who, reservation in inside:
+            if reservation is not None:
+                reservation.settle(0)
+            gate.leave(who)
+        assert_empty(gate)
+        assert not gate._slots_of
+        assert not gate._lines
+        assert {of.in_flight for of in keys.values()} == {0}
+
+    run(story)

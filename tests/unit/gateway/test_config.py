@@ -1,3 +1,4 @@
+from hashlib import sha256
 from pathlib import Path
 from textwrap import dedent
 
@@ -10,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from gateway.config import ProbeConfig, ReplicaConfig, Routing, TargetConfig, Timeouts, load_routing
+from gateway.config import LimitsConfig, ProbeConfig, ReplicaConfig, Routing, TargetConfig, Timeouts, load_routing
 from gateway.settings import SettingsError, load
 
 GOOD = """
@@ -126,13 +127,25 @@ def test_a_key_that_is_set_but_empty_is_an_error(tmp_path: Path, monkeypatch: py
 
 
 A = "{url: http://h}"
+D1, D2 = "ab" * 32, "cd" * 32
+"""What could be the SHA-256 of two keys."""
+
+
+def written(keys: str) -> str:
+    """Keys with digests in place of their names."""
+    named = {"SHORT": D1[1:], "UPPER": D1.upper(), "D1": D1, "D2": D2}
+    for name, digest in named.items():
+        keys = keys.replace(name, digest)
+    return keys
+
+
 ROUTES = "routes: [{model: m, targets: [{backend: a}]}]"
 WRONG = [
     ("", "", "empty"),
     ("# nothing\n", "", "empty"),
     ("5", ", line 1, the file: ", "mapping"),
     ("[]", ", line 1, the file: ", "mapping"),
-    ("backends: {}\nextra: 1\n", ", line 2, the file: extra: ", "unknown key; allowed: backends, routes"),
+    ("backends: {}\nextra: 1\n", ", line 2, the file: extra: ", "unknown key; allowed: backends, keys, routes"),
     (f"backends: {{a: {A}}}\n", ", line 1, the file: ", "'routes' is missing"),
     (f"{ROUTES}\n", ", line 1, the file: ", "'backends' is missing"),
     (f"backends: {{}}\n{ROUTES}", ", line 1, backends: ", "at least one backend"),
@@ -213,6 +226,42 @@ WRONG = [
         f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, weight: 0}}]",
         ", line 4, routes[0].targets: ",
         "above 0",
+    ),
+    *(
+        (f"backends: {{a: {A}}}\n{ROUTES}\nkeys:\n{written(keys)}", where, why)
+        for keys, where, why in (
+            ("  []", "keys: ", "at least one entry"),
+            ("  a: b", "keys: ", "list"),
+            ("  - {key_sha256: D1}", "keys[0]: ", "'name' is missing"),
+            ("  - {name: a}", "keys[0]: ", "exactly one of key_env and key_sha256"),
+            ("  - {name: a, key_env: HOME, key_sha256: D1}", "keys[0]: ", "exactly one of key_env and key_sha256"),
+            ("  - {name: a, key_env: NOPE}", "keys[0].key_env: ", "neither NOPE nor NOPE_FILE"),
+            ("  - {name: a, key: x}", "keys[0]: key: ", "unknown key; allowed: key_env, key_sha256, limits"),
+            ("  - {name: a b, key_sha256: D1}", "keys[0].name: ", "letters, digits"),
+            (f"  - {{name: {'a' * 65}, key_sha256: D1}}", "keys[0].name: ", "up to 64"),
+            ("  - {name: 5, key_sha256: D1}", "keys[0].name: ", "text"),
+            ("  - {name: a, key_sha256: SHORT}", "keys[0].key_sha256: ", "64 hexadecimal digits"),
+            ("  - {name: a, key_sha256: SHORTg}", "keys[0].key_sha256: ", "64 hexadecimal digits"),
+            ("  - {name: a, key_sha256: [x]}", "keys[0].key_sha256: ", "64 hexadecimal digits"),
+            ("  - {name: a, key_sha256: D1}\n  - {name: a, key_sha256: D2}", "keys[1].name: ", "same name"),
+            (
+                "  - {name: a, key_sha256: D1}\n  - {name: b, key_sha256: UPPER}",
+                "keys[1]: ",
+                "same key",
+            ),
+            ("  - {name: a, key_sha256: D1, models: []}", "keys[0].models: ", "at least one entry"),
+            ("  - {name: a, key_sha256: D1, models: [b, '*c']}", "keys[0].models[1]: ", "last"),
+            ("  - {name: a, key_sha256: D1, limits: 5}", "keys[0].limits: ", "mapping"),
+            ("  - {name: a, key_sha256: D1, limits: {rpm: 5}}", "keys[0].limits: rpm: ", "requests_per_minute"),
+            *(
+                (
+                    f"  - {{name: a, key_sha256: D1, limits: {{tokens_per_day: {value}}}}}",
+                    "keys[0].limits.tokens_per_day: ",
+                    "a whole number of at least 1 and at most 12 digits",
+                )
+                for value in ("0", "-1", "1.5", "many", "1e6", "1_000", "1000000000000", "")
+            ),
+        )
     ),
     ("backends: {a: [\n", ", line 2: ", ""),
     ("backends:\n\ta: 1\n", ", line 2: ", ""),
@@ -522,3 +571,49 @@ def test_aliases_may_repeat_values_but_not_without_end(tmp_path: Path) -> None:
 def test_a_model_may_have_a_name_in_any_script(tmp_path: Path) -> None:
     found = routing(tmp_path, f'{B}routes: [{{model: "\u6a21\u578b \u00fc", targets: [{{backend: a}}]}}]')
     assert found.routes[0].model == "\u6a21\u578b \u00fc"
+
+
+# Keys
+
+
+def test_keys_have_names_models_and_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "s3cret-of-a")
+    (tmp_path / "b").write_text("# of team b\ns3cret-of-b\n")
+    monkeypatch.setenv("B_KEY_FILE", str(tmp_path / "b"))
+    found = routing(
+        tmp_path,
+        f"""
+        backends: {{a: {A}}}
+        routes: [{{model: m, targets: [{{backend: a}}]}}]
+        keys:
+          - name: team-a
+            key_env: A_KEY
+            models: [m, "qwen*"]
+            limits: {{requests_per_minute: 600, max_in_flight: 20}}
+          - {{name: team-b, key_env: B_KEY, limits: {{}}}}
+          - name: team.c
+            key_sha256: {"12" * 32}
+            limits: {{requests_per_day: 1, tokens_per_minute: 2, tokens_per_day: 999999999999}}
+        """,
+    )
+    first, second, third = found.keys
+    assert (first.name, first.digest, first.models) == ("team-a", sha256(b"s3cret-of-a").digest(), ("m", "qwen*"))
+    assert first.limits == LimitsConfig(requests_per_minute=600, max_in_flight=20)
+    assert (second.name, second.digest, second.models) == ("team-b", sha256(b"s3cret-of-b").digest(), None)
+    assert second.limits == LimitsConfig()
+    assert (third.name, third.digest) == ("team.c", bytes.fromhex("12" * 32))
+    assert third.limits == LimitsConfig(requests_per_day=1, tokens_per_minute=2, tokens_per_day=999_999_999_999)
+    assert "s3cret" not in repr(found)
+    assert first.digest.hex() not in repr(found)
+    assert repr(first.digest) not in repr(found)
+
+
+def test_keys_of_the_file_are_in_place_of_those_of_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    text = f"backends: {{a: {A}}}\n{ROUTES}\n"
+    file.write_text(text)
+    assert [key.name for key in load_routing(load(gateway_config=file, gateway_api_keys="x,y")).keys] == [None, None]
+    file.write_text(text + f"keys: [{{name: a, key_sha256: {D1}}}]\n")
+    assert [key.name for key in load_routing(load(gateway_config=file, gateway_api_keys="x,y")).keys] == ["a"]
+    assert [key.digest for key in load_routing(load(gateway_api_keys="x")).keys] == [sha256(b"x").digest()]
+    assert load_routing(load()).keys == ()

@@ -18,6 +18,7 @@ CODES = {
     *("backend_connection_error", "backend_invalid_response", "backend_auth_error", "backend_unavailable"),
     "backend_rate_limited",
     *("gateway_overloaded", "gateway_draining", "backend_timeout", "deadline_exceeded", "client_closed_request"),
+    *("model_not_allowed", "rate_limit_exceeded"),
 }
 """Those of the contract, and the one for callers who left."""
 

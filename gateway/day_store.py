@@ -1,0 +1,176 @@
+"""What is used of the limits of a day, kept over restarts: a file of SQLite. Nothing of it touches a request."""
+
+import asyncio
+import logging
+import sqlite3
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Self
+
+from gateway.policy.limits import DAY, SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from gateway.policy.caller import Caller
+    from gateway.policy.limits import Limits, Window
+
+    Slots = dict[int, int]
+    Change = tuple[str, str, int, int]
+
+FILE = "limits.sqlite"
+INTERVAL = 1.0
+"""Seconds between two looks at what has changed; a process that is killed loses so much."""
+BUSY = 1.0
+"""Seconds that the file may be locked by somebody else."""
+LAST_SAVE = 3.0
+"""Seconds that the last one may take."""
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS used (key TEXT, name TEXT, slot INTEGER, amount INTEGER, PRIMARY KEY (key, name, slot))"
+)
+ALL = (
+    "SELECT key, name, slot, amount FROM used"
+    " WHERE typeof(slot) = 'integer' AND typeof(amount) = 'integer' AND amount > 0"
+)
+ADD = (
+    "INSERT INTO used VALUES (?, ?, ?, ?) ON CONFLICT (key, name, slot) DO UPDATE SET amount = amount + excluded.amount"
+)
+"""Amounts are added: two processes may share the file for a while, as one that stops and its successor do."""
+
+_log = logging.getLogger("gateway")
+
+
+class DayStore:
+    """Restores what was used of the limits of a day when it is entered, and saves it from then on.
+
+    A folder that cannot be used is said once in the log, and tried again; meanwhile the limits are the process's own.
+
+    Args:
+        folder: of the file; None: nothing is kept.
+        callers: those with keys.
+        clock: of their limits.
+    """
+
+    def __init__(self, folder: "Path | None", callers: "Iterable[Caller]", clock: "Callable[[], float]") -> None:
+        limited = [caller for caller in callers if caller.limits is not None]
+        self._is_off = not limited
+        self._file = folder / FILE if folder is not None else None
+        self._clock = clock
+        self._limits = {
+            str(caller.name): caller.limits
+            for caller in limited
+            if caller.limits is not None and _windows(caller.limits)
+        }
+        self._saved: dict[tuple[str, str], Slots] = {}
+        self._restored = False
+        self._failing = False
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> str:
+        """`off` where no key has limits, `degraded` while those of a day cannot be kept, else `ok`."""
+        if self._is_off:
+            return "off"
+        return "degraded" if self._failing else "ok"
+
+    async def __aenter__(self) -> Self:
+        if self._file is not None and self._limits:
+            await self._save()
+            self._task = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is None:
+            return
+        self._stopping.set()
+        await asyncio.wait([self._task], timeout=LAST_SAVE)
+
+    async def _keep(self) -> None:
+        """Save once a second, and a last time."""
+        stops = False
+        while not stops:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL):
+                    stops = await self._stopping.wait()
+            await self._save()
+
+    async def _save(self) -> None:
+        """Save what has changed, after restoring what was saved before, once."""
+        try:
+            if not self._restored:
+                self._restore(await asyncio.to_thread(self._read))
+            touched = {key: limits for key, limits in self._limits.items() if limits.touched}
+            if touched or self._failing:
+                await self._save_those(touched)
+        except (sqlite3.Error, OSError) as error:
+            if not self._failing:
+                _log.warning(
+                    "the limits of a day cannot be kept in %s: %s; they hold for this process alone meanwhile",
+                    self._file,
+                    error,
+                )
+            self._failing = True
+        else:
+            if self._failing:
+                _log.info("the limits of a day are kept again in %s", self._file)
+            self._failing = False
+
+    async def _save_those(self, touched: "dict[str, Limits]") -> None:
+        """Save the changes of some keys. Raises: sqlite3.Error, OSError; then they are saved the next time."""
+        changes: list[Change] = []
+        now = {(key, window.name): window.slots() for key, limits in touched.items() for window in _windows(limits)}
+        for (key, name), slots in now.items():
+            before = self._saved.get((key, name), {})
+            for slot in slots.keys() | before.keys():
+                more = slots.get(slot, 0) - before.get(slot, 0)
+                if more:
+                    changes.append((key, name, slot, more))
+        for limits in touched.values():
+            limits.touched = False
+        try:
+            await asyncio.to_thread(self._write, changes, int(self._clock() * SLOTS // DAY) - SLOTS)
+        except BaseException:
+            for limits in touched.values():
+                limits.touched = True
+            raise
+        self._saved |= now
+
+    def _restore(self, used: "dict[tuple[str, str], Slots]") -> None:
+        for key, limits in self._limits.items():
+            for window in _windows(limits):
+                if slots := used.get((key, window.name)):
+                    window.restore(slots, self._clock())
+                    self._saved[key, window.name] = slots
+        self._restored = True
+
+    def _read(self) -> "dict[tuple[str, str], Slots]":
+        """Return what was used of each limit of each key, by slot. Raises: sqlite3.Error, OSError."""
+        used: dict[tuple[str, str], Slots] = {}
+        with closing(self._open()) as database:
+            for key, name, slot, amount in database.execute(ALL):
+                used.setdefault((key, name), {})[slot] = amount
+        return used
+
+    def _write(self, changes: "list[Change]", oldest: int) -> None:
+        """Add changes, and drop what is older than a day. Raises: sqlite3.Error, OSError."""
+        with closing(self._open()) as database, database:
+            database.executemany(ADD, changes)
+            database.execute("DELETE FROM used WHERE slot < ? OR amount <= 0", (oldest,))
+
+    def _open(self) -> sqlite3.Connection:
+        if self._file is None:
+            raise RuntimeError("there is no file")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self._file, timeout=BUSY)
+        try:
+            database.execute(TABLE)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+
+def _windows(limits: "Limits") -> "tuple[Window, ...]":
+    """Return its windows of a day."""
+    return tuple(window for window in (*limits.requests, *limits.tokens) if window.is_of_a_day)

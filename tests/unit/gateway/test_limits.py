@@ -1,0 +1,342 @@
+import math
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from gateway.config import LimitsConfig
+from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Reservation, Window, tightest
+from tests.unit.gateway.fakes import Clock
+
+EPOCH = 1_800_000_000.0
+
+
+def clock_at(now: float = EPOCH) -> Clock:
+    clock = Clock()
+    clock.forward(now)
+    return clock
+
+
+def limits(clock: Clock, **config: int) -> Limits:
+    return Limits(LimitsConfig(**config), clock)
+
+
+def took(of: Limits, tokens: int = 0) -> Reservation | None:
+    reservation = of.reserve(tokens)
+    return reservation if reservation.take() is None else None
+
+
+def state(of: Limits) -> dict[str, tuple[int, int]]:
+    return {name: (limit, used) for name, limit, used in of.state()}
+
+
+@given(
+    st.integers(1, 20),
+    st.sampled_from([MINUTE, DAY]),
+    st.lists(st.tuples(st.floats(0, 1.2), st.integers(0, 30)), max_size=80),
+    st.floats(0, 2e9),
+)
+def test_no_stretch_of_time_as_long_as_the_window_holds_more_than_the_limit(
+    limit: int, seconds: int, asked: list[tuple[float, int]], start: float
+) -> None:
+    window, now = Window("w", limit, seconds), start
+    used: list[tuple[float, int]] = []
+    for pause, amount in asked:
+        now += pause * seconds / 3
+        window.roll(now)
+        if not window.wait(amount, now):
+            window.used += amount
+            used.append((now, amount))
+    for end, _ in used:
+        assert sum(amount for at, amount in used if end - seconds < at <= end) <= limit
+
+
+@given(
+    st.integers(1, 20),
+    st.sampled_from([MINUTE, DAY]),
+    st.lists(st.tuples(st.floats(0, 1.2), st.integers(0, 30)), max_size=40),
+)
+def test_what_has_waited_as_long_as_it_was_told_fits_and_not_a_slot_earlier(
+    limit: int, seconds: int, asked: list[tuple[float, int]]
+) -> None:
+    window, now = Window("w", limit, seconds), EPOCH
+    for pause, asked_for in asked:
+        now += pause * seconds / 3
+        amount = min(asked_for, limit)
+        window.roll(now)
+        wait = window.wait(amount, now)
+        assert 0 <= wait <= (SLOTS + 1) * seconds / SLOTS
+        if wait > 2 * seconds / SLOTS:
+            earlier = now + wait - seconds / SLOTS
+            window.roll(earlier)
+            assert window.wait(amount, earlier) > 0
+        now = math.nextafter(now + wait, math.inf)
+        window.roll(now)
+        assert not window.wait(amount, now)
+        window.used += amount
+
+
+def test_a_window_holds_no_more_slots_than_it_has_however_long_it_is_used() -> None:
+    window, random = Window("w", 1 << 60, MINUTE), Random(1)
+    now = EPOCH
+    for _ in range(5_000):
+        now += random.random() * 2
+        window.roll(now)
+        window.used += 1
+        assert len(window.slots()) <= SLOTS + 1
+    assert window.used == sum(window.slots().values())
+    window.roll(now + 62)
+    assert (window.used, set(window.slots().values())) == (0, {0})
+
+
+def test_the_whole_limit_may_be_used_at_once_and_again_a_window_and_a_slot_later() -> None:
+    clock = clock_at()
+    of = limits(clock, requests_per_minute=5)
+    assert [took(of) is not None for _ in range(7)] == [True] * 5 + [False] * 2
+    assert of.reserve(0).take() == 61
+    clock.forward(60.9)
+    assert took(of) is None
+    clock.forward(0.1)
+    assert [took(of) is not None for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_all_limits_that_are_set_hold() -> None:
+    clock = clock_at()
+    of = limits(clock, requests_per_minute=2, requests_per_day=3, tokens_per_minute=100, tokens_per_day=150)
+    assert took(of, 90)
+    assert took(of, 20) is None  # tokens of the minute
+    assert took(of, 10)
+    assert took(of) is None  # requests of the minute
+    clock.forward(61)
+    assert took(of, 51) is None  # tokens of the day
+    assert took(of, 50)
+    clock.forward(61)
+    assert took(of) is None  # requests of the day
+    refusal = of.reserve(0).refusal()
+    assert refusal is not None
+    assert refusal.limit == "requests_per_day"
+    assert "requests_per_day" in refusal.message
+    assert refusal.wait > 80_000
+    clock.forward(refusal.wait)
+    assert took(of, 100)
+
+
+def test_what_does_not_fit_takes_nothing() -> None:
+    of = limits(clock_at(), requests_per_minute=5, tokens_per_minute=10, max_in_flight=9)
+    assert took(of, 8)
+    before = state(of)
+    for _ in range(4):
+        assert took(of, 8) is None
+    assert (
+        state(of)
+        == before
+        == {
+            "requests_per_minute": (5, 1),
+            "tokens_per_minute": (10, 8),
+            "max_in_flight": (9, 1),
+        }
+    )
+
+
+def test_the_largest_request_passes_when_the_window_is_empty_and_only_then() -> None:
+    clock = clock_at()
+    of = limits(clock, tokens_per_minute=100, tokens_per_day=9_000)
+    assert took(of, 1)
+    assert took(of, 5_000) is None
+    clock.forward(61)
+    large = took(of, 5_000)
+    assert large is not None
+    assert state(of)["tokens_per_minute"] == (100, 100)
+    assert state(of)["tokens_per_day"] == (9_000, 5_001)
+    large.settle(5_100)
+    assert state(of)["tokens_per_minute"] == (100, 5_100)
+    assert state(of)["tokens_per_day"] == (9_000, 5_101)
+
+
+def test_settling_gives_back_what_was_not_used_and_charges_what_was_used_beyond() -> None:
+    clock = clock_at()
+    of = limits(clock, tokens_per_minute=100)
+    first = took(of, 80)
+    assert first is not None
+    assert took(of, 21) is None
+    first.settle(30)
+    assert state(of)["tokens_per_minute"] == (100, 30)
+    second = took(of, 70)
+    assert second is not None
+    clock.forward(30)
+    second.settle(170)
+    assert state(of)["tokens_per_minute"] == (100, 200)
+    clock.forward(31)  # what was reserved is a minute old; what went beyond is not
+    assert state(of)["tokens_per_minute"] == (100, 100)
+    assert took(of, 1) is None
+    clock.forward(30)
+    assert state(of)["tokens_per_minute"] == (100, 0)
+
+
+def test_settling_after_the_window_changes_only_what_is_used_now() -> None:
+    clock = clock_at()
+    of = limits(clock, tokens_per_minute=100)
+    less, more = took(of, 40), took(of, 40)
+    assert less is not None
+    assert more is not None
+    clock.forward(120)
+    less.settle(10)
+    assert state(of)["tokens_per_minute"] == (100, 0)
+    more.settle(60)
+    assert state(of)["tokens_per_minute"] == (100, 20)
+
+
+def test_what_was_never_forwarded_is_given_back_whole() -> None:
+    of = limits(clock_at(), requests_per_minute=1, tokens_per_day=10, max_in_flight=1)
+    reservation = took(of, 7)
+    assert reservation is not None
+    reservation.give_back()
+    assert {used for _, used in state(of).values()} == {0}
+    with pytest.raises(RuntimeError):
+        reservation.settle(1)
+
+
+def test_requests_in_flight_are_limited_until_they_end() -> None:
+    of = limits(clock_at(), max_in_flight=2)
+    first, second = took(of), took(of)
+    assert first is not None
+    assert second is not None
+    assert of.reserve(0).take() == 0
+    refusal = of.reserve(0).refusal()
+    assert refusal is not None
+    assert (refusal.limit, refusal.wait) == ("max_in_flight", 0)
+    first.settle(0)
+    assert of.reserve(0).refusal() is None
+    assert took(of)
+
+
+def test_who_comes_behind_others_is_told_the_wait_behind_them() -> None:
+    clock = clock_at()
+    of = limits(clock, tokens_per_minute=10)
+    for _ in range(5):
+        assert took(of, 2)
+        clock.forward(10)
+    mine, ahead = of.reserve(2), [of.reserve(2) for _ in range(3)]
+    waits = [mine.refusal(ahead[:number]) for number in range(4)]
+    assert [refusal.wait for refusal in waits if refusal is not None] == [11, 21, 31, 41]
+    refusal = mine.refusal([of.reserve(10)] * 3)
+    assert refusal is not None
+    assert refusal.wait > 120
+
+
+def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
+    clock = clock_at()
+    of = limits(clock, requests_per_minute=10, requests_per_day=12)
+    of.look()
+    assert tightest(of.requests).limit == 10
+    assert of.requests[0].empty_in(clock()) == 0
+    for _ in range(9):
+        assert took(of)
+    clock.forward(0.5)
+    of.look()
+    assert tightest(of.requests) is of.requests[0]
+    assert of.requests[0].empty_in(clock()) == 60.5
+    clock.forward(61)
+    of.look()
+    assert tightest(of.requests) is of.requests[1]
+    assert of.requests[1].used == 9
+    assert 80_000 < of.requests[1].empty_in(clock()) <= DAY + 24 * 60
+
+
+def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
+    clock = clock_at()
+    (before,) = limits(clock, tokens_per_day=100).tokens
+    before.roll(clock())
+    before.used += 10
+    clock.forward(7_200)
+    before.roll(clock())
+    before.used += 20
+    (after,) = limits(clock, tokens_per_day=100).tokens
+    after.roll(clock())
+    after.used += 5
+    after.restore(before.slots(), clock())
+    assert after.used == 35 == sum(after.slots().values())
+    assert list(after.slots()) == sorted(after.slots())
+    (behind,) = limits(clock, tokens_per_day=100).tokens
+    behind.restore(before.slots(), clock() - 500_000)
+    assert (behind.used, len(behind.slots())) == (30, 1)
+    behind.roll(clock() - 500_000 + DAY + 1441)
+    assert behind.used == 0
+
+
+class OneKey(RuleBasedStateMachine):
+    """Requests of one key come, wait, use less or more than they reserved, and are given up, at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = clock_at()
+        self.of = limits(self.clock, requests_per_minute=8, tokens_per_minute=50, tokens_per_day=90, max_in_flight=5)
+        self.open: list[Reservation] = []
+        self.beyond = False
+
+    @rule(tokens=st.integers(0, 70))
+    def take(self, tokens: int) -> None:
+        reservation = self.of.reserve(tokens)
+        expected = reservation.refusal()
+        wait = reservation.take()
+        assert (wait is None) == (expected is None)
+        if wait is None:
+            self.open.append(reservation)
+
+    @rule(index=st.integers(0, 9), share=st.floats(0, 1.0))
+    def settle_within(self, index: int, share: float) -> None:
+        if self.open:
+            reservation = self.open.pop(index % len(self.open))
+            reservation.settle(int(min(reservation.tokens, 50) * share))
+
+    @rule(index=st.integers(0, 9), more=st.integers(1, 40))
+    def settle_beyond(self, index: int, more: int) -> None:
+        if self.open:
+            reservation = self.open.pop(index % len(self.open))
+            self.beyond = True
+            reservation.settle(min(reservation.tokens, 90) + more)
+
+    @rule(index=st.integers(0, 9))
+    def give_back(self, index: int) -> None:
+        if self.open:
+            self.open.pop(index % len(self.open)).give_back()
+
+    @rule(seconds=st.floats(0, 40))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.forward(seconds)
+
+    @rule()
+    def pass_a_day(self) -> None:
+        self.clock.forward(DAY + 1_440)
+        windows = [*self.of.requests, *self.of.tokens]
+        self.of.look()
+        assert {window.used for window in windows} == {0}
+        self.beyond = False
+
+    def windows(self) -> Iterator[Window]:
+        yield from self.of.requests
+        yield from self.of.tokens
+
+    @invariant()
+    def nothing_is_above_its_limit_unless_more_was_used_than_reserved(self) -> None:
+        for window in self.of.requests if self.beyond else self.windows():
+            assert window.used <= window.limit
+
+    @invariant()
+    def nothing_is_below_zero_and_the_sums_are_right(self) -> None:
+        for window in self.windows():
+            slots = window.slots()
+            assert window.used == sum(slots.values())
+            assert all(used >= 0 for used in slots.values())
+            assert len(slots) <= SLOTS + 1
+            assert list(slots) == sorted(slots)
+
+    @invariant()
+    def as_many_are_in_flight_as_are_open(self) -> None:
+        assert self.of.in_flight == len(self.open) <= 5
+
+
+TestOneKey = OneKey.TestCase
