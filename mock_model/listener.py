@@ -54,6 +54,9 @@ class Listener:
             await site.stop()
         if self._runner.server is not None:
             self._runner.server.pre_shutdown()
+            for connection in self._runner.server.connections:  # aiohttp leaves idle ones open, and deaf
+                if connection._current_request is None and connection.transport is not None:  # noqa: SLF001
+                    connection.transport.close()
 
     async def refuse(self, seconds: float) -> None:
         """Close now, and open again after `seconds`."""

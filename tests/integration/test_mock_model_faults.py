@@ -12,6 +12,7 @@ import pytest
 from mock_model.faults import ELLIPSIS, MALFORMED
 from mock_model.serve import MockModel
 from mock_model.settings import Settings
+from testkit.polling import until
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -416,6 +417,27 @@ async def test_refuse_closes_the_port_and_opens_the_same_one_again(mock: MockMod
     assert answer.status == 200
     assert mock.port == port
     assert (await post(mock)).status == 200
+
+
+async def test_refuse_closes_connections_that_are_kept_and_lets_calls_under_way_end() -> None:
+    body = json.dumps(BODY).encode()
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    call = head % (CHAT.encode(), len(body)) + body
+    async with MockModel(settings(mock_ttft=0.5)) as slow:
+        kept, idle = await asyncio.open_connection("127.0.0.1", slow.port)
+        idle.write(call)
+        await kept.readuntil(b"}}")
+        under_way, busy = await asyncio.open_connection("127.0.0.1", slow.port)
+        busy.write(call)
+        await until(lambda: slow.journal.total == 2)
+        slow.set_faults([{"kind": "refuse", "with": {"seconds": 0.1}, "times": 1}])
+        await post(slow)
+        async with asyncio.timeout(10):
+            await kept.read()  # to its end
+            answer = await under_way.read()
+        for writer in (idle, busy):
+            writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 async def test_overload_turns_away_what_finds_no_place() -> None:
