@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Self
 
 from gateway.dialects.model_list import MODELS, names_in
-from gateway.errors import ConnectionFailed, GatewayError, InvalidResponse, Silent
+from gateway.errors import ConnectionFailed, GatewayError, InvalidResponse, ServerFault, Silent
 from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 INTERVAL = 60.0
 """Seconds between two questions to a replica."""
 EAGER_INTERVAL = 5.0
-"""Seconds, for one that has listed nothing so far and cannot be reached: it may start after the gateway."""
+"""Seconds, for one that has listed nothing so far and cannot yet: it may start after the gateway, or be loading."""
 TIMEOUT = 10.0
 """Seconds for a whole list; hosted services take longer for it than for a probe."""
 MAX_LIST = 4 << 20
@@ -70,7 +70,7 @@ class ModelLists:
             interval = INTERVAL
             try:
                 names = await self._ask(replica)
-            except ConnectionFailed:  # probes and attempts tell as much
+            except (ConnectionFailed, ServerFault):  # probes and attempts tell as much
                 interval = EAGER_INTERVAL if replica.models is None else INTERVAL
             except GatewayError as trouble:
                 self._log_trouble(replica, trouble)
@@ -88,6 +88,8 @@ class ModelLists:
             target = replica.target_of(MODELS, "")
             exchange = await self._client.send(replica, "GET", target, b"", HEADERS, fresh=True)
             try:
+                if exchange.status >= 500:  # noqa: PLR2004
+                    raise ServerFault(exchange.status, None, {})
                 if exchange.status != OK:
                     raise InvalidResponse(f"The answer is {exchange.status}.")
                 exchange.decode_within(MAX_LIST)
@@ -100,4 +102,4 @@ class ModelLists:
         """Log the first of several failures in a row."""
         if replica not in self._logged:
             self._logged.add(replica)
-            _log.warning("no list of models from %s: %s", replica.name, trouble.message)
+            _log.info("no list of models from %s: %s", replica.name, trouble.message)

@@ -182,6 +182,7 @@ def _packed(body: bytes) -> web.Response:
 async def test_the_last_good_list_stays_and_the_wrong_one_is_told_once(
     start_gateway: StartGateway, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "gateway")
     async with listing(these("first")) as backend:
         gateway = await start_gateway(backend.url)
         await until(lambda: gateway.parts.pool.models == ("first",))
@@ -224,9 +225,24 @@ async def test_a_backend_that_starts_late_is_soon_asked_again(
     assert await names(gateway) == ["late"]
 
 
+async def test_a_backend_that_is_still_loading_is_soon_asked_again(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_lists, "EAGER_INTERVAL", 0.02)
+    loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+    async with listing(lambda: web.json_response(loading, status=503)) as backend:
+        gateway = await start_gateway(backend.url)
+        await asked_again(backend)
+        backend.answer = these("loaded")
+        await listed(gateway)
+
+        assert await names(gateway) == ["loaded"]
+
+
 async def test_a_list_that_does_not_come_delays_neither_start_nor_stop(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "gateway")
     hanging: list[asyncio.StreamWriter] = []
 
     async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -256,6 +272,7 @@ async def test_a_key_is_needed_for_what_backends_list(start_mock: StartMock, sta
 async def test_backends_without_a_list_are_asked_without_harm(
     start_raw: StartRaw, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "gateway")
     backend = await start_raw(lambda call: call.answer())
     gateway = await start_gateway(backend.url)
     await until(lambda: "no list of models from backend-1: The answer is 404." in caplog.text)
