@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode, has_many_values
+from gateway.pieces import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from gateway.dialects.dialect import Dialect
 
 MAX_TEXT = 16_384
 """Characters kept of the texts of a prompt, and of those of an answer."""
@@ -57,8 +60,19 @@ def output_messages(texts: "Iterable[str]", finish_reasons: "Sequence[str] | Non
     return msgspec.json.encode(kept).decode()
 
 
+def texts_of(dialect: "Dialect", body: bytes) -> list[str]:
+    """Return the texts of a whole answer of any size, as far as they are kept."""
+    return [text[:MAX_TEXT] for text in dialect.answer_texts(body)[:MAX_MESSAGES]]
+
+
 def fields_of(body: bytes) -> dict[str, Any]:
-    """Return a JSON object; empty for what a full decoding rejects, such as an integer of a thousand digits."""
+    """Return a JSON object; empty for what is not kept.
+
+    That is what a full decoding rejects, such as an integer of a thousand digits, and a large body of many small
+    values: they would take many times its bytes, and people write texts.
+    """
+    if len(body) > BLOCK and has_many_values(body):
+        return {}
     try:
         document = decode(body.removeprefix(BYTE_ORDER_MARK))
     except NO_JSON:

@@ -30,6 +30,7 @@ STRETCH = 256
 
 _COLON = re.compile(rb"\s*:\s*")
 _DROPPED = bytes(set(range(256)) - set(b'"[]{}'))
+_DROPPED_BESIDE_COMMAS = bytes(set(range(256)) - set(b'",'))
 _STEPS = bytes({"[": 1, "{": 1, "]": 255, "}": 255}.get(chr(byte), 0) for byte in range(256))
 """What each byte adds to the depth; 255 is -1 in a signed byte."""
 _SURROGATES = [rb"\ud%c" % digit for digit in b"89abcdefABCDEF"]
@@ -149,6 +150,15 @@ def has_many_objects(data: bytes) -> bool:
     return sum(brackets.count(b"{") for brackets in _brackets(data, 0, len(data))) >= least
 
 
+def has_many_values(data: bytes) -> bool:
+    """Return whether a text holds so many values, of whatever kind, that they would take many times its bytes."""
+    least = len(data) // 16
+    return (
+        data.count(b",") >= least
+        and sum(commas.count(b",") for commas in _brackets(data, 0, len(data), dropped=_DROPPED_BESIDE_COMMAS)) >= least
+    )
+
+
 def at_top_level(data: bytes, starts: Iterable[int]) -> Iterator[int]:
     """Yield those of some places, in order and outside of texts, that are directly in a valid JSON object."""
     depth = at = 0
@@ -206,8 +216,11 @@ def _rise(brackets: bytes) -> int:
     return 2 * (brackets.count(b"[") + brackets.count(b"{")) - len(brackets)
 
 
-def _brackets(data: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Yield the brackets between two places of valid JSON, the first of them outside of texts; none that texts hold."""
+def _brackets(data: bytes, start: int, end: int, dropped: bytes = _DROPPED) -> Iterator[bytes]:
+    """Yield the brackets between two places of valid JSON, the first of them outside of texts; none that texts hold.
+
+    `dropped`: all characters but quotes and what is yielded in place of brackets.
+    """
     inside = 0
     while start < end:
         block = data[start : min(start + BLOCK, end)]
@@ -216,6 +229,6 @@ def _brackets(data: bytes, start: int, end: int) -> Iterator[bytes]:
         if b"\\" in block:
             block = without_escapes(block[: len(block) - torn])
         # Two adjacent quotes do not affect the brackets after them.
-        pieces = block.translate(None, _DROPPED).replace(b'""', b"").split(b'"')
+        pieces = block.translate(None, dropped).replace(b'""', b"").split(b'"')
         yield b"".join(pieces[inside::2])
         inside = (inside + len(pieces) - 1) % 2

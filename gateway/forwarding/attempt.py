@@ -6,7 +6,7 @@ from time import time
 from typing import TYPE_CHECKING
 
 from gateway.dialects.answer_fields import describe, is_json, raise_error_inside
-from gateway.dialects.captured_text import output_messages
+from gateway.dialects.captured_text import output_messages, texts_of
 from gateway.dialects.error_answers import read_error, read_error_inside
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, check
 from gateway.dialects.server_sent_events import begins_as_stream
@@ -192,10 +192,11 @@ class Attempts:
             else:
                 timer.pause()
                 answer = await self._executor.read(len(body), describe, dialect, exchange.content_type, body)
+            texts = await self._executor.read(len(body), texts_of, dialect, body) if self._keep_text else None
         except BaseException:
             call.share.give_back_to(held)
             raise
-        _describe(call.record, answer, dialect.answer_texts(body) if self._keep_text else None)
+        _describe(call.record, answer, texts)
         if call.remember is not None:
             call.remember(answer.response_id, lease.replica.name, lease.model)
         call.answer = WholeAnswer(exchange.status, _passed_headers(call, exchange), body)

@@ -89,7 +89,7 @@ class Handlers:
             route = self._route(caller, model)
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
-                record.input_text = dialect.prompt_messages(prompt.body)
+                record.input_text = await self._reader.text_of(prompt)
             targets = self._targets(route, model, prompt, record)
             remember = partial(self._pool.responses.made, owner=self._owner(record)) if dialect.stores else None
             headers = forwarded_headers(request, record)

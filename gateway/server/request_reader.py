@@ -117,6 +117,10 @@ class RequestReader:
                 return await self._executor.run(len(body), read_form, dialect, path, body, boundary)
             return await self._executor.read(len(body), dialect.read_request, path, body)
 
+    async def text_of(self, prompt: "Prompt") -> str:
+        """Return what is kept of a prompt's text where it is captured."""
+        return await self._executor.read(len(prompt.body), prompt.dialect.prompt_messages, prompt.body)
+
     async def _body(self, request: web.Request, deadline: Deadline, share: "Share") -> bytes:
         """Return the body without its content coding, held by `share`."""
         limit = self._settings.gateway_max_body_bytes

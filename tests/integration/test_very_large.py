@@ -61,10 +61,16 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("path", "body"), BODIES, ids=["lists", "text", "prompts", "inputs", "items", "messages", "passed"]
 )
-async def test_a_very_large_body_passes_and_is_not_read_here(
-    recorder: Recorder, start_gateway: StartGateway, read_here: list[int], path: str, body: bytes
+@pytest.mark.parametrize("capture", [False, True])
+async def test_a_very_large_body_passes_and_is_not_read_here(  # noqa: PLR0917
+    recorder: Recorder,
+    start_gateway: StartGateway,
+    read_here: list[int],
+    path: str,
+    body: bytes,
+    capture: bool,  # noqa: FBT001
 ) -> None:
-    gateway = await start_gateway(recorder.url)
+    gateway = await start_gateway(recorder.url, gateway_capture_content=capture)
     await send(gateway, post(body, path=path))
     answer = await send(gateway, post(body[:-1], path=path))
 
@@ -76,12 +82,18 @@ async def test_a_very_large_body_passes_and_is_not_read_here(
 
 @pytest.mark.parametrize("path", [CHAT_PATH, RESPONSES_PATH, MESSAGES_PATH])
 @pytest.mark.parametrize("inside", [b'"x":[%b]' % LISTS, b'"x":"%b"' % TEXT, b'"error":[%b]' % LISTS])
-async def test_a_very_large_answer_passes_and_is_not_read_here(
-    start_raw: StartRaw, start_gateway: StartGateway, read_here: list[int], path: str, inside: bytes
+@pytest.mark.parametrize("capture", [False, True])
+async def test_a_very_large_answer_passes_and_is_not_read_here(  # noqa: PLR0917
+    start_raw: StartRaw,
+    start_gateway: StartGateway,
+    read_here: list[int],
+    path: str,
+    inside: bytes,
+    capture: bool,  # noqa: FBT001
 ) -> None:
     body = b'{"id":"1","model":"m",%b}' % inside
     backend = await start_raw(lambda call: call.answer(body))
-    gateway = await start_gateway(backend.url, gateway_max_attempts=1)
+    gateway = await start_gateway(backend.url, gateway_max_attempts=1, gateway_capture_content=capture)
     answer = await send(gateway, post(b'{"model":"m","messages":[{"role":"user"}],"input":"x"}', path=path))
 
     assert (answer.status, answer.body == body) == ((502, False) if b'"error"' in inside else (200, True))

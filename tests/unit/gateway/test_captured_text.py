@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from gateway.dialects.anthropic import AnthropicMessages
-from gateway.dialects.captured_text import MAX_MESSAGES, MAX_TEXT, output_messages
+from gateway.dialects.captured_text import MAX_MESSAGES, MAX_TEXT, output_messages, texts_of
 from gateway.dialects.openai.chat import OpenAIChat
 from gateway.dialects.openai.responses import OpenAIResponses
 
@@ -86,3 +86,11 @@ def test_what_cannot_be_decoded_in_full_costs_the_capture_alone() -> None:
 
     assert json.loads(CHAT.prompt_messages(body)) in ([text("p")], [{"role": "user", "parts": []}])
     assert CHAT.answer_texts(body) == RESPONSES.answer_texts(body) == MESSAGES.answer_texts(body) == []
+
+
+def test_of_a_large_body_of_small_values_nothing_is_kept_and_of_a_large_text_its_beginning() -> None:
+    body = b'{"messages": [{"role": "user", "content": [%b]}]}' % b",".join([b"[]"] * 30_000)
+    assert OpenAIChat().prompt_messages(body) == OpenAIChat().prompt_messages(b"{}")
+    assert texts_of(OpenAIChat(), b'{"choices": [%b]}' % b",".join([b"{}"] * 30_000)) == []
+    text = json.dumps({"choices": [{"message": {"content": "a word, " * 30_000}}]}).encode()
+    assert [len(each) for each in texts_of(OpenAIChat(), text)] == [MAX_TEXT]
