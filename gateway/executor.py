@@ -19,7 +19,7 @@ IDLE = 60.0
 
 
 class Executor:
-    """One thread, and a process that it starts for what is very large. `close` it in the end.
+    """One thread, and a process for what is very large, started with the first of it. `close` it in the end.
 
     Args:
         at_once: bytes that are looked into on the event loop.
@@ -30,6 +30,7 @@ class Executor:
         self._at_once = at_once
         self._in_thread = max(at_once, in_thread)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-work")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="very-large")  # waits for the process
         self._worker = Worker()
         self._idle: asyncio.TimerHandle | None = None
 
@@ -58,17 +59,19 @@ class Executor:
         if size <= self._in_thread:
             return await self.run(size, work, *args, **kwargs)
         try:
-            return await self.run(size, lambda: self._worker.call(work, *args, **kwargs))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._reader, lambda: self._worker.call(work, *args, **kwargs))
         except WorkerDiedError:
             raise GatewayOverloaded("The gateway has too little memory. Try again shortly.", reason="memory") from None
         finally:
             if self._idle is not None:
                 self._idle.cancel()
-            self._idle = asyncio.get_running_loop().call_later(IDLE, self._thread.submit, self._worker.end)
+            self._idle = asyncio.get_running_loop().call_later(IDLE, self._reader.submit, self._worker.end)
 
     def close(self) -> None:
         """Begin nothing further."""
         if self._idle is not None:
             self._idle.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._reader):
+            thread.shutdown(wait=False, cancel_futures=True)
         self._worker.end()

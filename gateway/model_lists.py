@@ -70,10 +70,11 @@ class ModelLists:
             interval = INTERVAL
             try:
                 names = await self._ask(replica)
-            except (ConnectionFailed, ServerFault):  # probes and attempts tell as much
-                interval = EAGER_INTERVAL if replica.models is None else INTERVAL
             except GatewayError as trouble:
-                self._log_trouble(replica, trouble)
+                not_yet = isinstance(trouble, ConnectionFailed | ServerFault | Silent)
+                interval = EAGER_INTERVAL if not_yet and replica.models is None else INTERVAL
+                if not isinstance(trouble, ConnectionFailed | ServerFault):  # probes and attempts tell as much
+                    self._log_trouble(replica, trouble)
             else:
                 self._logged.discard(replica)
                 self._pool.note_models(replica, names)

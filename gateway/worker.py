@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,8 +26,8 @@ LONG = 65_536
 """Bytes; a longer text goes beside the pickle."""
 OUT_OF_MEMORY_FIRST = "1000"
 """The system's highest `oom_score_adj`: where memory runs out, the gateway lives on."""
-LAST_SECONDS = 1.0
-"""Seconds in which the process must have ended before it is killed."""
+LONGEST = 60.0
+"""Seconds that a work may take, which is many times as long as the largest takes; then the process is killed."""
 _size = Struct("!Q")
 
 
@@ -59,12 +60,17 @@ class Worker:
         except OSError:
             return work(*args, **kwargs)
         texts: list[bytes] = []
+        watchdog = threading.Timer(LONGEST, process.kill)
+        watchdog.daemon = True
+        watchdog.start()
         try:
             _send(cast("IO[bytes]", process.stdin), (work, args, kwargs), texts)
             result, error = _receive(cast("IO[bytes]", process.stdout), texts)
         except (OSError, EOFError):
             self.end()
             raise WorkerDiedError from None
+        finally:
+            watchdog.cancel()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ _UNQUOTED = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\x80-\xff]+"
 _PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _QUOTED, _UNQUOTED), re.DOTALL)
 _LOOSE_PARAMETER = re.compile(rb'[ \t]*;[ \t]*(%b)=(%b|[^\s";\\]+)' % (_TOKEN, _QUOTED), re.DOTALL)
 """Clients do not quote boundaries whose signs would ask for it."""
-_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
+_LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 """RFC 2046, 5.1.1."""
 _HIDDEN = re.compile(rb"(?i)(?<![0-9a-z_*-])name[ \t]*=[ \t]*\\?[\"']?model(?![0-9a-z_.\[-])")
@@ -192,7 +192,7 @@ def _headers(head: bytes) -> dict[bytes, bytes]:
         header = _LINE.fullmatch(line)
         if header is None or (name := header[1].lower()) in headers:
             raise _malformed("a part has a wrong header, one that is there twice, or none")
-        headers[name] = header[2].rstrip(b" \t")
+        headers[name] = header[2].strip(b" \t")
     return headers
 
 

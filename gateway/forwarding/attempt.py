@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 PASSED_STATUSES = frozenset(range(200, 300))
 GOOD_STATUSES = PASSED_STATUSES - {204, 205}
 """Those of answers to prompts; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
+NO_CONTENT = 204
+"""The status with which something may be deleted."""
 
 NOT_HERE = frozenset({404, 405})
 """Statuses with which a replica says that it does not know a stored response, or stores none at all."""
@@ -166,7 +168,9 @@ class Attempts:
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
             try:
-                if exchange.status not in (PASSED_STATUSES if passes_through else GOOD_STATUSES):
+                if exchange.status == NO_CONTENT and call.prompt.method == "DELETE":
+                    call.answer = WholeAnswer(NO_CONTENT, _passed_headers(call, exchange), b"")
+                elif exchange.status not in (PASSED_STATUSES if passes_through else GOOD_STATUSES):
                     await self._read_error(call, exchange, timer, timeouts.idle)
                 elif call.sink is not None and passes_through:
                     await self._pass_through(call, call.sink, lease, exchange, timer)

@@ -84,12 +84,14 @@ class Cooldown:
         """Begin a cooldown.
 
         Args:
-            model: the one that was asked for.
+            model: the one that was asked for; "" for a call that asks none, which says nothing about models.
             seconds: what the replica asked for, or None.
             asked_at: when the attempt began; what is answered to attempts from before a cooldown does not double it.
         """
         now = self._clock()
-        others = [name for name, pause in self._by_model.items() if name != model and pause.until > now]
+        others = [
+            name for name, pause in self._by_model.items() if name and model and name != model and pause.until > now
+        ]
         before = self._by_model.get(model)
         if before is not None and before.until + MEMORY < now:
             before = None

@@ -10,6 +10,7 @@ from gateway import __version__
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE, StoredResponses
 from gateway.dialects.table import BY_PATH
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
+from gateway.forwarding.attempt import NO_CONTENT
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
@@ -145,7 +146,7 @@ class Handlers:
                 deadline,
                 share,
                 commit=commit,
-                model=home.model if home is not None else "",
+                model="",  # no model is asked: cooldowns of generation are others'
                 route="",
                 targets=self._pool.backends if pinned is None else (pinned,),
                 headers=headers,
@@ -233,7 +234,8 @@ class Handlers:
         if answer is None:
             raise RuntimeError("forwarded without an answer")
         headers = answer.headers
-        headers.setdefault("content-type", "application/json")  # it had parameters that do not pass
+        if answer.status != NO_CONTENT:
+            headers.setdefault("content-type", "application/json")  # it had parameters that do not pass
         if len(answer.body) <= SMALL_ANSWER:
             return web.Response(body=answer.body, status=answer.status, headers=headers)
         headers |= explaining(call.record, self._clock())

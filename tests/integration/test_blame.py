@@ -619,7 +619,7 @@ async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
         async with dial(gateway.url) as wire:
             asking = [asyncio.create_task(ask(gateway.url)) for _ in range(6)]
             await until(lambda: inside(wire, 6), "two are under way and four wait")
-            assert len(backend.calls) == 2
+            await backend.called(2)
             await pause(gateway)
             assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 6
             await all_well(wire)

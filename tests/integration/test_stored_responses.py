@@ -16,7 +16,7 @@ from mock_model.serve import MockModel
 from testkit.exposition import Exposition
 from testkit.http import Answer
 from testkit.polling import until
-from tests.integration.backends_raw import RawCall, StartRaw
+from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw
 from tests.integration.gateways import KEY, Gateway, StartGateway, StartMock, config, get, listed
 
 PATH = "/v1/responses"
@@ -491,3 +491,80 @@ async def test_chats_leave_nothing_behind(mock: MockModel, start_gateway: StartG
     assert (await gateway.chat()).status == 200
     assert (await gateway.chat(stream=True)).status == 200
     assert len(gateway.parts.pool.responses) == 0
+
+
+RESPONSE = {"id": "resp_1", "object": "response", "model": "m", "status": "completed", "output": []}
+FAILED = RESPONSE | {"status": "failed", "error": {"code": "server_error", "message": "the model crashed"}}
+
+
+@pytest.mark.parametrize("query", ["", "?stream=true", "?stream=true&starting_after=0"])
+async def test_that_a_response_has_failed_is_no_failure_of_reading_it(
+    start_raw: StartRaw, start_gateway: StartGateway, query: str
+) -> None:
+    events = (
+        {"type": "response.created", "sequence_number": 0, "response": RESPONSE | {"status": "in_progress"}},
+        {"type": "response.failed", "sequence_number": 1, "response": FAILED},
+    )
+
+    async def play(raw: RawCall) -> None:
+        if not query:
+            await raw.answer(json.dumps(FAILED).encode())
+            return
+        await raw.send(STREAM_HEAD)
+        for event in events["starting_after" in query :]:
+            await raw.events(b"event: %b\ndata: %b\n\n" % (str(event["type"]).encode(), json.dumps(event).encode()))
+        await raw.send(END)
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url)
+    for _ in range(6):
+        answer = await call(gateway, "GET", f"{PATH}/resp_1{query}")
+        assert (answer.status, answer.attempts, answer.cut) == (200, 1, False)
+        assert b"the model crashed" in answer.body
+    (replica,) = (await gateway.health())["downstream"]["backends"]
+    assert (replica["breaker"], replica["consecutive_failures"]) == ("closed", 0)
+
+
+@pytest.mark.parametrize("cools", ["POST", "GET"])
+async def test_a_cooldown_of_generation_is_none_of_reading_and_the_reverse(
+    start_raw: StartRaw, start_gateway: StartGateway, cools: str
+) -> None:
+    limited = {"error": {"message": "Rate limit reached", "type": "rate_limit_error", "param": None, "code": None}}
+
+    async def play(raw: RawCall) -> None:
+        if raw.number > 1 and raw.line.startswith(cools):
+            await raw.answer(
+                json.dumps(limited).encode(), status="429 Too Many Requests", headers="retry-after: 60\r\n"
+            )
+        else:
+            await raw.answer(json.dumps(RESPONSE).encode())
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url)
+    await made(gateway)
+    create = {"model": "m", "input": "x"}
+    cooling = await (call(gateway, "POST", PATH, create) if cools == "POST" else call(gateway, "GET", f"{PATH}/resp_1"))
+    assert cooling.status == 429
+    if cools == "GET":
+        assert (await call(gateway, "POST", PATH, create)).status == 200
+    else:
+        assert (await call(gateway, "GET", f"{PATH}/resp_1")).status == 200
+        assert (await call(gateway, "DELETE", f"{PATH}/resp_1")).status == 200
+    assert (await call(gateway, "POST", PATH, create | {"model": "other"})).status == (200 if cools == "GET" else 429)
+
+
+async def test_a_deletion_may_be_answered_without_content(start_raw: StartRaw, start_gateway: StartGateway) -> None:
+    async def play(raw: RawCall) -> None:
+        if raw.line.startswith("DELETE"):
+            await raw.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+        else:
+            await raw.answer(json.dumps(RESPONSE).encode())
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url)
+    await made(gateway)
+    answer = await call(gateway, "DELETE", f"{PATH}/resp_1")
+
+    assert (answer.status, answer.body, answer.attempts) == (204, b"", 1)
+    assert "content-type" not in answer.headers
+    assert len(backend.calls) == 2

@@ -59,6 +59,11 @@ class _StoredState(ResponseState):
         super().feed(data)
         self.input_tokens = self.output_tokens = None
 
+    def _end(self, kind: str, response: object) -> None:
+        """Take in the terminal event: that the response failed once is no failure of reading it."""
+        self.content = self.answer = self.finished = self.ended = True
+        self._feed_response(kind, response)
+
 
 class StoredPrompt(Prompt):
     """A call for a stored response.

@@ -293,3 +293,10 @@ def test_forms_that_differ_only_by_their_boundary_have_the_same_content() -> Non
 
     assert one == b"".join(without_boundaries(form(field(b"m"), file(b"x"), boundary=b"other"), b"other"))
     assert one != b"".join(without_boundaries(form(field(b"m"), file(b"y")), B))
+
+
+def test_a_header_full_of_blanks_is_read_once() -> None:
+    """Where it is read again from each of its blanks, this takes minutes."""
+    blanks = form(b"A:" + b" " * (MAX_HEAD - 200) + b"\x01\r\n" + FILE + b"\r\n\r\na")
+    for _ in range(500):
+        refused(blanks)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from gateway import worker as worker_module
 from gateway.dialects.answer_fields import describe, raise_error_inside
 from gateway.dialects.dialect import Prompt
 from gateway.dialects.json_text import NO_JSON, check
@@ -191,3 +192,30 @@ async def test_an_idle_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first != second
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+async def test_what_is_merely_large_does_not_wait_for_what_is_very_large() -> None:
+    executor = Executor(at_once=1, in_thread=10)
+    stuck = threading.Event()
+    executor._worker.call = lambda *_: stuck.wait()  # type: ignore[assignment, method-assign]
+    try:
+        very_large = asyncio.create_task(executor.read(11, where))
+        await asyncio.sleep(0)
+        assert await executor.run(5, where) == where()
+        assert await executor.read(5, where) == where()
+        assert not very_large.done()
+    finally:
+        stuck.set()
+        await very_large
+        executor.close()
+
+
+def test_a_process_that_is_stuck_is_killed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "LONGEST", 0.5)
+    worker.call(where)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerDiedError):
+        worker.call(where)
+    monkeypatch.undo()
+    assert worker.call(where)[1] == LONG_TEXT
