@@ -187,7 +187,8 @@ def create_app(
         ("POST", CANCEL, handlers.cancel_response),
     ):
         handler = recorded(about_response)
-        routes += [web.route(method, form, handler, expect_handler=_expect) for form in forms_of(path)]
+        get = {"allow_head": False} if method == "GET" else {}  # it is forwarded, and its answer would have no body
+        routes += [web.route(method, form, handler, expect_handler=_expect, **get) for form in forms_of(path)]
     for path, answer in (
         *((form, handlers.models) for form in forms_of(MODELS)),
         *((form + "/{id:.+}", handlers.model) for form in forms_of(MODELS)),

@@ -14,6 +14,7 @@ from gateway.errors import (
     AnswerTooLarge,
     BackendError,
     CallerLeft,
+    CutOff,
     DeadlineExceeded,
     ErrorAnswer,
     ErrorInside,
@@ -24,6 +25,7 @@ from gateway.errors import (
     NoSuchResponse,
     Silent,
     StaleConnection,
+    Verdict,
     WrongForm,
     drop_frames,
 )
@@ -126,7 +128,9 @@ class Attempts:
                 await self._executor.run(len(call.prompt.body), call.fingerprint)
             before = replica.breaker.state
             trace_id, counted = call.record.trace, replica in call.counted
-            if lease.fail(failure, trace_id, counted=counted, body=call.fingerprint, outages=call.outages):
+            if call.prompt.is_about_response and _is_only_about_it(failure):
+                lease.release()
+            elif lease.fail(failure, trace_id, counted=counted, body=call.fingerprint, outages=call.outages):
                 call.counted.add(replica)
             self._note_breaker(call.record, replica, before)
             if failure.cools:
@@ -391,6 +395,14 @@ def _passed_headers(call: "Call", exchange: "Exchange") -> dict[str, str]:
     if call.charge is not None:
         passed = {name: value for name, value in passed.items() if not name.startswith(RATE_LIMITS)}
     return passed
+
+
+def _is_only_about_it(failure: BackendError) -> bool:
+    """Return whether what a server answered about a stored response says nothing about how it answers prompts."""
+    answered = isinstance(failure, ErrorAnswer) or (
+        isinstance(failure, InvalidResponse) and not isinstance(failure, CutOff)
+    )
+    return answered and failure.verdict is Verdict.FAILURE and not failure.cools
 
 
 def _limit_idle(timer: PhaseTimer, seconds: float) -> None:

@@ -568,3 +568,40 @@ async def test_a_deletion_may_be_answered_without_content(start_raw: StartRaw, s
     assert (answer.status, answer.body, answer.attempts) == (204, b"", 1)
     assert "content-type" not in answer.headers
     assert len(backend.calls) == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/resp_1", "/responses/resp_1"])
+async def test_only_get_and_delete_ask_for_a_response(
+    two: list[MockModel], start_gateway: StartGateway, path: str
+) -> None:
+    gateway = await start_gateway(*two)
+    async with gateway.client.head(path) as answer:
+        assert (answer.status, answer.headers["allow"]) == (405, "DELETE,GET")
+    assert [mock.journal.total for mock in two] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}",
+    ],
+    ids=["500", "503", "a page", "no stream"],
+)
+async def test_what_is_said_about_invented_ids_opens_no_breaker(
+    start_raw: StartRaw, start_gateway: StartGateway, answer: bytes
+) -> None:
+    async def play(raw: RawCall) -> None:
+        await (raw.send(answer) if "/responses/" in raw.line else raw.answer())
+
+    backend = await start_raw(play)
+    gateway = await start_gateway(backend.url, gateway_outage_wait=0)
+    for number in range(8):
+        for method, path in (("GET", "?stream=true"), ("DELETE", ""), ("POST", "/cancel")):
+            await call(gateway, method, f"{PATH}/resp_{number}{path}")
+    (replica,) = (await gateway.health())["downstream"]["backends"]
+
+    assert (replica["status"], replica["breaker"], replica["consecutive_failures"]) == ("ok", "closed", 0)
+    assert (await gateway.chat()).attempts == 1
