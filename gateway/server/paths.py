@@ -3,7 +3,7 @@
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.model_list import MODELS
 from gateway.dialects.openai.responses import RESPONSES
-from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
+from gateway.dialects.openai.stored_responses import template_of
 from gateway.dialects.table import BY_PATH, DIALECTS
 
 MODEL = MODELS + "/{id}"
@@ -30,8 +30,7 @@ def known_path(path: str) -> str | None:
     if known is None and path.startswith(_BELOW_MODELS) and path not in _BELOW_MODELS:
         return MODEL
     if known is None and path.startswith(_BELOW_RESPONSES):
-        response_id, _, action = path.partition("/responses/")[2].partition("/")
-        return {"": RESPONSE, "cancel": CANCEL}.get(action) if response_id and path[-1] != "/" else None
+        return template_of(path.partition("/responses/")[2])
     return known
 
 

@@ -127,6 +127,12 @@ class StoredResponses(OpenAIResponses):
         return read_whole(content_type, body, _decode_of_any_end, _Stored)
 
 
+def template_of(below: str) -> str | None:
+    """Return the template of the call that a path stands for, by what follows `/v1/responses/`; None for no call."""
+    response_id, _, action = below.partition("/")
+    return {"": RESPONSE, "cancel": CANCEL}.get(action) if response_id and below[-1] != "/" else None
+
+
 def _decode_of_any_end(body: bytes) -> _Stored:
     stored = _decode_stored(body)
     if stored.is_response:
