@@ -147,6 +147,9 @@ async def test_a_compressed_form_goes_out_plain(recorder: Recorder, start_gatewa
         (form(b"a")[:-30], FORM, 400, None),
         (form(b"a").replace(b'name="file"; filename="\xc3\xa4.wav"', b'name="model"'), FORM, 400, "model"),
         (form(b""), FORM, 400, "model"),
+        (form(b"a").replace(b'name="file"', b"name=\xc2\xa0model"), FORM, 400, None),
+        (form(b"a").replace(b"\x00\xff", b"x--%b" % BOUNDARY.encode()), FORM, 400, None),
+        (b'{"model":"a","+AG0-odel":"b"}', {"content-type": "application/json; charset=utf-7"}, 415, "content-type"),
         (form(b"a"), FORM | {"content-encoding": "br"}, 415, "content-encoding"),
     ],
 )
