@@ -47,8 +47,12 @@ LARGE_BODY = 1 << 20
 MANY_MEMBERS = 100
 """Of a compressed body; decoding more of them takes as long as a large body, however little they hold."""
 _JSON_PARAMETERS = re.compile(
-    r"""(?:[ \t]*;[ \t]*(?:charset=(?:utf-?8|"utf-?8"|us-ascii|"us-ascii")|(?!charset)[\w.+-]+=(?:[^\s";,\\]+|"[^"\\]*"))
-    (?=[ \t;]|$))*[ \t]*;?[ \t]*""",
+    r"""(?:
+        [ \t]*;[ \t]*
+        (?:charset=(?:utf-?8|"utf-?8"|us-ascii|"us-ascii")|(?!charset)[\w.+-]+=(?:[^\s";,\\]+|"[^"\\]*"))
+        (?=[ \t;]|$)
+    )*
+    [ \t]*;?[ \t]*""",
     re.ASCII | re.IGNORECASE | re.VERBOSE,
 )
 """Of a `content-type` of JSON, with no charset in which a server could read other fields than the gateway has."""

@@ -211,6 +211,20 @@ async def test_every_good_status_passes(
     assert len(gateway.parts.client._kept._conns) == 1
 
 
+@pytest.mark.parametrize("pieces", [[BINARY], [BINARY, BINARY]])
+@pytest.mark.parametrize("commit", ["first_token", "complete"])
+async def test_a_reset_of_content_passes_without_a_body(
+    recorder: Recorder, start_gateway: StartGateway, pieces: list[bytes], commit: str
+) -> None:
+    recorder.status, recorder.pieces = 205, pieces
+    gateway = await start_gateway(recorder.url)
+    for _ in range(2):
+        answer = await call(gateway, SPEECH, b"{}", {"x-gateway-commit": commit})
+        assert (answer.status, answer.body, answer.cut, answer.attempts) == (205, b"", False, 1)
+        assert answer.headers["content-length"] == "0"
+    await settled(gateway)
+
+
 @pytest.mark.parametrize("status", [301, 304, 400, 404, 418, 422])
 async def test_no_other_status_passes_without_being_an_error(
     recorder: Recorder, start_gateway: StartGateway, status: int
