@@ -24,6 +24,7 @@ LINE_END = b"\r\n"
 MODEL = "model"
 ASCII_CHARSETS = frozenset({b"", b"us-ascii", b"ascii", b"iso-8859-1", b"utf-8", b"utf8"})
 """Those in which ASCII stands for itself; "" for none."""
+UTF_8 = frozenset({b"", b"utf-8", b"utf8"})
 PLAIN_ENCODINGS = frozenset({b"7bit", b"8bit", b"binary"})
 """Values of `content-transfer-encoding` that change nothing."""
 
@@ -35,6 +36,8 @@ _LOOSE_PARAMETER = re.compile(rb'[ \t]*;[ \t]*(%b)=(%b|[^\s";\\]+)' % (_TOKEN, _
 _LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 """RFC 2046, 5.1.1."""
+_NAMED_BOUNDARY = re.compile(rb"(?i)boundary[\s*0-9]*=")
+"""In a `content-type`: a second one within another parameter's quotes could be taken by a careless parser."""
 _HIDDEN = re.compile(
     rb"""name(?<![0-9a-z_*-]name)[ \t\x80-\xff]*=[ \t\x80-\xff\\"']*%b(?![0-9a-z_.\[-])""" % MODEL.encode()
 )
@@ -76,13 +79,14 @@ def boundary_of(content_type: str) -> bytes:
     Raises:
         InvalidRequest: it names none, several, or one that RFC 2046 does not allow; or a charset other than UTF-8.
     """
-    _, semicolon, rest = content_type.encode("utf-8", "surrogateescape").partition(b";")
+    text = content_type.encode("utf-8", "surrogateescape")
+    _, semicolon, rest = text.partition(b";")
     try:
         parameters = _parameters((semicolon + rest).rstrip(b" \t").removesuffix(b";"), _LOOSE_PARAMETER)
     except InvalidRequest:
         parameters = {}
     boundary = parameters.get(b"boundary", b"")
-    if _BOUNDARY.fullmatch(boundary) is None or any(name.startswith(b"boundary*") for name in parameters):
+    if _BOUNDARY.fullmatch(boundary) is None or len(_NAMED_BOUNDARY.findall(text)) > 1:
         raise InvalidRequest(
             "The content-type of a form must name its boundary: 1 to 70 letters, digits and some signs (RFC 2046).",
             param="content-type",
@@ -255,14 +259,16 @@ def _is_model(part: Part) -> bool:
 def _text_of(part: Part, body: bytes) -> str:
     """Return the name of a model in a plain field. Raises: InvalidRequest."""
     kind, semicolon, rest = part.headers.get(b"content-type", b"text/plain").partition(b";")
-    charset = _parameters(semicolon + rest).get(b"charset", b"").lower()
+    parameters = _parameters(semicolon + rest)
+    charset = parameters.get(b"charset", b"").lower()
     encoding = part.headers.get(b"content-transfer-encoding", b"binary").lower()
     is_plain = kind.strip().lower() == b"text/plain" and charset in ASCII_CHARSETS and encoding in PLAIN_ENCODINGS
+    is_plain = is_plain and not any(name.startswith(b"charset*") for name in parameters)
     if not is_plain or len(part.parameters) > 1 or b"content-encoding" in part.headers:
         raise InvalidRequest(f"`{MODEL}` must be a field of plain text in UTF-8, not a file.", param=MODEL)
     value = body[part.start : min(part.end, part.start + 4 * MAX_MODEL + 1)]
     try:
-        text = value.decode("ascii" if charset == b"iso-8859-1" else "utf-8")
+        text = value.decode("utf-8" if charset in UTF_8 else "ascii")
     except UnicodeDecodeError:
         text = ""
     if not 0 < len(text) <= MAX_MODEL:
