@@ -11,6 +11,8 @@ FORWARDED_PREFIXES = ("openai-", "anthropic-", "x-stainless-")
 PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
 RATE_LIMITS = "x-ratelimit-"
 PASSED_PREFIXES = ("openai-", "anthropic-", RATE_LIMITS)
+KEY_ENDINGS = ("key", "token", "secret", "authorization")
+"""Of names of headers that hold keys: none of them passes by its prefix."""
 GATEWAY_NAMES = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
@@ -31,7 +33,9 @@ def only(names: frozenset[str], prefixes: tuple[str, ...]) -> Callable[[str], st
     @lru_cache(maxsize=512)
     def judge(name: str) -> str | None:
         low = name.lower()
-        return low if low in names or low.startswith(prefixes) else None
+        if low in names or (low.startswith(prefixes) and not low.endswith(KEY_ENDINGS)):
+            return low
+        return None
 
     return judge
 

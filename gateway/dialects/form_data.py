@@ -16,26 +16,34 @@ MAX_PARTS = 1000
 """Parts of one form; real servers take no more."""
 MAX_HEAD = 8192
 """Bytes of the headers of one part."""
+MAX_HEADS = 131_072
+"""Bytes of the headers of all parts together, so that reading them takes a few milliseconds at most."""
 MAX_MODEL = 512
 """Characters of a model's name."""
 LINE_END = b"\r\n"
 MODEL = "model"
 ASCII_CHARSETS = frozenset({b"", b"us-ascii", b"ascii", b"iso-8859-1", b"utf-8", b"utf8"})
 """Those in which ASCII stands for itself; "" for none."""
+UTF_8 = frozenset({b"", b"utf-8", b"utf8"})
 PLAIN_ENCODINGS = frozenset({b"7bit", b"8bit", b"binary"})
 """Values of `content-transfer-encoding` that change nothing."""
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_QUOTED = rb'"(?:[^"\\]|\\.)*"'
-_UNQUOTED = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\x80-\xff]+"
-_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _QUOTED, _UNQUOTED), re.DOTALL)
+_QUOTED = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _QUOTED, _TOKEN), re.DOTALL)
 _LOOSE_PARAMETER = re.compile(rb'[ \t]*;[ \t]*(%b)=(%b|[^\s";\\]+)' % (_TOKEN, _QUOTED), re.DOTALL)
 """Clients do not quote boundaries whose signs would ask for it."""
 _LINE = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 """RFC 2046, 5.1.1."""
-_HIDDEN = re.compile(rb"(?i)(?<![0-9a-z_*-])name[ \t]*=[ \t]*\\?[\"']?model(?![0-9a-z_.\[-])")
-"""A name inside of another parameter, for which a careless parser could take it."""
+_NAMED_BOUNDARY = re.compile(rb"(?i)boundary[\s*0-9]*=")
+"""In a `content-type`: a second one within another parameter's quotes could be taken by a careless parser."""
+_HIDDEN = re.compile(
+    rb"""name(?<![0-9a-z_*-]name)[ \t\x80-\xff]*=[ \t\x80-\xff\\"']*%b(?![0-9a-z_.\[-])""" % MODEL.encode()
+)
+"""In lower case: a name elsewhere in the headers of a part, for which a careless parser could take it."""
+_BESIDE = bytes(sign for sign in range(256) if sign not in range(0x21, 0x7F)) + b"\\\"'"
+"""What one parser or another strips from a name: all that is not visible, Unicode's blanks among it, and quotes."""
 
 
 class Part:
@@ -54,9 +62,12 @@ class Part:
         self.begin = begin
         self.start = start
         self.end = end
-        self.headers = _headers(body[begin : max(begin, start - 2 * len(LINE_END))])
+        head = body[begin : max(begin, start - 2 * len(LINE_END))]
+        self.headers = _headers(head)
         self.parameters = _disposition(self.headers.get(b"content-disposition", b""))
         self.name = self.parameters[b"name"]
+        if self.name != MODEL.encode() and _is_hidden_in(head.lower()):
+            raise InvalidRequest(f"A part of the form may be taken for `{MODEL}`. Rename its file.", param=MODEL)
         length = self.headers.get(b"content-length")
         if length is not None and length != b"%d" % (end - start):
             raise _malformed("the content-length of a part is not that of its content")
@@ -68,13 +79,14 @@ def boundary_of(content_type: str) -> bytes:
     Raises:
         InvalidRequest: it names none, several, or one that RFC 2046 does not allow; or a charset other than UTF-8.
     """
-    _, semicolon, rest = content_type.encode("utf-8", "surrogateescape").partition(b";")
+    text = content_type.encode("utf-8", "surrogateescape")
+    _, semicolon, rest = text.partition(b";")
     try:
-        parameters = _parameters(semicolon + rest, _LOOSE_PARAMETER)
+        parameters = _parameters((semicolon + rest).rstrip(b" \t").removesuffix(b";"), _LOOSE_PARAMETER)
     except InvalidRequest:
         parameters = {}
     boundary = parameters.get(b"boundary", b"")
-    if _BOUNDARY.fullmatch(boundary) is None or any(name.startswith(b"boundary*") for name in parameters):
+    if _BOUNDARY.fullmatch(boundary) is None or len(_NAMED_BOUNDARY.findall(text)) > 1:
         raise InvalidRequest(
             "The content-type of a form must name its boundary: 1 to 70 letters, digits and some signs (RFC 2046).",
             param="content-type",
@@ -111,8 +123,15 @@ def with_model(body: bytes, boundary: bytes, model: str) -> bytes:
         body: as `model_in` has checked it.
         boundary: of the form.
         model: the new value.
+
+    Raises:
+        InvalidRequest: the caller has chosen a boundary that the new value holds.
     """
     value = model.encode()
+    if b"--" + boundary in value:
+        raise InvalidRequest(
+            "The boundary of the form is part of a model's name. Choose a longer one.", param="content-type"
+        )
     view = memoryview(body)
     for part in _parts(body, boundary):
         if _is_model(part):
@@ -139,9 +158,8 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[Part]:
         InvalidRequest: it is malformed.
     """
     delimiter = b"--" + boundary
-    if _find(body, b"\r" + delimiter, 0) >= 0:
-        raise _ambiguous()
     at = _first(body, boundary)
+    heads = 0
     for _ in range(MAX_PARTS + 1):
         at += len(delimiter)
         if body.startswith(b"--", at):
@@ -157,14 +175,16 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[Part]:
             start = body.find(2 * LINE_END, begin, begin + MAX_HEAD) + 2 * len(LINE_END)
             if start < begin:
                 raise _malformed("the headers of a part have no end, or are larger than 8 KiB")
-        line = _find(body, b"\n" + delimiter, begin - 1)  # from there on, to see one that is out of place
-        if line < 0:
+        heads += start - begin
+        if heads > MAX_HEADS:
+            raise _malformed("the headers of its parts are together larger than 128 KiB")
+        at = _find(body, delimiter, begin)  # from there on, to see one that is out of place
+        if at < 0:
             raise _malformed("its last boundary is missing")
-        end = line - 1
-        if end < start or body[end : end + 1] != b"\r":
+        end = at - len(LINE_END)
+        if end < start or body[end:at] != LINE_END:
             raise _ambiguous()
         yield Part(body, begin, start, end)
-        at = end + len(LINE_END)
     raise _malformed(f"it has more than {MAX_PARTS} parts")
 
 
@@ -196,6 +216,10 @@ def _headers(head: bytes) -> dict[bytes, bytes]:
     return headers
 
 
+def _is_hidden_in(head: bytes) -> bool:
+    return MODEL.encode() in head and _HIDDEN.search(head) is not None
+
+
 def _disposition(value: bytes) -> dict[bytes, bytes]:
     """Return the parameters of a `content-disposition`. Raises: InvalidRequest."""
     kind, semicolon, rest = value.partition(b";")
@@ -204,8 +228,6 @@ def _disposition(value: bytes) -> dict[bytes, bytes]:
         raise _malformed("a part has no `Content-Disposition: form-data` with a name")
     if any(name.startswith(b"name*") for name in parameters):
         raise _malformed("the name of a field is encoded")
-    if parameters[b"name"] != MODEL.encode() and _HIDDEN.search(rest) is not None:
-        raise InvalidRequest(f"A part of the form may be taken for `{MODEL}`. Rename its file.", param=MODEL)
     return parameters
 
 
@@ -219,7 +241,7 @@ def _parameters(text: bytes, pattern: re.Pattern[bytes] = _PARAMETER) -> dict[by
         if name in parameters:
             raise _malformed("a parameter of a header is there twice")
         parameters[name] = value[1:-1] if value.startswith(b'"') else value
-    if text[at:].strip(b" \t") not in {b"", b";"}:
+    if text[at:].strip(b" \t"):
         raise _malformed("a header of a part cannot be read")
     return parameters
 
@@ -228,7 +250,7 @@ def _is_model(part: Part) -> bool:
     """Return whether a part is the field `model`. Raises: InvalidRequest, if only some would take it for that."""
     if part.name == MODEL.encode():
         return True
-    plain = unquote_to_bytes(part.name.replace(b"\\", b"")).strip(b" \t'\"")
+    plain = unquote_to_bytes(part.name.replace(b"\\", b"")).translate(None, _BESIDE)
     if plain.lower() == MODEL.encode():
         raise InvalidRequest(f"`{MODEL}` must be written in lower case, and nothing else with it.", param=MODEL)
     return False
@@ -237,14 +259,16 @@ def _is_model(part: Part) -> bool:
 def _text_of(part: Part, body: bytes) -> str:
     """Return the name of a model in a plain field. Raises: InvalidRequest."""
     kind, semicolon, rest = part.headers.get(b"content-type", b"text/plain").partition(b";")
-    charset = _parameters(semicolon + rest).get(b"charset", b"").lower()
+    parameters = _parameters(semicolon + rest)
+    charset = parameters.get(b"charset", b"").lower()
     encoding = part.headers.get(b"content-transfer-encoding", b"binary").lower()
     is_plain = kind.strip().lower() == b"text/plain" and charset in ASCII_CHARSETS and encoding in PLAIN_ENCODINGS
+    is_plain = is_plain and not any(name.startswith(b"charset*") for name in parameters)
     if not is_plain or len(part.parameters) > 1 or b"content-encoding" in part.headers:
         raise InvalidRequest(f"`{MODEL}` must be a field of plain text in UTF-8, not a file.", param=MODEL)
     value = body[part.start : min(part.end, part.start + 4 * MAX_MODEL + 1)]
     try:
-        text = value.decode("ascii" if charset == b"iso-8859-1" else "utf-8")
+        text = value.decode("utf-8" if charset in UTF_8 else "ascii")
     except UnicodeDecodeError:
         text = ""
     if not 0 < len(text) <= MAX_MODEL:

@@ -57,6 +57,8 @@ GOOD_STATUSES = PASSED_STATUSES - {204, 205}
 """Those of answers to prompts; 204 and 205 have none (RFC 9110, 15.3), and clients would not read it."""
 NO_CONTENT = 204
 """The status with which something may be deleted."""
+RESET_CONTENT = 205
+"""The status whose answer is empty, although HTTP frames a body for it (RFC 9110, 15.3.6)."""
 
 NOT_HERE = frozenset({404, 405})
 """Statuses with which a replica says that it does not know a stored response, or stores none at all."""
@@ -319,6 +321,9 @@ class Attempts:
         held = call.share.held
         try:
             body = await relay.until_commit(self._max_answer, whole=call.commit == "complete")
+            is_empty = exchange.status == RESET_CONTENT
+            if is_empty:
+                body = b""
             self._report(call.record, lease, lease.begin_answer)
             timer.end_at(call.deadline.end)
             await sink.commit(
@@ -327,11 +332,12 @@ class Attempts:
                 None,
                 partial(held_up, exchange, call.share),
                 status=exchange.status,
-                length=len(body) if call.commit == "complete" else exchange.length,
+                length=len(body) if is_empty or call.commit == "complete" else exchange.length,
             )
             call.share.give_back(len(body))
             del body
-            await relay.pass_on(sink.write)
+            if not is_empty:
+                await relay.pass_on(sink.write)
             await sink.end()
         finally:
             call.share.give_back_to(held)

@@ -1,6 +1,7 @@
 """Reads a caller's request: the headers that mean something to the gateway, and the body, decoded."""
 
 import asyncio
+import re
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -45,6 +46,16 @@ LARGE_BODY = 1 << 20
 """Bytes; decoding a larger body takes long enough to be done off the event loop."""
 MANY_MEMBERS = 100
 """Of a compressed body; decoding more of them takes as long as a large body, however little they hold."""
+_JSON_PARAMETERS = re.compile(
+    r"""(?:
+        [ \t]*;[ \t]*
+        (?:charset=(?:utf-?8|"utf-?8"|us-ascii|"us-ascii")|(?!charset)[\w.+-]+=(?:[^\s";,\\]+|"[^"\\]*"))
+        (?=[ \t;]|$)
+    )*
+    [ \t]*;?[ \t]*""",
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
+"""Of a `content-type` of JSON, with no charset in which a server could read other fields than the gateway has."""
 
 
 class RequestReader:
@@ -190,12 +201,18 @@ def form_boundary(request: web.Request, dialect: "Dialect") -> bytes | None:
     """Return the boundary of a form, where the dialect takes forms; None for JSON.
 
     Raises:
-        UnsupportedMediaType: the body is neither.
+        UnsupportedMediaType: the body is neither, or JSON in another charset than UTF-8 (RFC 8259, 8.1).
         InvalidRequest: it is a form without a good boundary.
     """
     content_type = request.headers.get("Content-Type", "")
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type, semicolon, rest = content_type.partition(";")
+    media_type = media_type.strip().lower()
     if media_type == "application/json":
+        if rest and _JSON_PARAMETERS.fullmatch(semicolon + rest) is None:
+            raise UnsupportedMediaType(
+                "The charset of JSON must be utf-8, or left out. Send content-type: application/json.",
+                param="content-type",
+            )
         return None
     if not dialect.passes_through:
         raise UnsupportedMediaType("Send the body as content-type: application/json.", param="content-type")

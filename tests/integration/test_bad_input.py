@@ -159,6 +159,27 @@ async def test_a_wrong_field_of_every_other_call_is_named(
         ({"content-type": ""}, 415, "unsupported_media_type", "content-type"),
         ({"content-type": "application/jsonp"}, 415, "unsupported_media_type", "content-type"),
         ({"content-type": f"multipart/form-data; boundary={MARK}"}, 415, "unsupported_media_type", "content-type"),
+        *(
+            ({"content-type": f"application/json{odd}"}, 415, "unsupported_media_type", "content-type")
+            for odd in (
+                *("; charset=utf-7", ";CHARSET=UTF-16", '; charset="utf-7"', "; charset='utf-8'", "; charset=utf-8x"),
+                *("; charset=iso-8859-1", "; charset=", "; charset", "; charset = utf-7", '; charset="ut\\f-7"'),
+                *(
+                    "; charset=utf-8; charset=utf-7",
+                    "; a=b; charset=utf-7",
+                    '; a="b"; charset=utf-7',
+                    "; charset*=utf-7",
+                ),
+                *(
+                    ";; charset=utf-7",
+                    "; a=b charset=utf-7",
+                    "; charset=utf-8 charset=utf-7",
+                    '; a="b\\"; charset=utf-7',
+                ),
+                *("; charset=\udcff", "; charset=utf-8, text/plain", ";, multipart/form-data; boundary=a"),
+                "; \xa0charset=utf-7",
+            )
+        ),
         ({"content-encoding": "br"}, 415, "unsupported_media_type", "content-encoding"),
         ({"content-encoding": "gzip"}, 400, "invalid_request", "content-encoding"),
         ({"x-request-timeout": "0"}, 400, "invalid_request", "x-request-timeout"),
@@ -206,6 +227,20 @@ async def test_a_wrong_header_is_named(
     gateway = await start_gateway(mock)
     check_error(await send(gateway, post(headers=headers)), status, code, param)
     await check_unharmed(gateway, mock)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        *("; charset=utf-8", ";charset=UTF-8", '; Charset="utf-8"', "; charset=utf8;", " ; charset=US-ASCII ;", ";"),
+        *("; odata.metadata=minimal", '; profile="https://a.example/b;c"; charset=utf-8', "; charset=utf-8; a=b/c"),
+    ],
+)
+async def test_json_in_utf_8_is_taken_however_that_is_written(
+    mock: MockModel, start_gateway: StartGateway, parameters: str
+) -> None:
+    gateway = await start_gateway(mock)
+    assert (await send(gateway, post(headers={"content-type": f"application/json{parameters}"}))).status == 200
 
 
 async def test_a_body_without_a_content_type_is_refused(mock: MockModel, start_gateway: StartGateway) -> None:

@@ -42,6 +42,12 @@ HELD_BACK = [
     ("X-Gateway-Commit", "first_token"),
     ("Baggage", "user=1"),
     ("OpenAIx", "1"),
+    ("Anthropic-Api-Key", "caller"),
+    ("OpenAI-Api_Key", "caller"),
+    ("anthropic-auth-token", "caller"),
+    ("OpenAI-Client-Secret", "caller"),
+    ("anthropic-authorization", "Bearer caller"),
+    ("X-Stainless-Key", "caller"),
     ("TE", "trailers"),
     ("Expect", "100-continue"),
 ]
@@ -114,6 +120,7 @@ async def test_only_the_listed_headers_of_an_answer_pass(recorder: Recorder, sta
         ("via", "1.1 backend"),
         ("access-control-allow-origin", "*"),
         ("strict-transport-security", "max-age=1"),
+        ("openai-api-key", "of-the-backend"),
         ("cache-control", "public"),
     ]
     recorder.headers = [*passed, *held_back]

@@ -147,6 +147,9 @@ async def test_a_compressed_form_goes_out_plain(recorder: Recorder, start_gatewa
         (form(b"a")[:-30], FORM, 400, None),
         (form(b"a").replace(b'name="file"; filename="\xc3\xa4.wav"', b'name="model"'), FORM, 400, "model"),
         (form(b""), FORM, 400, "model"),
+        (form(b"a").replace(b'name="file"', b"name=\xc2\xa0model"), FORM, 400, None),
+        (form(b"a").replace(b"\x00\xff", b"x--%b" % BOUNDARY.encode()), FORM, 400, None),
+        (b'{"model":"a","+AG0-odel":"b"}', {"content-type": "application/json; charset=utf-7"}, 415, "content-type"),
         (form(b"a"), FORM | {"content-encoding": "br"}, 415, "content-encoding"),
     ],
 )
@@ -206,6 +209,20 @@ async def test_every_good_status_passes(
         answer = await call(gateway, SPEECH, b"{}", {"x-gateway-commit": commit})
         assert (answer.status, answer.body, answer.cut) == (status, recorder.pieces[0], False)
     assert len(gateway.parts.client._kept._conns) == 1
+
+
+@pytest.mark.parametrize("pieces", [[BINARY], [BINARY, BINARY]])
+@pytest.mark.parametrize("commit", ["first_token", "complete"])
+async def test_a_reset_of_content_passes_without_a_body(
+    recorder: Recorder, start_gateway: StartGateway, pieces: list[bytes], commit: str
+) -> None:
+    recorder.status, recorder.pieces = 205, pieces
+    gateway = await start_gateway(recorder.url)
+    for _ in range(2):
+        answer = await call(gateway, SPEECH, b"{}", {"x-gateway-commit": commit})
+        assert (answer.status, answer.body, answer.cut, answer.attempts) == (205, b"", False, 1)
+        assert answer.headers["content-length"] == "0"
+    await settled(gateway)
 
 
 @pytest.mark.parametrize("status", [301, 304, 400, 404, 418, 422])

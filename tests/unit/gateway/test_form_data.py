@@ -6,7 +6,15 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.form_data import MAX_HEAD, MAX_PARTS, boundary_of, model_in, with_model, without_boundaries
+from gateway.dialects.form_data import (
+    MAX_HEAD,
+    MAX_HEADS,
+    MAX_PARTS,
+    boundary_of,
+    model_in,
+    with_model,
+    without_boundaries,
+)
 from gateway.errors import InvalidRequest
 from gateway.pieces import BLOCK
 
@@ -14,6 +22,7 @@ B = b"----WebKitFormBoundary7MA4YWxkTrZu0gW"
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav'
 SIGNS = "0123456789abcXYZ'()+_,-./:=?"
 BOUNDARIES = st.builds(str.__add__, st.text(SIGNS + " ", max_size=69), st.text(SIGNS, min_size=1, max_size=1))
+BLANKS = [sign.encode() for sign in "\xa0\x85\u1680\u2003\u2028\u3000\ufeff"] + [b"\xa0", b"\x85"]
 MODELS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40)
 
 
@@ -54,13 +63,13 @@ def as_email_reads(body: bytes, boundary: bytes) -> list[bytes]:
     st.sampled_from([b"", b"\r\n"]),
     MODELS,
 )
-@example("a", "m", [b"--a", b"\r\n--", b"\r\n-a--"], 1, b"", "n")
-@example("x" * 70, "m", [b"\r\n--" + b"x" * 69, b"x" * 70], 0, b"\r\n", "n")
+@example("x", "m", [b"-x", b"\r\n--", b"\r\n-x--"], 1, b"", "n")
+@example("x" * 70, "m", [b"\r\n--" + b"x" * 69, b"-" + b"x" * 70], 0, b"\r\n", "n")
 def test_any_files_and_any_boundary(  # noqa: PLR0917
     boundary: str, model: str, files: list[bytes], at: int, end: bytes, other: str
 ) -> None:
     mark = boundary.encode()
-    assume(all(re.search(rb"(^|[\r\n])--" + re.escape(mark), content) is None for content in files))
+    assume(all(b"--" + mark not in content for content in files))
     assume(mark not in model.encode() + other.encode())
     parts = [file(content) for content in files]
     at = min(at, len(parts))
@@ -133,8 +142,8 @@ def test_what_is_taken_other_parsers_read_alike(pieces: list[bytes]) -> None:
         field(b"m", b'"model"', b"Content-Type: text/plain; charset=ISO-8859-1", b"Content-Transfer-Encoding: 8bit"),
         field(b"m", b'"model"', b"content-length: 1"),
         b"Content-Type: text/plain\r\nContent-Disposition: form-data; name=model\r\n\r\nm",
-        b"content-disposition:FORM-DATA;NAME=model;\r\n\r\nm",
-        b'Content-Disposition: form-data ; name="model" ; \r\n\r\nm',
+        b"content-disposition:FORM-DATA;NAME=model\r\n\r\nm",
+        b'Content-Disposition: form-data ; name="model" \r\n\r\nm',
     ],
 )
 def test_fields_as_clients_write_them(part: bytes) -> None:
@@ -167,6 +176,8 @@ def test_a_content_length_within_a_part_follows_its_value() -> None:
         field(b"m", b'"model"', b"Content-Type: application/json"),
         field(b"m", b'"model"', b"Content-Type: text/plain; charset=utf-16"),
         field(b"\xe4", b'"model"', b"Content-Type: text/plain; charset=iso-8859-1"),
+        field(b"\xc3\xa4", b'"model"', b"Content-Type: text/plain; charset=us-ascii"),
+        field(b"m", b'"model"', b"Content-Type: text/plain; charset*=utf-16"),
         field(b"m", b'"model"', b"Content-Transfer-Encoding: base64"),
         field(b"m", b'"model"', b"Content-Encoding: gzip"),
         field(b""),
@@ -174,12 +185,27 @@ def test_a_content_length_within_a_part_follows_its_value() -> None:
         field(b"m" * 513),
         field("\U0001f600".encode() * 513),
         *(field(b"m", name) for name in (b'"Model"', b"MODEL", b'"mod\\el"', b'"%6dodel"', b'" model"', b"'model'")),
+        *(field(b"m", b'"%b"' % (blank + b"model")) for blank in BLANKS),
+        *(field(b"m", b'"%b"' % (b"model" + blank)) for blank in BLANKS),
+        *(field(b"m", b'"%b"' % (b"mo" + blank + b"del")) for blank in BLANKS),
+        field(b"m", b'"%C2%A0model"'),
+        field(b"m", b'"file"; filename="a; name=\xc2\xa0model"'),
+        field(b"m", b'"file"', b"X: name=model"),
         field(b"m", b'"file"; filename="a; name=model"'),
         field(b"m", b'"file"; filename="a\\"; name=\\"model\\""'),
     ],
 )
 def test_a_model_that_some_server_could_read_otherwise_is_refused(part: bytes) -> None:
     assert refused(form(file(b"x"), part)).param == "model"
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+@pytest.mark.parametrize("at", [0, len("model")])
+def test_a_name_without_quotes_has_no_blank_of_unicode_that_some_strip(blank: bytes, at: int) -> None:
+    name = b"model"[:at] + blank + b"model"[at:]
+
+    assert refused(form(field(b"dear", name), field(b"cheap"))).status == 400
+    assert refused(form(field(b"dear", b"file; filename=" + name), field(b"cheap"))).status == 400
 
 
 def test_a_model_that_is_there_twice_is_refused() -> None:
@@ -217,6 +243,8 @@ def test_a_model_that_is_there_twice_is_refused() -> None:
         form(b'Content-Disposition: form-data; name="a"; filename="C:\\dir\\"\r\n\r\nm'),
         form(b'Content-Disposition: form-data; name= "model"\r\n\r\nm'),
         form(b'Content-Disposition: form-data;; name="model"\r\n\r\nm'),
+        form(b'Content-Disposition: form-data; name="model";\r\n\r\nm'),
+        form(b'Content-Disposition: form-data; name="a"; filename="a.wav" ; \r\n\r\nm'),
         form(b"Content-Disposition: form-data; name=model; x=a=b\r\n\r\nm"),
         form(b'Content-Disposition: form-data; name="a" model\r\n\r\nm'),
         form(b'Content-Disposition: form-data; name="a"\nX: y\r\n\r\nm'),
@@ -226,6 +254,10 @@ def test_a_model_that_is_there_twice_is_refused() -> None:
         form(file(b"a\r\n--" + B + b" \r\nb")),
         form(file(b"a\r\n--" + B + b"x\r\nb")),
         form(file(b"--" + B + b"\r\nb")),
+        form(field(b"m"), file(b"x--" + B + b"\r\n" + field(b"dear"))),
+        form(field(b"m"), field(b"x--" + B, b'"prompt"')),
+        form(field(b"m--" + B)),
+        form(file(b"-" + b"--" + B)),
         form(b"--" + B + b": x\r\n" + field(b"m")),
         form(*[field(b"m", b'"a"')] * (MAX_PARTS + 1)),
     ],
@@ -241,6 +273,25 @@ def test_forms_at_the_limits_are_taken() -> None:
     assert with_model(b"\r\n" + form(), B, "m") == b"\r\n" + form(field(b"m"))
     assert model_in(form(*[field(b"x", b'"a"')] * (MAX_PARTS - 1), field(b"m")), B) == "m"
     assert model_in(form(field("\U0001f600".encode() * 512)), B) == "\U0001f600" * 512
+    assert model_in(form(*headers_of(MAX_HEADS)), B) is None
+
+
+def test_the_headers_of_all_parts_together_have_a_limit() -> None:
+    assert "128 KiB" in refused(form(*headers_of(MAX_HEADS + 1))).message
+
+
+def headers_of(size: int) -> list[bytes]:
+    """Parts without content, of this size together."""
+    part = field(b"", b'"a"', b"X: " + b"y" * 4000)
+    count = size // len(part) - 1
+    return [part] * count + [part.replace(b"y", b"yz", size - (count + 1) * len(part))]
+
+
+def test_a_model_that_holds_the_boundary_of_a_caller_is_not_set() -> None:
+    for body in (form(field(b"m"), boundary=b"x"), form(boundary=b"x")):
+        with pytest.raises(InvalidRequest) as caught:
+            with_model(body, b"x", "org--x")
+        assert caught.value.param == "content-type"
 
 
 @pytest.mark.parametrize("shift", range(-len(B) - 6, 7))
@@ -257,6 +308,7 @@ def test_a_boundary_across_two_blocks_is_found(shift: int) -> None:
         ("multipart/form-data; boundary=abc", b"abc"),
         ('Multipart/Form-Data; charset=UTF-8; BOUNDARY="a b:c/d=e?"', b"a b:c/d=e?"),
         ("multipart/form-data;boundary====1==;", b"===1=="),
+        ("multipart/form-data; boundary=----WebKitFormBoundary7MA4", b"----WebKitFormBoundary7MA4"),
         ("multipart/form-data; boundary=" + "x" * 70, b"x" * 70),
     ],
 )
@@ -277,6 +329,9 @@ def test_boundaries_that_are_taken(content_type: str, boundary: bytes) -> None:
         "multipart/form-data; boundary=\udce9",
         "multipart/form-data; boundary=a; boundary=b",
         "multipart/form-data; boundary=a; boundary*=utf-8''b",
+        "multipart/form-data; boundary=a; boundary*0=b",
+        'multipart/form-data; x="a\\"; boundary=b; y=\\""; boundary=a',
+        'multipart/form-data; boundary=a; x="; boundary =b"',
         "multipart/form-data; boundary=a; charset=utf-16",
         "multipart/form-data, multipart/form-data; boundary=a b",
         "multipart/form-data; boundary=" + "x" * 71,
