@@ -61,14 +61,14 @@ if TYPE_CHECKING:
 
 
 def drop_frames(error: BaseException) -> None:
-    """Drop the traceback of a handled error, and of the errors it came from.
+    """Drop the traceback of a handled error, and the errors it came from with theirs.
 
-    Its frames hold the request's bytes and often the error itself: a cycle that only Python's collector would free.
+    Their frames hold the request's bytes and often the error itself: a cycle that only Python's collector would free.
     """
-    handled: BaseException | None = error
-    while handled is not None:
-        handled.__traceback__ = None
-        handled = handled.__context__
+    handled = [error]
+    for each in handled:
+        handled += [origin for origin in (each.__cause__, each.__context__) if origin is not None]
+        each.__traceback__ = each.__cause__ = each.__context__ = None
 
 
 class Verdict(Enum):

@@ -97,7 +97,7 @@ class ModelLists:
                 body = await exchange.read_whole(share, MAX_LIST, lambda: None)
             finally:
                 exchange.close()
-            return await self._executor.run(len(body), names_in, body)
+            return await self._executor.read(len(body), names_in, body)
 
     def _log_trouble(self, replica: "Replica", trouble: GatewayError) -> None:
         """Log the first of several failures in a row."""

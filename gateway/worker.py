@@ -1,10 +1,11 @@
 """A process of our own for what holds the interpreter for long: msgspec reads a text of any size in one go.
 
 It is started with the first work, speaks through its standard input and output, and ends when they are closed, so also
-when the gateway is killed. Nothing but functions, their arguments and what they return goes to and fro, as pickles;
-long texts go beside them, without a copy, and do not come back.
+when the gateway is killed; on Linux then even if it is stopped. Nothing but functions, their arguments and what they
+return goes to and fro, as pickles; long texts go beside them, without a copy, and do not come back.
 """
 
+import ctypes
 import os
 import pickle
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 from struct import Struct
 from typing import IO, Any, ParamSpec, TypeVar, cast
 
+from gateway.errors import drop_frames
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -28,6 +31,8 @@ OUT_OF_MEMORY_FIRST = "1000"
 """The system's highest `oom_score_adj`: where memory runs out, the gateway lives on."""
 LONGEST = 60.0
 """Seconds that a work may take, which is many times as long as the largest takes; then the process is killed."""
+PR_SET_PDEATHSIG = 1
+"""Of `prctl`: the signal that a process gets when the thread that started it ends."""
 _size = Struct("!Q")
 
 
@@ -36,7 +41,10 @@ class WorkerDiedError(Exception):
 
 
 class Worker:
-    """Does work in the process, one at a time; the calls of this class block and belong into a thread."""
+    """Does work in the process, one at a time; the calls of this class block.
+
+    They belong into one thread, which the process does not outlive.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,7 +80,10 @@ class Worker:
         finally:
             watchdog.cancel()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         return result  # type: ignore[no-any-return]
 
     def end(self) -> None:
@@ -91,8 +102,24 @@ class Worker:
             # With our own path: another gateway may lie in the working directory.
             program = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import main; main()"
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe)  # noqa: S603
+            command = [sys.executable, *_interpreter_options(), "-c", program]
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)  # noqa: S603
         return self._process
+
+
+def _interpreter_options() -> list[str]:
+    """Return our interpreter's options that say which code runs: the process runs no other."""
+    flags = sys.flags
+    levels = {
+        "I": flags.isolated,
+        "E": flags.ignore_environment,
+        "s": flags.no_user_site,
+        "S": flags.no_site,
+        "P": flags.safe_path,
+        "B": flags.dont_write_bytecode,
+        "O": flags.optimize,
+    }
+    return [f"-{letter * level}" for letter, level in levels.items() if level]
 
 
 class _Pickler(pickle.Pickler):
@@ -161,6 +188,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         outcome = work(*args, **kwargs), None
     except Exception as error:  # noqa: BLE001 - raised by whoever asked
         error.add_note(traceback.format_exc())
+        drop_frames(error)  # ours among them, which holds the error and all that was received
         outcome = None, error
     _send(answers, outcome, texts)
 
@@ -171,6 +199,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # Linux alone has it
         Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY_FIRST, encoding="ascii")
+    with suppress(OSError, AttributeError):  # the same; a stopped process does not see that its input has ended
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed is no answer
     with suppress(EOFError, BrokenPipeError):

@@ -152,7 +152,11 @@ def has_many_objects(data: bytes) -> bool:
 
 def has_many_values(data: bytes) -> bool:
     """Return whether a text holds so many values, of whatever kind, that they would take many times its bytes."""
-    least = len(data) // 16
+    return has_values(data, len(data) // 16)
+
+
+def has_values(data: bytes, least: int) -> bool:
+    """Return whether a text holds so many commas between values."""
     return (
         data.count(b",") >= least
         and sum(commas.count(b",") for commas in _brackets(data, 0, len(data), dropped=_DROPPED_BESIDE_COMMAS)) >= least

@@ -7,12 +7,14 @@ Most servers have OpenAI's, with `data`: vLLM, Ollama, LiteLLM and, as far as it
 import msgspec
 
 from gateway.dialects.answer_fields import NULL
-from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode_with, leniently
+from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode_with, has_values, leniently
 from gateway.errors import InvalidResponse
 
 MODELS = "/v1/models"
 MAX_MODELS = 2_000
-"""Names taken of one list: the first ones."""
+"""Models that are looked at in one list: the first ones."""
+MAX_VALUES = 100_000
+"""In a list, all levels counted: fifty for each model. Built, some more would take many times their bytes."""
 MAX_NAME = 512
 """Characters; callers cannot ask for a longer name."""
 
@@ -36,16 +38,19 @@ def names_in(body: bytes) -> tuple[str, ...]:
     """Return the names in a list of models, in its order, each once; within bounds, since a server may list anything.
 
     Raises:
-        InvalidResponse: it is no list of models.
+        InvalidResponse: it is no list of models, or too long a one.
     """
+    text = body.removeprefix(BYTE_ORDER_MARK).strip()
+    if has_values(text, MAX_VALUES):
+        raise InvalidResponse(f"The list of models has more than {MAX_VALUES:,} values.")
     try:
-        entries = leniently(_entries_of, body.removeprefix(BYTE_ORDER_MARK).strip())
+        entries = leniently(_entries_of, text)
     except NO_JSON:
         raise InvalidResponse("The answer is not a list of models in JSON.") from None
-    names = list(dict.fromkeys(name for entry in entries if (name := _name_of(entry)) is not None))
+    names = dict.fromkeys(name for entry in entries[:MAX_MODELS] if (name := _name_of(entry)) is not None)
     if entries and not names:
         raise InvalidResponse("The list has no model with a name.")
-    return tuple(names[:MAX_MODELS])
+    return tuple(names)
 
 
 def _entries_of(text: bytes) -> list[msgspec.Raw]:
@@ -56,10 +61,10 @@ def _entries_of(text: bytes) -> list[msgspec.Raw]:
 
 
 def _name_of(entry: msgspec.Raw) -> str | None:
-    """Return the name of a model; None for what cannot be asked for."""
+    """Return the name of a model; None for what cannot be asked for, such as LiteLLM's `openai/*`."""
     try:
         model = decode_with(_entry.decode, bytes(entry))
     except NO_JSON:
         return None
-    name = model.id or model.name
-    return name if name is not None and 0 < len(name) <= MAX_NAME and name.isprintable() else None
+    name = model.id or model.name or ""
+    return name if name.strip() and len(name) <= MAX_NAME and name.isprintable() and "*" not in name else None

@@ -265,8 +265,13 @@ class Pool:
             replica.models = names
             self._set_models()
 
+    def _is_for_all(self, model: str) -> bool:
+        """Return whether a model goes to the route for all of them: what its backends list may lead nowhere else."""
+        route = self.route(model)
+        return route is not None and route.model == ANY
+
     def _set_models(self) -> None:
-        listed = [name for replica in self.listing for name in replica.models or ()]
+        listed = [name for replica in self.listing for name in replica.models or () if self._is_for_all(name)]
         self.default_model = self._model_name or next(iter(listed), DEFAULT_MODEL)
         names: list[str] = []
         for route in self.routes:

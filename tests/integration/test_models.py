@@ -150,7 +150,7 @@ backends:
 {urls}
 routes:
   - {{model: named, targets: [{{backend: a}}]}}
-  - {{model: "of-*", targets: [{{backend: b}}]}}
+  - {{model: "of-b*", targets: [{{backend: b}}]}}
   - {{model: "*", targets: [{{backend: c, model: tiny}}, {{backend: d}}]}}
 """,
         )
@@ -160,12 +160,39 @@ routes:
         assert {name: backend.asked for name, backend in backends.items()} == {"a": 0, "b": 0, "c": 0, "d": 1}
 
 
+async def test_a_request_that_names_no_model_goes_to_a_backend_of_the_route_for_all(
+    start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    paid = await start_mock()
+    local = await start_mock(model_name="gpt-4", mock_models=["*", "llama"])
+    file = config(
+        tmp_path,
+        f"""
+backends: {{local: {{url: "{local.url}"}}, paid: {{url: "{paid.url}"}}}}
+routes: [{{model: "gpt-*", targets: [{{backend: paid}}]}}, {{model: "*", targets: [{{backend: local}}]}}]
+""",
+    )
+    gateway = await start_gateway(gateway_config=file)
+    await listed(gateway)
+    assert await names(gateway) == ["llama"]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}),
+        ("/v1/audio/speech", {"input": "x", "voice": "y"}),
+    ):
+        async with gateway.client.post(path, json=body) as response:
+            assert response.status == 200
+
+    assert [each.model for each in local.journal.calls] == ["llama", "llama"]
+    assert paid.journal.total == 0
+
+
 WRONG = {
     "404": lambda: web.json_response({"detail": "Not Found"}, status=404),
     "a page": lambda: web.Response(text="<html>", content_type="text/html"),
     "an error inside": lambda: web.json_response({"error": {"message": "no"}}),
     "another key": lambda: web.Response(status=401),
     "elsewhere": lambda: web.Response(status=307, headers={"location": "/v1/other"}),
+    "too many values": lambda: web.Response(body=b'{"data":[%b1]}' % (b"1," * 200_000)),
     "too large": lambda: web.Response(body=b" " * (model_lists.MAX_LIST + 1)),
     "large when decoded": lambda: _packed(b" " * (model_lists.MAX_LIST + 1)),
 }

@@ -50,7 +50,9 @@ def home_of(answer: Answer) -> str:
 
 def forget_all(gateway: Gateway) -> None:
     """As after a restart of the gateway."""
-    gateway.parts.pool.responses._homes.clear()
+    homes = gateway.parts.pool.responses
+    for each in list(homes._homes):
+        homes.forget(each)
 
 
 def busy(gateway: Gateway, replica: str) -> None:
@@ -361,6 +363,65 @@ async def test_a_response_of_another_key_is_not_there(two: list[MockModel], star
     forget_all(gateway)  # whoever finds it does not own it
     assert (await call(gateway, "GET", path, **other)).status == 200
     assert (await call(gateway, "GET", path, **mine)).status == 200
+
+
+TWO_BACKENDS = """
+backends: {{a: {{url: "{a}"}}, b: {{url: "{b}"}}}}
+routes: [{{model: of-b, targets: [{{backend: b}}]}}, {{model: "*", targets: [{{backend: a}}, {{backend: b}}]}}]
+"""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_backend_takes_over_no_response_of_another_nor_a_key_of_another_key(
+    start_raw: StartRaw,
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    streamed: bool,  # noqa: FBT001
+) -> None:
+    async def play(raw: RawCall) -> None:
+        if b'"stream": true' not in raw.body and b'"stream":true' not in raw.body:
+            await raw.answer(json.dumps(RESPONSE).encode())
+            return
+        await raw.send(STREAM_HEAD)
+        event = {"type": "response.completed", "sequence_number": 0, "response": RESPONSE}
+        await raw.events(b"event: response.completed\ndata: %b\n\n" % json.dumps(event).encode())
+        await raw.send(END)
+
+    a, b = await start_raw(play), await start_raw(play)  # b answers with the id that a has made
+    file = config(tmp_path, TWO_BACKENDS.format(a=a.url, b=b.url))
+    gateway = await start_gateway(gateway_config=file, gateway_api_keys=[KEY, "gw-key-2"])
+    mine, other = {"authorization": f"Bearer {KEY}"}, {"authorization": "Bearer gw-key-2"}
+    assert home_of(await made(gateway, headers=mine)) == "a"
+    for headers in (mine, other):
+        assert (await made(gateway, headers=headers, model="of-b", stream=streamed)).attempts == 1
+    asked = len(b.calls)
+
+    following = await made(gateway, "secret", headers=mine, previous_response_id="resp_1")
+    read = await call(gateway, "GET", f"{PATH}/resp_1", **mine)
+    assert (home_of(following), home_of(read), read.status) == ("a", "a", 200)
+    assert (await call(gateway, "GET", f"{PATH}/resp_1", **other)).status == 404
+    assert (await call(gateway, "DELETE", f"{PATH}/resp_1", **other)).status == 404
+    assert (len(a.calls), len(b.calls)) == (3, asked)
+
+    assert (await call(gateway, "DELETE", f"{PATH}/resp_1", **mine)).status == 200
+    assert home_of(await made(gateway, headers=other, model="of-b")) == "b"
+    assert home_of(await call(gateway, "GET", f"{PATH}/resp_1", **other)) == "b"
+
+
+async def test_however_many_responses_a_key_makes_those_of_others_stay_theirs(
+    two: list[MockModel], start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start_gateway(*two, gateway_api_keys=[KEY, "gw-key-2"])
+    monkeypatch.setattr(gateway.parts.pool.responses, "_most", 3)
+    mine, other = {"authorization": f"Bearer {KEY}"}, {"authorization": "Bearer gw-key-2"}
+    first = await made(gateway, headers=mine)
+    for number in range(6):
+        await made(gateway, str(number), headers=other)
+
+    assert len(gateway.parts.pool.responses) == 3
+    assert (await call(gateway, "DELETE", f"{PATH}/{id_of(first)}", **other)).status == 404
+    read = await call(gateway, "GET", f"{PATH}/{id_of(first)}", **mine)
+    assert (read.status, home_of(read), read.attempts) == (200, home_of(first), 1)
 
 
 async def test_no_more_homes_are_kept_than_the_bound(

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from gateway import errors
 from gateway.dialects.openai.errors import envelope
-from gateway.errors import BackendError, ErrorAnswer, GatewayError, Verdict
+from gateway.errors import BackendError, ErrorAnswer, GatewayError, InternalError, Verdict, drop_frames
 
 _LINE = re.compile(r"^    (?P<stem>[|` -]*)(?P<name>[A-Z]\w+)\s*(?P<rest>.*)$")
 _STATUS = re.compile(r"^(\d{3})\b")
@@ -160,3 +161,19 @@ def test_the_class_is_the_policy(kind: type[BackendError], policy: tuple[object,
     """
     says = (kind.retried, kind.same_replica, kind.at_once_elsewhere, kind.free_elsewhere, kind.falls_back)
     assert (*says, kind.verdict, kind.unreachable) == policy
+
+
+def test_a_handled_error_holds_neither_frames_nor_the_errors_it_came_from() -> None:
+    origins = [ValueError("a cause that was not handled"), KeyError("a context"), OSError("the cause of a context")]
+    for origin in origins:
+        with suppress(Exception):
+            raise origin
+    origins[0].__context__ = origins[1]
+    origins[1].__cause__ = origins[2]
+    origins[2].__cause__ = origins[0]  # a circle
+    error = InternalError()
+    error.__cause__ = origins[0]
+    drop_frames(error)
+
+    for each in (error, *origins):
+        assert (each.__traceback__, each.__cause__, each.__context__) == (None, None, None)

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from gateway.dialects.model_list import MAX_MODELS, MAX_NAME, names_in
+from gateway.dialects import model_list
+from gateway.dialects.model_list import MAX_MODELS, MAX_NAME, MAX_VALUES, names_in
 from gateway.errors import InvalidResponse
 
 FORMS = {
@@ -22,6 +23,9 @@ FORMS = {
     "twice": {"data": [{"id": "a"}, {"id": "b"}, {"id": "a"}]},
     "odd entries": {
         "data": [{"id": 1}, {"id": "a"}, "x", None, {"id": ""}, {"id": "b\n"}, {"id": "x" * 513}, {"id": "b"}]
+    },
+    "what cannot be asked for": {
+        "data": [{"id": "*"}, {"id": "openai/*"}, {"id": " "}, {"id": ""}, {"id": "a"}, {"id": "b"}]
     },
 }
 
@@ -50,6 +54,34 @@ def test_of_a_long_list_the_first_names_are_taken() -> None:
     names = names_in(json.dumps({"data": [{"id": str(n)} for n in range(MAX_MODELS + 5)]}).encode())
 
     assert (len(names), names[0], names[-1]) == (MAX_MODELS, "0", str(MAX_MODELS - 1))
+
+
+@pytest.mark.parametrize("value", [b"1", b"{}", b'{"id":"a"}', b"[[[1]]]", b'[",",1]'])
+def test_nothing_is_built_of_a_list_with_too_many_values(value: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(model_list, "_entries_of", built.append)
+    for form in (b"[%b]", b' {"data":[%b]}', b'\xef\xbb\xbf{"data":[],"x":[%b]}'):
+        with pytest.raises(InvalidResponse, match="more than 100,000 values"):
+            names_in(form % b",".join([value] * (MAX_VALUES + 1)))
+
+    assert built == []
+
+
+def test_a_long_list_of_models_with_all_that_is_said_of_them_is_read() -> None:
+    model = {"description": "fast, cheap, good; " * 20, "pricing": {str(n): n for n in range(20)}, "tags": ["a"] * 10}
+
+    assert (
+        len(names_in(json.dumps({"data": [model | {"id": str(n)} for n in range(MAX_MODELS)]}).encode())) == MAX_MODELS
+    )
+
+
+def test_only_the_first_models_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[object] = []
+    monkeypatch.setattr(model_list, "_name_of", looked_at.append)
+    with pytest.raises(InvalidResponse):
+        names_in(b"[%b]" % b",".join([b"1"] * 50_000))
+
+    assert len(looked_at) == MAX_MODELS
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,39 @@ def test_the_oldest_is_forgotten_first() -> None:
     assert [name for name in "abcd" if homes.of(name) is not None] == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize(("replica", "owner"), [("b-1", "k1"), ("a-1", "k2"), ("a-1", None), ("b-1", "k2")])
+def test_nobody_takes_over_a_response_that_is_known(replica: str, owner: str | None) -> None:
+    homes = ResponseHomes()
+    homes.made("r", "a-1", "m", "k1")
+    homes.made("r", replica, "other", owner)
+    home = homes.of("r")
+
+    assert home is not None
+    assert (home.replica, home.model, home.owner) == ("a-1", "m", "k1")
+    homes.forget("r")
+    homes.made("r", replica, "other", owner)
+    home = homes.of("r")
+    assert home is not None
+    assert (home.replica, home.model, home.owner) == (replica, "other", owner)
+
+
+def test_whoever_has_the_most_forgets_first() -> None:
+    homes = ResponseHomes(10)
+    for number in range(3):
+        homes.made(f"mine-{number}", "a-1", "m", "k1")
+        homes.found(f"found-{number}", "a-1")
+    for number in range(100):
+        homes.made(f"flood-{number}", "b-1", "m", "k2")
+        assert homes.of(f"flood-{number}") is not None
+
+    known = [f"{name}-{number}" for name in ("mine", "found") for number in range(3)]
+    assert all(homes.of(name) is not None for name in known)
+    assert [number for number in range(100) if homes.of(f"flood-{number}")] == [96, 97, 98, 99]
+    for name in known:
+        homes.forget(name)
+    assert (len(homes), list(homes._of_owner)) == (4, ["k2"])
+
+
 def test_what_has_no_id_or_too_long_a_one_is_not_kept() -> None:
     homes = ResponseHomes()
     for response_id in (None, "", "x" * (MAX_ID + 1)):

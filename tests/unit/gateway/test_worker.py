@@ -1,10 +1,18 @@
 """What is very large is read in a process of its own, and nothing of that can be seen from outside."""
 
 import asyncio
+import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 import msgspec
 import pytest
@@ -17,7 +25,8 @@ from gateway.dialects.openai.chat import CHAT, OpenAIChat
 from gateway.dialects.openai.choices import ChoicesState
 from gateway.errors import ErrorInside, ErrorWords, GatewayError, GatewayOverloaded, InvalidRequest
 from gateway.executor import Executor
-from gateway.worker import LONG, Worker, WorkerDiedError
+from gateway.worker import LONG, Worker, WorkerDiedError, _receive, _send, _serve
+from testkit.polling import until
 
 CHATS = OpenAIChat()
 LONG_TEXT = b"a" * (2 * LONG)
@@ -45,6 +54,47 @@ def raise_again(error: Exception) -> None:
 
 def length_and_itself(text: bytes) -> tuple[int, list[bytes]]:
     return len(text), [text, text]
+
+
+class Held:
+    """Something of a work, that is seen until it is let go."""
+
+    seen: ClassVar[WeakSet["Held"]] = WeakSet()
+
+    def __init__(self) -> None:
+        self.seen.add(self)
+
+    def __reduce__(self) -> tuple[type["Held"], tuple[()]]:
+        return Held, ()
+
+
+def refuse(argument: Held) -> None:
+    """Raise an error that comes from two others, each with frames that hold something."""
+    try:
+        try:
+            raise_holding(KeyError("first"))
+        except KeyError as first:
+            second = ValueError("second")
+            second.__cause__ = first
+            raise_holding(second)
+    except ValueError:
+        raise InvalidRequest(f"third, {type(argument).__name__}") from None
+
+
+def raise_holding(error: Exception) -> None:
+    held = Held()
+    if held in Held.seen:
+        raise error
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def die() -> None:
@@ -106,6 +156,27 @@ def test_errors_of_requests_and_answers_come_out_whole(worker: Worker) -> None:
         assert str(there.value) == str(here.value)
 
 
+def test_nothing_of_a_work_that_fails_is_held_where_it_was_done() -> None:
+    for _ in range(3):
+        requests, answers = BytesIO(), BytesIO()
+        _send(requests, (refuse, (Held(),), {}), [])
+        requests.seek(0)
+        with without_collector():
+            _serve(requests, answers)
+            assert not Held.seen
+        answers.seek(0)
+        _, error = _receive(answers, [])
+        assert isinstance(error, InvalidRequest)
+        assert "in refuse" in "".join(error.__notes__)
+
+
+def test_nothing_of_a_work_that_fails_is_held_where_it_was_asked_for(worker: Worker) -> None:
+    with without_collector():
+        with suppress(InvalidRequest):
+            worker.call(refuse, Held())
+        assert not Held.seen
+
+
 def test_what_comes_back_is_small_however_large_the_text(worker: Worker) -> None:
     answer = b'{"id":"%b","model":"m","choices":[%b]}' % (LONG_TEXT, b",".join([b'{"finish_reason":"stop"}'] * 9000))
     described = worker.call(describe, CHATS, "application/json", answer)
@@ -144,6 +215,46 @@ def test_the_process_ends_when_the_one_that_asks_is_gone(worker: Worker) -> None
     process.stdin.close()
 
     assert process.wait(20) == 0
+
+
+ASK = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import Worker; worker = Worker(); "
+
+
+@pytest.mark.parametrize("options", [[], ["-I"], ["-E"], ["-s"], ["-S"], ["-P"], ["-B"], ["-O"], ["-OO"], ["-E", "-O"]])
+def test_the_process_runs_no_code_that_ours_does_not(options: list[str], tmp_path: Path) -> None:
+    loaded, flags = tmp_path / "loaded", "tuple(__import__('sys').flags)"
+    (tmp_path / "sitecustomize.py").write_text(f"import os; open({str(loaded)!r}, 'a').write(f'{{os.getpid()}} ')")
+    ask = f"{ASK}print(worker.call(eval, {flags!r}) == {flags})"
+    environment = {"PYTHONPATH": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    command = [sys.executable, *options, "-c", ask]
+    there = subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, check=True)  # noqa: S603
+
+    assert there.stdout == b"True\n"
+    processes = len(loaded.read_text().split()) if loaded.exists() else 0
+    assert processes == (0 if {"-I", "-E", "-S"} & set(options) else 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills it")
+async def test_even_a_process_that_is_stopped_ends_when_the_one_that_asks_is_killed() -> None:
+    stop = "worker.call(abs, 1); os.kill(worker.pid, signal.SIGSTOP); print(worker.pid, flush=True); signal.pause()"
+    asking = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", f"import os, signal; {ASK}{stop}", stdout=subprocess.PIPE
+    )
+    assert asking.stdout is not None
+    process = int(await asking.stdout.readline())
+    await until(lambda: state_of(process) in "tT")
+    asking.kill()
+    await asking.wait()
+
+    await until(lambda: state_of(process) in "XZ")
+
+
+def state_of(process: int) -> str:
+    """Return the letter that Linux has for the state of a process, X for one that is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def test_signals_to_the_whole_group_do_not_end_it(worker: Worker) -> None:
