@@ -266,13 +266,14 @@ class Pool:
             self._set_models()
 
     def _is_for_all(self, model: str) -> bool:
-        """Return whether a model goes to the route for all of them: what its backends list may lead nowhere else."""
+        """Return whether a model goes to the route for all of them."""
         route = self.route(model)
         return route is not None and route.model == ANY
 
     def _set_models(self) -> None:
-        listed = [name for replica in self.listing for name in replica.models or () if self._is_for_all(name)]
-        self.default_model = self._model_name or next(iter(listed), DEFAULT_MODEL)
+        listed = [name for replica in self.listing for name in replica.models or ()]
+        # What nobody asked for may lead nowhere else than to where it is listed.
+        self.default_model = self._model_name or next(filter(self._is_for_all, listed), DEFAULT_MODEL)
         names: list[str] = []
         for route in self.routes:
             if route.names_a_model:

@@ -150,7 +150,7 @@ backends:
 {urls}
 routes:
   - {{model: named, targets: [{{backend: a}}]}}
-  - {{model: "of-b*", targets: [{{backend: b}}]}}
+  - {{model: "of-*", targets: [{{backend: b}}]}}
   - {{model: "*", targets: [{{backend: c, model: tiny}}, {{backend: d}}]}}
 """,
         )
@@ -174,7 +174,7 @@ routes: [{{model: "gpt-*", targets: [{{backend: paid}}]}}, {{model: "*", targets
     )
     gateway = await start_gateway(gateway_config=file)
     await listed(gateway)
-    assert await names(gateway) == ["llama"]
+    assert await names(gateway) == ["llama", "gpt-4"]
     for path, body in (
         ("/v1/chat/completions", {"messages": CHAT["messages"]}),
         ("/v1/audio/speech", {"input": "x", "voice": "y"}),

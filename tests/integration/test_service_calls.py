@@ -34,11 +34,13 @@ async def test_the_health_document_is_whole(mock: MockModel, start_gateway: Star
     assert answer.status == 200
     assert set(document) == {
         "status", "version", "app_mode", "uptime_seconds", "draining", "in_flight", "queued", "downstream", "telemetry",
+        "limits",
     }  # fmt: skip
     assert (document["status"], document["version"], document["app_mode"]) == ("degraded", __version__, "dev")
     assert (document["draining"], document["in_flight"], document["queued"]) == (False, 0, 0)
     assert document["uptime_seconds"] > 0
     assert document["telemetry"] == {"status": "ok", "spans_dropped": 0}
+    assert document["limits"] == {"status": "off"}
     assert document["downstream"]["status"] == "degraded"
     good, bad = document["downstream"]["backends"]
     for backend in (good, bad):

@@ -434,17 +434,17 @@ def test_the_default_model_is_the_first_that_any_replica_lists_unless_one_is_con
     assert (named.default_model, named.models) == ("n", ("m", "n", "x", "late"))
 
 
-def test_what_is_listed_counts_only_where_it_leads_to_the_route_for_all(tmp_path: Path) -> None:
+def test_a_listed_model_is_the_default_only_where_it_leads_to_the_route_for_all(tmp_path: Path) -> None:
     of = with_routes(
         tmp_path,
         "[{model: m, targets: [{backend: a}]}, {model: 'gpt-*', targets: [{backend: a}]}, "
         "{model: '*', targets: [{backend: b}]}, {model: 'late-*', targets: [{backend: a}]}]",
     )
     of.note_models(of.listing[0], ("gpt-4", "m", "late-1", "own"))
-    assert (of.default_model, of.models) == ("late-1", ("m", "late-1", "own"))
+    assert (of.default_model, of.models) == ("late-1", ("m", "late-1", "gpt-4", "own"))
 
     of.note_models(of.listing[0], ("gpt-4", "m"))
-    assert (of.default_model, of.models) == ("demo-model", ("m", "demo-model"))
+    assert (of.default_model, of.models) == ("demo-model", ("m", "demo-model", "gpt-4"))
 
 
 def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
