@@ -97,7 +97,7 @@ class Call:
         failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
-        outages: the number of the outage of each backend that it failed in.
+        outages: those that it failed in, by number.
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 

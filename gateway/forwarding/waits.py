@@ -46,7 +46,6 @@ class Waits:
         "_missed",
         "_over",
         "_policy",
-        "_queued",
         "_trial",
         "kind",
         "led_to_attempt",
@@ -67,7 +66,6 @@ class Waits:
         self._cooled = 0.0
         self._again = False
         self._missed = False
-        self._queued = False
         self._over = False
         self.kind = ""
         self.target = call.target
@@ -154,7 +152,7 @@ class Waits:
             if not asked:
                 continue
             outage = target.home.outage
-            if failure is None and target.full and not self._queued:
+            if failure is None and target.full:
                 places.append((now, FULL, target, model))
             if outage.is_bridged and now < self._bridged_until:
                 places.append((outage.trial_due, BRIDGING, target, model))
@@ -186,9 +184,8 @@ class Waits:
         call.record.waits.append(Wait(self.kind, self.target.backend, self._clock()))
         if self.kind == BRIDGING:
             self._bridged_until = min(self._bridged_until, self.target.home.outage.ends_waiting)
-        elif self.kind == FULL:
-            self._queued = True
-        return self._room().enter(call.share.held, call.record.started, self, tried=self._again)
+        tried = self._again and self.kind != FULL  # who came too late for a place keeps the turn
+        return self._room().enter(call.share.held, call.record.started, self, tried=tried)
 
     def _room(self) -> "WaitingRoom":
         """Return where those wait who wait for the same."""
@@ -209,7 +206,8 @@ class Waits:
         if self.kind == BRIDGING:
             return self._end_of_bridging(self.target.home)
         longest = self._policy.queue_timeout if self.kind == FULL else self._policy.retry_after_max - self._cooled
-        began = self._call.record.waits[-1].began
+        waits = self._call.record.waits
+        began = next((wait.began for wait in waits if wait.kind == FULL == self.kind), waits[-1].began)
         return min(self._end, began + longest + stalled_since(began))
 
     def _end_of_bridging(self, home: "Backend") -> float:

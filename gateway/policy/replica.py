@@ -68,11 +68,12 @@ class Replica:
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
+        outages: its own, and its backend's where that has other replicas.
         in_flight: attempts under way.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
         models: what it listed when it was last asked; None: nothing so far.
-        freed: called when an attempt has ended, or None.
+        freed: called when an attempt has ended where `max_in_flight` limits them.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Replica:
         *,
         breaker: Breaker,
         cooldown: "Cooldown",
-        outage: "Outage",
+        outages: "tuple[Outage, ...]",
         budget: "RetryBudget",
         clock: "Callable[[], float]",
     ) -> None:
@@ -102,9 +103,9 @@ class Replica:
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
         self.cooldown = cooldown
-        self.outage = outage
+        self.outages = outages
         self.budget = budget
-        self.freed: Callable[[], None] | None = None
+        self.freed: Callable[[], None] = lambda: None
         self._urls: dict[str, str] = {}
         self.bad_bodies = BadBodies(clock)
         self.clock = clock

@@ -200,6 +200,26 @@ async def test_the_home_alone_is_asked_and_its_failure_is_the_answer(
     assert (await made(gateway, "something else")).headers["x-gateway-backend"] != home_of(first)
 
 
+async def test_a_home_that_restarts_costs_no_chain_an_error_while_others_use_its_sibling(
+    two: list[MockModel], start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(*two, gateway_outage_wait=30, gateway_probe_path="")
+    first = await made(gateway)
+    home, other = two if home_of(first) == "backend-1" else two[::-1]
+    home.set_faults([{"kind": "status", "with": {"status": 503}}])
+    asking = asyncio.create_task(made(gateway, "And?", previous_response_id=id_of(first)))
+    await until(lambda: home.journal.total > 1)
+    before = other.journal.total
+    while home.journal.total < 6:  # the first answer, three attempts, and trials after that
+        assert (await gateway.chat()).status == 200
+        await asyncio.sleep(0.01)
+    assert other.journal.total > before
+    home.set_faults([])
+    answer = await asking
+    assert home_of(answer) == home_of(first)
+    assert answer.waits("bridging")
+
+
 async def test_a_home_that_fails_once_is_asked_again(two: list[MockModel], start_gateway: StartGateway) -> None:
     gateway = await start_gateway(*two, gateway_backoff_initial=0.001)
     first = await made(gateway)
