@@ -4,17 +4,19 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.errors import NoSuchResponse, drop_frames
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from gateway.dialects.dialect import Prompt, StreamState
+    from gateway.errors import BackendError
     from gateway.forwarding.charge import Charge
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
     from gateway.policy.outage import Outage
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
-    from gateway.record import Record
+    from gateway.record import AttemptRecord, Record
     from gateway.settings import Commit
 
 
@@ -98,6 +100,8 @@ class Call:
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
         outages: those that it failed in, by number.
+        failures: where it needs a stored response the latest failure of each replica, with its attempt; the latest one
+            is the last.
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
@@ -112,6 +116,7 @@ class Call:
         "counted",
         "deadline",
         "failed_before",
+        "failures",
         "given_up",
         "headers",
         "model",
@@ -164,6 +169,7 @@ class Call:
         self.counted: set[Replica] = set()
         self.bridged = 0
         self.outages: dict[Outage, int] = {}
+        self.failures: dict[Replica, tuple[BackendError, AttemptRecord]] = {}
         self._fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:
@@ -171,6 +177,38 @@ class Call:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.prompt.path, self.prompt.content())
         return self._fingerprint
+
+    def note_failure(self, replica: "Replica", failure: "BackendError") -> None:
+        """Note the failure of the latest attempt."""
+        if self.prompt.needs_response:
+            self.failures.pop(replica, None)
+            self.failures[replica] = failure, self.record.attempt
+
+    def narrow(self, failure: "BackendError | None") -> "BackendError | None":
+        """Return what its attempts have come to: their last `failure`, unless it is that somebody does not know.
+
+        Replicas that do not know the stored response that it needs are no longer among its targets, while others may:
+        then the failure of one of those stands. None: none of them was asked.
+        """
+        nowhere = {replica for replica, (why, _) in self.failures.items() if isinstance(why, NoSuchResponse)}
+        if not nowhere or self.committed:
+            return failure
+        pairs = ((target, replica) for target in self.targets for replica in target.replicas)
+        left = [target.only(replica) for target, replica in pairs if replica not in nowhere]
+        if not left:
+            return failure
+        self.targets = tuple(left)
+        failed = [replica for replica in self.failures if replica not in nowhere]
+        if not failed:
+            return None
+        self.target = next(target for target in left if failed[-1] in target.replicas)
+        return self.failures[failed[-1]][0]
+
+    def forget_failures(self) -> None:
+        """Let go of what was noted: the frames of the failures hold the call."""
+        for failure, _ in self.failures.values():
+            drop_frames(failure)
+        self.failures.clear()
 
     def attempts_at(self, target: "Target") -> int:
         """Return the number of its attempts at a target that count towards the most of a target."""

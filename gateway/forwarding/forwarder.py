@@ -7,6 +7,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type
 
 from gateway.errors import (
     BackendError,
+    BackendFull,
     BackendRateLimited,
     BackendUnavailable,
     CallerLeft,
@@ -100,6 +101,7 @@ class Forwarder:
                 await self._wait_and_try(call, failure)
         except BackendError as error:
             call.record.attempt.decision = f"gave up: {call.record.stop_reason}"
+            call.record.failed_by = next((made for each, made in call.failures.values() if each is error), None)
             self._remember(call, error)
             raise
         except (DeadlineExceeded, GatewayOverloaded, GatewayDraining, CallerLeft, CancelledError) as error:
@@ -108,6 +110,7 @@ class Forwarder:
             raise
         finally:
             failure = None
+            call.forget_failures()
             if call.charge is not None:
                 call.charge.settle(call)
             self._admission.leave(call.caller)
@@ -122,7 +125,7 @@ class Forwarder:
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
     ) -> bool:
-        """Try each target in order, until one answers; return False when no attempt could be made.
+        """Try each target in order, until one answers; return False when nobody could be asked who could answer.
 
         Args:
             call: to be answered.
@@ -155,10 +158,11 @@ class Forwarder:
             else:
                 record.stop_reason = None
                 return True
+        if failure is not None and skipped is targets[-1]:
+            record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
+        failure = call.narrow(failure)
         if failure is None:
             return False
-        if skipped is targets[-1]:
-            record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
         raise failure
 
     def _first_lease(self, call: "Call", target: "Target") -> "Lease | None":
@@ -198,6 +202,7 @@ class Forwarder:
             await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
+            call.note_failure(lease.replica, failure)
             if call.committed:
                 call.record.stop_reason = "committed"
                 raise
@@ -238,6 +243,7 @@ class Forwarder:
                         await self._attempts.make(call, target, lease, backoff=backoff)
                     except BackendError as error:
                         failure = error
+                        call.note_failure(lease.replica, error)
                         retry.count(lease.replica, error, trial=lease.trial)
                         if call.committed:
                             retry.stopped = "committed"
@@ -255,7 +261,7 @@ class Forwarder:
 
         Raises:
             BackendError: the last attempt's failure.
-            Refusal: no attempt was made.
+            Refusal: nobody was asked who could answer.
         """
         waits = Waits(call, policy=self._policy, limit=self._admission.waiting, clock=self._clock)
         while (waiter := waits.begin(failure)) is not None:
@@ -268,7 +274,10 @@ class Forwarder:
                 failure = await self._try_after_wait(call, waits, lease)
                 if failure is None:
                     return
+                failure = call.narrow(failure)
         if failure is None:
+            if call.record.attempts:
+                call.record.give_up(_why_skipped(call, call.targets[0]))
             raise _refusal(call, self._clock(), full=waits.queued_in_vain)
         await self._try_later_targets(call, waits, failure)
 
@@ -292,7 +301,7 @@ class Forwarder:
     async def _try_later_targets(self, call: "Call", waits: Waits, failure: BackendError) -> None:
         """Try the targets after the one that failed after a wait. Raises: the last failure."""
         record = call.record
-        if waits.led_to_attempt and failure.falls_back and not call.committed:
+        if waits.led_to_attempt and waits.target in call.targets and failure.falls_back and not call.committed:
             later = call.targets[call.targets.index(waits.target) + 1 :]
             if later and await self._try_targets(call, later, failure):
                 return
@@ -337,9 +346,7 @@ def _why_skipped(call: "Call", target: "Target") -> str:
 def _refusal(call: "Call", now: float, *, full: bool) -> GatewayError:
     """Return why no attempt was made; `full`: its backends stayed full for too long."""
     if full or any(target.full for target in call.targets):
-        return GatewayOverloaded(
-            "All backends for this request have as many requests under way as they may have.", reason="backend_full"
-        )
+        return BackendFull()
     ends = [end for target in call.targets if (end := target.cooling_until(target.model or call.model)) is not None]
     if ends:
         return BackendRateLimited(
