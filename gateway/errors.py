@@ -48,6 +48,7 @@
           |  |- ContextTooLong
           |  |- QuotaSpent
           |  |- NoSuchModel
+          |  |- NoSuchPath          a 404 that names no model
           |  `- NoSuchResponse      each replica is asked for it
           `- Rejected                4xx     all others
 """
@@ -559,6 +560,17 @@ class NoSuchModel(Exhausted):
     same_replica = False
     at_once_elsewhere = True
     avoided = True
+
+
+class NoSuchPath(Exhausted):
+    """The server does not have the path, or somebody else listens there: that says nothing about other paths.
+
+    While another replica or target can answer, this one is not asked by this path for the model for a while.
+    """
+
+    retried = True
+    same_replica = False
+    at_once_elsewhere = True
 
 
 class NoSuchResponse(Exhausted):

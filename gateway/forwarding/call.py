@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from gateway.errors import NoSuchResponse, drop_frames
+from gateway.errors import NoSuchPath, NoSuchResponse, drop_frames
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ Remember = Callable[[str | None, str, str], None]
 """Takes the id of an answer, the name of the replica that gave it, and the model that was asked for."""
 HeldUp = Callable[[int], AbstractContextManager[None]]
 """Surrounds a wait for a caller who has yet to take so many bytes."""
+
+NOWHERE = (NoSuchResponse, NoSuchPath)
+"""What a replica answers that does not know a stored response, or has none at all."""
 
 
 class StreamSink(Protocol):
@@ -190,13 +193,14 @@ class Call:
         Replicas that do not know the stored response that it needs are no longer among its targets, while others may:
         then the failure of one of those stands. None: none of them was asked.
         """
-        nowhere = {replica for replica, (why, _) in self.failures.items() if isinstance(why, NoSuchResponse)}
+        nowhere = {replica for replica, (why, _) in self.failures.items() if isinstance(why, NOWHERE)}
         if not nowhere or self.committed:
             return failure
         pairs = ((target, replica) for target in self.targets for replica in target.replicas)
         left = [target.only(replica) for target, replica in pairs if replica not in nowhere]
         if not left:
-            return failure
+            not_here = (why for why, _ in reversed(self.failures.values()) if isinstance(why, NoSuchResponse))
+            return next(not_here, failure)
         self.targets = tuple(left)
         failed = [replica for replica in self.failures if replica not in nowhere]
         if not failed:

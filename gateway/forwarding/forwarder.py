@@ -15,6 +15,7 @@ from gateway.errors import (
     GatewayDraining,
     GatewayError,
     GatewayOverloaded,
+    NoSuchPath,
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gateway.policy.fingerprints import Repeats
     from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
+    from gateway.policy.replica import Replica
     from gateway.policy.retry import RetryPolicy
 
 END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayDraining: "draining"}
@@ -173,9 +175,13 @@ class Forwarder:
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
         replica = None
+        last: set[Replica] = set()
+        if len(target.replicas) > 1:
+            last = {each for each in target.replicas if each.lacks(call.prompt.path, model)}
         if call.failed_before is not None:
-            failed = {each for each in target.replicas if each.name in call.failed_before}
-            replica = target.pick(model, without=call.given_up | failed)
+            last |= {each for each in target.replicas if each.name in call.failed_before}
+        if last:
+            replica = target.pick(model, without=call.given_up | last)
         if replica is None:
             replica = target.pick(model, without=call.given_up)
         lease = take(replica, model) if replica is not None else None
@@ -202,7 +208,7 @@ class Forwarder:
             await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
-            call.note_failure(lease.replica, failure)
+            _note(call, lease, failure)
             if call.committed:
                 call.record.stop_reason = "committed"
                 raise
@@ -243,7 +249,7 @@ class Forwarder:
                         await self._attempts.make(call, target, lease, backoff=backoff)
                     except BackendError as error:
                         failure = error
-                        call.note_failure(lease.replica, error)
+                        _note(call, lease, error)
                         retry.count(lease.replica, error, trial=lease.trial)
                         if call.committed:
                             retry.stopped = "committed"
@@ -331,9 +337,16 @@ class Forwarder:
         call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
 
 
+def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
+    """Note what a failure says beyond its attempt: to the request, and about the path."""
+    call.note_failure(lease.replica, failure)
+    if isinstance(failure, NoSuchPath):
+        lease.replica.avoid_path(call.prompt.path, lease.model)
+
+
 def _in_order(call: "Call") -> "tuple[Target, ...]":
     """Return the targets of a call; those that only repeat a refusal come after all others."""
-    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model)))
+    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model, call.prompt.path)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:

@@ -8,6 +8,7 @@ from gateway.errors import (
     CutOff,
     ErrorAnswer,
     NoSuchModel,
+    NoSuchPath,
     NoSuchResponse,
     Rejected,
     Verdict,
@@ -127,7 +128,7 @@ class Lease:
         replica = self.replica
         if isinstance(error, (Rejected, ContextTooLong, NoSuchResponse)):  # the request was wrong, the backend is well
             replica.note_success(self.model)
-        elif isinstance(error, NoSuchModel):
+        elif isinstance(error, (NoSuchModel, NoSuchPath)):
             replica.note_answer()
         elif not error.ours:
             replica.note_failure(error, trace_id)

@@ -80,10 +80,10 @@ class Target:
             return self._less_busy(*free)
         return free[0] if free else None
 
-    def refuses(self, model: str) -> bool:
-        """Return whether each replica that admits an attempt refused our key or the model a short time ago."""
+    def refuses(self, model: str, path: str) -> bool:
+        """Return whether each replica that admits an attempt refused our key, model or path a short time ago."""
         able = [replica for replica in self.replicas if replica.admits(model)]
-        return bool(able) and all(replica.refuses(model) for replica in able)
+        return bool(able) and all(replica.refuses(model) or replica.lacks(path, model) for replica in able)
 
     def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
         """Return the instant at which the first replica admits an attempt: `now` when one does.

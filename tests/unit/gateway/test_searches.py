@@ -56,6 +56,14 @@ def test_where_all_say_that_they_do_not_know_it_that_is_the_answer() -> None:
     assert not ended.record.waits
 
 
+@pytest.mark.parametrize("without", ["a-1", "a-2", "b-1"])
+def test_a_server_that_stores_no_responses_knows_none(without: str) -> None:
+    servers = {name: says(not_here) for name in ("a-1", "a-2", "b-1")}
+    ended, scene = search(servers | {without: says(lambda: error_answer(404, b"", {}))})
+    assert isinstance(ended.error, NoSuchResponse)
+    assert len(scene.calls) == 3
+
+
 @pytest.mark.parametrize("home", ["a-1", "a-2", "b-1"])
 def test_one_that_is_not_asked_since_its_breaker_is_open_may_know_it(home: str) -> None:
     servers = {name: says(not_here) for name in ("a-1", "a-2", "b-1")}
