@@ -19,11 +19,12 @@
     |- InternalError                 500     internal_error
     |- CallerLeft                    499     client_closed_request, in metrics and logs only
     |- DeadlineExceeded              504     deadline_exceeded
-    |- Refusal                       503     no attempt was made; says when to try again
+    |- Refusal                       503     nobody who could answer was asked; says when to try again
     |  |- BackendUnavailable                 backend_unavailable
     |  |- BackendRateLimited      429        backend_rate_limited
     |  |- RateLimitExceeded       429        rate_limit_exceeded    a limit of the caller's key
     |  |- GatewayOverloaded                  gateway_overloaded
+    |  |  |- BackendFull                      every replica that could answer has its `max_in_flight`
     |  |  `- NoConnection                     descriptors, local ports or the system's buffers are used up
     |  `- GatewayDraining                    gateway_draining
     `- BackendError                          how one attempt failed, and what follows
@@ -47,6 +48,7 @@
           |  |- ContextTooLong
           |  |- QuotaSpent
           |  |- NoSuchModel
+          |  |- NoSuchPath          a 404 that names no model
           |  `- NoSuchResponse      each replica is asked for it
           `- Rejected                4xx     all others
 """
@@ -229,7 +231,7 @@ class DeadlineExceeded(GatewayError):
 
 
 class Refusal(GatewayError):
-    """No attempt was made; `retry_after` (seconds) says when to try again."""
+    """Nobody who could answer was asked; `retry_after` (seconds) says when to try again."""
 
     status = 503
 
@@ -272,6 +274,15 @@ class GatewayOverloaded(Refusal):
     def __init__(self, message: str, *, reason: str, retry_after: float = 1.0) -> None:
         super().__init__(message, retry_after=retry_after)
         self.reason = reason
+
+
+class BackendFull(GatewayOverloaded):
+    """Every replica that could answer has as many attempts under way as it may have."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "All backends for this request have as many requests under way as they may have.", reason="backend_full"
+        )
 
 
 class NoConnection(GatewayOverloaded):
@@ -551,8 +562,22 @@ class NoSuchModel(Exhausted):
     avoided = True
 
 
+class NoSuchPath(Exhausted):
+    """The server does not have the path, or somebody else listens there: that says nothing about other paths.
+
+    While another replica or target can answer, this one is not asked by this path for the model for a while.
+    """
+
+    retried = True
+    same_replica = False
+    at_once_elsewhere = True
+
+
 class NoSuchResponse(Exhausted):
-    """The replica does not know the stored response that the request is about: the one that made it does."""
+    """The replica does not know the stored response that the request is about: the one that made it does.
+
+    It is the answer only where every replica that may know it says so.
+    """
 
     retried = True
     same_replica = False

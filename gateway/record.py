@@ -128,6 +128,7 @@ class Record:
         status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
         stop_reason: why no further attempt was made, or None.
         fell_back: whether a further target was tried.
+        failed_by: the attempt whose failure is the answer, where that is not the latest one.
         shed: why it was refused at admission, or None.
         limit: which limit of the caller's key refused it, or None.
         charged: tokens that count for the limits of the key; None where it has none. charged_by: `reported`, as the
@@ -168,6 +169,7 @@ class Record:
     error_message: str | None = None
     stop_reason: str | None = None
     fell_back: bool = False
+    failed_by: AttemptRecord | None = None
     shed: str | None = None
     limit: str | None = None
     charged: int | None = None
@@ -309,10 +311,9 @@ class Record:
 
     @property
     def backend(self) -> str | None:
-        """The replica that answered, even if with an error; None when the last attempt got no answer."""
-        if self.attempts and self.attempts[-1].status is not None:
-            return self.attempts[-1].backend
-        return None
+        """The replica that answered, even if with an error; None when the attempt that counts got no answer."""
+        attempt = self.failed_by or (self.attempts[-1] if self.attempts else None)
+        return attempt.backend if attempt is not None and attempt.status is not None else None
 
     def seconds(self, now: float) -> float:
         """Return the seconds from the start to the end, or to `now`."""

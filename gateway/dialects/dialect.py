@@ -79,6 +79,11 @@ class Prompt:
         self.temperature = temperature
         self.top_p = top_p
 
+    @property
+    def needs_response(self) -> bool:
+        """Whether only a replica that knows a stored response can answer it."""
+        return self.is_about_response or self.previous_response_id is not None
+
     def with_model(self, model: str) -> bytes:
         """Return its body with another model, or with one where it names none; every other byte stays."""
         if self.boundary is not None:

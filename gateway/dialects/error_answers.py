@@ -16,6 +16,7 @@ from gateway.errors import (
     GatewayError,
     InvalidResponse,
     NoSuchModel,
+    NoSuchPath,
     NoSuchResponse,
     QuotaSpent,
     RateLimited,
@@ -27,6 +28,7 @@ KINDS: dict[Meaning, type[ErrorAnswer]] = {
     Meaning.CONTEXT: ContextTooLong,
     Meaning.QUOTA: QuotaSpent,
     Meaning.MODEL: NoSuchModel,
+    Meaning.PATH: NoSuchPath,
     Meaning.RESPONSE: NoSuchResponse,
     Meaning.CONTENT: Rejected,
 }
@@ -102,7 +104,7 @@ def _failure(
     if meaning is not None and status < 500:  # noqa: PLR2004
         kind = KINDS[meaning]
     elif status == 404 and not _is_about_the_request(words):  # noqa: PLR2004
-        kind = NoSuchModel  # the path is gone, or somebody else listens there
+        kind = NoSuchPath
     elif status == 402:  # noqa: PLR2004
         kind = QuotaSpent
     elif status == 429 or (status in OVERLOADED_STATUSES and retry_after is not None):  # noqa: PLR2004

@@ -19,6 +19,7 @@ class Meaning(Enum):
     CONTEXT = "the prompt is too long for the model"
     QUOTA = "the account's quota is spent"
     MODEL = "the server does not know the model"
+    PATH = "the server does not have the path"
     RESPONSE = "the server does not know the stored response"
     CONTENT = "the content is refused"
     RATE_LIMIT = "too many requests"
@@ -100,6 +101,7 @@ STATUS_OF = {
     Meaning.CONTENT: 400,
     Meaning.REQUEST: 400,
     Meaning.MODEL: 404,
+    Meaning.PATH: 404,
     Meaning.RESPONSE: 404,
     Meaning.OVERLOADED: 503,
     Meaning.KEY: 401,
@@ -125,6 +127,8 @@ def meaning_of(words: ErrorWords, status: int) -> Meaning | None:
         found = Meaning.RESPONSE
     elif _says_no_model(words, status, text):
         found = Meaning.MODEL
+    elif status == 404 and "not_found_error" in words.names and "response" not in text:  # noqa: PLR2004
+        found = Meaning.PATH
     return found
 
 
@@ -153,7 +157,7 @@ def status_of(words: ErrorWords) -> int:
 
 def _says_no_model(words: ErrorWords, status: int, text: str) -> bool:
     if status == 404:  # noqa: PLR2004
-        if "not_found_error" in words.names and "response" not in text:
+        if "not_found_error" in words.names and "model" in text and "response" not in text:
             return True
         return _any_of(MODEL_PHRASES, text) or NO_MODEL.search(text) is not None
     return status == 400 and _any_of(WRONG_MODEL_PHRASES, text)  # noqa: PLR2004

@@ -4,17 +4,19 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.errors import NoSuchPath, NoSuchResponse, drop_frames
 from gateway.policy.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from gateway.dialects.dialect import Prompt, StreamState
+    from gateway.errors import BackendError
     from gateway.forwarding.charge import Charge
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
     from gateway.policy.outage import Outage
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
-    from gateway.record import Record
+    from gateway.record import AttemptRecord, Record
     from gateway.settings import Commit
 
 
@@ -22,6 +24,9 @@ Remember = Callable[[str | None, str, str], None]
 """Takes the id of an answer, the name of the replica that gave it, and the model that was asked for."""
 HeldUp = Callable[[int], AbstractContextManager[None]]
 """Surrounds a wait for a caller who has yet to take so many bytes."""
+
+NOWHERE = (NoSuchResponse, NoSuchPath)
+"""What a replica answers that does not know a stored response, or has none at all."""
 
 
 class StreamSink(Protocol):
@@ -97,7 +102,9 @@ class Call:
         failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
-        outages: the number of the outage of each backend that it failed in.
+        outages: those that it failed in, by number.
+        failures: where it needs a stored response the latest failure of each replica, with its attempt; the latest one
+            is the last.
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
@@ -112,6 +119,7 @@ class Call:
         "counted",
         "deadline",
         "failed_before",
+        "failures",
         "given_up",
         "headers",
         "model",
@@ -164,6 +172,7 @@ class Call:
         self.counted: set[Replica] = set()
         self.bridged = 0
         self.outages: dict[Outage, int] = {}
+        self.failures: dict[Replica, tuple[BackendError, AttemptRecord]] = {}
         self._fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:
@@ -171,6 +180,39 @@ class Call:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.prompt.path, self.prompt.content())
         return self._fingerprint
+
+    def note_failure(self, replica: "Replica", failure: "BackendError") -> None:
+        """Note the failure of the latest attempt."""
+        if self.prompt.needs_response:
+            self.failures.pop(replica, None)
+            self.failures[replica] = failure, self.record.attempt
+
+    def narrow(self, failure: "BackendError | None") -> "BackendError | None":
+        """Return what its attempts have come to: their last `failure`, unless it is that somebody does not know.
+
+        Replicas that do not know the stored response that it needs are no longer among its targets, while others may:
+        then the failure of one of those stands. None: none of them was asked.
+        """
+        nowhere = {replica for replica, (why, _) in self.failures.items() if isinstance(why, NOWHERE)}
+        if not nowhere or self.committed:
+            return failure
+        pairs = ((target, replica) for target in self.targets for replica in target.replicas)
+        left = [target.only(replica) for target, replica in pairs if replica not in nowhere]
+        if not left:
+            not_here = (why for why, _ in reversed(self.failures.values()) if isinstance(why, NoSuchResponse))
+            return next(not_here, failure)
+        self.targets = tuple(left)
+        failed = [replica for replica in self.failures if replica not in nowhere]
+        if not failed:
+            return None
+        self.target = next(target for target in left if failed[-1] in target.replicas)
+        return self.failures[failed[-1]][0]
+
+    def forget_failures(self) -> None:
+        """Let go of what was noted: the frames of the failures hold the call."""
+        for failure, _ in self.failures.values():
+            drop_frames(failure)
+        self.failures.clear()
 
     def attempts_at(self, target: "Target") -> int:
         """Return the number of its attempts at a target that count towards the most of a target."""

@@ -7,6 +7,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type
 
 from gateway.errors import (
     BackendError,
+    BackendFull,
     BackendRateLimited,
     BackendUnavailable,
     CallerLeft,
@@ -14,6 +15,7 @@ from gateway.errors import (
     GatewayDraining,
     GatewayError,
     GatewayOverloaded,
+    NoSuchPath,
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from gateway.policy.fingerprints import Repeats
     from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
+    from gateway.policy.replica import Replica
     from gateway.policy.retry import RetryPolicy
 
 END_WORDS: dict[type[BaseException], str] = {DeadlineExceeded: "deadline", GatewayDraining: "draining"}
@@ -100,6 +103,7 @@ class Forwarder:
                 await self._wait_and_try(call, failure)
         except BackendError as error:
             call.record.attempt.decision = f"gave up: {call.record.stop_reason}"
+            call.record.failed_by = next((made for each, made in call.failures.values() if each is error), None)
             self._remember(call, error)
             raise
         except (DeadlineExceeded, GatewayOverloaded, GatewayDraining, CallerLeft, CancelledError) as error:
@@ -108,6 +112,7 @@ class Forwarder:
             raise
         finally:
             failure = None
+            call.forget_failures()
             if call.charge is not None:
                 call.charge.settle(call)
             self._admission.leave(call.caller)
@@ -122,7 +127,7 @@ class Forwarder:
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
     ) -> bool:
-        """Try each target in order, until one answers; return False when no attempt could be made.
+        """Try each target in order, until one answers; return False when nobody could be asked who could answer.
 
         Args:
             call: to be answered.
@@ -155,10 +160,11 @@ class Forwarder:
             else:
                 record.stop_reason = None
                 return True
+        if failure is not None and skipped is targets[-1]:
+            record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
+        failure = call.narrow(failure)
         if failure is None:
             return False
-        if skipped is targets[-1]:
-            record.stop_reason = _why_skipped(call, skipped)  # one more target could have been asked but for that
         raise failure
 
     def _first_lease(self, call: "Call", target: "Target") -> "Lease | None":
@@ -169,9 +175,13 @@ class Forwarder:
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
         replica = None
+        last: set[Replica] = set()
+        if len(target.replicas) > 1:
+            last = {each for each in target.replicas if each.lacks(call.prompt.path, model)}
         if call.failed_before is not None:
-            failed = {each for each in target.replicas if each.name in call.failed_before}
-            replica = target.pick(model, without=call.given_up | failed)
+            last |= {each for each in target.replicas if each.name in call.failed_before}
+        if last:
+            replica = target.pick(model, without=call.given_up | last)
         if replica is None:
             replica = target.pick(model, without=call.given_up)
         lease = take(replica, model) if replica is not None else None
@@ -198,6 +208,7 @@ class Forwarder:
             await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
+            _note(call, lease, failure)
             if call.committed:
                 call.record.stop_reason = "committed"
                 raise
@@ -238,6 +249,7 @@ class Forwarder:
                         await self._attempts.make(call, target, lease, backoff=backoff)
                     except BackendError as error:
                         failure = error
+                        _note(call, lease, error)
                         retry.count(lease.replica, error, trial=lease.trial)
                         if call.committed:
                             retry.stopped = "committed"
@@ -255,7 +267,7 @@ class Forwarder:
 
         Raises:
             BackendError: the last attempt's failure.
-            Refusal: no attempt was made.
+            Refusal: nobody was asked who could answer.
         """
         waits = Waits(call, policy=self._policy, limit=self._admission.waiting, clock=self._clock)
         while (waiter := waits.begin(failure)) is not None:
@@ -268,7 +280,10 @@ class Forwarder:
                 failure = await self._try_after_wait(call, waits, lease)
                 if failure is None:
                     return
+                failure = call.narrow(failure)
         if failure is None:
+            if call.record.attempts:
+                call.record.give_up(_why_skipped(call, call.targets[0]))
             raise _refusal(call, self._clock(), full=waits.queued_in_vain)
         await self._try_later_targets(call, waits, failure)
 
@@ -292,7 +307,7 @@ class Forwarder:
     async def _try_later_targets(self, call: "Call", waits: Waits, failure: BackendError) -> None:
         """Try the targets after the one that failed after a wait. Raises: the last failure."""
         record = call.record
-        if waits.led_to_attempt and failure.falls_back and not call.committed:
+        if waits.led_to_attempt and waits.target in call.targets and failure.falls_back and not call.committed:
             later = call.targets[call.targets.index(waits.target) + 1 :]
             if later and await self._try_targets(call, later, failure):
                 return
@@ -322,9 +337,16 @@ class Forwarder:
         call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
 
 
+def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
+    """Note what a failure says beyond its attempt: to the request, and about the path."""
+    call.note_failure(lease.replica, failure)
+    if isinstance(failure, NoSuchPath):
+        lease.replica.avoid_path(call.prompt.path, lease.model)
+
+
 def _in_order(call: "Call") -> "tuple[Target, ...]":
     """Return the targets of a call; those that only repeat a refusal come after all others."""
-    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model)))
+    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model, call.prompt.path)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:
@@ -337,9 +359,7 @@ def _why_skipped(call: "Call", target: "Target") -> str:
 def _refusal(call: "Call", now: float, *, full: bool) -> GatewayError:
     """Return why no attempt was made; `full`: its backends stayed full for too long."""
     if full or any(target.full for target in call.targets):
-        return GatewayOverloaded(
-            "All backends for this request have as many requests under way as they may have.", reason="backend_full"
-        )
+        return BackendFull()
     ends = [end for target in call.targets if (end := target.cooling_until(target.model or call.model)) is not None]
     if ends:
         return BackendRateLimited(

@@ -42,11 +42,11 @@ class Waits:
         "_clock",
         "_cooled",
         "_end",
+        "_is_retry",
         "_limit",
         "_missed",
         "_over",
         "_policy",
-        "_queued",
         "_trial",
         "kind",
         "led_to_attempt",
@@ -67,7 +67,7 @@ class Waits:
         self._cooled = 0.0
         self._again = False
         self._missed = False
-        self._queued = False
+        self._is_retry = False
         self._over = False
         self.kind = ""
         self.target = call.target
@@ -80,7 +80,7 @@ class Waits:
         """Begin to wait for a place for another attempt; `end` the wait when its chance has come, or in any other case.
 
         Args:
-            failure: of the latest attempt; None when there was none.
+            failure: of the latest attempt; None when nobody was asked who could have answered.
 
         Returns:
             The wait, or None when there is nothing to wait for, or it took too long.
@@ -92,6 +92,7 @@ class Waits:
             return None
         if failure is not None and not self._missed and not self._may_wait_after(failure):
             return None
+        self._is_retry = failure is not None
         places = self._places(failure)
         if not places or not self._limit.takes(self._call.share.held):
             return None
@@ -154,7 +155,7 @@ class Waits:
             if not asked:
                 continue
             outage = target.home.outage
-            if failure is None and target.full and not self._queued:
+            if failure is None and target.full:
                 places.append((now, FULL, target, model))
             if outage.is_bridged and now < self._bridged_until:
                 places.append((outage.trial_due, BRIDGING, target, model))
@@ -174,11 +175,10 @@ class Waits:
 
     def _left_out(self, target: "Target") -> "list[Replica]":
         """Return the replicas that are not asked: given up for this request, or without a retry left for it."""
-        needs_budget = bool(self._call.record.attempts)
         return [
             replica
             for replica in target.replicas
-            if replica in self._call.given_up or (needs_budget and not replica.budget.left())
+            if replica in self._call.given_up or (self._is_retry and not replica.budget.left())
         ]
 
     def _wait(self) -> Waiter:
@@ -186,9 +186,8 @@ class Waits:
         call.record.waits.append(Wait(self.kind, self.target.backend, self._clock()))
         if self.kind == BRIDGING:
             self._bridged_until = min(self._bridged_until, self.target.home.outage.ends_waiting)
-        elif self.kind == FULL:
-            self._queued = True
-        return self._room().enter(call.share.held, call.record.started, self, tried=self._again)
+        tried = self._again and self.kind != FULL  # who came too late for a place keeps the turn
+        return self._room().enter(call.share.held, call.record.started, self, tried=tried)
 
     def _room(self) -> "WaitingRoom":
         """Return where those wait who wait for the same."""
@@ -209,7 +208,8 @@ class Waits:
         if self.kind == BRIDGING:
             return self._end_of_bridging(self.target.home)
         longest = self._policy.queue_timeout if self.kind == FULL else self._policy.retry_after_max - self._cooled
-        began = self._call.record.waits[-1].began
+        waits = self._call.record.waits
+        began = next((wait.began for wait in waits if wait.kind == FULL == self.kind), waits[-1].began)
         return min(self._end, began + longest + stalled_since(began))
 
     def _end_of_bridging(self, home: "Backend") -> float:
@@ -220,14 +220,13 @@ class Waits:
 
     def _last_chance(self) -> "Lease | None":
         """Return the place for the one attempt of a request that waited for the end of an outage without any."""
-        return self._lease(Chance.RELEASED) if not self._call.record.attempts else None
+        return self._lease(Chance.RELEASED) if not self._is_retry else None
 
     def _lease(self, chance: Chance) -> "Lease | None":
         """Take the place for an attempt; None: not now."""
         if self.kind == BRIDGING and chance is Chance.TRIAL:
             return self._lease_trial()
-        is_retry = bool(self._call.record.attempts)
-        of_budget = is_retry and (chance is Chance.TRIAL or self.kind == COOLDOWN)
+        of_budget = self._is_retry and (chance is Chance.TRIAL or self.kind == COOLDOWN)
         left_out = self._left_out(self.target) if of_budget else self._call.given_up
         replica = self.target.pick(self.model, without=left_out)
         lease = take(replica, self.model) if replica is not None else None
@@ -235,7 +234,7 @@ class Waits:
             return None
         if of_budget:
             lease.replica.budget.take()
-        elif not is_retry:
+        elif not self._is_retry:
             lease.replica.budget.count_first()
         return lease
 
@@ -251,7 +250,7 @@ class Waits:
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
             lease = take(replica, self.model, trial=True)
             if lease is not None:
-                if self._call.record.attempts:
+                if self._is_retry:
                     replica.budget.take()
                 else:
                     replica.budget.count_first()

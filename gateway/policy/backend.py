@@ -1,4 +1,4 @@
-"""A backend: its replicas, its outages, and the requests that wait for it."""
+"""A backend: its replicas, its outages, and the requests that wait for it, or for one of its replicas alone."""
 
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ class Backend:
         bridging: the requests that wait for its end.
         full: the requests that wait because all replicas have as many attempts under way as they may have.
         replicas: in order.
+        alone: by replica the same backend as far as it is that replica, for requests that no other one can answer; a
+            backend with one replica is that itself.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Backend:
         self.full = WaitingRoom(limit, clock=clock)
         self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self._hold)
         self.replicas: tuple[Replica, ...] = ()
+        self.alone: dict[Replica, Backend] = {}
         self._cooling: dict[str, WaitingRoom] = {}
 
     def _hold(self) -> None:

@@ -8,6 +8,7 @@ from gateway.errors import (
     CutOff,
     ErrorAnswer,
     NoSuchModel,
+    NoSuchPath,
     NoSuchResponse,
     Rejected,
     Verdict,
@@ -44,7 +45,7 @@ class Lease:
         model: the one it asks for.
     """
 
-    __slots__ = ("_asked_at", "_first_after_cooldown", "_outage", "_over", "_ticket", "model", "replica")
+    __slots__ = ("_asked_at", "_first_after_cooldown", "_outages", "_over", "_ticket", "model", "replica")
 
     def __init__(self, replica: "Replica", model: str, ticket: "Ticket") -> None:
         self.replica = replica
@@ -52,7 +53,7 @@ class Lease:
         self._ticket = ticket
         self._over = False
         self._asked_at = replica.clock()
-        self._outage = replica.outage.number
+        self._outages = [outage.number for outage in replica.outages]
         self._first_after_cooldown = replica.cooldown.take(model)
         replica.in_flight += 1
 
@@ -104,9 +105,9 @@ class Lease:
         counts = self._tell_breaker(error, counted=counted or known, known=known)
         if isinstance(error, CutOff) and replica.breaker.state is State.OPEN:
             error.outage = True
-            replica.outage.record_failure()
-        if error.outage:
-            outages[replica.outage] = replica.outage.number
+            for outage in replica.outages:
+                outage.record_failure()
+                outages[outage] = outage.number
         if error.cools:
             replica.cooldown.begin(self.model, error.retry_after, self._asked_at)
         elif error.verdict is Verdict.SUCCESS and not error.outage:
@@ -127,7 +128,7 @@ class Lease:
         replica = self.replica
         if isinstance(error, (Rejected, ContextTooLong, NoSuchResponse)):  # the request was wrong, the backend is well
             replica.note_success(self.model)
-        elif isinstance(error, NoSuchModel):
+        elif isinstance(error, (NoSuchModel, NoSuchPath)):
             replica.note_answer()
         elif not error.ours:
             replica.note_failure(error, trace_id)
@@ -136,16 +137,18 @@ class Lease:
 
     def _tell_outage(self, error: BackendError, body: "Callable[[], bytes]", outages: "dict[Outage, int]") -> bool:
         """Tell whether the backend cannot be used; return whether the body is known to be answered with 500."""
-        outage = self.replica.outage
-        alone = outage in outages and outages[outage] != outage.current
+        going_on = [each for each in self.replica.outages if outages.get(each, each.current) == each.current]
         if isinstance(error, ErrorAnswer) and error.status == PLAIN_FAULT:
             known = self.replica.bad_bodies.add(body())
-            error.outage = not alone and outage.record_500(body())
-            return known
-        error.outage = error.outage and not alone
-        if error.outage:
-            outage.record_failure()
-        return False
+            going_on = [outage for outage in going_on if outage.record_500(body())]
+        else:
+            known = False
+            going_on = going_on if error.outage else []
+            for outage in going_on:
+                outage.record_failure()
+        error.outage = bool(going_on)
+        outages.update((outage, outage.number) for outage in going_on)
+        return known
 
     def _tell_breaker(self, error: BackendError, *, counted: bool, known: bool) -> bool:
         breaker = self.replica.breaker
@@ -164,7 +167,7 @@ class Lease:
         self._over = True
         replica = self.replica
         replica.in_flight -= 1
-        if replica.freed is not None:
+        if replica.max_in_flight is not None:
             replica.freed()
         return True
 
@@ -172,4 +175,5 @@ class Lease:
         """End cooldown and outage: the backend answers."""
         replica = self.replica
         replica.cooldown.succeed(self.model, self._asked_at)
-        replica.outage.record_success(self._outage)
+        for outage, number in zip(replica.outages, self._outages, strict=True):
+            outage.record_success(number)

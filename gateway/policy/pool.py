@@ -1,5 +1,6 @@
 """The pool: all backends and routes, and which replica is asked next."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway.policy.backend import Backend
@@ -45,10 +46,8 @@ class Target:
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
-        """Return the same with one of its replicas alone."""
-        target = Target(self.home, self.model, self._rng)
-        target.replicas = (replica,)
-        return target
+        """Return the same with one of its replicas alone, with whose outages and waiting rooms it waits."""
+        return self if len(self.replicas) == 1 else Target(self.home.alone[replica], self.model, self._rng)
 
     @property
     def full(self) -> bool:
@@ -81,10 +80,10 @@ class Target:
             return self._less_busy(*free)
         return free[0] if free else None
 
-    def refuses(self, model: str) -> bool:
-        """Return whether each replica that admits an attempt refused our key or the model a short time ago."""
+    def refuses(self, model: str, path: str) -> bool:
+        """Return whether each replica that admits an attempt refused our key, model or path a short time ago."""
         able = [replica for replica in self.replicas if replica.admits(model)]
-        return bool(able) and all(replica.refuses(model) for replica in able)
+        return bool(able) and all(replica.refuses(model) or replica.lacks(path, model) for replica in able)
 
     def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
         """Return the instant at which the first replica admits an attempt: `now` when one does.
@@ -190,20 +189,25 @@ class Pool:
         self.responses = ResponseHomes()
 
         def backend(config: "BackendConfig") -> Backend:
-            home = Backend(
-                config.name,
-                outage_wait=settings.gateway_outage_wait,
-                limit=waiting,
-                clock=clock,
-                released=released,
-            )
-            home.replicas = tuple(replica(each, home) for each in config.replicas)
-            for each in home.replicas:
-                if each.config.max_in_flight is not None:
-                    each.freed = home.full.wake
+            home = empty(config.name)
+            if len(config.replicas) == 1:
+                home.replicas = (replica(config.replicas[0], home),)
+                home.alone = {home.replicas[0]: home}
+                return home
+            for each in config.replicas:
+                alone = empty(config.name)
+                alone.replicas = (replica(each, alone, home),)
+                alone.alone = {alone.replicas[0]: alone}
+                home.replicas += alone.replicas
+                home.alone |= alone.alone
             return home
 
-        def replica(config: "ReplicaConfig", home: Backend) -> Replica:
+        def empty(name: str) -> Backend:
+            return Backend(
+                name, outage_wait=settings.gateway_outage_wait, limit=waiting, clock=clock, released=released
+            )
+
+        def replica(config: "ReplicaConfig", *homes: Backend) -> Replica:
             breaker = Breaker(
                 failures=settings.gateway_breaker_failures,
                 open_seconds=settings.gateway_breaker_open_seconds,
@@ -215,10 +219,13 @@ class Pool:
             cooldown = Cooldown(
                 clock=clock,
                 begun=lambda _model, seconds: cooldown_begun(config.name, seconds),
-                changed=home.cooldown_changed,
+                changed=partial(_tell_cooldown, homes),
             )
             budget = RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock)
-            return Replica(config, breaker=breaker, cooldown=cooldown, outage=home.outage, budget=budget, clock=clock)
+            outages = tuple(home.outage for home in homes)
+            made = Replica(config, breaker=breaker, cooldown=cooldown, outages=outages, budget=budget, clock=clock)
+            made.freed = partial(_tell_freed, homes)
+            return made
 
         backends = {each.name: backend(each) for each in routing.backends}
 
@@ -281,3 +288,13 @@ class Pool:
             elif route.model == ANY:
                 names += [self.default_model, *listed]
         self.models = tuple(dict.fromkeys(names))
+
+
+def _tell_cooldown(homes: tuple[Backend, ...], model: str | None, over: bool) -> None:  # noqa: FBT001 - see there
+    for home in homes:
+        home.cooldown_changed(model, over)
+
+
+def _tell_freed(homes: tuple[Backend, ...]) -> None:
+    for home in homes:
+        home.full.wake()

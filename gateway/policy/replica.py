@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gateway.policy.retry_budget import RetryBudget
 
 AVOIDED = 10.0
-"""Seconds for which a replica that refused our key, or does not know the model, comes after all others."""
+"""Seconds for which a replica that refused our key, or does not know the model or the path, comes after all others."""
 FAILURES_AVOIDED = 5
 """Failures beyond its successes, whatever their kind, after which a replica comes after all others."""
 AVOIDED_AFTER_FAILURES = 5.0
@@ -68,11 +68,12 @@ class Replica:
         origin: scheme, host and port; the path of the probe is appended to it.
         shown_url: the configured url without user info.
         user_info: user and password from the url, or None.
+        outages: its own, and its backend's where that has other replicas.
         in_flight: attempts under way.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
         models: what it listed when it was last asked; None: nothing so far.
-        freed: called when an attempt has ended, or None.
+        freed: called when an attempt has ended where `max_in_flight` limits them.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Replica:
         *,
         breaker: Breaker,
         cooldown: "Cooldown",
-        outage: "Outage",
+        outages: "tuple[Outage, ...]",
         budget: "RetryBudget",
         clock: "Callable[[], float]",
     ) -> None:
@@ -102,9 +103,9 @@ class Replica:
         self.user_info = parts.netloc.rpartition("@")[0] or None
         self.breaker = breaker
         self.cooldown = cooldown
-        self.outage = outage
+        self.outages = outages
         self.budget = budget
-        self.freed: Callable[[], None] | None = None
+        self.freed: Callable[[], None] = lambda: None
         self._urls: dict[str, str] = {}
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
@@ -116,6 +117,7 @@ class Replica:
         self.models: tuple[str, ...] | None = None
         self._failures = 0  # each success makes up for one
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
+        self._lacking: dict[str, tuple[str | None, float]] = {}  # by path: for which model, None: any, and until when
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
         self.max_in_flight = config.max_in_flight
 
@@ -198,6 +200,13 @@ class Replica:
         """Return whether it refused our key or the model a short time ago: other targets are asked first, too."""
         return bool(self._avoided) and self._avoided.get(model, 0.0) > self.clock()
 
+    def lacks(self, path: str, model: str) -> bool:
+        """Return whether it did not have the path a short time ago, when it was asked for the model."""
+        if not self._lacking or path not in self._lacking:
+            return False
+        lacking, until = self._lacking[path]
+        return until > self.clock() and lacking in {model, None}
+
     def note_success(self, model: str) -> None:
         """Note a good answer, or one that says that the request was wrong."""
         self.last_success = self.clock()
@@ -232,6 +241,12 @@ class Replica:
         self._failures = min(FAILURES_AVOIDED, self._failures + 1)
         if self._failures >= FAILURES_AVOIDED:
             self._avoid(None, now + AVOIDED_AFTER_FAILURES)
+
+    def avoid_path(self, path: str, model: str) -> None:
+        """Ask it by this path for the model after all others for a while, after a second model for any."""
+        now = self.clock()
+        other, until = self._lacking.get(path, (model, now))
+        self._lacking[path] = (model if other == model or until <= now else None), now + AVOIDED
 
     def _avoid(self, model: str | None, until: float) -> None:
         self._avoided[model] = until

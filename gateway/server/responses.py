@@ -8,7 +8,16 @@ import msgspec
 from aiohttp import web
 
 from gateway import __version__
-from gateway.errors import ErrorAnswer, GatewayDraining, GatewayError, InvalidApiKey, Refusal
+from gateway.errors import (
+    BackendFull,
+    BackendRateLimited,
+    BackendUnavailable,
+    ErrorAnswer,
+    GatewayDraining,
+    GatewayError,
+    InvalidApiKey,
+    Refusal,
+)
 from gateway.policy.limits import tightest
 
 if TYPE_CHECKING:
@@ -25,6 +34,8 @@ CHALLENGE_AGAIN = f'{CHALLENGE}, error="invalid_token"'
 """The same, where a key came that is none of ours."""
 RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """The OpenAI SDKs send these and 5xx again unless told otherwise."""
+UNASKED = (BackendFull, BackendRateLimited, BackendUnavailable, GatewayDraining)
+"""Nobody who could answer was asked, though others may have been."""
 
 _encode = msgspec.json.encode
 
@@ -43,8 +54,9 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
     backend = record.backend
     if backend is not None:
         headers["x-gateway-backend"] = backend
-        if record.attempts[-1].request_id is not None:
-            headers["x-backend-request-id"] = record.attempts[-1].request_id
+        request_id = (record.failed_by or record.attempt).request_id
+        if request_id is not None:
+            headers["x-backend-request-id"] = request_id
     return headers
 
 
@@ -101,7 +113,7 @@ def error_response(error: GatewayError, dialect: "Dialect", record: "Record", no
 
 def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
     """Return `x-should-retry: false` or `Retry-After`, never both: nobody should retry on top of our retries."""
-    if isinstance(error, GatewayDraining) or (isinstance(error, Refusal) and attempts == 0):
+    if isinstance(error, UNASKED) or (isinstance(error, Refusal) and attempts == 0):
         return {"retry-after": str(max(1, math.ceil(error.retry_after or 1)))}
     if attempts == 0 or not (error.status in RETRIED_BY_SDKS or error.status >= 500):  # noqa: PLR2004
         return {}

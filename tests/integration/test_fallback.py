@@ -1,7 +1,7 @@
 """Routes: which backend is asked, for which model, and when the next target's turn comes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,57 @@ async def test_no_other_target_for_a_request_that_is_wrong(
     answer = await gateway.chat()
     assert answer.status == status
     assert (first.journal.total, second.journal.total) == (1, 0)
+
+
+def lacking(*paths: str) -> Callable[[RawCall], Awaitable[None]]:
+    """A server that has all paths but these."""
+
+    async def answer(raw: RawCall) -> None:
+        if raw.line.split()[1] in paths:
+            await raw.answer(b'{"detail":"Not Found"}', status="404 Not Found")
+        else:
+            await raw.answer()
+
+    return answer
+
+
+ANSWERED = [("/tokenize", {"prompt": "x"}), ("/v1/responses", {"input": "x"}), ("/v1/chat/completions", CHAT)]
+
+
+@pytest.mark.parametrize("as_replicas", [False, True])
+@pytest.mark.parametrize(("path", "body"), ANSWERED)
+async def test_a_path_that_a_server_lacks_moves_no_calls_for_other_paths(
+    start_raw: StartRaw,
+    start_gateway: StartGateway,
+    write_config: WriteConfig,
+    *,
+    path: str,
+    body: dict[str, Any],
+    as_replicas: bool,
+) -> None:
+    first, second = await start_raw(lacking(path)), await start_raw(lacking())
+    if as_replicas:
+        config = write_config({"a": [first.url, second.url]}, {"*": ["a"]})
+    else:
+        config = write_config({"a": first.url, "b": second.url}, {"*": ["a", "b"]})
+    gateway = await start_gateway(gateway_config=config, gateway_max_attempts=2)
+    prefer(gateway, gateway.parts.pool.replicas[0].name)
+    model = {"model": CHAT["model"]}
+
+    async def ask(path: str, body: dict[str, Any]) -> None:
+        async with gateway.client.post(path, json=model | body) as response:
+            assert response.status == 200
+
+    for _ in range(7):
+        await ask(path, body)
+    asked = len(first.calls)
+    assert (asked, len(second.calls)) == (1, 7), "for this path it is not the first to be asked any more"
+    for other, text in ANSWERED:
+        if other != path:
+            for _ in range(3):
+                await ask(other, text)
+    assert len(first.calls) >= asked + 6
+    assert len(second.calls) == 7
 
 
 async def test_refused_target(two: list[MockModel], start_gateway: StartGateway, write_config: WriteConfig) -> None:

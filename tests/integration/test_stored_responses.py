@@ -202,6 +202,26 @@ async def test_the_home_alone_is_asked_and_its_failure_is_the_answer(
     assert (await made(gateway, "something else")).headers["x-gateway-backend"] != home_of(first)
 
 
+async def test_a_home_that_restarts_costs_no_chain_an_error_while_others_use_its_sibling(
+    two: list[MockModel], start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(*two, gateway_outage_wait=30, gateway_probe_path="")
+    first = await made(gateway)
+    home, other = two if home_of(first) == "backend-1" else two[::-1]
+    home.set_faults([{"kind": "status", "with": {"status": 503}}])
+    asking = asyncio.create_task(made(gateway, "And?", previous_response_id=id_of(first)))
+    await until(lambda: home.journal.total > 1)
+    before = other.journal.total
+    while home.journal.total < 6:  # the first answer, three attempts, and trials after that
+        assert (await gateway.chat()).status == 200
+        await asyncio.sleep(0.01)
+    assert other.journal.total > before
+    home.set_faults([])
+    answer = await asking
+    assert home_of(answer) == home_of(first)
+    assert answer.waits("bridging")
+
+
 async def test_a_home_that_fails_once_is_asked_again(two: list[MockModel], start_gateway: StartGateway) -> None:
     gateway = await start_gateway(*two, gateway_backoff_initial=0.001)
     first = await made(gateway)
@@ -259,6 +279,46 @@ async def test_what_nobody_knows_is_the_last_replicas_404(
     assert [mock.journal.total for mock in mocks] == [1] * 5
     assert "x-should-retry" not in answer.headers
     assert {replica.status for replica in gateway.parts.pool.replicas} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", f"{PATH}/{UNKNOWN}"), ("DELETE", f"{PATH}/{UNKNOWN}"), ("POST", PATH)]
+)
+async def test_what_one_that_could_not_be_asked_may_know_is_not_said_to_be_nowhere(
+    two: list[MockModel], start_gateway: StartGateway, method: str, path: str
+) -> None:
+    gateway = await start_gateway(*two, gateway_probe_path="", gateway_breaker_failures=1, gateway_outage_wait=0)
+    two[0].set_faults([{"kind": "status", "with": {"status": 500}, "times": 1}])
+    busy(gateway, "backend-2")
+    assert (await gateway.chat()).status == 200  # answered by the other one
+    body = {"model": "m", "input": "x", "previous_response_id": UNKNOWN} if path == PATH else None
+    before = two[0].journal.total
+    answer = await call(gateway, method, path, body)
+    assert (answer.status, answer.error["code"], answer.attempts) == (503, "backend_unavailable", 1)
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "x-should-retry" not in answer.headers
+    assert two[0].journal.total == before
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_the_failure_of_one_that_may_know_it_is_the_answer_whoever_was_asked_last(
+    mock: MockModel, start_raw: StartRaw, start_gateway: StartGateway, tmp_path: Path, method: str
+) -> None:
+    own = b'{"error": {"message": "out of memory", "type": "server_error", "param": null, "code": "oom"}}'
+    primary = await start_raw(lambda raw: raw.answer(own, status="500 Internal Server Error"))
+    file = config(
+        tmp_path,
+        f"""
+backends: {{primary: {{url: "{primary.url}"}}, secondary: {{url: "{mock.url}"}}}}
+routes: [{{model: "*", targets: [{{backend: primary}}, {{backend: secondary}}]}}]
+""",
+    )
+    gateway = await start_gateway(gateway_config=file, gateway_max_attempts=1)
+    body = {"model": "m", "input": "x", "previous_response_id": UNKNOWN} if method == "POST" else None
+    answer = await call(gateway, method, PATH if body else f"{PATH}/{UNKNOWN}", body)
+    assert (answer.status, answer.body, answer.headers["x-should-retry"]) == (500, own, "false")
+    assert (answer.attempts, answer.headers["x-gateway-backend"]) == (2, "primary")
+    assert mock.journal.total == 1
 
 
 async def test_openais_400_for_a_previous_response_is_tried_elsewhere(

@@ -23,7 +23,7 @@ from tests.unit.gateway.scripted import CHAT, GoodAnswer
 
 if TYPE_CHECKING:
     from gateway.backend.client import Exchange
-    from gateway.policy.pool import Pool
+    from gateway.policy.pool import Pool, Target
     from gateway.policy.replica import Replica
 
 Served = tuple[float, BackendError | None]
@@ -137,10 +137,30 @@ class Scene:
         for target in self.pool.routes[0].targets:
             for replica in target.replicas:
                 replica.max_in_flight = max_in_flight
-                replica.freed = target.home.full.wake
 
-    async def send(self, body: bytes, *, caller: str = "somebody", deadline: float = 600.0) -> Ended:
-        """Send one request, and return what became of it."""
+    def only(self, number: int) -> "Target":
+        """Return the first target with one of its replicas alone, the first of which is number 1."""
+        target = self.pool.routes[0].targets[0]
+        return target.only(target.replicas[number - 1])
+
+    async def send(
+        self,
+        body: bytes,
+        *,
+        caller: str = "somebody",
+        deadline: float = 600.0,
+        target: "Target | None" = None,
+        previous: str | None = None,
+    ) -> Ended:
+        """Send one request, and return what became of it.
+
+        Args:
+            body: of the request.
+            caller: who sends it.
+            deadline: seconds.
+            target: where it may go; None: along its route.
+            previous: the stored response that it goes on from.
+        """
         clock = self._clock
         began = self.now
         record = Record("POST", CHAT, trace_id=1, span_id=1, request_id="r", started=clock(), started_ns=0)
@@ -149,13 +169,14 @@ class Scene:
             with self.byte_budget.share() as share:
                 share.hold(len(body))
                 request = OpenAIChat().read_request(CHAT, body)
+                request.previous_response_id = previous
                 call = Call(
                     request,
                     Deadline(clock, clock(), deadline),
                     record,
                     None,
                     model=request.model or "m",
-                    targets=self.pool.routes[0].targets,
+                    targets=self.pool.routes[0].targets if target is None else (target,),
                     caller=caller,
                     share=share,
                     headers=[],

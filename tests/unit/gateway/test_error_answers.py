@@ -21,6 +21,7 @@ from gateway.errors import (
     ErrorAnswer,
     Exhausted,
     InvalidResponse,
+    NoSuchPath,
     QuotaSpent,
     RateLimited,
     Rejected,
@@ -109,6 +110,24 @@ def test_a_spent_quota_or_a_prompt_too_long_may_do_at_another_target(field: str,
 
     assert type(failure) is (ContextTooLong if word == "context_length_exceeded" else QuotaSpent)
     assert isinstance(failure, Exhausted)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"404 page not found",
+        b"<html>",
+        b'{"detail": "Not Found"}',
+        b'{"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}',
+        b'{"type": "error", "error": {"type": "not_found_error", "message": "Not Found"}}',
+    ],
+    ids=["empty", "Ollama", "a proxy", "vLLM", "llama.cpp", "Anthropic"],
+)
+def test_a_404_that_names_no_model_is_about_the_path(body: bytes) -> None:
+    failure = error_answer(404, body, NEUTRAL)
+    assert type(failure) is NoSuchPath
+    assert (failure.avoided, failure.verdict) == (False, Verdict.SUCCESS)
 
 
 def test_a_server_that_fails_is_not_exhausted_whatever_it_says() -> None:

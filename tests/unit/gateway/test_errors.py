@@ -151,6 +151,7 @@ def test_a_timeout_names_its_timer() -> None:
         (errors.ContextTooLong, (False, True, False, False, True, Verdict.FAILURE, False)),
         (errors.QuotaSpent, (False, True, False, False, True, Verdict.FAILURE, False)),
         (errors.NoSuchModel, (True, False, True, False, True, Verdict.FAILURE, False)),
+        (errors.NoSuchPath, (True, False, True, False, True, Verdict.FAILURE, False)),
         (errors.Rejected, (False, True, False, False, False, Verdict.FAILURE, False)),
     ],
 )

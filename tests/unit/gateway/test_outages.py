@@ -308,6 +308,62 @@ def test_those_who_wait_take_at_most_half_of_the_places() -> None:
     run(story)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["503", "refused", "500"])
+def test_a_restart_of_one_replica_costs_no_request_an_error_that_it_alone_can_answer(kind: str, seed: int) -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out(kind, since=1, until=4), "a-2": out(kind, until=0)}, seed=seed)
+        others = asyncio.create_task(scene.traffic(20, 6))
+        pinned = []
+        for number in range(30):
+            pinned.append(asyncio.create_task(scene.send(prompt(1000 + number), target=scene.only(1))))
+            await asyncio.sleep(0.2)
+        answered = await asyncio.gather(*pinned)
+        await others
+        assert not scene.failed
+        assert {attempt.backend for each in answered for attempt in each.record.attempts} == {"a-1"}
+        assert any(each.record.is_bridged for each in answered)
+        assert not any(each.record.is_bridged for each in scene.ended if each not in answered)
+        assert max(each.began + each.seconds for each in answered if each.began < 4) < 6
+
+    run(story)
+
+
+def test_an_outage_of_one_replica_that_lasts_ends_the_wait_for_it_and_holds_up_nobody_else() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("refused", since=1, until=60), "a-2": out("refused", until=0)})
+        await asyncio.sleep(1)
+        waited, *_ = await asyncio.gather(scene.send(prompt(1), target=scene.only(1)), scene.traffic(5, 8))
+        assert isinstance(waited.error, Unreachable)
+        assert waited.seconds == pytest.approx(5, abs=0.1)
+        again = await scene.send(prompt(2), target=scene.only(1))
+        assert (again.record.waits, again.seconds < 1) == ([], True), "an error at once"
+        assert scene.failed == [waited, again]
+        asked = [at for at in scene.calls_of("a-1") if at < 6.5]
+        assert len(asked) < 20, "one trial at a time"
+
+    run(story)
+
+
+def test_who_waits_for_a_place_at_one_replica_holds_up_nobody_for_whom_another_is_free() -> None:
+    async def story(clock: Clock) -> None:
+        scene = Scene(clock, {"a-1": out("503", until=0, answer=0.3), "a-2": out("503", until=0)})
+        scene.limit(1)
+        first = asyncio.create_task(scene.send(prompt(0), target=scene.only(1)))
+        await asyncio.sleep(0.01)
+        pinned = [asyncio.create_task(scene.send(prompt(number), target=scene.only(1))) for number in range(1, 4)]
+        await asyncio.sleep(0.01)
+        others = [await scene.send(prompt(10 + number)) for number in range(2)]
+        assert [each.record.attempts[0].backend for each in others] == ["a-2", "a-2"]
+        assert not any(task.done() for task in (first, *pinned))
+        crowd = [asyncio.create_task(scene.send(prompt(20 + number))) for number in range(10)]
+        await asyncio.gather(first, *pinned, *crowd)
+        assert not scene.failed, "whoever comes too late for a place waits on"
+        scene.check_at_rest()
+
+    run(story)
+
+
 def test_without_a_wait_failures_come_at_once() -> None:
     async def story(clock: Clock) -> None:
         scene = Scene(clock, {"a-1": out("503", until=1)}, gateway_outage_wait=0)

@@ -38,7 +38,7 @@ def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Repl
         replica_config("a", url),
         breaker=breaker,
         cooldown=Cooldown(clock=clock),
-        outage=Outage(wait=5, clock=clock),
+        outages=(Outage(wait=5, clock=clock),),
         budget=budget,
         clock=clock,
     )
@@ -302,7 +302,7 @@ def with_query(*query: tuple[str, str]) -> Replica:
         replace(of.config, query=query),
         breaker=of.breaker,
         cooldown=of.cooldown,
-        outage=of.outage,
+        outages=of.outages,
         budget=of.budget,
         clock=of.clock,
     )

@@ -16,6 +16,7 @@ BY_NATURE = {
     "401": lambda: error_answer(401, b"{}", {}),
     "403": lambda: error_answer(403, b"{}", {}),
     "404 for the model": lambda: error_answer(404, NO_MODEL, {}),
+    "404 of the path": lambda: error_answer(404, b"", {}),
     "503 with Retry-After": lambda: error_answer(503, b"{}", {"retry-after": "30"}),
 }
 ANYHOW = BY_NATURE | {
@@ -70,7 +71,7 @@ def test_a_replica_that_fails_two_of_three_calls_at_once_draws_no_traffic_either
     run(story)
 
 
-@pytest.mark.parametrize("kind", ["401", "404 for the model"])
+@pytest.mark.parametrize("kind", ["401", "404 for the model", "404 of the path"])
 def test_a_replica_that_refuses_every_model_draws_no_traffic_with_new_ones(kind: str) -> None:
     async def story(clock: Clock) -> None:
         scene = Scene(clock, {"a-1": failing(kind), "a-2": well})
