@@ -112,7 +112,8 @@ class Forwarder:
             raise
         finally:
             failure = None
-            call.forget_failures()
+            if call.failures:
+                call.forget_failures()
             if call.charge is not None:
                 call.charge.settle(call)
             self._admission.leave(call.caller)
@@ -175,12 +176,7 @@ class Forwarder:
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
         replica = None
-        last: set[Replica] = set()
-        if len(target.replicas) > 1:
-            last = {each for each in target.replicas if each.lacks(call.prompt.path, model)}
-        if call.failed_before is not None:
-            last |= {each for each in target.replicas if each.name in call.failed_before}
-        if last:
+        if (len(target.replicas) > 1 or call.failed_before is not None) and (last := _asked_last(call, target, model)):
             replica = target.pick(model, without=call.given_up | last)
         if replica is None:
             replica = target.pick(model, without=call.given_up)
@@ -342,6 +338,12 @@ def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
     call.note_failure(lease.replica, failure)
     if isinstance(failure, NoSuchPath):
         lease.replica.avoid_path(call.prompt.path, lease.model)
+
+
+def _asked_last(call: "Call", target: "Target", model: str) -> "set[Replica]":
+    """Return the replicas that lacked the path a short time ago, or failed the same request."""
+    failed = call.failed_before or ()
+    return {each for each in target.replicas if each.name in failed or each.lacks(call.prompt.path, model)}
 
 
 def _in_order(call: "Call") -> "tuple[Target, ...]":
