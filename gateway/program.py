@@ -23,7 +23,10 @@ async def run(settings: Settings) -> None:
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
     telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
-    app = create_app(settings, load_routing(settings), telemetry)
+    routing = load_routing(settings)
+    if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
+        logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
+    app = create_app(settings, routing, telemetry)
     parts = app[PARTS]
     await listen(
         runner_of(app),
@@ -32,6 +35,7 @@ async def run(settings: Settings) -> None:
         connections=parts.connections,
         in_flight=parts.in_flight,
         replicas=len(parts.pool.replicas),
+        needs_keys=bool(routing.keys),
     )
 
 

@@ -250,8 +250,12 @@ class Reservation:
         waits = [each for each in waits if each[0]]
         if waits:
             wait, window = max(waits, key=itemgetter(0))
+            left = max(0, window.limit - window.used)
+            needed = 1 if window in limits.requests else min(self.tokens, window.limit)
             return RateLimitExceeded(
-                f"The limit {window.name} of this key ({window.limit}) is used up.", limit=window.name, wait=wait
+                f"Of this key's {window.name} ({window.limit}) {left} are left, and this request needs {needed}.",
+                limit=window.name,
+                wait=wait,
             )
         most = limits.most_in_flight
         if most is not None and limits.in_flight >= most:

@@ -87,7 +87,7 @@ class Handlers:
         with self._byte_budget.share(caller.id) as share:
             prompt = await self._reader.prompt(request, path, dialect, deadline, share, boundary=boundary)
             model = prompt.model or self._pool.default_model
-            route = self._route(caller, model)
+            route = self._route(caller, model, named=prompt.model is not None)
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = await self._reader.text_of(prompt)
@@ -107,13 +107,14 @@ class Handlers:
                 remember=remember,
             )
 
-    def _route(self, caller: "Caller", model: str) -> "Route":
-        """Return the route of a model. Raises: ModelNotAllowed, ModelNotFound."""
+    def _route(self, caller: "Caller", model: str, *, named: bool) -> "Route":
+        """Return the route of a model, which the request names or not. Raises: ModelNotAllowed, ModelNotFound."""
         if not caller.may_use(model):
             raise ModelNotAllowed(f"This key may not use the model {model!r}; see GET /v1/models.", param="model")
         route = self._pool.route(model)
         if route is None:
-            raise ModelNotFound(f"No route matches the model {model!r}; see GET /v1/models.", param="model")
+            what = "model" if named else "default model, since the request names none:"
+            raise ModelNotFound(f"No route matches the {what} {model!r}; see GET /v1/models.", param="model")
         return route
 
     async def response(self, request: web.Request) -> web.StreamResponse:

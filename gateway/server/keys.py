@@ -64,9 +64,11 @@ class Keys:
             return self._of_address(request.remote or "")
         known = self._known(request)
         if known is None:
+            shown = any(_shown(request))
+            wrong = "This key is none of the gateway's. " if shown else ""
             raise InvalidApiKey(
-                "Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`.",
-                shown=any(_shown(request)),
+                f"{wrong}Send a gateway key as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`.",
+                shown=shown,
             )
         return known
 

@@ -179,6 +179,7 @@ async def listen(
     connections: "Connections",
     in_flight: "InFlight",
     replicas: int,
+    needs_keys: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
@@ -189,6 +190,7 @@ async def listen(
         connections: of callers.
         in_flight: the requests to wait for.
         replicas: how many there are, for the log.
+        needs_keys: whether the gateway asks for keys, for the log.
 
     Raises:
         OSError: the port is not available.
@@ -205,7 +207,7 @@ async def listen(
     listener = Listener(runner, connections)
     try:
         listener.start(settings.host, settings.port)
-        keys = "gateway keys are required" if settings.gateway_api_keys else "no gateway keys: open to everybody"
+        keys = "gateway keys are required" if needs_keys else "no gateway keys: open to everybody"
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 20, 20)

@@ -55,6 +55,23 @@ async def test_gateway_and_mock_model_serve_and_stop_cleanly_by_either_signal(nu
         assert (await model.end())[0] == 0
 
 
+async def test_the_start_says_whether_keys_are_needed_wherever_they_are_configured(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    route = 'backends: {a: {url: "http://127.0.0.1:1"}}\nroutes: [{model: "*", targets: [{backend: a}]}]\n'
+    for keys, environment, words in (
+        ("", {}, "open to everybody"),
+        ("", {"GATEWAY_API_KEYS": "k"}, "gateway keys are required"),
+        ("keys: [{name: team, key_env: TEAM_KEY}]\n", {"TEAM_KEY": "t"}, "gateway keys are required"),
+        ("keys: [{name: team, key_env: TEAM_KEY}]\n", {"TEAM_KEY": "t", "GATEWAY_API_KEYS": "k"}, "is not read"),
+    ):
+        file.write_text(route + keys)
+        async with running(**LOCAL, GATEWAY_CONFIG=str(file), **environment) as gateway:
+            await gateway.up()
+            gateway.signal(signal.SIGTERM)
+            _, output, errors = await gateway.end()
+        assert words in output + errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("module", ["gateway", "mock_model"])
 async def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
