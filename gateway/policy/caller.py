@@ -13,9 +13,10 @@ class Caller:
         id: counts requests of one caller together: which key, or the address; "" for nobody in particular.
         name: of the key, as configured; None for a key without one, and for an address.
         limits: of the key; None: it has none.
+        models: those it may use, by their names or the beginning of names (`name-*`); None for all.
     """
 
-    __slots__ = ("_models", "id", "limits", "name")
+    __slots__ = ("id", "limits", "models", "name")
 
     def __init__(
         self, id_: str, name: str | None = None, models: tuple[str, ...] | None = None, limits: "Limits | None" = None
@@ -23,12 +24,12 @@ class Caller:
         self.id = id_
         self.name = name
         self.limits = limits
-        self._models = models
+        self.models = models
 
     def may_use(self, model: str) -> bool:
-        """Return whether the model is one of those allowed: each by its name, or the beginning of names (`name-*`)."""
-        return self._models is None or any(
-            model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self._models
+        """Return whether the model is one of those allowed."""
+        return self.models is None or any(
+            model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
         )
 
 

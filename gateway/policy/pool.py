@@ -143,6 +143,12 @@ class Route:
         """Return whether it is for this model."""
         return model == self.model if self._prefix is None else model.startswith(self._prefix)
 
+    def overlaps(self, beginning: str) -> bool:
+        """Return whether it is for a model whose name begins so."""
+        if self._prefix is None:
+            return self.model.startswith(beginning)
+        return self._prefix.startswith(beginning) or beginning.startswith(self._prefix)
+
     def order(self) -> tuple[Target, ...]:
         """Return the targets in the order in which one request tries them.
 
@@ -250,6 +256,25 @@ class Pool:
             if route.matches(model):
                 return route
         return None
+
+    def backends_for(self, models: tuple[str, ...] | None) -> tuple[Target, ...]:
+        """Return those of `backends` to which a route leads from one of the models; None: from any."""
+        if models is None:
+            return self.backends
+        homes = {target.home for model in models for route in self._routes_of(model) for target in route.targets}
+        return tuple(target for target in self.backends if target.home in homes)
+
+    def _routes_of(self, model: str) -> list[Route]:
+        """Return the routes of a model, or of those whose names begin so (`name-*`)."""
+        if not model.endswith(ANY):
+            return [route for route in (self.route(model),) if route is not None]
+        found = []
+        for route in self.routes:
+            if route.overlaps(model[:-1]):
+                found.append(route)
+            if not route.names_a_model and route.matches(model[:-1]):
+                break  # it takes them all
+        return found
 
     def home_target(self, home: "Home", model: str, route: Route | None) -> Target | None:
         """Return the target that asks the home of a stored response alone; None when it is not there.

@@ -139,6 +139,13 @@ class Handlers:
         record.stream = prompt.stream
         home = self._home_of(response_id, record, param="id")
         pinned = self._pool.home_target(home, home.model, None) if home is not None else None
+        targets = self._pool.backends_for(record.caller.models)
+        if pinned is not None and (  # one that was found by trying opens no backend to a key that may not use it
+            (home is not None and home.owner is not None) or pinned.backend in {target.backend for target in targets}
+        ):
+            targets = (pinned,)
+        if not targets:
+            raise NotFound("No backend of a model that this key may use can have this response.", param="id")
         headers = [header for header in forwarded_headers(request, record) if header[0] != "content-type"]  # no body
         with self._byte_budget.share(record.caller.id) as share:
             return await self._forward(
@@ -149,7 +156,7 @@ class Handlers:
                 commit=commit,
                 model="",  # no model is asked: cooldowns of generation are others'
                 route="",
-                targets=self._pool.backends if pinned is None else (pinned,),
+                targets=targets,
                 headers=headers,
                 remember=lambda _id, replica, _model: self._pool.responses.found(response_id, replica),
             )

@@ -726,3 +726,34 @@ async def test_what_is_said_about_invented_ids_opens_no_breaker(
 
     assert (replica["status"], replica["breaker"], replica["consecutive_failures"]) == ("ok", "closed", 0)
     assert (await gateway.chat()).attempts == 1
+
+
+async def test_a_key_searches_only_at_backends_of_models_that_it_may_use(
+    two: list[MockModel], start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ALL_KEY", "SOME_KEY", "NONE_KEY"):
+        monkeypatch.setenv(name, name.lower())
+    file = config(
+        tmp_path,
+        f"""
+backends: {{a: {{url: "{two[0].url}"}}, b: {{url: "{two[1].url}"}}}}
+routes: [{{model: m, targets: [{{backend: a}}]}}, {{model: secret, targets: [{{backend: b}}]}}]
+keys:
+  - {{name: all, key_env: ALL_KEY}}
+  - {{name: some, key_env: SOME_KEY, models: [m]}}
+  - {{name: none, key_env: NONE_KEY, models: [x]}}
+""",
+    )
+    gateway = await start_gateway(gateway_config=file)
+    everything, some, none = ({"authorization": f"Bearer {name}_key"} for name in ("all", "some", "none"))
+    answer = await call(gateway, "POST", PATH, {"model": "secret", "input": "x"}, **everything)
+    path = f"{PATH}/{id_of(answer)}"
+    forget_all(gateway)
+
+    assert (await call(gateway, "GET", path, **some)).status == 404
+    assert [mock.journal.total for mock in two] == [1, 1]
+    assert (await call(gateway, "GET", path, **none)).own_error["code"] == "not_found"
+    assert (await call(gateway, "GET", path, **everything)).status == 200, "found by trying"
+    asked = [mock.journal.total for mock in two]
+    assert (await call(gateway, "GET", path, **some)).status == 404
+    assert two[1].journal.total == asked[1]

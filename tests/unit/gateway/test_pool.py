@@ -447,6 +447,36 @@ def test_a_listed_model_is_the_default_only_where_it_leads_to_the_route_for_all(
     assert (of.default_model, of.models) == ("demo-model", ("m", "demo-model", "gpt-4"))
 
 
+@pytest.mark.parametrize(
+    ("models", "backends"),
+    [
+        (None, ["a", "b", "c"]),
+        (("m",), ["a"]),
+        (("gpt-4",), ["b"]),
+        (("gpt-4", "m"), ["a", "b"]),
+        (("other",), ["c"]),
+        (("gp*",), ["b", "c"]),
+        (("gpt-4*",), ["b"]),
+        (("x*",), ["c"]),
+        (("*",), ["a", "b", "c"]),
+    ],
+)
+def test_the_backends_that_a_key_may_reach_are_those_of_routes_for_its_models(
+    tmp_path: Path, models: tuple[str, ...] | None, backends: list[str]
+) -> None:
+    of = with_routes(
+        tmp_path,
+        "[{model: m, targets: [{backend: a}]}, {model: 'gpt-*', targets: [{backend: b}]}, "
+        "{model: '*', targets: [{backend: c}]}]",
+    )
+    assert [target.backend for target in of.backends_for(models)] == backends
+
+
+def test_a_key_for_models_of_no_route_reaches_no_backend(tmp_path: Path) -> None:
+    of = with_routes(tmp_path, "[{model: m, targets: [{backend: a}]}]")
+    assert of.backends_for(("other", "x*")) == ()
+
+
 def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
     of = routed(tmp_path)
     of.routes = of.routes[:2]
@@ -457,7 +487,7 @@ def test_without_a_match_there_is_no_route(tmp_path: Path) -> None:
 
 def with_routes(tmp_path: Path, routes: str, rng: Chance | None = None) -> Pool:
     (tmp_path / "gateway.yaml").write_text(
-        f"backends: {{a: {{url: http://h}}, b: {{url: http://i}}}}\nroutes: {routes}"
+        f"backends: {{a: {{url: http://h}}, b: {{url: http://i}}, c: {{url: http://j}}}}\nroutes: {routes}"
     )
     settings = load(gateway_config=tmp_path / "gateway.yaml")
     return pool_of(load_routing(settings), settings, Clock(), rng or Chance())
