@@ -7,9 +7,13 @@ from types import FrameType
 
 
 def main() -> int:
-    """Run the gateway; return its exit code. Until it serves, SIGTERM and SIGINT end it at once."""
+    """Run the gateway, or check a configuration; return the exit code. Until it serves, signals end it at once."""
     end_by_signals()
-    from gateway import program  # noqa: PLC0415 - a signal may come during these imports
+    if sys.argv[1:2] == ["check"]:
+        from gateway import check  # noqa: PLC0415 - a signal may come during these imports
+
+        return check.main(sys.argv[2:])
+    from gateway import program  # noqa: PLC0415 - the same
 
     code = program.main()
     end_by_signals()  # the event loop has given its handlers back

@@ -3,9 +3,10 @@
 import re
 import ssl
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from hashlib import sha256
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -16,7 +17,7 @@ from gateway.headers import GATEWAY_NAMES
 from gateway.settings import SettingsError, check_path, check_url, secret
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from gateway.settings import Settings
@@ -155,7 +156,7 @@ def load_routing(settings: "Settings") -> Routing:
     """
     keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
     if settings.gateway_config is not None:
-        routing = _from_file(settings.gateway_config, settings)
+        routing = _File(settings.gateway_config, settings).routing(_root_of(settings.gateway_config))
         return routing if routing.keys else replace(routing, keys=keys)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
@@ -172,6 +173,31 @@ def load_routing(settings: "Settings") -> Routing:
     )
 
 
+def examine(path: "Path", settings: "Settings") -> "Findings":
+    """Return what a file says and all that is wrong with it, also where secrets that it names are not set."""
+    findings = Findings(None, [], [])
+    try:
+        findings.routing = _File(path, settings, findings).routing(_root_of(path))
+    except SettingsError as wrong:
+        findings.complaints.append(str(wrong))
+    return findings
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is found in a file.
+
+    Attributes:
+        routing: what it says, as far as that is right; None when there is too little.
+        complaints: what is wrong, with line and key.
+        unset: the secrets that are not set here, with line and key.
+    """
+
+    routing: Routing | None
+    complaints: list[str]
+    unset: list[str]
+
+
 def usual_replica(settings: "Settings") -> ReplicaConfig:
     """Return a replica, without name and url, as the environment has it."""
     timeouts = Timeouts(*(getattr(settings, f"gateway_{timer}_timeout") for timer in _TIMERS))
@@ -180,7 +206,8 @@ def usual_replica(settings: "Settings") -> ReplicaConfig:
     return ReplicaConfig("", "", timeouts, probe if path else None)
 
 
-def _from_file(path: "Path", settings: "Settings") -> Routing:
+def _root_of(path: "Path") -> yaml.Node | None:
+    """Return the root of a YAML file; None for an empty one. Raises: SettingsError."""
     shown = f"GATEWAY_CONFIG={str(path)!r}"
     try:
         data = path.read_bytes()
@@ -206,7 +233,7 @@ def _from_file(path: "Path", settings: "Settings") -> Routing:
         raise SettingsError(f"{shown}, line {line}: {problem}") from None
     except (ValueError, OverflowError):  # an escaped character beyond Unicode, an endless version of YAML
         raise SettingsError(f"{shown}, line {loader.line + 1}: a character or a number is out of range") from None
-    return _File(path, settings).routing(root)
+    return root
 
 
 def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
@@ -243,16 +270,21 @@ BACKEND_KEYS = {
     *("timeouts", "probe", "max_in_flight", "tls"),
 }
 LIMITS = tuple(each.name for each in fields(LimitsConfig))
+T = TypeVar("T")
 MAX_KEY_NAME = 64
 """Characters."""
 MAX_LIMIT_DIGITS = 12
 
 
 class _File:
-    """Walks the nodes of the file: every complaint has its line and key."""
+    """Walks the nodes of the file: every complaint has its line and key.
 
-    def __init__(self, path: "Path", settings: "Settings") -> None:
+    Without `findings` the first one is raised; with them all are gathered, one for each entry at most.
+    """
+
+    def __init__(self, path: "Path", settings: "Settings", findings: Findings | None = None) -> None:
         self._path = path
+        self._findings = findings
         self._usual = usual_replica(settings)
         self._probe_path = settings.gateway_probe_path
         self._probe_timeout = settings.gateway_probe_timeout
@@ -265,15 +297,26 @@ class _File:
             )
         top = self._mapping(root, "the file", {"backends", "routes", "keys"}, required=("backends", "routes"))
         nodes = self._mapping(top["backends"], "backends", None)
-        backends = tuple(self._backend(name, node) for name, node in nodes.items())
-        if not backends:
+        if not nodes:
             raise self._wrong(top["backends"], "backends", "needs at least one backend")
-        self._distinct_replicas(nodes, backends)
-        known = {backend.name for backend in backends}
-        routes = tuple(
-            self._route(node, f"routes[{n}]", known) for n, node in enumerate(self._list(top["routes"], "routes"))
-        )
-        return Routing(backends, routes, self._keys(top["keys"]) if "keys" in top else ())
+        backends = self._each(partial(self._backend, name, node) for name, node in nodes.items())
+        self._each([partial(self._distinct_replicas, nodes, backends)])
+        entries = self._list(top["routes"], "routes")
+        routes = self._each(partial(self._route, node, f"routes[{n}]", set(nodes)) for n, node in enumerate(entries))
+        keys = self._each([partial(self._keys, top["keys"])] if "keys" in top else [])
+        return Routing(backends, routes, keys[0] if keys else ())
+
+    def _each(self, entries: "Iterable[Callable[[], T]]") -> tuple[T, ...]:
+        """Return what entries say; what is wrong with one is raised or gathered."""
+        said = []
+        for entry in entries:
+            try:
+                said.append(entry())
+            except SettingsError as wrong:
+                if self._findings is None:
+                    raise
+                self._findings.complaints.append(str(wrong))
+        return tuple(said)
 
     def _backend(self, name: str, node: yaml.Node) -> BackendConfig:
         key = f"backends.{name}"
@@ -351,16 +394,19 @@ class _File:
 
     def _keys(self, node: yaml.Node) -> tuple[KeyConfig, ...]:
         """Return the gateway keys, each with a name and a value of its own."""
-        keys: list[KeyConfig] = []
-        for number, item in enumerate(self._list(node, "keys")):
-            key = self._gateway_key(item, f"keys[{number}]")
-            for other, earlier in enumerate(keys):
+        keys: dict[str, KeyConfig] = {}
+
+        def read(item: yaml.Node, where: str) -> None:
+            key = self._gateway_key(item, where)
+            for other, earlier in keys.items():
                 if earlier.name == key.name:
-                    raise self._wrong(item, f"keys[{number}].name", f"keys[{other}] has the same name")
+                    raise self._wrong(item, f"{where}.name", f"{other} has the same name")
                 if earlier.digest == key.digest:
-                    raise self._wrong(item, f"keys[{number}]", f"it is the same key as keys[{other}]")
-            keys.append(key)
-        return tuple(keys)
+                    raise self._wrong(item, where, f"it is the same key as {other}")
+            keys[where] = key
+
+        self._each(partial(read, item, f"keys[{n}]") for n, item in enumerate(self._list(node, "keys")))
+        return tuple(keys.values())
 
     def _gateway_key(self, node: yaml.Node, key: str) -> KeyConfig:
         items = self._mapping(node, key, {"name", "key_env", "key_sha256", "models", "limits"}, required=("name",))
@@ -529,7 +575,11 @@ class _File:
         except SettingsError as wrong:
             raise self._wrong(node, key, str(wrong)) from None
         if value is None:
-            raise self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
+            unset = self._wrong(node, key, f"neither {name} nor {name}_FILE is set in the environment")
+            if self._findings is None:
+                raise unset
+            self._findings.unset.append(str(unset))
+            return name, f"unset-{name}"
         return name, value
 
     def _url(self, node: yaml.Node, key: str) -> str:

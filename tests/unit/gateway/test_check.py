@@ -1,0 +1,120 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gateway import check
+from testkit.processes import python
+
+SECRET = "sk-nobody-may-read-this"
+FILE = """
+backends:
+  primary: {urls: ["http://a:1", "http://b:1"], api_key_env: PRIMARY_KEY, timeouts: {idle: 5}, headers: {x-title: app}}
+  spare: {url: "http://c:1"}
+routes:
+  - {model: m, targets: [{backend: primary, weight: 9}, {backend: spare, model: small, weight: 1}]}
+  - {model: "*", targets: [{backend: spare}]}
+keys:
+  - {name: team-a, key_env: TEAM_A, models: [m], limits: {requests_per_minute: 60}}
+"""
+WRONG = """
+backends:
+  primary: {url: "ftp://a"}
+  spare: {url: "http://c:1", timeout: 5}
+  good: {url: "http://d:1", max_in_flight: 0}
+routes:
+  - {model: m, targets: [{backend: nobody}]}
+  - {model: "*", targets: [{backend: primary}]}
+keys:
+  - {name: team-a, key_sha256: "1234"}
+  - {name: team-b, key_env: TEAM_B, limits: {requests_per_hour: 5}}
+"""
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIMARY_KEY", SECRET)
+    monkeypatch.setenv("TEAM_A", SECRET)
+
+
+def written(folder: Path, text: str, name: str = "gateway.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.usefixtures("secrets")
+def test_a_good_file_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, FILE)
+    assert check.main([path]) == 0
+    assert capsys.readouterr().out == f"{path} is valid.\n"
+    assert check.main([path, path]) == 0
+    assert capsys.readouterr().out == f"{path} is valid.\nIt says the same as {path}.\n"
+
+
+def test_secrets_that_are_not_set_here_are_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, FILE)
+    assert check.main([path]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert (first.startswith("warning: "), "line 3, backends.primary.api_key_env: " in first) == (True, True)
+    assert (second.startswith("warning: "), "line 9, keys[0].key_env: " in second) == (True, True)
+    assert last.endswith("is valid.")
+
+
+def test_all_that_is_wrong_is_told_with_line_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, WRONG)
+    assert check.main([path]) == 2
+    told = capsys.readouterr().out.splitlines()
+    wanted = (
+        "line 3, backends.primary.url: ",
+        "line 4, backends.spare: timeout: ",
+        "line 5, backends.good.max_in_flight: ",
+        "line 7, routes[0].targets[0].backend: ",
+        "line 10, keys[0].key_sha256: ",
+        "line 11, keys[1].limits: requests_per_hour: ",
+    )
+    wrong = [line for line in told if line.startswith("wrong: ")]
+    assert [where in line for where, line in zip(wanted, wrong, strict=True)] == [True] * len(wanted)
+
+
+@pytest.mark.parametrize("text", ["", "backends: [", "routes: []", "- a"])
+def test_what_is_no_configuration_is_one_complaint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    assert check.main([written(tmp_path, text)]) == 2
+    assert capsys.readouterr().out.count("wrong: GATEWAY_CONFIG=") == 1
+
+
+@pytest.mark.usefixtures("secrets")
+def test_what_would_change_is_told_but_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER_KEY", SECRET + "-other")
+    new = (
+        FILE.replace("PRIMARY_KEY", "OTHER_KEY")
+        .replace("idle: 5", "idle: 7.5")
+        .replace(', "http://b:1"', "")
+        .replace("weight: 9", "weight: 5")
+        .replace("models: [m]", "models: [m, n]")
+        .replace("requests_per_minute: 60", "requests_per_minute: 30, max_in_flight: 2")
+        .replace('  - {model: "*"', '  - {model: late, targets: [{backend: spare}]}\n  - {model: "*"')
+    )
+    assert check.main([written(tmp_path, new), written(tmp_path, FILE, "old.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1:] == [
+        "backend primary: replicas[primary-2] gone",
+        "backend primary: replicas[primary-1].api_key changes",
+        "backend primary: replicas[primary-1].timeouts.idle 5.0 -> 7.5",
+        "route m: targets[primary].weight 9 -> 5",
+        "route late: new",
+        "key team-a: limits.max_in_flight none -> 2",
+        "key team-a: limits.requests_per_minute 60 -> 30",
+        "key team-a: models ('m',) -> ('m', 'n')",
+    ]
+    assert SECRET not in out
+
+
+def test_the_command_needs_no_running_gateway(tmp_path: Path) -> None:
+    command = python("gateway", "check", written(tmp_path, WRONG))
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert (ended.returncode, ended.stdout.count("wrong: ")) == (2, 6)
