@@ -1,9 +1,9 @@
-"""The numbers at `/metrics`. Gauges are read when they are asked for; the children of counters are cached."""
+"""The numbers at `/metrics`. Gauges, and what was counted of requests, are read when they are asked for."""
 
 from bisect import bisect_left
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gateway.record import Record
     from gateway.telemetry.output import Output
 
-M = TypeVar("M", Counter, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bucket bounds of durations."""
 STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
@@ -63,8 +62,9 @@ class Metrics:
         self.max_age = MAX_AGE
         self._clock = clock
         self._documents: dict[bool, tuple[float, bytes, str]] = {}
+        self._counted: list[_Counts] = []
         self._registry = registry = CollectorRegistry()
-        self._requests = _Children(
+        self._requests = self._counts(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
         )
         self._duration = _Durations(
@@ -81,7 +81,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._attempts = _Children(
+        self._attempts = self._counts(
             Counter("gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry)
         )
         self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
@@ -105,16 +105,18 @@ class Metrics:
         for reason in CLOSE_REASONS:
             self._closed_connections.labels(reason)
         self._disconnects = Counter("gateway_client_disconnects", "Callers who left early.", registry=registry)
-        tokens = Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
-        self._input_tokens = tokens.labels("input")
-        self._output_tokens = tokens.labels("output")
-        self._key_requests = _Children(
+        self._tokens = self._counts(
+            Counter("gateway_tokens", "Tokens, as the backends count them.", ["direction"], registry=registry)
+        )
+        self._tokens.add("input", by=0)
+        self._tokens.add("output", by=0)
+        self._key_requests = self._counts(
             Counter("gateway_key_requests", "Requests with a named key.", ["key", "outcome"], registry=registry)
         )
-        self._key_tokens = _Children(
+        self._key_tokens = self._counts(
             Counter("gateway_key_tokens", "Tokens that count for a named key.", ["key", "source"], registry=registry)
         )
-        self._key_refused = _Children(
+        self._key_refused = self._counts(
             Counter("gateway_key_refused", "Requests that a limit refused.", ["key", "limit"], registry=registry)
         )
         self.loop_lag = Gauge(
@@ -141,20 +143,25 @@ class Metrics:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))
 
+    def _counts(self, counter: Counter) -> "_Counts":
+        counts = _Counts(counter)
+        self._counted.append(counts)
+        return counts
+
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
         route = record.path or OTHER
-        self._requests(route, record.status, record.outcome).inc()
+        self._requests.add(route, record.status, record.outcome)
         trace_id = record.trace_id if kept else None
         self._duration.observe(route, record.seconds(0.0), trace_id)
         if record.first_token is not None:
             self._first_token.observe(route, record.first_token - record.started, trace_id)
         for attempt in record.attempts:
-            self._attempts(attempt.backend, attempt.outcome or "ok").inc()
+            self._attempts.add(attempt.backend, attempt.outcome or "ok")
         if record.input_tokens:
-            self._input_tokens.inc(record.input_tokens)
+            self._tokens.add("input", by=record.input_tokens)
         if record.output_tokens:
-            self._output_tokens.inc(record.output_tokens)
+            self._tokens.add("output", by=record.output_tokens)
         if record.queued:
             self._queue_wait.observe(record.queued)
         if record.shed is not None:
@@ -168,14 +175,14 @@ class Metrics:
 
     def _count_key(self, record: "Record", key: str) -> None:
         """Count a request with a named key."""
-        self._key_requests(key, record.outcome).inc()
+        self._key_requests.add(key, record.outcome)
         tokens, source = record.charged, record.charged_by
         if tokens is None:
             tokens, source = (record.input_tokens or 0) + (record.output_tokens or 0), "reported"
         if tokens:
-            self._key_tokens(key, source).inc(tokens)
+            self._key_tokens.add(key, source, by=tokens)
         if record.limit is not None:
-            self._key_refused(key, record.limit).inc()
+            self._key_refused.add(key, record.limit)
 
     def retry_allowed(self, backend: str) -> None:
         """Count a retry sent to this replica."""
@@ -202,6 +209,8 @@ class Metrics:
         if now - rendered >= self.max_age:
             self._duration.observe_latest()
             self._first_token.observe_latest()
+            for counts in self._counted:
+                counts.pass_on()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
             document = encode(self._registry)
             self._documents[newer] = now, document, content_type
@@ -216,7 +225,8 @@ class _Durations:
     """
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
-        self._histogram = _Children(Histogram(name, text, ["route"], buckets=SECONDS, registry=registry))
+        self._histogram = Histogram(name, text, ["route"], buckets=SECONDS, registry=registry)
+        self._by_route: dict[str, Histogram] = {}  # `labels` checks and locks at each call
         self._latest: dict[tuple[str, int], tuple[float, int]] = {}
 
     def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
@@ -228,29 +238,34 @@ class _Durations:
             if before is None:
                 return
             seconds = before[0]
-        self._histogram(route).observe(seconds)
+        histogram = self._by_route.get(route)
+        if histogram is None:
+            histogram = self._by_route[route] = self._histogram.labels(route)
+        histogram.observe(seconds)
 
     def observe_latest(self) -> None:
         """Observe the latest durations, with their exemplars."""
         for (route, _), (seconds, trace_id) in self._latest.items():
-            self._histogram(route).observe(seconds, {"trace_id": f"{trace_id:032x}"})
+            self._histogram.labels(route).observe(seconds, {"trace_id": f"{trace_id:032x}"})
         self._latest.clear()
 
 
-class _Children(Generic[M]):
-    """The children of a metric by their labels; prometheus-client's `labels` checks and locks at each call."""
+class _Counts:
+    """A counter by its labels. What is counted waits here until somebody asks: prometheus-client locks at each call."""
 
-    _metric: M
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._waiting: dict[tuple[object, ...], int] = {}
 
-    def __init__(self, metric: M) -> None:
-        self._metric = metric
-        self._children: dict[tuple[object, ...], M] = {}
+    def add(self, *labels: object, by: int = 1) -> None:
+        """Count."""
+        self._waiting[labels] = self._waiting.get(labels, 0) + by
 
-    def __call__(self, *labels: object) -> M:
-        child = self._children.get(labels)
-        if child is None:
-            child = self._children[labels] = self._metric.labels(*map(str, labels))
-        return child
+    def pass_on(self) -> None:
+        """Add what waits to the counter."""
+        for labels, number in self._waiting.items():
+            self._counter.labels(*map(str, labels)).inc(number)
+        self._waiting.clear()
 
 
 class _Parts:
