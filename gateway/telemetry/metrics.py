@@ -1,12 +1,13 @@
 """The numbers at `/metrics`. Gauges, and what was counted of requests, are read when they are asked for."""
 
 from bisect import bisect_left
+from itertools import accumulate
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
@@ -207,8 +208,6 @@ class Metrics:
         now = self._clock()
         rendered, document, content_type = self._documents.get(newer, (-inf, b"", ""))
         if now - rendered >= self.max_age:
-            self._duration.observe_latest()
-            self._first_token.observe_latest()
             for counts in self._counted:
                 counts.pass_on()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
@@ -220,34 +219,54 @@ class Metrics:
 class _Durations:
     """A histogram by route, in seconds; the latest duration in each bucket leads to its trace.
 
-    prometheus-client checks each exemplar, which costs more than all else that is counted of a request. So the latest
-    duration in a bucket is observed only when the next one comes, then without exemplar, or when somebody asks.
+    prometheus-client's own checks each exemplar and locks at each call, which costs more than all else that is counted
+    of a request.
     """
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
-        self._histogram = Histogram(name, text, ["route"], buckets=SECONDS, registry=registry)
-        self._by_route: dict[str, Histogram] = {}  # `labels` checks and locks at each call
-        self._latest: dict[tuple[str, int], tuple[float, int]] = {}
+        self._name = name
+        self._text = text
+        self._routes: dict[str, _Buckets] = {}
+        registry.register(self)
 
     def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
         """Count a duration; `trace_id` None: its trace cannot be looked up."""
+        buckets = self._routes.get(route)
+        if buckets is None:
+            buckets = self._routes[route] = _Buckets()
+        place = bisect_left(SECONDS, seconds)
+        buckets.counts[place] += 1
+        buckets.sum += seconds
         if trace_id is not None:
-            bucket = route, bisect_left(SECONDS, seconds)
-            before = self._latest.get(bucket)
-            self._latest[bucket] = seconds, trace_id
-            if before is None:
-                return
-            seconds = before[0]
-        histogram = self._by_route.get(route)
-        if histogram is None:
-            histogram = self._by_route[route] = self._histogram.labels(route)
-        histogram.observe(seconds)
+            buckets.latest[place] = seconds, trace_id
 
-    def observe_latest(self) -> None:
-        """Observe the latest durations, with their exemplars."""
-        for (route, _), (seconds, trace_id) in self._latest.items():
-            self._histogram.labels(route).observe(seconds, {"trace_id": f"{trace_id:032x}"})
-        self._latest.clear()
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        family = HistogramMetricFamily(self._name, self._text, labels=["route"])
+        for route, buckets in self._routes.items():
+            family.add_metric([route], list(buckets.cumulative()), buckets.sum)
+        yield family
+
+
+class _Buckets:
+    """What one route has come to: durations by bucket, their sum, and the latest one of each with its trace."""
+
+    __slots__ = ("counts", "latest", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.sum = 0.0
+        self.latest: dict[int, tuple[float, int]] = {}
+
+    def cumulative(self) -> "Iterator[tuple[str, float] | tuple[str, float, Exemplar]]":
+        """Yield each bound with the number of durations up to it, and its exemplar."""
+        for place, (bound, number) in enumerate(zip((*SECONDS, inf), accumulate(self.counts), strict=True)):
+            name = "+Inf" if bound == inf else str(bound)
+            if place in self.latest:
+                seconds, trace_id = self.latest[place]
+                yield name, number, Exemplar({"trace_id": f"{trace_id:032x}"}, seconds)
+            else:
+                yield name, number
 
 
 class _Counts:
