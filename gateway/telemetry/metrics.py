@@ -6,7 +6,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -76,11 +76,8 @@ class Metrics:
             "From a streamed request's headers to its first content event.",
             registry,
         )
-        self._queue_wait = Histogram(
-            "gateway_queue_wait_seconds",
-            "Time in the queue of requests that had to wait.",
-            buckets=SECONDS,
-            registry=registry,
+        self._queue_wait = _Durations(
+            "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, by_route=False
         )
         self._attempts = self._counts(
             Counter("gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry)
@@ -164,7 +161,7 @@ class Metrics:
         if record.output_tokens:
             self._tokens.add("output", by=record.output_tokens)
         if record.queued:
-            self._queue_wait.observe(record.queued)
+            self._queue_wait.observe(record.path or OTHER, record.queued, trace_id)
         if record.shed is not None:
             self._shed.labels(record.shed).inc()
         if record.waits and record.is_bridged:
@@ -217,20 +214,22 @@ class Metrics:
 
 
 class _Durations:
-    """A histogram by route, in seconds; the latest duration in each bucket leads to its trace.
+    """A histogram in seconds, by route or of all; the latest duration in each bucket leads to its trace.
 
     prometheus-client's own checks each exemplar and locks at each call, which costs more than all else that is counted
     of a request.
     """
 
-    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+    def __init__(self, name: str, text: str, registry: CollectorRegistry, *, by_route: bool = True) -> None:
         self._name = name
         self._text = text
-        self._routes: dict[str, _Buckets] = {}
+        self._by_route = by_route
+        self._routes: dict[str, _Buckets] = {} if by_route else {"": _Buckets()}
         registry.register(self)
 
     def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
         """Count a duration; `trace_id` None: its trace cannot be looked up."""
+        route = route if self._by_route else ""
         buckets = self._routes.get(route)
         if buckets is None:
             buckets = self._routes[route] = _Buckets()
@@ -242,9 +241,9 @@ class _Durations:
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
-        family = HistogramMetricFamily(self._name, self._text, labels=["route"])
+        family = HistogramMetricFamily(self._name, self._text, labels=["route"] if self._by_route else [])
         for route, buckets in self._routes.items():
-            family.add_metric([route], list(buckets.cumulative()), buckets.sum)
+            family.add_metric([route] if self._by_route else [], list(buckets.cumulative()), buckets.sum)
         yield family
 
 
