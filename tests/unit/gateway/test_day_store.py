@@ -1,5 +1,6 @@
 import asyncio
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def used(of: Caller) -> int:
 
 
 def rows(folder: Path) -> list[tuple[str, str, int, int]]:
-    with sqlite3.connect(folder / FILE) as database:
+    with closing(sqlite3.connect(folder / FILE)) as database:
         return list(database.execute("SELECT key, name, slot, amount FROM used ORDER BY slot"))
 
 
@@ -128,7 +129,7 @@ async def test_odd_rows_are_left_alone(tmp_path: Path) -> None:
     async with DayStore(tmp_path, [caller(clock)], clock):
         pass
     slot = int(EPOCH // 1440)
-    with sqlite3.connect(tmp_path / FILE) as database:
+    with closing(sqlite3.connect(tmp_path / FILE)) as database, database:
         odd = [("a", "tokens_per_day", "x", 1), ("a", "tokens_per_day", slot - 1, "y"), ("b", "?", slot, 4)]
         database.executemany(
             "INSERT INTO used VALUES (?, ?, ?, ?)", [*odd, ("a", "tokens_per_day", slot, 5), (None, None, slot, 6)]
