@@ -111,8 +111,12 @@ class Parts:
             retry_refused=telemetry.metrics.retry_refused,
         )
         epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
-        self.keys = keys = Keys(routing.keys, lambda: epoch + clock())
-        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, lambda: epoch + clock())
+
+        def limits_clock() -> float:
+            return epoch + clock()
+
+        self.keys = keys = Keys(routing.keys, limits_clock)
+        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, limits_clock)
         self.health = Health(
             settings,
             pool=self.pool,

@@ -1,6 +1,6 @@
 """Reading the few fields of answers and events that the gateway needs; a backend may send anything in them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from gateway.dialects.json_text import (
     decode_with,
     leniently,
 )
+from gateway.dialects.server_sent_events import DONE
 from gateway.errors import ErrorInside, InvalidResponse, WrongForm
 from gateway.pieces import BLOCK
 from gateway.policy.response_homes import MAX_ID
@@ -169,12 +170,15 @@ def abridged_event(data: bytes, shorten: Callable[[bytes], object]) -> bytes:
     """Return the data of a large event as far as anything of it is read, in few bytes.
 
     Args:
-        data: JSON, or something else that is no event.
+        data: JSON, `[DONE]`, or something else that is no event.
         shorten: returns the parts of an object that are read, see `small_parts`.
 
     Raises:
         InvalidResponse: its data is not JSON.
     """
+    data = data.strip()
+    if data == DONE:
+        return data
     try:
         return msgspec.json.encode(_shortened(data, shorten))
     except NO_JSON:
@@ -197,6 +201,17 @@ def small_parts(fields: msgspec.Struct, *apart: str) -> dict[str, Any]:
     """
     raws = msgspec.structs.asdict(fields).items()
     return {field: raw if field in apart and _is_large(raw) else _small(raw) for field, raw in raws if raw is not NULL}
+
+
+def parts_inside(
+    fields: msgspec.Struct, inside: "Mapping[str, Callable[[bytes | msgspec.Raw], msgspec.Struct]]"
+) -> dict[str, Any]:
+    """Return the same with the small parts of what is large in it: `inside` decodes those by their names."""
+    parts = small_parts(fields, *inside)
+    for part, decode_part in inside.items():
+        if isinstance(large := parts.get(part), msgspec.Raw):
+            parts[part] = small_parts(decode_part(large)) if is_object(large) else None
+    return parts
 
 
 def is_object(raw: msgspec.Raw) -> bool:

@@ -15,10 +15,9 @@ from gateway.dialects.answer_fields import (
     abridged_event,
     count,
     event_document,
-    is_object,
     name,
+    parts_inside,
     read_whole,
-    small_parts,
 )
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
@@ -217,8 +216,7 @@ class MessageState:
     @staticmethod
     def abridged(data: bytes) -> bytes:
         """Return an event that says the same in few bytes."""
-        data = data.strip()
-        return data if data == DONE else abridged_event(data, _large_event)
+        return abridged_event(data, _large_event)
 
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
@@ -367,12 +365,8 @@ def _error_in(event: dict[str, Any]) -> ErrorWords | None:
 
 def _large_event(data: bytes) -> dict[str, Any]:
     """Return what is read of a large event."""
-    parts = {"message": _decode_large_message, "delta": _decode_large_delta}
-    event = small_parts(decode_with(_decode_large_event, data), *parts)
-    for part, decode_part in parts.items():
-        if isinstance(large := event.get(part), msgspec.Raw):
-            event[part] = small_parts(decode_part(large)) if is_object(large) else None
-    return event
+    inside = {"message": _decode_large_message, "delta": _decode_large_delta}
+    return parts_inside(decode_with(_decode_large_event, data), inside)
 
 
 def _is_text_delta(data: bytes) -> bool:

@@ -127,19 +127,18 @@ def _split_any(data: bytes) -> tuple[list[bytes], bytes]:
 
 def line_of(event: bytes) -> bytes | None:
     """Return the data of a single event of one line, which nearly every read of a stream is; None for all else."""
+    return event[6:-2] if _is_one_line(event) else None
+
+
+def _is_one_line(event: bytes) -> bool:
     plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
-    return event[6:-2] if plain and event.find(b"\n") == len(event) - 2 else None
+    return plain and event.find(b"\n") == len(event) - 2
 
 
 def data_of(event: bytes) -> bytes | None:
     """Return the data of an event; None when it has none, as a comment has not."""
-    if len(event) > BLOCK:
-        one_line = event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event
-        line = joined([memoryview(event)[6:-2]]) if one_line and event.endswith(b"\n") else None
-    else:
-        line = line_of(event)
-    if line is not None:
-        return line
+    if _is_one_line(event):
+        return event[6:-2] if len(event) <= BLOCK else joined([memoryview(event)[6:-2]])
     if b"data" not in event:
         return None
     lines = []

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 REPORTED, COUNTED = "reported", "counted"
 """Where a number of tokens comes from: the backend's usage, or what was sent and relayed."""
-BYTES_OF_A_TOKEN = 4
 FIRST_GUESS = 256
 """Tokens of an answer to a request that gives no most, before any has been seen."""
 MEMORY = 16

@@ -77,14 +77,11 @@ class Admission:
 
         Then, and when the gateway is stopping, `enter` waits or refuses.
         """
-        mine = self._slots_of.get(caller, 0)
-        if self.draining or self.in_flight >= self._max_in_flight or mine >= self._slots_of_one:
+        if self.draining or not self._has_slot(caller):
             return False
         if reservation is not None and (caller in self._lines or reservation.take() is not None):
             return False
-        self.in_flight += 1
-        if caller:
-            self._slots_of[caller] = mine + 1
+        self._occupy(caller)
         return True
 
     async def enter(self, left: float, caller: str = "", reservation: "Reservation | None" = None) -> None:

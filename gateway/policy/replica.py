@@ -24,8 +24,6 @@ FAILURES_AVOIDED = 5
 AVOIDED_AFTER_FAILURES = 5.0
 """Seconds for which it does."""
 MAX_MODELS = 1000
-MAX_PATHS = 64
-"""Whose urls are kept; there are fewer, but for those that hold an id."""
 
 
 SLOW_PROBE = 1.0
@@ -143,26 +141,24 @@ class Replica:
         return self.breaker.admits and self.cooldown.due(model) is None
 
     def url_of(self, path: str) -> str:
-        """Return the url of a call, without the query.
+        """Return the url of a call, without the query; `path` has the template in place of an id.
 
         A path below `/v1` follows the base without it. Any other, such as `/tokenize`, stands beside the `/v1` that
         ends most bases, as vLLM and llama.cpp have it.
         """
         url = self._urls.get(path)
         if url is None:
-            url = _joined(self.base, path)
-            if len(self._urls) < MAX_PATHS:
-                self._urls[path] = url
+            url = self._urls[path] = _joined(self.base, path)
         return url
 
     def target_of(self, path: str, query: str) -> str:
         """Return what a call asks for (RFC 9112, 3.2): path and query; the replica's own query wins over the caller's.
 
         Args:
-            path: of the call, as in `url_of`.
+            path: of the call, its id too; otherwise as in `url_of`.
             query: of the caller, encoded; empty for none.
         """
-        target = self.url_of(path)[len(self.origin) :]
+        target = _joined(self.base[len(self.origin) :], path)
         if query or self._query:
             kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
             target = f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"

@@ -18,6 +18,7 @@ from gateway.errors import (
     InvalidApiKey,
     Refusal,
 )
+from gateway.headers import RATE_LIMITS
 from gateway.policy.limits import tightest
 
 if TYPE_CHECKING:
@@ -63,18 +64,12 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
 def _rate_limits(limits: "Limits") -> dict[str, str]:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
     headers, now = {}, limits.look()
-    if limits.requests:
-        window = tightest(limits.requests)
-        headers["x-ratelimit-limit-requests"] = window.shown
-        headers["x-ratelimit-remaining-requests"] = (
-            str(window.limit - window.used) if window.used < window.limit else "0"
-        )
-        headers["x-ratelimit-reset-requests"] = _duration(math.ceil(window.empty_in(now)))
-    if limits.tokens:
-        window = tightest(limits.tokens)
-        headers["x-ratelimit-limit-tokens"] = window.shown
-        headers["x-ratelimit-remaining-tokens"] = str(window.limit - window.used) if window.used < window.limit else "0"
-        headers["x-ratelimit-reset-tokens"] = _duration(math.ceil(window.empty_in(now)))
+    for kind, windows in (("requests", limits.requests), ("tokens", limits.tokens)):
+        if windows:
+            window = tightest(windows)
+            headers[f"{RATE_LIMITS}limit-{kind}"] = window.shown
+            headers[f"{RATE_LIMITS}remaining-{kind}"] = str(max(0, window.limit - window.used))
+            headers[f"{RATE_LIMITS}reset-{kind}"] = _duration(math.ceil(window.empty_in(now)))
     return headers
 
 

@@ -10,10 +10,10 @@ from gateway.dialects.captured_text import MAX_TEXT, objects_in
 from gateway.dialects.error_words import read_words
 from gateway.dialects.json_text import NO_JSON, SHALLOW, decode_with, has_many_objects
 from gateway.dialects.server_sent_events import DONE
+from gateway.pieces import BLOCK
 
 if TYPE_CHECKING:
     from gateway.errors import ErrorWords
-from gateway.pieces import BLOCK
 
 MAX_CHOICES_SHOWN = 16
 REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})
@@ -191,8 +191,7 @@ class ChoicesState:
     @staticmethod
     def abridged(data: bytes) -> bytes:
         """Return an event that says the same in few bytes."""
-        data = data.strip()
-        return data if data == DONE else abridged_event(data, _large_chunk)
+        return abridged_event(data, _large_chunk)
 
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""

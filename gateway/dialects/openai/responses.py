@@ -12,10 +12,9 @@ from gateway.dialects.answer_fields import (
     count,
     event_document,
     identifier,
-    is_object,
     name,
+    parts_inside,
     read_whole,
-    small_parts,
 )
 from gateway.dialects.captured_text import MAX_TEXT, fields_of, input_messages, objects_in
 from gateway.dialects.dialect import Prompt, StreamState
@@ -174,8 +173,7 @@ class ResponseState:
     @staticmethod
     def abridged(data: bytes) -> bytes:
         """Return an event that says the same in few bytes."""
-        data = data.strip()
-        return data if data == DONE else abridged_event(data, _large_event)
+        return abridged_event(data, _large_event)
 
     def feed(self, data: bytes) -> None:
         """Take in the data of one event. Raises: InvalidResponse."""
@@ -310,12 +308,8 @@ class OpenAIResponses:
 
 def _large_event(data: bytes) -> dict[str, Any]:
     """Return what is read of a large event."""
-    parts = {"response": _decode_large_response, "item": _decode_large_item}
-    event = small_parts(decode_with(_decode_large_event, data), *parts)
-    for part, decode_part in parts.items():
-        if isinstance(large := event.get(part), msgspec.Raw):
-            event[part] = small_parts(decode_part(large)) if is_object(large) else None
-    return event
+    inside = {"response": _decode_large_response, "item": _decode_large_item}
+    return parts_inside(decode_with(_decode_large_event, data), inside)
 
 
 def _number_of_delta(data: bytes) -> int | None:

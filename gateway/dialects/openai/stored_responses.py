@@ -110,7 +110,7 @@ class StoredResponses(OpenAIResponses):
             self,
             template.replace("{id}", quote(response_id, safe=IN_A_SEGMENT)),
             method,
-            stream=streams[-1:] != [] and streams[0].lower() in TRUE,
+            stream=bool(streams) and streams[0].lower() in TRUE,
             after=int(after[:18]) if after.isascii() and after.isdecimal() else -1,
         )
 
