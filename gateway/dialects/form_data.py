@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
+from gateway.dialects.model_field import MAX_MODEL
 from gateway.errors import InvalidRequest
 from gateway.pieces import BLOCK, joined
 
@@ -18,8 +19,6 @@ MAX_HEAD = 8192
 """Bytes of the headers of one part."""
 MAX_HEADS = 131_072
 """Bytes of the headers of all parts together, so that reading them takes a few milliseconds at most."""
-MAX_MODEL = 512
-"""Characters of a model's name."""
 LINE_END = b"\r\n"
 MODEL = "model"
 ASCII_CHARSETS = frozenset({b"", b"us-ascii", b"ascii", b"iso-8859-1", b"utf-8", b"utf8"})

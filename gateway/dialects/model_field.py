@@ -16,6 +16,8 @@ _VALUE = re.compile(rb'(?>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[^\s,}\]]++', re.DOTALL)
 _NAME = re.compile(rb'"(?<!\\")(?:m|\\u006[dD])(?:o|\\u006[fF])(?:d|\\u0064)(?:e|\\u0065)(?:l|\\u006[cC])"')
 LONGEST = len(rb'"\u006d\u006f\u0064\u0065\u006c"')
 """Bytes of the name with all of its letters escaped."""
+MAX_MODEL = 512
+"""Characters of a model's name."""
 _EMPTY = re.compile(rb"\s*}")
 
 

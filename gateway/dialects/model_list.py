@@ -8,6 +8,7 @@ import msgspec
 
 from gateway.dialects.answer_fields import NULL
 from gateway.dialects.json_text import BYTE_ORDER_MARK, NO_JSON, decode_with, has_values, leniently
+from gateway.dialects.model_field import MAX_MODEL
 from gateway.errors import InvalidResponse
 
 MODELS = "/v1/models"
@@ -15,8 +16,6 @@ MAX_MODELS = 2_000
 """Models that are looked at in one list: the first ones."""
 MAX_VALUES = 100_000
 """In a list, all levels counted: fifty for each model. Built, some more would take many times their bytes."""
-MAX_NAME = 512
-"""Characters; callers cannot ask for a longer name."""
 
 
 class _List(msgspec.Struct):
@@ -67,4 +66,4 @@ def _name_of(entry: msgspec.Raw) -> str | None:
     except NO_JSON:
         return None
     name = model.id or model.name or ""
-    return name if name.strip() and len(name) <= MAX_NAME and name.isprintable() and "*" not in name else None
+    return name if name.strip() and len(name) <= MAX_MODEL and name.isprintable() and "*" not in name else None

@@ -20,12 +20,15 @@ from gateway.dialects.json_text import (
     decode_with,
     value_after,
 )
+from gateway.dialects.model_field import MAX_MODEL
 from gateway.errors import CallerError, InvalidJson, InvalidRequest
 from gateway.pieces import BLOCK, joined
 
 T = TypeVar("T", bound=Struct)
 
-ModelName = Annotated[str, Meta(min_length=1, max_length=512, description="a text of 1 to 512 characters")]
+ModelName = Annotated[
+    str, Meta(min_length=1, max_length=MAX_MODEL, description=f"a text of 1 to {MAX_MODEL} characters")
+]
 Flag = Annotated[bool, Meta(description="true or false")]
 Count = (
     Annotated[int, Meta(ge=1, description="a whole number of at least 1")]

@@ -94,7 +94,8 @@ class Replica:
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.origin = f"{parts.scheme}://{host}{port}"
-        self.base = self.origin + (path or "/v1")
+        self._base_path = path or "/v1"
+        self.base = self.origin + self._base_path
         self._query = urlencode(config.query, quote_via=quote)
         self._query_names = frozenset(name for name, _ in config.query)
         self.shown_url = self.origin + parts.path
@@ -158,7 +159,7 @@ class Replica:
             path: of the call, its id too; otherwise as in `url_of`.
             query: of the caller, encoded; empty for none.
         """
-        target = _joined(self.base[len(self.origin) :], path)
+        target = _joined(self._base_path, path)
         if query or self._query:
             kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
             target = f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from gateway.dialects import model_list
-from gateway.dialects.model_list import MAX_MODELS, MAX_NAME, MAX_VALUES, names_in
+from gateway.dialects.model_field import MAX_MODEL
+from gateway.dialects.model_list import MAX_MODELS, MAX_VALUES, names_in
 from gateway.errors import InvalidResponse
 
 FORMS = {
@@ -36,7 +37,7 @@ def test_the_names_are_read_in_each_form(form: str) -> None:
 
 
 def test_names_of_any_kind_stay_as_they_are() -> None:
-    names = ("qwen3:8b", "Qwen/Qwen3-8B", "/models/x.gguf", "models/gemini-2.5-pro", "ä", "x" * MAX_NAME)
+    names = ("qwen3:8b", "Qwen/Qwen3-8B", "/models/x.gguf", "models/gemini-2.5-pro", "ä", "x" * MAX_MODEL)
 
     assert names_in(json.dumps({"data": [{"id": name} for name in names]}).encode()) == names
 
