@@ -56,7 +56,7 @@ class Telemetry:
     ) -> None:
         self.metrics = Metrics(clock=clock)
         self.metrics.watch_dropped(lambda: tracer.dropped, tuple(outputs))
-        self.metrics.watch_export(lambda: metric_export.dropped if metric_export is not None else 0)
+        self.metrics.watch_export(lambda: self.data_points_dropped)
         self._metric_export = metric_export
         self._gen_ai = metric_export.gen_ai if metric_export is not None else None
         self._tracer = tracer
@@ -88,6 +88,11 @@ class Telemetry:
     def spans_dropped(self) -> int:
         """Spans lost since the start."""
         return self._tracer.dropped
+
+    @property
+    def data_points_dropped(self) -> int:
+        """Data points of metrics lost since the start: not exported, or rejected by the collector."""
+        return self._metric_export.dropped if self._metric_export is not None else 0
 
     def begin(self, method: str, path: str | None, headers: "MultiMapping[str]") -> Record:
         """Return the record of a request whose headers have arrived; its trace is decided here."""
