@@ -32,6 +32,10 @@ class Buckets:
     counts: tuple[int, ...]
     sum: float
 
+    def __add__(self, other: "Buckets") -> "Buckets":
+        counts = tuple(one + another for one, another in zip(self.counts, other.counts, strict=True))
+        return Buckets(counts, self.sum + other.sum)
+
     def __sub__(self, earlier: "Buckets") -> "Buckets":
         counts = tuple(now - then for now, then in zip(self.counts, earlier.counts, strict=True))
         return Buckets(counts, self.sum - earlier.sum)

@@ -186,6 +186,18 @@ def test_a_failure_is_told_by_its_code_and_has_no_first_token() -> None:
     assert set(found) == {"gen_ai.client.operation.duration"}
 
 
+def test_tokens_of_good_and_failed_requests_add_up() -> None:
+    gen_ai = GenAiMetrics()
+    gen_ai.count(a_record(tokens=(7, 5)))
+    gen_ai.count(a_record(tokens=(70, 50), outcome="backend_timeout"))
+    usage = encoded(gen_ai.read())["gen_ai.client.token.usage"].histogram.data_points
+
+    assert {attributes(point)["gen_ai.token.type"]: (point.count, point.sum) for point in usage} == {
+        "input": (2, 77),
+        "output": (2, 55),
+    }
+
+
 def test_what_is_no_prompt_or_has_no_route_is_not_counted() -> None:
     gen_ai = GenAiMetrics()
     gen_ai.count(a_record(route=None))
