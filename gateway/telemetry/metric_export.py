@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 INTERVAL = 60.0
 """Seconds between exports: OpenTelemetry's default."""
+AGAIN = 5.0
+"""Seconds after which an export that failed is followed by another, if that is sooner: `/health` shows the failure."""
 LAST_EXPORT = 2.0
 """Seconds the last export may take when the gateway stops."""
 LAST_STEP = 0.2
@@ -100,6 +102,7 @@ class MetricExport:
         self._wake = threading.Event()
         self._stopping = False
         self._status = "ok"
+        self._failing = False
         self._reading: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="metric-export", daemon=True)
 
@@ -135,9 +138,12 @@ class MetricExport:
             thread.join(LAST_STEP)
 
     async def _read_at_intervals(self, read: "Callable[[], list[Family]]") -> None:
+        due = time.monotonic() + self._interval
         while True:
-            await asyncio.sleep(self._interval)
-            self._read(read)
+            await asyncio.sleep(max(0.0, min(due - time.monotonic(), AGAIN)))
+            if self._failing or time.monotonic() >= due:
+                self._read(read)
+                due = time.monotonic() + self._interval
 
     def _read(self, read: "Callable[[], list[Family]]") -> None:
         """Read all instruments, where they are counted: on the event loop."""
@@ -171,11 +177,14 @@ class MetricExport:
         try:
             self._exporter.send(MetricsData([ResourceMetrics(self._resource, [scope], "")]))
         except NoMetricsTakenError as error:
+            self._failing = False
             self._tell("off", "the collector takes no metrics (%s): set OTEL_METRICS_EXPORTER=none", error)
         except ExportFailedError as error:
             self.dropped += points
+            self._failing = True
             self._tell("degraded", "metrics could not be exported (%s)", error)
         else:
+            self._failing = False
             rejected = self._exporter.partial.take(points)
             self.dropped += rejected
             self._status = "degraded" if rejected else "ok"

@@ -189,6 +189,23 @@ async def test_metrics_flow_again_when_the_collector_is_back(
     assert latest(collector, "gateway_requests_total") == [10], "nothing that was counted is missing"
 
 
+async def test_a_failed_export_is_soon_followed_by_another(
+    mock: MockModel, start_gateway: StartGateway, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_export, "AGAIN", OFTEN)
+    export = export_to(collector.port, interval=OFTEN)
+    await collector.stop()
+    gateway = await start_gateway(mock, metric_export=export)
+    await until(lambda: gateway.parts.telemetry.status == "degraded")
+    export._interval = SELDOM
+    await collector.start()
+
+    await until(lambda: gateway.parts.telemetry.status == "ok")
+    seen = len(collector.metrics)
+    await asyncio.sleep(6 * OFTEN)
+    assert len(collector.metrics) <= seen + 1, "then at its interval again; one may have been under way"
+
+
 @pytest.mark.parametrize("status", [404, 405, 501])
 async def test_a_collector_of_spans_alone_is_no_failure(
     mock: MockModel, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture, status: int
