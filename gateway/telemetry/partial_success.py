@@ -52,7 +52,7 @@ class PartialSuccess:
         elif not self._told:
             self._told = True
             message = visible(partial.error_message[:MAX_MESSAGE]) or "it does not say why"
-            _log.warning("the collector rejected %d %s of an export: %s", self._rejected, self._what, message)
+            _log.warning("the collector rejected %d of the %s of an export: %s", self._rejected, self._what, message)
 
     def take(self, most: int) -> int:
         """Return how many the latest answer rejected, of as many as `most` that were sent; the next call returns 0."""

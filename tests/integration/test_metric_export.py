@@ -32,7 +32,7 @@ from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_
 from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter, OtlpHttpMetricExporter
-from gateway.telemetry.otlp_transport import MAX_ANSWER
+from gateway.telemetry.otlp_transport import MAX_ANSWER, Transport
 from mock_model.serve import MockModel
 from testkit.exposition import Exposition
 from testkit.polling import until
@@ -273,7 +273,7 @@ async def test_spans_that_a_collector_rejects_are_counted_and_told_once(
         await until(lambda: telemetry.spans_dropped == number)  # noqa: B023
 
     assert (await gateway.health())["telemetry"] == {"status": "degraded", "spans_dropped": 2}
-    (line,) = lines(caplog, "the collector rejected 1 spans of an export")
+    (line,) = lines(caplog, "the collector rejected 1 of the spans of an export")
     assert line.endswith(r"too old\u001b[2J\u000alevel=error")
     collector.answer.Clear()
     await gateway.chat()
@@ -290,7 +290,7 @@ async def test_data_points_that_a_collector_rejects_are_counted(
 
     assert gateway.parts.telemetry.data_points_dropped % 3 == 0 < gateway.parts.telemetry.data_points_dropped
     assert (await gateway.health())["telemetry"]["status"] == "degraded"
-    assert lines(caplog, "rejected 3 data points of an export: it does not say why") != []
+    assert lines(caplog, "rejected 3 of the data points of an export: it does not say why") != []
     assert len(lines(caplog, "rejected 3")) == 1
 
 
@@ -431,6 +431,7 @@ def test_the_environment_says_where_metrics_go(
     export = metric_export_for(load_otel(), Resource({}))
 
     assert (None if export is None else export._exporter._endpoint) == kind  # type: ignore[attr-defined]
+    assert export is None or isinstance(export._exporter._client._transport, Transport)  # type: ignore[attr-defined]
 
 
 def test_the_shorter_time_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """The profiles `fallback` and `metrics`."""
 
 import asyncio
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -168,11 +170,17 @@ def test_metrics_by_otlp_are_genai_s_alone_and_nothing_is_counted_twice(metrics_
     assert dropped == [0]
 
 
-NO_NUMBER = {
-    "Time in the queue": "the machine's load decides whether anybody queues",
-    "Limits of keys": "this gateway has no named keys",
-}
-"""Panels whose queries work here and find nothing, and why."""
+OF_LIMITS = {"Time in the queue", "Limits of keys"}
+"""Panels that show something only of a gateway that is full or has keys with limits."""
+
+
+def without_a_number(stack: Stack, panels: Callable[[str], bool]) -> list[str]:
+    """The queries of these panels that find nothing, or nothing that is a number."""
+    return [
+        f"{one.panel}: {one.expression}"
+        for one in queries()
+        if panels(one.panel) and all(map(math.isnan, query(stack, one.over("30s"))))
+    ]
 
 
 def test_each_query_of_the_dashboard_finds_something(metrics_stack: Stack) -> None:
@@ -181,16 +189,39 @@ def test_each_query_of_the_dashboard_finds_something(metrics_stack: Stack) -> No
 
     def all_found() -> bool:
         load_of_all_kinds(metrics_stack)
-        empty[:] = [
-            f"{one.panel}: {one.expression}"
-            for one in queries()
-            if not any(value == value for value in query(metrics_stack, one.over("30s")))  # noqa: PLR0124 - NaN
-            and one.panel not in NO_NUMBER
-        ]
+        empty[:] = without_a_number(metrics_stack, lambda panel: panel not in OF_LIMITS)
         return not empty
 
     try:
         wait_for(all_found, "numbers for each query", 90, every=2)
+    finally:
+        assert empty == []
+
+
+@pytest.fixture
+def limited_stack(metrics_stack: Stack) -> Iterator[Stack]:
+    """The stack with Prometheus, and a gateway that does one thing at a time for those who have a key."""
+    files = {"GATEWAY_ENV_FILE": "tests/stack/limits.env", "GATEWAY_CONFIG": "tests/stack/limits.yaml"}
+    limited = Stack(metrics_stack.env | files, metrics_stack.profiles)
+    limited.compose("up", "--wait", "gateway")
+    yield limited
+    metrics_stack.compose("up", "--wait", "gateway")
+    metrics_stack.steady()
+
+
+def test_the_dashboard_shows_limits_and_queues(limited_stack: Stack) -> None:
+    limited_stack.script({"kind": "latency", "with": {"delay": 0.2}})
+    empty: list[str] = []
+
+    def all_found() -> bool:
+        with ThreadPoolExecutor(4) as callers:
+            asking = [callers.submit(limited_stack.ask, authorization="Bearer team-a-key") for _ in range(4)]
+        assert {one.result().status for one in asking} == {200}
+        empty[:] = without_a_number(limited_stack, lambda panel: panel in OF_LIMITS)
+        return not empty
+
+    try:
+        wait_for(all_found, "numbers of limits", 60, every=1)
     finally:
         assert empty == []
 

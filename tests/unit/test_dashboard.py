@@ -1,6 +1,6 @@
 """Grafana's files, without Grafana: its own types take the dashboard whole, and what it asks for is there.
 
-That each query finds something, tests/stack/test_metrics.py proves on the real Prometheus.
+That each query finds something, tests/stack/test_profiles.py proves on the real Prometheus.
 """
 
 import json
