@@ -228,7 +228,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--traced", action="store_true", help="make and encode spans, count GenAI's metrics, send nothing")
+    parser.add_argument("--traced", action="store_true", help="make spans and count GenAI's metrics, send nothing")
     parser.add_argument("--events", type=int, default=0, help="of each answer; 0: it is no stream")
     parser.add_argument("--count", action="store_true", help="instructions, not time (needs valgrind)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
