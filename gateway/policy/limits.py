@@ -41,18 +41,14 @@ class Window:
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
-        self.set_limit(limit)
+        self.limit = limit
+        self.shown = str(limit)
         self.used = 0
         self.began = 0.0
         self._seconds = seconds // SLOTS  # of a slot
         self._slot = 0  # the number of the present one
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
         self._past_used = 0
-
-    def set_limit(self, limit: int) -> None:
-        """Have this limit from now on."""
-        self.limit = limit
-        self.shown = str(limit)
 
     @property
     def is_of_a_day(self) -> bool:
@@ -155,8 +151,8 @@ class Limits:
 
         def kept(windows: tuple[Window, ...]) -> tuple[Window, ...]:
             for window in windows:
-                if window.name in known:
-                    known[window.name].set_limit(window.limit)
+                if (old := known.get(window.name)) is not None:
+                    old.limit, old.shown = window.limit, window.shown
             return tuple(known.get(window.name, window) for window in windows)
 
         self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
