@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gateway.config import Routing
     from gateway.files import Stamp
     from gateway.generation import Generation, Generations
+    from gateway.policy.pool import Pool
 
     Read = Callable[[Files], Routing]
 
@@ -126,8 +127,8 @@ class Reload:
     async def _follow(self, files: Files, *, asked: bool) -> bool:
         """Do that with these files; return whether they are right."""
         try:
-            routing = await asyncio.to_thread(self._read, files)
-            generation = self._generations.follow(routing)
+            routing, pool = await asyncio.to_thread(self._prepare, files)
+            generation = self._generations.follow(routing, pool)
         except SettingsError as wrong:
             self._refuse(str(wrong), asked=asked)
         except Exception as defect:  # noqa: BLE001 - what is in force stays
@@ -146,6 +147,11 @@ class Reload:
                 _log.info("configuration generation %d stays: nothing has changed", self._generations.current.number)
             return True
         return False
+
+    def _prepare(self, files: Files) -> "tuple[Routing, Pool | None]":
+        """Read the files, and make of them what takes time: it happens off the event loop. Raises: SettingsError."""
+        routing = self._read(files)
+        return routing, self._generations.next_pool(routing)
 
     def _refuse(self, error: str, *, asked: bool) -> None:
         """Say what is wrong, once."""

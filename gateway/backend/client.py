@@ -79,9 +79,9 @@ class HttpClient:
 
     def follow(self, endpoints: "Iterable[Endpoint]") -> None:
         """Keep connections, and addresses of names, for these endpoints alone; those in use end with age."""
-        requests = [request_to(URL(endpoint.base, encoded=True), _tls(endpoint)) for endpoint in endpoints]
+        servers = {(endpoint.host, endpoint.port) for endpoint in endpoints}
         for connector in (self._kept, self._fresh):
-            connector.keep_only({request.connection_key for request in requests})
+            connector.keep_only(servers)
 
     async def send(
         self,

@@ -13,7 +13,7 @@ from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from random import Random
 
     from gateway.config import BackendConfig, RouteConfig, Routing
@@ -294,21 +294,23 @@ class Pool:
             cooldown_begun=cooldown_begun,
             released=released,
         )
+        self._new_home = maker.backend
         former = before.endpoints if before is not None else {}
         known = {replica.id: replica for replica in former}
 
         def backend(config: "BackendConfig") -> tuple[Backend, dict[Replica, Endpoint]]:
-            ids = _ids(config)
+            endpoints = [Endpoint(each) for each in config.replicas]
+            ids = _ids(config.name, endpoints)
             whole = next((known[id_].backend for id_ in ids if id_ in known), None) or maker.backend(config.name)
             made: dict[Replica, Endpoint] = {}
-            for id_, each in zip(ids, config.replicas, strict=True):
+            for id_, each in zip(ids, endpoints, strict=True):
                 replica = known.get(id_)
                 if replica is None:
                     homes = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
                     replica = maker.replica(id_, each.name, homes)
-                    replica.awaits_probe = before is not None and each.probe is not None
-                endpoint = former.get(replica)
-                made[replica] = endpoint if endpoint is not None and endpoint.config == each else Endpoint(each)
+                    replica.awaits_probe = before is not None and each.config.probe is not None
+                known_as = former.get(replica)
+                made[replica] = known_as if known_as is not None and known_as.config == each.config else each
             return whole, made
 
         backends = {each.name: backend(each) for each in routing.backends}
@@ -317,8 +319,9 @@ class Pool:
             targets = (Target(*backends[target.backend], target.model, rng, target.weight) for target in config.targets)
             return Route(config.model, tuple(targets), rng)
 
+        self._backends = tuple(backends.values())
         self.endpoints: dict[Replica, Endpoint] = {}
-        for _, endpoints in backends.values():
+        for _, endpoints in self._backends:
             self.endpoints |= endpoints
         self.replicas = tuple(self.endpoints)
         self.routes = tuple(map(route, routing.routes))
@@ -330,13 +333,22 @@ class Pool:
         self.default_model: str
         self.models: tuple[str, ...]
         self._set_models()
-        for whole, endpoints in backends.values():
-            for replica, each in endpoints.items():
-                replica.name = each.name
-                replica.max_in_flight = each.config.max_in_flight
+        if before is None:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Come into force: what stays of the generation before is called and limited as this one says.
+
+        Until then nothing of that one has changed.
+        """
+        for whole, endpoints in self._backends:
+            for replica, endpoint in endpoints.items():
+                replica.name = endpoint.name
+                replica.max_in_flight = endpoint.config.max_in_flight
                 if len(endpoints) > 1 and replica.alone is whole:  # it was the only one of its backend
-                    replica.settle_in(maker.backend(whole.name), whole)
+                    replica.settle_in(self._new_home(whole.name), whole)
                 replica.freed()  # more attempts at once may be allowed now
+        self._set_models()
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -406,7 +418,7 @@ def _tell_cooldown(replica: Replica, model: str | None, over: bool) -> None:  # 
         home.cooldown_changed(model, over)
 
 
-def _ids(config: "BackendConfig") -> list[str]:
+def _ids(backend: str, endpoints: "Sequence[Endpoint]") -> list[str]:
     """Return what the replicas of a backend are known by in all generations: its name and their urls.
 
     Names of replicas do not serve: those of the others change when one in the middle goes. Nor does what user info the
@@ -414,8 +426,8 @@ def _ids(config: "BackendConfig") -> list[str]:
     """
     times: Counter[str] = Counter()
     ids = []
-    for replica in config.replicas:
-        url = Endpoint(replica).shown_url
+    for endpoint in endpoints:
+        url = endpoint.shown_url
         times[url] += 1
-        ids.append(f"{config.name} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
+        ids.append(f"{backend} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
     return ids

@@ -14,7 +14,7 @@ from gateway.config import (
     TargetConfig,
     Timeouts,
 )
-from gateway.generation import Generations
+from gateway.generation import Generation, Generations
 from gateway.policy.breaker import State
 from gateway.policy.lease import take
 from gateway.policy.pool import Pool
@@ -39,7 +39,13 @@ def routing(*backends: BackendConfig, keys: tuple[KeyConfig, ...] = ()) -> Routi
 
 def pool(of: Routing, before: Pool | None = None, clock: Clock | None = None) -> Pool:
     limit = WaitingLimit(max_requests=10, max_bytes=10)
-    return pool_of(of, load(), clock or Clock(), Chance(), limit, before=before)
+    made = pool_of(of, load(), clock or Clock(), Chance(), limit, before=before)
+    made.take_over()
+    return made
+
+
+def follow(of: Generations, routing: Routing) -> Generation | None:
+    return of.follow(routing, of.next_pool(routing))
 
 
 def key(name: str | None, value: str = "k", models: tuple[str, ...] | None = None, **limits: int) -> KeyConfig:
@@ -172,7 +178,9 @@ def generations(of: Routing, clock: Clock | None = None) -> Generations:
     clock = clock or Clock()
     return Generations(
         of,
-        pool=lambda routing, before: pool(routing, before, clock),
+        pool=lambda routing, before: pool_of(
+            routing, load(), clock, Chance(), WaitingLimit(max_requests=10, max_bytes=10), before=before
+        ),
         keys=lambda routing, before: Keys(routing.keys, clock, before),
         clock=clock,
     )
@@ -183,15 +191,15 @@ def test_a_configuration_comes_into_force_whole_or_not_at_all() -> None:
     of = generations(first, clock)
     before = of.current
     clock.forward(5)
-    assert of.follow(routing(backend("a", URLS[0]), keys=(key("t"),))) is None
+    assert follow(of, routing(backend("a", URLS[0]), keys=(key("t"),))) is None
     assert of.current is before
     with pytest.raises(SettingsError, match="open to everybody"):
-        of.follow(routing(backend("a", URLS[1])))
+        of.next_pool(routing(backend("a", URLS[1])))
     of.refuse("wrong")
     assert (of.current, of.error, of.errors) == (before, "wrong", 1)
-    assert of.follow(first) is None
+    assert follow(of, first) is None
     assert (of.error, of.errors) == (None, 1)
-    after = of.follow(routing(backend("a", URLS[1]), keys=(key("t"),)))
+    after = follow(of, routing(backend("a", URLS[1]), keys=(key("t"),)))
     assert after is of.current
     assert (after.number, after.loaded_at, before.number) == (2, clock(), 1)
 
@@ -199,7 +207,7 @@ def test_a_configuration_comes_into_force_whole_or_not_at_all() -> None:
 def test_an_open_gateway_is_not_closed() -> None:
     of = generations(routing(backend("a", URLS[0])))
     with pytest.raises(SettingsError, match="restart it to close it"):
-        of.follow(routing(backend("a", URLS[0]), keys=(key("t"),)))
+        of.next_pool(routing(backend("a", URLS[0]), keys=(key("t"),)))
 
 
 def test_limits_are_a_key_s_by_its_name_else_by_its_digest() -> None:
@@ -217,3 +225,12 @@ def test_limits_are_a_key_s_by_its_name_else_by_its_digest() -> None:
     assert len({caller.id for caller in (*first.callers, *second.callers)}) == 4
     third = Keys([key("t", "4")], clock, second)
     assert third.callers[0].limits is None
+
+
+def test_until_it_comes_into_force_nothing_changes() -> None:
+    first = routing(backend("a", *URLS, max_in_flight=1))
+    of = generations(first)
+    replicas = of.current.pool.replicas
+    assert of.next_pool(routing(backend("a", *URLS[1:]))) is not None
+    assert [(each.name, each.max_in_flight) for each in replicas] == [("a-1", 1), ("a-2", 1), ("a-3", 1)]
+    assert of.current.number == 1
