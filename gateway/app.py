@@ -28,6 +28,7 @@ from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.reload import Reload
+from gateway.server.admin import AdminCalls
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
@@ -39,6 +40,8 @@ from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiohttp.typedefs import Handler
 
     from gateway.config import Routing
     from gateway.generation import Generation
@@ -66,6 +69,7 @@ class Parts:
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
+        admin: lets admin calls through.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -164,6 +168,7 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
+        self.admin = AdminCalls(routing.admin_key, clock=clock, hidden=self.middleware.recorded(self.handlers.hidden))
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
 
@@ -184,6 +189,7 @@ class Parts:
         self.day_store.follow(generation.keys.callers)
         self.client.follow(generation.pool.endpoints.values())
         self.telemetry.metrics.follow(generation)
+        self.admin.set_key(generation.routing.admin_key)
 
     def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(replica.name, old, new)
@@ -231,6 +237,10 @@ def create_app(
         rng=rng or Random(),
     )
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
+
+    def admin(handler: "Handler") -> "Handler":
+        return unrecorded(parts.admin.guarded(handler))
+
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
     routes = [
@@ -258,6 +268,11 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    routes.append(web.get("/config", admin(handlers.config), expect_handler=_expect))
+    routes.append(web.route("*", "/config", admin(handlers.not_found), expect_handler=_expect))
+    login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
+    routes.append(web.post("/ui/login", login, expect_handler=_expect))
+    routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
     app.cleanup_ctx.append(_running_parts)

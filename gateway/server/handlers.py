@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway import __version__
+from gateway.config_document import document
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE, StoredResponses
 from gateway.dialects.table import BY_PATH
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
@@ -286,6 +287,18 @@ class Handlers:
         document = self._health.document(in_full=self._generations.current.keys.fit(request))
         return json_response(document, status=503 if document["status"] == "down" else 200)
 
+    async def config(self, _request: web.Request) -> web.Response:
+        """Answer `GET /config`, an admin call: the configuration in force, without secrets."""
+        generation = self._generations.current
+        return json_response(
+            {
+                "generation": generation.number,
+                "loaded_seconds_ago": round(self._clock() - generation.loaded_at, 3),
+                "error": self._generations.error,
+                **document(generation.routing),
+            }
+        )
+
     async def livez(self, _request: web.Request) -> web.Response:
         """Answer `GET /livez`: the process serves."""
         return json_response({"status": "ok"})
@@ -312,9 +325,17 @@ class Handlers:
         allowed.discard("*")  # of the routes that lead here
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
-        right = right_path(request.path)
-        where = "GET / lists what there is" if right is None else f"the right one is {right}"
-        raise NotFound(f"There is nothing at this path; {where}.")
+        raise _nothing_at(request.path)
+
+    async def hidden(self, request: web.Request) -> web.Response:
+        """Answer an admin call of somebody who may not know of it, as a path at which there is nothing is answered."""
+        raise _nothing_at(request.path)
+
+
+def _nothing_at(path: str) -> NotFound:
+    right = right_path(path)
+    where = "GET / lists what there is" if right is None else f"the right one is {right}"
+    return NotFound(f"There is nothing at this path; {where}.")
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from gateway import check
 from gateway.files import Files
 from mock_model.serve import MockModel
 from testkit.completions import CHAT_PATH, RESPONSES_PATH
@@ -609,3 +610,84 @@ async def test_many_reloads_under_load_cost_no_request_and_leave_nothing(
         return (list(pools), set(replicas)) == ([gateway.parts.pool], set(gateway.parts.pool.replicas))
 
     await until(at_rest, lambda: f"{list(pools)}, {list(replicas)}")
+
+
+async def test_an_admin_sees_the_configuration_in_force_without_its_secrets(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"BACKEND_KEY": "s3cret-b", "HEADER": "s3cret-h", "TEAM_KEY": "s3cret-t"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    more = ", api_key_env: BACKEND_KEY, headers: {x-a: plain, x-b: {env: HEADER}}, query: {key: s3cret-q}"
+    url = mock.url.replace("http://", "http://me:s3cret-p@")
+    file = config(tmp_path, text(url, more=more, keys=KEY % 9))
+    gateway = await start_gateway(gateway_config=file, gateway_admin_key="s3cret-a")
+    assert (await get(gateway, "/config")).status == 401
+    assert (await get(gateway, "/config", authorization="Bearer s3cret-t")).status == 401
+    answer = await get(gateway, "/config", authorization="Bearer s3cret-a")
+    document = answer.json
+    assert (document["generation"], document["error"]) == (1, None)
+    (replica,) = document["backends"][0]["replicas"]
+    assert replica["url"] == mock.url
+    assert replica["headers"] == [["x-a", "plain"]]
+    assert replica["secret_headers"] == [["x-b", "(set)"]]
+    assert (replica["api_key"], replica["user_info"], replica["query"]) == ("(set)", "(set)", [["key", "(set)"]])
+    assert document["keys"][0]["limits"]["requests_per_minute"] == 9
+    assert document["routes"] == [
+        {"model": "*", "targets": [{"backend": "a", "model": None, "weight": None}]},
+    ]
+    assert "s3cret" not in answer.body.decode()
+    async with gateway.client.put("/config", headers={"authorization": "Bearer s3cret-a"}) as refused:
+        assert (refused.status, refused.headers["allow"]) == (405, "GET,HEAD")
+
+
+async def test_an_admin_key_s_file_is_read_anew(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "admin"
+    secret.write_text("old")
+    monkeypatch.setenv("GATEWAY_ADMIN_KEY_FILE", str(secret))
+    gateway = await start_gateway(mock)
+    assert (await get(gateway, "/config", authorization="Bearer old")).status == 200
+    secret.write_text("new")
+    await until(lambda: generation(gateway) == 2)
+    assert (await get(gateway, "/config", authorization="Bearer old")).status == 401
+    assert (await get(gateway, "/config", authorization="Bearer new")).status == 200
+
+
+async def test_check_tells_what_would_change_against_a_running_gateway(
+    mock: MockModel,
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TEAM_KEY", "t")
+    file = config(tmp_path, text(mock, keys=KEY % 9))
+    gateway = await start_gateway(gateway_config=file, gateway_admin_key="admin")
+
+    async def checked(key: str, url: str = gateway.url) -> tuple[int, str]:
+        monkeypatch.setenv("GATEWAY_ADMIN_KEY", key)
+        code = await asyncio.to_thread(check.main, [str(file), "--url", url])
+        return code, "".join(capsys.readouterr())
+
+    same = await checked("admin")
+    assert same[0] == 0
+    assert f"It says the same as generation 1 of {gateway.url}." in same[1]
+    other = tmp_path / "next.yaml"
+    other.write_text(text(mock, REFUSED, keys=KEY % 8))
+    monkeypatch.setenv("TEAM_KEY", "changed")
+    file = other
+    code, said = await checked("admin")
+    assert code == 0
+    assert said.splitlines()[1:] == [
+        "backend a: replicas[a-2] new",
+        "key team: limits.requests_per_minute 9 -> 8",
+        "Secrets that are set in both are not compared.",
+    ]
+    code, said = await checked("wrong")
+    assert (code, said.count("\n"), "it answered 401; set GATEWAY_ADMIN_KEY" in said) == (2, 1, True)
+    assert (await checked("admin", mock.url))[0] == 2
+    assert "cannot be asked" in (await checked("admin", REFUSED))[1]
+    assert "is not valid" in (await checked("admin", "ftp://x"))[1]
+    monkeypatch.delenv("GATEWAY_ADMIN_KEY")
