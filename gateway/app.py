@@ -68,6 +68,7 @@ class Parts:
         day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
+        charges: what requests count for the limits of tokens.
         handlers, middleware: of the routes.
         admin: lets admin calls through.
         write_timeout: seconds; of `Runner`.
@@ -149,13 +150,14 @@ class Parts:
         self.model_lists = ModelLists(
             generations=generations, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
         )
+        self.charges = Charges(self.executor, clock)
         self.handlers = Handlers(
             settings,
             generations=generations,
             reader=RequestReader(settings, self.executor, clock),
             admission=self.admission,
             byte_budget=self.byte_budget,
-            charges=Charges(self.executor, clock),
+            charges=self.charges,
             forwarder=forwarder,
             health=self.health,
             telemetry=telemetry,
@@ -183,11 +185,12 @@ class Parts:
         return self.generations.current.keys
 
     def _follow(self, generation: "Generation") -> None:
-        """Have every part that watches replicas or keys watch those of a new generation."""
+        """Have every part that knows replicas, routes or keys know those of a new generation."""
         self.health.follow(generation.pool)
         self.model_lists.follow(generation.pool)
         self.day_store.follow(generation.keys.callers)
         self.client.follow(generation.pool.endpoints.values())
+        self.charges.follow({route.model for route in generation.pool.routes})
         self.telemetry.metrics.follow(generation)
         self.admin.set_key(generation.routing.admin_key)
 

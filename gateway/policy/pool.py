@@ -230,7 +230,7 @@ class _Maker:
             cooldown=Cooldown(
                 clock=clock,
                 begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
-                changed=lambda model, over: _tell_cooldown(replica, model, over),
+                changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
             clock=clock,
@@ -244,7 +244,7 @@ class Pool:
     """All replicas and routes of one generation.
 
     What is known about a replica outlives generations, as long as its backend's name and its url stay: only how it is
-    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as one of its replicas stays.
+    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as it has the same replicas.
 
     Args:
         routing: backends and routes.
@@ -262,6 +262,7 @@ class Pool:
         models: those that routes name, in order; in place of `*` the default one and what its backends list.
         listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
         repeats: the requests that failed lately, in all generations.
+        homes: by name each backend as a whole, and how its replicas are asked.
         endpoints: how each replica of all backends is asked, in order.
         replicas: those.
         backends: those of all routes in their order, each once, as targets that keep the caller's model.
@@ -295,21 +296,25 @@ class Pool:
             released=released,
         )
         self._new_home = maker.backend
-        former = before.endpoints if before is not None else {}
-        known = {replica.id: replica for replica in former}
+        homes = before.homes if before is not None else {}
+        self._new: set[Replica] = set()
 
         def backend(config: "BackendConfig") -> tuple[Backend, dict[Replica, Endpoint]]:
             endpoints = [Endpoint(each) for each in config.replicas]
             ids = _ids(config.name, endpoints)
-            whole = next((known[id_].backend for id_ in ids if id_ in known), None) or maker.backend(config.name)
+            whole, known = homes.get(config.name, (None, {}))
+            if whole is None or {replica.id for replica in known} != set(ids):
+                whole = maker.backend(config.name)
+            by_id = {replica.id: replica for replica in known}
             made: dict[Replica, Endpoint] = {}
             for id_, each in zip(ids, endpoints, strict=True):
-                replica = known.get(id_)
+                replica = by_id.get(id_)
                 if replica is None:
-                    homes = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
-                    replica = maker.replica(id_, each.name, homes)
+                    own = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
+                    replica = maker.replica(id_, each.name, own)
+                    self._new.add(replica)
                     replica.awaits_probe = before is not None and each.config.probe is not None
-                known_as = former.get(replica)
+                known_as = known.get(replica)
                 made[replica] = known_as if known_as is not None and known_as.config == each.config else each
             return whole, made
 
@@ -319,14 +324,14 @@ class Pool:
             targets = (Target(*backends[target.backend], target.model, rng, target.weight) for target in config.targets)
             return Route(config.model, tuple(targets), rng)
 
-        self._backends = tuple(backends.values())
+        self.homes: dict[str, tuple[Backend, dict[Replica, Endpoint]]] = backends
         self.endpoints: dict[Replica, Endpoint] = {}
-        for _, endpoints in self._backends:
+        for _, endpoints in backends.values():
             self.endpoints |= endpoints
         self.replicas = tuple(self.endpoints)
         self.routes = tuple(map(route, routing.routes))
-        homes = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
-        self.backends = tuple(Target(*backends[name], None, rng) for name in homes)
+        routed = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(*backends[name], None, rng) for name in routed)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))
@@ -341,14 +346,27 @@ class Pool:
 
         Until then nothing of that one has changed.
         """
-        for whole, endpoints in self._backends:
+        for whole, endpoints in self.homes.values():
             for replica, endpoint in endpoints.items():
                 replica.name = endpoint.name
                 replica.max_in_flight = endpoint.config.max_in_flight
-                if len(endpoints) > 1 and replica.alone is whole:  # it was the only one of its backend
-                    replica.settle_in(self._new_home(whole.name), whole)
+                if replica.backend is not whole:
+                    self._move(replica, whole, endpoints)
                 replica.freed()  # more attempts at once may be allowed now
         self._set_models()
+
+    def _move(self, replica: Replica, whole: Backend, siblings: "Collection[Replica]") -> None:
+        """Have a replica that stays speak for its backend as it is now, which other replicas have joined or left.
+
+        An outage goes on where nobody has come who may answer.
+        """
+        alone, was = replica.alone, replica.backend
+        if self._new.isdisjoint(siblings):
+            whole.outage.go_on_from(was.outage)
+        if alone is was and len(siblings) > 1:
+            alone = self._new_home(whole.name)
+            alone.outage.go_on_from(was.outage)
+        replica.settle_in(*((alone, whole) if len(siblings) > 1 else (whole,)))
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -411,11 +429,6 @@ class Pool:
             elif route.model == ANY:
                 names += [self.default_model, *listed]
         self.models = tuple(dict.fromkeys(names))
-
-
-def _tell_cooldown(replica: Replica, model: str | None, over: bool) -> None:  # noqa: FBT001 - of Cooldown.changed
-    for home in replica.homes:
-        home.cooldown_changed(model, over)
 
 
 def _ids(backend: str, endpoints: "Sequence[Endpoint]") -> list[str]:

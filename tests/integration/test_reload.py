@@ -460,6 +460,24 @@ async def test_a_request_that_waits_for_a_backend_that_goes_ends_as_if_it_were_t
     assert (prompts(mock), prompts(other)) == (5, 1)
 
 
+async def test_a_replica_that_comes_in_an_outage_answers_at_once(
+    mock: MockModel, start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    other = await start_mock()
+    file = config(tmp_path, text(mock))
+    gateway = await start_gateway(gateway_config=file, gateway_outage_wait=1000)
+    await until(lambda: gateway.parts.health.ready)
+    mock.die()
+    waiting = [asyncio.create_task(gateway.chat()) for _ in range(20)]
+    await until(lambda: len(gateway.parts.admission.waiting) == 20)
+    await follows(gateway, file, text(mock, other))
+    answer = await gateway.chat()
+    assert (answer.status, "bridging" in answer.headers["server-timing"]) == (200, False)
+    await mock.revive()
+    assert [(await each).status for each in waiting] == [200] * 20
+    assert prompts(mock) == 20
+
+
 async def test_who_waits_for_a_full_replica_goes_on_when_more_may_be_under_way(
     mock: MockModel, start_gateway: StartGateway, tmp_path: Path
 ) -> None:

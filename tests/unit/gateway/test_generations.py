@@ -1,5 +1,6 @@
 """What stays and what goes from one generation of the configuration to the next."""
 
+import gc
 from dataclasses import replace
 from hashlib import sha256
 
@@ -123,25 +124,48 @@ def test_names_follow_the_places_and_replicas_the_urls() -> None:
     assert len({replica.id for replica in twice.replicas}) == 2
 
 
-def test_a_replica_that_gets_a_sibling_or_loses_it_still_speaks_for_both() -> None:
+def test_a_backend_with_other_replicas_has_outages_of_its_own_and_those_from_before_hear_of_theirs() -> None:
     clock = Clock()
     one = pool(routing(backend("a", URLS[0])), None, clock)
     (first,) = one.replicas
-    first.homes[0].outage.record_failure()
+    old = one.routes[0].targets[0].home
+    old.outage.record_failure()
+    two = pool(routing(backend("a", *URLS[:2])), one, clock)
+    target = two.routes[0].targets[0]
+    assert target.home is not old
+    assert not target.home.outage.current, "the new one may answer"
+    assert first.alone.outage.current == 1, "the known one alone is as before"
+    assert target.only(first).home is first.alone
+    assert set(first.outages) == {first.alone.outage, target.home.outage, old.outage}
+    newcomer = take(two.replicas[1], "m")
+    assert newcomer is not None
+    newcomer.begin_answer()
+    assert old.outage.current == 1, "it does not speak for those who cannot reach it"
     lease = take(first, "m")
     assert lease is not None
-    two = pool(routing(backend("a", *URLS[:2])), one, clock)
-    whole = two.routes[0].targets[0].home
-    assert whole is one.routes[0].targets[0].home
-    assert first.homes == (first.alone, whole) != (whole, whole)
-    assert two.routes[0].targets[0].only(first).home is first.alone
-    assert len(two.replicas[1].homes) == 2
-    assert whole.outage.current == 1
     lease.begin_answer()
-    assert whole.outage.ends_waiting < clock(), "an attempt from before ends the outage of both generations"
-    again = pool(routing(backend("a", URLS[0])), two, clock)
-    assert again.replicas == (first,)
-    assert again.routes[0].targets[0].home is whole
+    assert (old.outage.current, first.alone.outage.current) == (0, 0)
+
+
+def test_an_outage_goes_on_where_only_others_have_gone() -> None:
+    clock = Clock()
+    two = pool(routing(backend("a", *URLS[:2])), None, clock)
+    two.replicas[0].backend.outage.record_failure()
+    one = pool(routing(backend("a", URLS[1])), two, clock)
+    outage = one.routes[0].targets[0].home.outage
+    assert outage is not two.routes[0].targets[0].home.outage
+    assert (outage.current, outage.holds_newcomers) == (1, True)
+
+
+def test_former_homes_are_forgotten_with_the_requests_under_way() -> None:
+    first = pool(routing(backend("a", *URLS)))
+    kept = first.replicas[0]
+    second = pool(routing(backend("a", *URLS[:2])), first)
+    third = pool(routing(backend("a", URLS[0])), second)
+    assert len(list(kept.outages)) == 4
+    del first, second
+    gc.collect()
+    assert list(kept.outages) == [third.routes[0].targets[0].home.outage]
 
 
 def test_a_replica_that_awaits_its_first_probe_comes_after_all_others() -> None:
