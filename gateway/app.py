@@ -99,6 +99,7 @@ class Parts:
             breaker_changed=self._breaker_changed,
             cooldown_begun=telemetry.cooldown_begun,
             released=telemetry.released,
+            guard_tripped=telemetry.guard_tripped,
         )
         forwarder = Forwarder(
             admission=self.admission,

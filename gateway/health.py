@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gateway.config import ProbeConfig
     from gateway.day_store import DayStore
     from gateway.policy.admission import Admission
+    from gateway.policy.guard import Watch
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
     from gateway.settings import Settings
@@ -127,11 +128,12 @@ class Health:
         """Return the document of `/health`; without urls and error messages unless `in_full`."""
         now = self._clock()
         backends = [_backend(replica, now, in_full=in_full) for replica in self._pool.replicas]
+        guards = [_guard(route.model, watch, now) for route in self._pool.routes for watch in route.watches]
         states = [backend["status"] for backend in backends]
         downstream = "ok"
         if all(state == "down" for state in states):
             downstream = "down"
-        elif any(state != "ok" for state in states):
+        elif any(state != "ok" for state in states) or any(guard["tripped"] for guard in guards):
             downstream = "degraded"
         telemetry, limits = self._telemetry.status, self._limits.status
         status = "degraded" if downstream == "ok" and "degraded" in {telemetry, limits} else downstream
@@ -143,7 +145,7 @@ class Health:
             "draining": self._admission.draining,
             "in_flight": self._admission.in_flight,
             "queued": self._admission.queued,
-            "downstream": {"status": downstream, "backends": backends},
+            "downstream": {"status": downstream, "backends": backends, "guards": guards},
             "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
             "limits": {"status": limits},
         }
@@ -182,6 +184,19 @@ def _backend(replica: "Replica", now: float, *, in_full: bool) -> dict[str, Any]
         if error is not None:
             del document["last_error"]["message"]
     return document
+
+
+def _guard(route: str, watch: "Watch", now: float) -> dict[str, Any]:
+    counts, trip = watch.counts, watch.trip
+    return {
+        "route": route,
+        "backend": watch.backend,
+        "model": watch.model,
+        "tripped": trip is not None,
+        "tripped_seconds_ago": _rounded(now - trip.at if trip is not None else None),
+        "requests": counts.requests if trip is None else trip.requests,
+        "error_rate": round(counts.error_rate if trip is None else trip.error_rate, 4),
+    }
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -350,6 +350,7 @@ class Attempts:
         attempt.host, attempt.port = replica.host, replica.port
         attempt.url = replica.url_of(call.record.path or "")
         attempt.model = target.model or call.model or None
+        attempt.target = target.labels
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()

@@ -7,15 +7,17 @@ from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.fingerprints import Repeats
+from gateway.policy.guard import Guard
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from random import Random
 
-    from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing, TargetConfig
+    from gateway.policy.guard import Trip, Watch
     from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
@@ -33,21 +35,41 @@ class Target:
         backend: its name; home: itself.
         replicas: of the backend.
         weight: its share of the route's requests; None where the route has none.
+        labels: where it has, the names by which its attempts are counted: of the route, the backend and the model.
+        watch: of the route's guard; None where nobody watches.
     """
 
-    __slots__ = ("_rng", "backend", "home", "model", "replicas", "weight")
+    __slots__ = ("_rng", "backend", "home", "labels", "model", "replicas", "watch", "weight")
 
-    def __init__(self, home: Backend, model: str | None, rng: "Random", weight: int | None = None) -> None:
+    def __init__(
+        self,
+        home: Backend,
+        model: str | None,
+        rng: "Random",
+        weight: int | None = None,
+        *,
+        labels: tuple[str, str, str] | None = None,
+        watch: "Watch | None" = None,
+    ) -> None:
         self.home = home
         self.backend = home.name
         self.model = model
         self.replicas = home.replicas
         self.weight = weight
+        self.labels = labels
+        self.watch = watch
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
         """Return the same with one of its replicas alone, with whose outages and waiting rooms it waits."""
-        return self if len(self.replicas) == 1 else Target(self.home.alone[replica], self.model, self._rng)
+        if len(self.replicas) == 1:
+            return self
+        return Target(self.home.alone[replica], self.model, self._rng, labels=self.labels, watch=self.watch)
+
+    @property
+    def has_tripped(self) -> bool:
+        """Whether the guard has taken its traffic."""
+        return self.watch is not None and self.watch.trip is not None
 
     @property
     def full(self) -> bool:
@@ -122,17 +144,24 @@ class Route:
         model: as configured.
         targets: in their order.
         weighted: whether the first one is drawn for each request.
+        guard: takes the traffic of a target that fails too often; None: nobody does.
     """
 
-    __slots__ = ("_prefix", "_rng", "_total", "model", "targets", "weighted")
+    __slots__ = ("_prefix", "_rng", "_total", "guard", "model", "targets", "weighted")
 
-    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
+    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random", guard: Guard | None = None) -> None:
         self.model = model
         self.targets = targets
+        self.guard = guard
         self._prefix = model[:-1] if model.endswith("*") else None
         self._total = sum(target.weight or 0 for target in targets)
         self.weighted = self._total > 0
         self._rng = rng
+
+    @property
+    def watches(self) -> "Sequence[Watch]":
+        """Those of the guard; none without one."""
+        return self.guard.watches if self.guard is not None else ()
 
     @property
     def names_a_model(self) -> bool:
@@ -152,16 +181,21 @@ class Route:
     def order(self) -> tuple[Target, ...]:
         """Return the targets in the order in which one request tries them.
 
-        With weights the first one is drawn, and the others follow in their order.
+        With weights the first one is drawn, and the others follow in their order; after them what has lost its traffic:
+        a caller may still be better off with it than with an error.
         """
         if not self.weighted:
             return self.targets
-        left = self._rng.random() * self._total
-        for drawn in self.targets:
+        targets, total = self.targets, self._total
+        if self.guard is not None and self.guard.lost:
+            targets = tuple(sorted(targets, key=lambda target: target.has_tripped))
+            total = sum(target.weight or 0 for target in targets if not target.has_tripped)
+        left = self._rng.random() * total
+        for drawn in targets:
             left -= drawn.weight or 0
             if left < 0:
                 break
-        return (drawn, *(target for target in self.targets if target is not drawn))
+        return (drawn, *(target for target in targets if target is not drawn))
 
 
 class Pool:
@@ -189,6 +223,7 @@ class Pool:
         breaker_changed: "Callable[[str, State, State], None]",
         cooldown_begun: "Callable[[str, float], None]",
         released: "Callable[[str, int], None]",
+        guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
     ) -> None:
         self._model_name = settings.model_name
         self.repeats = Repeats(clock)
@@ -236,8 +271,23 @@ class Pool:
         backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(backends[target.backend], target.model, rng, target.weight) for target in config.targets)
-            return Route(config.model, tuple(targets), rng)
+            guard = None
+            if config.guard is not None:
+                guard = Guard(
+                    config.model,
+                    max_error_rate=config.guard.max_error_rate,
+                    window=config.guard.window,
+                    min_requests=config.guard.min_requests,
+                    clock=clock,
+                    tripped=guard_tripped,
+                )
+            targets = (target(each, config.model, guard) for each in config.targets)
+            return Route(config.model, tuple(targets), rng, guard)
+
+        def target(config: "TargetConfig", route: str, guard: Guard | None) -> Target:
+            labels = (route, config.backend, config.model or route) if config.weight is not None else None
+            watch = guard.watch(config.backend, config.model) if guard is not None and config.weight else None
+            return Target(backends[config.backend], config.model, rng, config.weight, labels=labels, watch=watch)
 
         self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
         self.routes = tuple(map(route, routing.routes))

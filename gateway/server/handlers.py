@@ -221,8 +221,8 @@ class Handlers:
         if not route.weighted:
             return route.targets
         targets = route.order()
-        first = targets[0]
-        record.draw_target(first.backend, first.model or model, first.weight, self._clock())
+        first, tripped = targets[0], route.guard.lost if route.guard is not None else None
+        record.draw_target(first.backend, first.model or model, first.weight, self._clock(), tripped=tripped)
         return targets
 
     def _home_of(self, response_id: str, record: "Record", *, param: str) -> "Home | None":

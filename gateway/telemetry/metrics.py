@@ -45,6 +45,8 @@ _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining
 MAX_AGE = 1.0
 """Seconds for which a document is given again: rendering one takes milliseconds, and anybody may ask for it."""
 OPENMETRICS = "application/openmetrics-text"
+TARGET = ("route", "backend", "model")
+"""A target of a route with weights, by its configured names; where it names no model, that of the route."""
 OTHER = "other"
 """The `route` of a call to an unknown path."""
 
@@ -77,10 +79,24 @@ class Metrics:
             registry,
         )
         self._queue_wait = _Durations(
-            "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, by_route=False
+            "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, labels=()
         )
         self._attempts = self._counts(
             Counter("gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry)
+        )
+        self._target_attempts = self._counts(
+            Counter(
+                "gateway_target_attempts",
+                "HTTP calls to a target of a route with weights.",
+                [*TARGET, "outcome"],
+                registry=registry,
+            )
+        )
+        self._target_duration = _Durations(
+            "gateway_target_duration_seconds", "Good attempts at it, to the end of the answer.", registry, labels=TARGET
+        )
+        self._target_first_token = _Durations(
+            "gateway_target_first_token_seconds", "Good streams of it, to the first content.", registry, labels=TARGET
         )
         self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
         self._refused = Counter(
@@ -131,6 +147,10 @@ class Metrics:
             self._refused.labels(replica.name)
             for state in State:
                 self._transitions.labels(replica.name, state.value)
+        for route in pool.routes:
+            for target in route.targets:
+                if target.labels is not None:
+                    self._target_attempts.add(*target.labels, "ok", by=0)
         self._registry.register(_Parts(pool, admission, byte_budget, connections))
 
     def watch_keys(self, callers: "Sequence[Caller]") -> None:
@@ -148,20 +168,19 @@ class Metrics:
 
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
-        route = record.path or OTHER
-        self._requests.add(route, record.status, record.outcome)
+        route = (record.path or OTHER,)
+        self._requests.add(*route, record.status, record.outcome)
         trace_id = record.trace_id if kept else None
         self._duration.observe(route, record.seconds(0.0), trace_id)
         if record.first_token is not None:
             self._first_token.observe(route, record.first_token - record.started, trace_id)
-        for attempt in record.attempts:
-            self._attempts.add(attempt.backend, attempt.outcome or "ok")
+        self._count_attempts(record, trace_id)
         if record.input_tokens:
             self._tokens.add("input", by=record.input_tokens)
         if record.output_tokens:
             self._tokens.add("output", by=record.output_tokens)
         if record.queued:
-            self._queue_wait.observe(record.path or OTHER, record.queued, trace_id)
+            self._queue_wait.observe((), record.queued, trace_id)
         if record.shed is not None:
             self._shed.labels(record.shed).inc()
         if record.waits and record.is_bridged:
@@ -170,6 +189,19 @@ class Metrics:
             self._disconnects.inc()
         if record.caller.name is not None:
             self._count_key(record, record.caller.name)
+
+    def _count_attempts(self, record: "Record", trace_id: int | None) -> None:
+        """Count the attempts of a request, by replica, and by target where a route has weights."""
+        for attempt in record.attempts:
+            outcome, target = attempt.outcome or "ok", attempt.target
+            self._attempts.add(attempt.backend, outcome)
+            if target is None:
+                continue
+            self._target_attempts.add(*target, outcome)
+            if attempt.outcome == "ok" and attempt.ended is not None:
+                self._target_duration.observe(target, attempt.ended - attempt.started, trace_id)
+                if record.first_token is not None:
+                    self._target_first_token.observe(target, record.first_token - attempt.started, trace_id)
 
     def _count_key(self, record: "Record", key: str) -> None:
         """Count a request with a named key."""
@@ -214,25 +246,26 @@ class Metrics:
 
 
 class _Durations:
-    """A histogram in seconds, by route or of all; the latest duration in each bucket leads to its trace.
+    """A histogram in seconds, by labels or of all; the latest duration in each bucket leads to its trace.
 
     prometheus-client's own checks each exemplar and locks at each call, which costs more than all else that is counted
     of a request.
     """
 
-    def __init__(self, name: str, text: str, registry: CollectorRegistry, *, by_route: bool = True) -> None:
+    def __init__(
+        self, name: str, text: str, registry: CollectorRegistry, *, labels: tuple[str, ...] = ("route",)
+    ) -> None:
         self._name = name
         self._text = text
-        self._by_route = by_route
-        self._routes: dict[str, _Buckets] = {} if by_route else {"": _Buckets()}
+        self._labels = labels
+        self._buckets: dict[tuple[str, ...], _Buckets] = {} if labels else {(): _Buckets()}
         registry.register(self)
 
-    def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
+    def observe(self, labels: tuple[str, ...], seconds: float, trace_id: int | None) -> None:
         """Count a duration; `trace_id` None: its trace cannot be looked up."""
-        route = route if self._by_route else ""
-        buckets = self._routes.get(route)
+        buckets = self._buckets.get(labels)
         if buckets is None:
-            buckets = self._routes[route] = _Buckets()
+            buckets = self._buckets[labels] = _Buckets()
         place = bisect_left(SECONDS, seconds)
         buckets.counts[place] += 1
         buckets.sum += seconds
@@ -241,9 +274,9 @@ class _Durations:
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
-        family = HistogramMetricFamily(self._name, self._text, labels=["route"] if self._by_route else [])
-        for route, buckets in self._routes.items():
-            family.add_metric([route] if self._by_route else [], list(buckets.cumulative()), buckets.sum)
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, buckets in self._buckets.items():
+            family.add_metric(labels, list(buckets.cumulative()), buckets.sum)
         yield family
 
 
@@ -306,6 +339,16 @@ class _Parts:
             "gateway_backend_status", "As in /health: 0 ok, 1 degraded, 2 down.", labels=["backend"]
         )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
+        tripped: dict[tuple[str, str], bool] = {}
+        for route in self._pool.routes:
+            for watch in route.watches:
+                place = route.model, watch.backend  # which may be there twice, for two models
+                tripped[place] = tripped.get(place, False) or watch.trip is not None
+        guards = GaugeMetricFamily(
+            "gateway_guard_tripped", "1 where a guard has taken a target's traffic.", labels=["route", "backend"]
+        )
+        for place, has_tripped in tripped.items():
+            guards.add_metric(place, int(has_tripped))
         for replica in self._pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
             cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
@@ -318,6 +361,7 @@ class _Parts:
         yield probes
         yield statuses
         yield flying
+        yield guards
         yield _gauge("gateway_open_connections", "Connections of callers.", len(self._connections))
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
