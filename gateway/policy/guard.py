@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from math import sqrt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,8 +10,8 @@ if TYPE_CHECKING:
 
 SLICES = 60
 """Parts of a window; what is counted is forgotten up to one of them early."""
-CLEARLY_BETTER = 0.5
-"""Share of a target's error rate that the others have at most, where they exceed `max_error_rate` as well."""
+CHANCE = 3.0
+"""Standard errors by which two error rates may differ by chance."""
 
 
 @dataclass(slots=True)
@@ -124,8 +125,9 @@ class Watch:
 class Guard:
     """Takes the traffic of a target whose error rate is too high, for good: it ends with its route.
 
-    It compares, since a fault that all share says nothing about one of them: the others must have answered as many
-    requests, and fail within the same limit or clearly less often. So the last one never loses its traffic.
+    It compares, since a fault that all share says nothing about one of them: the others, taken together, must have
+    answered `min_requests` as well, and fail within the same limit, or less often than by chance (a z-test of two
+    proportions). So the last one never loses its traffic.
 
     Args:
         route: its name.
@@ -179,7 +181,9 @@ class Guard:
             return False
         others = total(other.counts for other in self.watches if other is not watch and other.trip is None)
         asked, failed = others.first + others.later, others.first_failed + others.later_failed
-        if asked < self._min_requests or failed > max(self._max_error_rate, rate * CLEARLY_BETTER) * asked:
+        if asked < self._min_requests:
+            return False
+        if failed > self._max_error_rate * asked and not _is_higher(seen.first_failed, seen.first, failed, asked):
             return False
         watch.trip = Trip(
             self._route, watch.name, rate, seen.requests, self._window, self._max_error_rate, self._clock()
@@ -187,6 +191,13 @@ class Guard:
         self.lost = [*self.lost, watch.name]
         self._tripped(watch.trip)
         return True
+
+
+def _is_higher(failed: int, asked: int, others_failed: int, others_asked: int) -> bool:
+    """Return whether an error rate is higher than another one, and not by chance."""
+    share = (failed + others_failed) / (asked + others_asked)
+    error = sqrt(share * (1 - share) * (1 / asked + 1 / others_asked))
+    return failed / asked - others_failed / others_asked > CHANCE * error
 
 
 def total(counts: "Iterable[Counts]") -> Counts:
