@@ -41,7 +41,7 @@ class Rollout:
 
     async def _send(self, path: str, *, stream: bool) -> Answer:
         self._sent += 1
-        body = prompt(path, f"text {self._sent}", **({"stream": True} if stream else {}))
+        body = prompt(path, f"text {self._sent}") | ({"stream": True} if stream else {})
         async with self.gateway.client.post(path, json=body) as response:
             return await Answer.of(response)
 
