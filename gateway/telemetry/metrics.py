@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from itertools import accumulate
 from math import inf
+from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,17 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence, Sized
+    from collections.abc import Callable, Container, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
+    from gateway.generation import Generation, Generations
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
-    from gateway.policy.caller import Caller
-    from gateway.policy.pool import Pool
     from gateway.record import Record
     from gateway.telemetry.output import Output
+
+    KnownBy = Callable[[tuple[object, ...]], object]
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bucket bounds of durations."""
@@ -47,8 +49,20 @@ MAX_AGE = 1.0
 OPENMETRICS = "application/openmetrics-text"
 TARGET = ("route", "backend", "model")
 """A target of a route with weights, by its configured names; where it names no model, that of the route."""
+FIRST: "KnownBy" = itemgetter(0)
+"""The label by which somebody is known, in most metrics."""
 OTHER = "other"
 """The `route` of a call to an unknown path."""
+
+
+class _Every:
+    """Holds every name: there is no configuration yet."""
+
+    def __contains__(self, _name: object) -> bool:
+        return True
+
+
+EVERY = _Every()
 
 
 class Metrics:
@@ -66,6 +80,7 @@ class Metrics:
         self._clock = clock
         self._documents: dict[bool, tuple[float, bytes, str]] = {}
         self._counted: list[_Counts] = []
+        self._backends: Container[str] = EVERY
         self._registry = registry = CollectorRegistry()
         self._requests = self._counts(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
@@ -90,7 +105,8 @@ class Metrics:
                 "HTTP calls to a target of a route with weights.",
                 [*TARGET, "outcome"],
                 registry=registry,
-            )
+            ),
+            known_by=itemgetter(slice(len(TARGET))),
         )
         self._target_duration = _Durations(
             "gateway_target_duration_seconds", "Good attempts at it, to the end of the answer.", registry, labels=TARGET
@@ -140,29 +156,42 @@ class Metrics:
         )
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
 
-    def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
+    def watch(
+        self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
+    ) -> None:
         """Read gauges from these parts whenever the metrics are asked for."""
-        for replica in pool.replicas:
-            self._allowed.labels(replica.name)
-            self._refused.labels(replica.name)
-            for state in State:
-                self._transitions.labels(replica.name, state.value)
-        for route in pool.routes:
-            for target in route.targets:
-                if target.labels is not None:
-                    self._target_attempts.add(*target.labels, "ok", by=0)
-        self._registry.register(_Parts(pool, admission, byte_budget, connections))
+        self._registry.register(_Configuration(generations))
+        self._registry.register(_Parts(generations, admission, byte_budget, connections))
+        self._registry.register(_Keys(generations))
+        self.follow(generations.current)
 
-    def watch_keys(self, callers: "Sequence[Caller]") -> None:
-        """Read what is used of the limits of keys whenever the metrics are asked for."""
-        self._registry.register(_Keys(callers))
+    def follow(self, generation: "Generation") -> None:
+        """Have the labels of this generation's replicas and keys, and no others: each stays for ever."""
+        backends = {endpoint.name for endpoint in generation.pool.endpoints.values()}
+        keys = {caller.name for caller in generation.keys.callers if caller.name is not None}
+        targets = {target.labels for route in generation.pool.routes for target in route.targets if target.labels}
+        self._backends = backends
+        for counter in (self._allowed, self._refused, self._transitions):
+            _forget_others(counter, backends)
+        self._attempts.keep(backends)
+        for counts in (self._key_requests, self._key_tokens, self._key_refused):
+            counts.keep(keys)
+        for held in (self._target_attempts, self._target_duration, self._target_first_token):
+            held.keep(targets)
+        for labels in targets:
+            self._target_attempts.add(*labels, "ok", by=0)
+        for name in backends:
+            self._allowed.labels(name)
+            self._refused.labels(name)
+            for state in State:
+                self._transitions.labels(name, state.value)
 
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))
 
-    def _counts(self, counter: Counter) -> "_Counts":
-        counts = _Counts(counter)
+    def _counts(self, counter: Counter, *, known_by: "KnownBy" = FIRST) -> "_Counts":
+        counts = _Counts(counter, known_by)
         self._counted.append(counts)
         return counts
 
@@ -216,15 +245,18 @@ class Metrics:
 
     def retry_allowed(self, backend: str) -> None:
         """Count a retry sent to this replica."""
-        self._allowed.labels(backend).inc()
+        if backend in self._backends:
+            self._allowed.labels(backend).inc()
 
     def retry_refused(self, backend: str) -> None:
         """Count a retry that the budget of this replica refused."""
-        self._refused.labels(backend).inc()
+        if backend in self._backends:
+            self._refused.labels(backend).inc()
 
     def breaker_changed(self, backend: str, to: State) -> None:
         """Count a change of a breaker's state."""
-        self._transitions.labels(backend, to.value).inc()
+        if backend in self._backends:
+            self._transitions.labels(backend, to.value).inc()
 
     def connection_closed(self, reason: str) -> None:
         """Count a connection of a caller that the gateway closed."""
@@ -272,6 +304,10 @@ class _Durations:
         if trace_id is not None:
             buckets.latest[place] = seconds, trace_id
 
+    def keep(self, known: "Container[object]") -> None:
+        """Forget all but those with one of these sets of labels."""
+        self._buckets = {labels: buckets for labels, buckets in self._buckets.items() if labels in known}
+
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
@@ -304,26 +340,62 @@ class _Buckets:
 class _Counts:
     """A counter by its labels. What is counted waits here until somebody asks: prometheus-client locks at each call."""
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: Counter, known_by: "KnownBy") -> None:
         self._counter = counter
+        self._known_by = known_by
         self._waiting: dict[tuple[object, ...], int] = {}
+        self._known: Container[object] = EVERY
 
     def add(self, *labels: object, by: int = 1) -> None:
         """Count."""
         self._waiting[labels] = self._waiting.get(labels, 0) + by
 
+    def keep(self, known: "Container[object]") -> None:
+        """Count only those who are known by one of these, and forget all others."""
+        self._known = known
+        self.pass_on()
+        _forget_others(self._counter, known, self._known_by)
+
     def pass_on(self) -> None:
         """Add what waits to the counter."""
         for labels, number in self._waiting.items():
+            if self._known_by(labels) not in self._known:
+                continue
             self._counter.labels(*map(str, labels)).inc(number)
         self._waiting.clear()
+
+
+def _forget_others(counter: Counter, known: "Container[object]", known_by: "KnownBy" = FIRST) -> None:
+    """Forget what a counter has of those who are known by none of these."""
+    (family,) = counter.collect()
+    labels = {tuple(sample.labels.values()) for sample in family.samples}
+    for each in labels:
+        if known_by(each) not in known:
+            counter.remove(*each)
+
+
+class _Configuration:
+    """The generation in force, and how many could not follow."""
+
+    def __init__(self, generations: "Generations") -> None:
+        self._generations = generations
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        number = self._generations.current.number
+        yield _gauge("gateway_config_generation", "The configuration in force, counted from the start.", number)
+        errors = CounterMetricFamily("gateway_config_errors", "Configurations that were wrong.")
+        errors.add_metric([], self._generations.errors)
+        yield errors
 
 
 class _Parts:
     """Gauges that the parts know."""
 
-    def __init__(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
-        self._pool = pool
+    def __init__(
+        self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
+    ) -> None:
+        self._generations = generations
         self._admission = admission
         self._byte_budget = byte_budget
         self._connections = connections
@@ -340,7 +412,7 @@ class _Parts:
         )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
         tripped: dict[tuple[str, str], bool] = {}
-        for route in self._pool.routes:
+        for route in self._generations.current.pool.routes:
             for watch in route.watches:
                 place = route.model, watch.backend  # which may be there twice, for two models
                 tripped[place] = tripped.get(place, False) or watch.trip is not None
@@ -349,7 +421,7 @@ class _Parts:
         )
         for place, has_tripped in tripped.items():
             guards.add_metric(place, int(has_tripped))
-        for replica in self._pool.replicas:
+        for replica in self._generations.current.pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
             cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
             flying.add_metric([replica.name], replica.in_flight)
@@ -372,14 +444,14 @@ class _Parts:
 class _Keys:
     """The limits of keys, and what is used of them."""
 
-    def __init__(self, callers: "Sequence[Caller]") -> None:
-        self._callers = callers
+    def __init__(self, generations: "Generations") -> None:
+        self._generations = generations
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
         limits = GaugeMetricFamily("gateway_key_limit", "What a key may use, by limit.", labels=["key", "limit"])
         used = GaugeMetricFamily("gateway_key_limit_used", "What of it is used now.", labels=["key", "limit"])
-        for caller in self._callers:
+        for caller in self._generations.current.keys.callers:
             for name, most, now in caller.limits.state() if caller.limits is not None else ():
                 limits.add_metric([str(caller.name), name], most)
                 used.add_metric([str(caller.name), name], now)
