@@ -313,8 +313,7 @@ class Handlers:
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
         right = right_path(request.path)
-        where = "GET / lists what there is" if right is None else f"the right one is {right}"
-        raise NotFound(f"There is nothing at this path; {where}.")
+        raise NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

@@ -137,8 +137,8 @@ class Telemetry:
         """Report that a target has lost its traffic, and what to do."""
         _log.warning(
             "GUARD TRIPPED: route %s: %s has lost its traffic to the other targets: %.1f %% of its first attempts"
-            " failed (%d requests in %g s; allowed: %g %%). Mend it, or set its weight to 0: it has its weight again"
-            " when the configuration is loaded again.",
+            " failed (%d requests in %g s; allowed: %g %%). Set its weight to 0, or mend it and change the weights;"
+            " then reload: it gets traffic again only with the next generation of the configuration.",
             trip.route,
             trip.target,
             trip.error_rate * 100,

@@ -303,6 +303,35 @@ async def test_a_target_without_traffic_still_answers_what_the_others_cannot(rol
     assert await rollout.tripped() == ["new"]
 
 
+async def test_a_target_has_its_traffic_again_with_the_next_generation_and_not_before(
+    start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    rollout = await start_rollout(start_mock, start_gateway, tmp_path)
+    parts, file = rollout.gateway.parts, tmp_path / "gateway.yaml"
+    rollout.new.set_faults(BAD)
+    await rollout.send()
+    assert await rollout.tripped() == ["new"]
+    rollout.new.set_faults([])
+    await parts.reload._load(asked=True)
+    assert parts.generations.current.number == 1  # the same again is no new one
+    assert await rollout.tripped() == ["new"]
+
+    file.write_text(file.read_text().replace('"canary", "weight": 1', '"canary-2", "weight": 2'))
+    parts.reload.ask()
+    await until(lambda: parts.generations.current.number == 2)
+    assert await rollout.tripped() == []
+    asked = rollout.new.journal.total
+    parts.pool.routes[0]._rng.seed(1)
+    await rollout.send()
+
+    assert rollout.new.journal.total > asked + 20
+    assert {call.model for call in list(rollout.new.journal.calls)[asked:]} == {"canary-2"}
+    assert (await rollout.guards())[1]["requests"] == rollout.new.journal.total - asked
+    text = await rollout.gateway.metrics()
+    assert 'model="canary"' not in text
+    assert Exposition.parse(text).value("gateway_target_attempts_total", model="canary-2", outcome="ok") > 20
+
+
 async def test_a_route_without_a_guard_leaves_everybody_their_traffic(
     start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
