@@ -1,6 +1,7 @@
 """The numbers at `/metrics`. Gauges, and what was counted of requests, are read when they are asked for."""
 
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 from time import monotonic
@@ -198,6 +199,19 @@ class Metrics:
         """Count a connection of a caller that the gateway closed."""
         self._closed_connections.labels(reason).inc()
 
+    def totals(self) -> "Totals":
+        """Return what was counted since the start: of requests, attempts, keys and tokens."""
+        return Totals(
+            requests=self._requests.totals(),
+            attempts=self._attempts.totals(),
+            tokens=self._tokens.totals(),
+            key_requests=self._key_requests.totals(),
+            key_tokens=self._key_tokens.totals(),
+            key_refused=self._key_refused.totals(),
+            durations=self._duration.totals(),
+            first_tokens=self._first_token.totals(),
+        )
+
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics in the form that `accept` asks for, up to `max_age` seconds old, and its content type."""
         # Not the header itself: an invalid version would fail, and any other would come back in the content type.
@@ -211,6 +225,28 @@ class Metrics:
             document = encode(self._registry)
             self._documents[newer] = now, document, content_type
         return document, content_type
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What was counted since the start.
+
+    Attributes:
+        requests: by route, status and outcome.
+        attempts: by backend and outcome.
+        tokens: by direction.
+        key_requests, key_tokens, key_refused: by key and outcome, source, limit.
+        durations, first_tokens: by route, how many were within each of the bounds `SECONDS`, and beyond them.
+    """
+
+    requests: dict[tuple[str, ...], int]
+    attempts: dict[tuple[str, ...], int]
+    tokens: dict[tuple[str, ...], int]
+    key_requests: dict[tuple[str, ...], int]
+    key_tokens: dict[tuple[str, ...], int]
+    key_refused: dict[tuple[str, ...], int]
+    durations: dict[str, list[int]]
+    first_tokens: dict[str, list[int]]
 
 
 class _Durations:
@@ -238,6 +274,10 @@ class _Durations:
         buckets.sum += seconds
         if trace_id is not None:
             buckets.latest[place] = seconds, trace_id
+
+    def totals(self) -> dict[str, list[int]]:
+        """Return by route how many durations are in each bucket."""
+        return {route: list(buckets.counts) for route, buckets in self._routes.items()}
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
@@ -284,6 +324,16 @@ class _Counts:
         for labels, number in self._waiting.items():
             self._counter.labels(*map(str, labels)).inc(number)
         self._waiting.clear()
+
+    def totals(self) -> dict[tuple[str, ...], int]:
+        """Return what was counted, by labels."""
+        self.pass_on()
+        (family,) = self._counter.collect()
+        return {
+            tuple(sample.labels.values()): int(sample.value)
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
 
 
 class _Parts:
