@@ -23,6 +23,7 @@ from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
+from gateway.server.admin import AdminCalls
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
@@ -34,6 +35,8 @@ from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiohttp.typedefs import Handler
 
     from gateway.config import Routing
     from gateway.policy.breaker import State
@@ -58,6 +61,7 @@ class Parts:
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
+        admin: lets admin calls through.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -145,6 +149,12 @@ class Parts:
         self.middleware = Middleware(
             keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
         )
+        admin_key = settings.gateway_admin_key
+        self.admin = AdminCalls(
+            admin_key.get_secret_value() if admin_key is not None else None,
+            clock=clock,
+            hidden=self.middleware.recorded(self.handlers.hidden),
+        )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
         telemetry.metrics.watch_keys(keys.callers)
 
@@ -180,6 +190,10 @@ def create_app(
     client = client or HttpClient()
     parts = Parts(settings, routing, telemetry, client, clock=clock, wall_clock=wall_clock, rng=rng or Random())
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
+
+    def admin(handler: "Handler") -> "Handler":
+        return unrecorded(parts.admin.guarded(handler))
+
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
     routes = [
@@ -207,6 +221,9 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
+    routes.append(web.post("/ui/login", login, expect_handler=_expect))
+    routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
     app.cleanup_ctx.append(_running_parts)

@@ -15,7 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
+SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY", "GATEWAY_ADMIN_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
 """Variables for which an empty value is a value. An empty secret is an error; any other is as if it were not set."""
@@ -92,6 +92,13 @@ def _host(value: str) -> str:
     return _printable(value)
 
 
+def _one_key(value: SecretStr | None) -> SecretStr | None:
+    """Return a single key. Raises: ValueError."""
+    if value is not None and len(value.get_secret_value().split()) != 1:
+        raise ValueError("spaces or several lines")
+    return value
+
+
 def _known_log_level(value: str) -> str:
     level = value.upper()
     if level not in LOG_LEVELS:
@@ -134,6 +141,8 @@ class Settings(BaseSettings):
         BeforeValidator(_split),
         Field(description="one key or several, separated by commas or lines; unset it for none"),
     ] = []
+
+    gateway_admin_key: Annotated[SecretStr | None, AfterValidator(_one_key), Field(description="one key")] = None
 
     gateway_state_dir: Path | None = None
 

@@ -320,9 +320,17 @@ class Handlers:
         allowed.discard("*")  # of the routes that lead here
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
-        right = right_path(request.path)
-        where = "GET / lists what there is" if right is None else f"the right one is {right}"
-        raise NotFound(f"There is nothing at this path; {where}.")
+        raise _nothing_at(request.path)
+
+    async def hidden(self, request: web.Request) -> web.Response:
+        """Answer an admin call of somebody who may not know of it, as a path at which there is nothing is answered."""
+        raise _nothing_at(request.path)
+
+
+def _nothing_at(path: str) -> NotFound:
+    right = right_path(path)
+    where = "GET / lists what there is" if right is None else f"the right one is {right}"
+    return NotFound(f"There is nothing at this path; {where}.")
 
 
 def _model(name: str) -> dict[str, str | int]:
