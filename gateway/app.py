@@ -29,9 +29,11 @@ from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
+from gateway.server.live_page import LivePage
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
 from gateway.server.request_reader import RequestReader
+from gateway.ui.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,7 @@ class Parts:
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
         admin: lets admin calls through.
+        live_page: the page for people; told to close when the server stops.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -155,6 +158,16 @@ class Parts:
             clock=clock,
             hidden=self.middleware.recorded(self.handlers.hidden),
         )
+        snapshot = Snapshot(
+            health=self.health,
+            metrics=telemetry.metrics,
+            admission=self.admission,
+            callers=lambda: keys.callers,
+            wall_clock=wall_clock,
+        )
+        self.live_page = LivePage(
+            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+        )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
         telemetry.metrics.watch_keys(keys.callers)
 
@@ -221,11 +234,22 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    page = parts.live_page
+    routes.append(web.get("/ui", unrecorded(parts.admin.guarded(page.page, signs_in=True)), expect_handler=_expect))
+    routes.append(web.route("*", "/ui", admin(handlers.not_found), expect_handler=_expect))
+    for method, path, of_page in (
+        ("GET", "/ui/live", page.live),
+        ("GET", "/ui/mock", page.mock),
+        ("POST", "/ui/mock/{action}", page.break_mock),
+    ):
+        routes.append(web.route(method, path, admin(of_page), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
     login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
     routes.append(web.post("/ui/login", login, expect_handler=_expect))
     routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
+    app.on_shutdown.append(_close_live_page)
     app.cleanup_ctx.append(_running_parts)
     return app
 
@@ -240,6 +264,10 @@ def runner_of(app: web.Application) -> Runner:
         keepalive_timeout=parts.keepalive_timeout,
         write_timeout=parts.write_timeout,
     )
+
+
+async def _close_live_page(app: web.Application) -> None:
+    app[PARTS].live_page.close()
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:

@@ -146,6 +146,10 @@ class Settings(BaseSettings):
 
     gateway_state_dir: Path | None = None
 
+    gateway_ui_mock_control: Annotated[Annotated[str, AfterValidator(check_url)] | None, Field(description=A_URL)] = (
+        None
+    )
+
     gateway_request_deadline: Seconds = 600
     gateway_connect_timeout: Seconds = 1
     gateway_first_token_timeout: Seconds = 30

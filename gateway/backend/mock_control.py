@@ -84,7 +84,7 @@ class MockControl:
                 good = answer.status == 200  # noqa: PLR2004
         except (aiohttp.ClientError, OSError, TimeoutError):
             raise ConnectionFailed(
-                "The control API of the mock model, GATEWAY_UI_MOCK_CONTROL, does not answer; is the mock model running?"
+                "The mock model's control API (GATEWAY_UI_MOCK_CONTROL) does not answer; is the mock model running?"
             ) from None
         try:
             document = msgspec.json.decode(body)
@@ -92,7 +92,9 @@ class MockControl:
                 return [str(fault["kind"]) for fault in document if _in_force(fault)][:MAX_FAULTS]
             message = str(document["error"]["message"])[:MAX_MESSAGE]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
-            raise InvalidResponse("What answers at GATEWAY_UI_MOCK_CONTROL is no control API of a mock model.") from None
+            raise InvalidResponse(
+                "What answers at GATEWAY_UI_MOCK_CONTROL is not a mock model's control API."
+            ) from None
         raise InvalidResponse(f"The mock model did not take this fault: {message}")
 
 

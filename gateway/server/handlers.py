@@ -285,7 +285,7 @@ class Handlers:
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
                 "model": self._pool.default_model,
-                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
+                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics", "page": "/ui"},
             }
         )
 

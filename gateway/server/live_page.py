@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INTERVAL = 1.0
 """Seconds between two snapshots."""
+LEAST_WAIT = 0.01
+"""Seconds between two looks at least: a timer may be early."""
 MAX_VIEWERS = 8
 """Pages that are open at once."""
 SLOW = 10.0
@@ -100,10 +102,13 @@ class LivePage:
         """Send snapshots until the gateway stops or the viewer is too slow."""
         hello = {"interval": INTERVAL, "mock": [_shown(action) for action in ACTIONS] if self._mock else []}
         taken = await _taken(request, response, _event("hello", _encode(hello)))
+        sent = None
         while taken and not (self._closing.is_set() or self._admission.draining):
-            taken = await _taken(request, response, self._next())
+            event = self._next()
+            if event is not sent:
+                taken, sent = await _taken(request, response, event), event
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, self._taken_at + INTERVAL - self._clock())):
+                async with asyncio.timeout(max(LEAST_WAIT, self._taken_at + INTERVAL - self._clock())):
                     await self._closing.wait()
         if taken:
             await _taken(request, response, _event("bye", b"{}"))

@@ -3,14 +3,14 @@
 const SPAN = 120, HIGH = 84, WIDE = 600;
 const COLUMN = WIDE / SPAN;
 
-/** A panel: a title with its latest figure, a legend, and a plot of bars that stand on each other, or of lines. */
+/** A panel: a title, a legend with the latest figures, and a plot of bars that stand on each other, or of lines. */
 class Panel {
   constructor(title, series, {bars = false, unit, least}) {
     this.series = series;
     this.bars = bars;
     this.unit = unit;
     this.least = least;
-    this.figure = make("b");
+    this.figures = series.map(() => make("b"));
     this.top = make("span", {class: "top"});
     this.svg = shape("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: "none", role: "img"});
     this.title = title;
@@ -22,26 +22,27 @@ class Panel {
     });
     this.empty = make("p", {class: "empty"});
     this.element = make("section", {class: "panel"},
-      make("div", {class: "panel-head"}, make("h2", {}, title), this.figure, series.map(({name, colour}) => legend(name, colour))),
+      make("div", {class: "panel-head"}, make("h2", {}, title), series.map(({name, colour}, place) => legend(name, colour, this.figures[place]))),
       make("div", {class: "plot"}, this.top, make("span", {class: "zero"}, "0"), this.svg, this.empty),
       make("div", {class: "ticks", "aria-hidden": "true"}, make("span", {}, "2 min ago"), make("span", {}, "1 min"), make("span", {}, "now")));
   }
 
-  /** Draw columns, the latest last; each has an array of values in the order of the series, or null where there is none. */
-  draw(columns, figure) {
-    say(this.figure, figure);
+  /** Draw columns, the latest last, and write figures; `values` and figures are in the order of the series, null where there is none. */
+  draw(columns, figures) {
+    const texts = figures.map((figure) => (figure === null ? NONE : this.unit(figure)));
+    texts.forEach((text, place) => say(this.figures[place], text));
     const heights = columns.flatMap(({values}) => (this.bars ? [values.reduce((sum, value) => sum + (value ?? 0), 0)] : values.filter((value) => value !== null)));
     const highest = Math.max(this.least, ...heights);
     say(this.top, this.unit(highest));
-    this.svg.setAttribute("aria-label", `${this.title}, now ${figure}; at most ${this.unit(Math.max(0, ...heights))} in the last two minutes`);
+    this.svg.setAttribute("aria-label", `${this.title}: ${this.series.map(({name}, place) => `${name} ${texts[place]}`).join(", ")}; at most ${this.unit(Math.max(0, ...heights))} in the last two minutes`);
     this.paths.forEach((path, number) => path.setAttribute("d", this.bars ? stacked(columns, number, highest) : joined(columns, number, highest)));
   }
 }
 
-function legend(name, colour) {
+function legend(name, colour, figure) {
   const mark = make("i");
   mark.style.background = `var(--${colour})`;
-  return make("span", {class: "key"}, mark, name);
+  return make("span", {class: "key"}, mark, `${name} `, figure);
 }
 
 const across = (age) => WIDE - age * COLUMN;

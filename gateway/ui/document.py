@@ -15,13 +15,13 @@ class Document:
 
     Attributes:
         body: UTF-8.
-        policy: its Content-Security-Policy: nothing runs or is loaded but what it holds itself, nothing is asked but the
-            gateway, and no text becomes HTML (`trusted-types`).
+        policy: its Content-Security-Policy: nothing runs or is loaded but what it holds itself, nobody is asked but
+            the gateway, and no text becomes HTML (`trusted-types`).
     """
 
     def __init__(self) -> None:
         style = _read(STYLE)
-        script = '"use strict";\n' + "\n".join(map(_read, SCRIPTS))
+        script = '\n(() => {\n"use strict";\n' + "\n".join(map(_read, SCRIPTS)) + "})();\n"
         page = _read("page.html").replace("<style></style>", f"<style>{style}</style>", 1)
         self.body = page.replace("<script></script>", f"<script>{script}</script>", 1).encode()
         self.policy = "; ".join(

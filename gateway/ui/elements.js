@@ -81,4 +81,4 @@ function doing(outcome) {
   return outcome.startsWith("backend_") && outcome !== "backend_unavailable" ? "backend" : "gateway";
 }
 
-const DOINGS = {good: "good", backend: "backend's error", gateway: "gateway's refusal or error", left: "caller left"};
+const DOINGS = {good: "good", backend: "backend's error", gateway: "gateway's error", left: "left"};

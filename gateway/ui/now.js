@@ -2,7 +2,7 @@
 
 const RECENT = 10; // seconds, of percentiles
 const MAX_CHANGES = 50;
-const history = [];
+const snapshots = [];
 
 const PANELS = {
   outcomes: new Panel("Requests per second", Object.entries(DOINGS).map(([colour, name]) => ({name, colour})), {bars: true, unit: rate, least: 1}),
@@ -13,11 +13,11 @@ const PANELS = {
 
 /** Take a snapshot: keep it with those of the last two minutes, and say what is different. */
 function takeSnapshot(snapshot) {
-  const before = history.at(-1);
-  if (before && snapshot.health.uptime_seconds < before.health.uptime_seconds) history.length = 0; // it has been started anew
+  const before = snapshots.at(-1);
+  if (before && snapshot.health.uptime_seconds < before.health.uptime_seconds) snapshots.length = 0; // it has been started anew
   else if (before) noteChanges(before.health, snapshot.health);
-  history.push({...snapshot, callers: null});
-  while (history[0].at < snapshot.at - SPAN - 1) history.shift();
+  snapshots.push({...snapshot, callers: null});
+  while (snapshots[0].at < snapshot.at - SPAN - 1) snapshots.shift();
 }
 
 const sum = (counts) => Object.values(counts).reduce((all, number) => all + number, 0);
@@ -30,12 +30,12 @@ function byDoing(outcomes) {
 
 /** Return a column for each snapshot but the first: `values` of the one and of an earlier one, and the seconds between them. */
 function columnsOf(values, seconds = 1) {
-  const latest = history.at(-1).at;
+  const latest = snapshots.at(-1).at;
   let from = 0;
-  return history.slice(1).map((snapshot, place) => {
-    while (from < place && history[from + 1].at <= snapshot.at - seconds + 0.5) from += 1;
+  return snapshots.slice(1).map((snapshot, place) => {
+    while (from < place && snapshots[from + 1].at <= snapshot.at - seconds + 0.5) from += 1;
     const age = latest - snapshot.at;
-    return {age, values: values(history[from], snapshot, snapshot.at - history[from].at)};
+    return {age, values: values(snapshots[from], snapshot, snapshot.at - snapshots[from].at)};
   }).filter(({age}) => age < SPAN);
 }
 
@@ -45,26 +45,21 @@ const percentiles = (name) => (before, after) => {
 };
 
 function drawNow() {
-  const latest = history.at(-1);
-  const recent = history.find(({at}) => at >= latest.at - 5.5);
+  const latest = snapshots.at(-1);
+  const recent = snapshots.find(({at}) => at >= latest.at - 5.5);
   const seconds = Math.max(1, latest.at - recent.at);
-  const asked = (sum(latest.requests) - sum(recent.requests)) / seconds;
-  const attempted = (sum(latest.attempts) - sum(recent.attempts)) / seconds;
-  const each = (values) => (before, after, span) => values(before, after).map((number) => number / span);
+  const earlier = byDoing(recent.requests), lately = (now, then) => (now - then) / seconds;
+  const each = (values) => (before, after, span) => values(after).map((number, place) => (number - values(before)[place]) / span);
+  const doings = ({requests}) => byDoing(requests), loads = ({attempts, requests}) => [sum(attempts), sum(requests)];
 
-  PANELS.outcomes.draw(columnsOf(each((before, after) => {
-    const earlier = byDoing(before.requests);
-    return byDoing(after.requests).map((number, place) => number - earlier[place]);
-  })), rate(asked));
-  PANELS.load.draw(columnsOf(each((before, after) => [sum(after.attempts) - sum(before.attempts), sum(after.requests) - sum(before.requests)])),
-    `${rate(attempted)} / ${rate(asked)}`);
+  PANELS.outcomes.draw(columnsOf(each(doings)), doings(latest).map((number, place) => lately(number, earlier[place])));
+  PANELS.load.draw(columnsOf(each(loads)), loads(latest).map((number, place) => lately(number, loads(recent)[place])));
   for (const [panel, name] of [[PANELS.latency, "latency"], [PANELS.first, "first_token"]]) {
     const columns = columnsOf(percentiles(name), RECENT);
-    const [slow, middle] = columns.at(-1)?.values ?? [null, null];
-    panel.draw(columns, middle === null ? NONE : `${duration(slow)} / ${duration(middle)}`);
+    panel.draw(columns, columns.at(-1)?.values ?? [null, null]);
   }
   PANELS.outcomes.empty.replaceChildren(...(sum(latest.requests) ? [] : ["No requests yet: ", make("a", {href: "#try"}, "try one"), "."]));
-  drawFigures(latest, (latest.tokens.output - recent.tokens.output) / seconds);
+  drawFigures(latest, lately(latest.tokens.output, recent.tokens.output));
 }
 
 function drawFigures(latest, tokens) {
@@ -114,8 +109,8 @@ class Backends {
   }
 
   fill(row, backend) {
-    const states = history.map(({at, health}) => ({
-      age: Math.min(SPAN, history.at(-1).at - at),
+    const states = snapshots.map(({at, health}) => ({
+      age: Math.min(SPAN, snapshots.at(-1).at - at),
       state: health.downstream.backends.find(({name}) => name === backend.name)?.breaker ?? "unknown",
     }));
     strip(row.strip, states);

@@ -10,7 +10,7 @@ byId("panels").append(...Object.values(PANELS).map(({element}) => element));
 
 /** Show the view that the address names: #now, #requests, #requests/ID, #callers, #try. */
 function route({focus}) {
-  const [name, ...rest] = location.hash.slice(1).split("/");
+  const name = location.hash.slice(1).split("/")[0], id = idInAddress();
   const wanted = VIEWS.includes(name) ? name : "now", changed = wanted !== view;
   view = wanted;
   for (const [place, tab] of tabs.entries()) {
@@ -20,12 +20,12 @@ function route({focus}) {
     byId(VIEWS[place]).hidden = !selected;
   }
   if (view === "requests") {
-    if (rest.length) showRequest(decodeURIComponent(rest.join("/")));
+    if (id) showRequest(id);
     else showList();
   }
   if (view === "try" && changed) loadModels();
-  if (history.length) draw(history.at(-1));
-  if (focus && changed && !rest.length && document.activeElement?.getAttribute("role") !== "tab") byId(view).focus({preventScroll: true});
+  if (snapshots.length) draw(snapshots.at(-1));
+  if (focus && changed && !id && document.activeElement?.getAttribute("role") !== "tab") byId(view).focus({preventScroll: true});
 }
 
 function draw(snapshot) {
@@ -64,7 +64,7 @@ async function follow() {
     } catch (error) {
       if (document.hidden || error.status === 401) continue;
       showBanner(`${error instanceof CallError ? error.message : "The gateway does not answer."} This page shows what was last known, and tries again.`);
-      if (!history.length) say(byId("status"), "unknown");
+      if (!snapshots.length) say(byId("status"), "unknown");
       await new Promise((done) => { setTimeout(done, RETRY); });
     }
   }

@@ -5,8 +5,8 @@ const PAGE = 50;
 let older = null; // the cursor of what is shown, null for the newest
 let shownTotal = null;
 
-/** Return what a call is to ask for by an id: one of dots alone would not be part of the path. */
-const inPath = (id) => encodeURIComponent(id).replace(/^\.+$/, (dots) => dots.replaceAll(".", "%252e"));
+/** Return the id by which a request is asked for: `.` and `..`, which a caller may choose, cannot stand in a path. */
+const idOf = (request) => (/^\.{1,2}$/.test(request.request_id) ? request.trace_id : request.request_id);
 
 function outcomeOf(request) {
   const kind = doing(request.outcome);
@@ -16,7 +16,7 @@ function outcomeOf(request) {
 }
 
 const COLUMNS = [
-  {head: "Time", cell: (request) => make("a", {href: requestLink(request.request_id), "data-id": request.request_id}, instant(new Date(request.started)))},
+  {head: "Time", cell: (request) => make("a", {href: requestLink(idOf(request)), "data-id": request.request_id}, instant(new Date(request.started)))},
   {head: "Outcome", cell: outcomeOf},
   {head: "Model", cell: ({model}) => model},
   {head: "Backend", cell: ({backend}) => backend},
@@ -61,6 +61,16 @@ function refreshRequests(snapshot) {
   listRequests();
 }
 
+/** Return the id in the address, `#requests/ID`, or an empty text. */
+function idInAddress() {
+  const text = /^#requests\/(.*)$/.exec(location.hash)?.[1] ?? "";
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody wrote it by hand
+  }
+}
+
 async function showRequest(id) {
   const place = byId("one");
   byId("list").hidden = true;
@@ -69,8 +79,8 @@ async function showRequest(id) {
   const back = make("p", {}, make("a", {href: "#requests"}, "All requests"));
   place.replaceChildren(back, heading);
   try {
-    const request = await (await call(`/requests/${inPath(id)}`)).json();
-    if (decodeURIComponent(location.hash.slice("#requests/".length)) !== id) return;
+    const request = await (await call(`/requests/${encodeURIComponent(id)}`)).json();
+    if (idInAddress() !== id) return;
     place.append(...explain(request));
   } catch (error) {
     if (error.status === 401) return;

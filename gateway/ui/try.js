@@ -86,7 +86,7 @@ async function* pieces(answer) {
 async function showWhy(id, own) {
   for (let tries = 0; tries < 10; tries += 1) {
     try {
-      const request = await (await call(`/requests/${inPath(id)}`)).json();
+      const request = await (await call(`/requests/${encodeURIComponent(id)}`)).json();
       if (sending === null && own) byId("why").replaceChildren(...explain(request), make("p", {}, make("a", {href: requestLink(id)}, "This request alone")));
       return;
     } catch (error) {
