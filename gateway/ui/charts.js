@@ -72,8 +72,8 @@ function strip(svg, states) {
   for (let first = 0; first < states.length;) {
     let last = first;
     while (last + 1 < states.length && states[last + 1].state === states[first].state) last += 1;
-    const end = last + 1 < states.length ? across(states[last + 1].age) : WIDE;
-    const box = shape("rect", {x: across(states[first].age), y: 0, width: Math.max(0, end - across(states[first].age)), height: 14});
+    const begins = across(states[first].age) - COLUMN, ends = last + 1 < states.length ? across(states[last].age) : WIDE;
+    const box = shape("rect", {x: begins.toFixed(1), y: 0, width: (ends - begins + 0.4).toFixed(1), height: 14});
     box.style.fill = `var(--${states[first].state})`;
     svg.append(box);
     first = last + 1;

@@ -50,7 +50,10 @@ function duration(seconds) {
   return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
 }
 
-const ago = (seconds) => (seconds === null || seconds === undefined ? NONE : `${duration(Math.max(0, Math.round(seconds)) || 0).replace(/^0\.0 ms$/, "0 s")} ago`);
+const ago = (seconds) => {
+  if (seconds === null || seconds === undefined) return NONE;
+  return `${seconds < 119.5 ? `${Math.round(Math.max(0, seconds))} s` : duration(seconds)} ago`;
+};
 
 const amount = (number) => (number === null || number === undefined ? NONE : number.toLocaleString("en"));
 
@@ -71,7 +74,7 @@ function instant(date) {
 /** Return the pairs of a description list; those without a value are left out. */
 function facts(pairs) {
   return pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, value)));
+    make("div", {class: String(value).length > 80 ? "whole" : null}, make("dt", {}, name), make("dd", {}, value)));
 }
 
 /** Return good, backend, gateway or left: whose doing an outcome is. The words are those of the gateway's metrics. */

@@ -5,9 +5,9 @@ const MAX_CHANGES = 50;
 const snapshots = [];
 
 const PANELS = {
-  outcomes: new Panel("Requests per second", Object.entries(DOINGS).map(([colour, name]) => ({name, colour})), {bars: true, unit: rate, least: 1}),
+  outcomes: new Panel("Requests/s", Object.entries(DOINGS).map(([colour, name]) => ({name, colour})), {bars: true, unit: rate, least: 1}),
   latency: new Panel("Latency", [{name: "99th percentile", colour: "p99"}, {name: "median", colour: "p50"}], {unit: duration, least: 0.01}),
-  load: new Panel("At the gateway, per second", [{name: "attempts at backends", colour: "attempts"}, {name: "requests", colour: "asked"}], {unit: rate, least: 1}),
+  load: new Panel("Attempts/s", [{name: "attempts at backends", colour: "attempts"}, {name: "requests", colour: "asked"}], {unit: rate, least: 1}),
   first: new Panel("First token", [{name: "99th percentile", colour: "p99"}, {name: "median", colour: "p50"}], {unit: duration, least: 0.01}),
 };
 
@@ -69,8 +69,8 @@ function drawFigures(latest, tokens) {
     ["Queued", amount(health.queued)],
     ["Waiting for a backend", amount(latest.waiting)],
     ["Tokens per second", rate(tokens)],
-    ["Requests since the start", amount(sum(requests))],
-    ["Of them not answered well", amount(sum(requests) - (requests.ok ?? 0))],
+    ["Since the start", amount(sum(requests))],
+    ["Not answered well", amount(sum(requests) - (requests.ok ?? 0))],
   ];
   const list = byId("figures");
   if (!list.children.length) list.append(...facts(pairs));
@@ -179,6 +179,8 @@ function note(text, kind = null) {
 
 /** The buttons that break a mock model, in each place that wants them. */
 const mockBars = [];
+const LOOK = 3; // snapshots between two looks at what is in force: a fault can be used up
+let inForce = false;
 
 function showMock(actions) {
   for (const {element} of mockBars) element.remove();
@@ -198,10 +200,15 @@ function showMock(actions) {
   pressMock(call("/ui/mock"), null);
 }
 
+function lookAtMock() {
+  if (mockBars.length && inForce && snapshots.length % LOOK === 0) pressMock(call("/ui/mock"), null);
+}
+
 async function pressMock(asked, text) {
   let shown;
   try {
     const {faults} = await (await asked).json();
+    inForce = faults.length > 0;
     shown = faults.length ? `In force: ${faults.join(", ")}` : "It is well: no faults.";
     if (text) note(text);
   } catch (error) {

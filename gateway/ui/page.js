@@ -90,6 +90,7 @@ async function read(controller) {
         showBanner(null);
         takeSnapshot(document_);
         draw(document_);
+        lookAtMock();
       }
     }
     throw new CallError(0, "The gateway does not answer.");
