@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,7 +59,7 @@ class LivePage:
         self._clock = clock
         self._document = Document()
         self._closing = asyncio.Event()
-        self._taken_at = -INTERVAL
+        self._taken_at = -inf
         self._latest = b""
         self.viewers = 0
 
