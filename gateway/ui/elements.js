@@ -77,9 +77,10 @@ function facts(pairs) {
     make("div", {class: String(value).length > 80 ? "whole" : null}, make("dt", {}, name), make("dd", {}, value)));
 }
 
-/** Return good, backend, gateway or left: whose doing an outcome is. The words are those of the gateway's metrics. */
+/** Return good, backend, gateway, left or waiting: whose doing an outcome is. The words are those of the gateway's metrics. */
 function doing(outcome) {
   if (outcome === "ok") return "good";
+  if (outcome === "in_flight") return "waiting";
   if (outcome === "client_closed_request") return "left";
   return outcome.startsWith("backend_") && outcome !== "backend_unavailable" ? "backend" : "gateway";
 }

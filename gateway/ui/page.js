@@ -43,7 +43,7 @@ function draw(snapshot) {
   if (view === "requests" && snapshot.callers) refreshRequests(snapshot);
   const names = health.downstream.backends.map(({name}) => name).slice(0, 100), list = byId("backend-names");
   if (list.children.length !== names.length) list.replaceChildren(...names.map((value) => make("option", {value})));
-  const outcomes = Object.keys(snapshot.requests).sort(), known = byId("outcomes");
+  const outcomes = ["in_flight", ...Object.keys(snapshot.requests).sort()], known = byId("outcomes");
   if (known.children.length !== outcomes.length) known.replaceChildren(...outcomes.map((value) => make("option", {value})));
 }
 

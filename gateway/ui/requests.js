@@ -26,6 +26,10 @@ const COLUMNS = [
   {head: "Took", label: "took", number: true, cell: ({seconds}) => duration(seconds)},
   {head: "Why", why: true, cell: ({why}) => why},
 ];
+const ALWAYS = ["Time", "Outcome", "Took", "Why"];
+
+/** Return the columns without those that are empty in all rows. */
+const columnsThatSay = (rows) => COLUMNS.filter(({head, cell}) => ALWAYS.includes(head) || rows.some((row) => ![null, undefined, ""].includes(cell(row))));
 
 async function listRequests() {
   const query = new URLSearchParams({limit: PAGE});
@@ -41,7 +45,7 @@ async function listRequests() {
   say(byId("list-error"), "");
   const focused = document.activeElement?.dataset?.id, place = byId("list-table");
   const nothing = [...query.keys()].length > 1 ? "No request that is kept is like this." : "No requests yet: ";
-  place.replaceChildren(page.requests.length ? table(COLUMNS, page.requests, "The last requests, the newest first")
+  place.replaceChildren(page.requests.length ? table(columnsThatSay(page.requests), page.requests, "The last requests, the newest first")
     : make("p", {}, nothing, nothing.endsWith(": ") ? make("a", {href: "#try"}, "try one") : ""));
   if (focused) [...place.querySelectorAll("a")].find(({dataset}) => dataset.id === focused)?.focus({preventScroll: true});
   byId("older").hidden = page.next === null;
@@ -96,37 +100,74 @@ function showList() {
   listRequests();
 }
 
-const BARS = {
-  queue: () => "wait", wait: () => "wait", limit: () => "wait", backoff: () => "unknown",
-  attempt: (step) => (!step.outcome || step.outcome === "ok" ? "good" : step.outcome === "client_closed_request" ? "left" : "gateway"),
-};
+/** Return the colour of a step of the timeline. */
+function colourOf({kind, end, outcome}) {
+  if (kind === "backoff") return "unknown";
+  if (kind !== "attempt" || end === null) return "waiting";
+  if (!outcome || outcome === "ok") return "good";
+  return outcome === "cancelled" ? "left" : "gateway";
+}
+
+const TARGETS = [
+  {head: "Backend", cell: ({backend}) => backend},
+  {head: "Model", cell: ({model}) => model},
+  {head: "Weight", label: "weight", number: true, cell: ({weight}) => weight},
+  {head: "", cell: (target) => [target.drawn && "drawn", target.tried && "asked"].filter(Boolean).join(", ")},
+  {head: "Why not", label: "why not:", cell: ({why_not: why}) => why},
+  {head: "Replicas", label: "replicas:", wide: true, cell: ({replicas = []}) =>
+    replicas.map(({name, tried, why_not: why}) => `${name} ${tried ? "asked" : why ?? "not asked"}`).join(", ")},
+];
+const ATTEMPTS = [
+  {head: "", label: "attempt", number: true, cell: ({number}) => number},
+  {head: "Backend", cell: ({backend}) => backend},
+  {head: "Model", cell: ({model}) => model},
+  {head: "Outcome", cell: ({status, outcome}) => `${status ?? ""} ${outcome ?? "under way"}`.trim()},
+  {head: "Then", label: "then:", cell: ({decision}) => decision},
+  {head: "Breaker", label: "breaker", cell: ({breaker}) => breaker.replace("_", " ")},
+  {head: "Retries left", label: "retries left", number: true, cell: (attempt) => attempt.budget_left},
+  {head: "Time left", label: "time left", number: true, cell: (attempt) => duration(attempt.deadline_left)},
+  {head: "What it said", wide: true, cell: (attempt) => [
+    attempt.message, attempt.timer && `The timer ${attempt.timer} ended it.`,
+    attempt.resend && "Sent again, since a kept-alive connection was dead.",
+    attempt.retry_after !== null && `Asked to be left alone for ${duration(attempt.retry_after)}.`,
+    ...(attempt.passed_over ?? []).map(({backend, why}) => `${backend} was passed over: ${why}.`),
+    attempt.backend_request_id && `It calls the request ${attempt.backend_request_id}.`].filter(Boolean).join(" ")},
+];
+const EVENTS = [
+  {head: "After", label: "after", number: true, cell: ({at}) => duration(at)},
+  {head: "Event", cell: ({name}) => words(name.replace(/^gateway\./, ""))},
+  {head: "", wide: true, cell: ({at: _at, name: _name, ...rest}) =>
+    Object.entries(rest).map(([name, value]) => `${words(name)} ${/seconds/.test(name) ? duration(value) : value}`).join(", ")},
+];
+const words = (name) => name.replaceAll("_", " ");
 
 /** Return what explains a request: the document of GET /requests/{id}. */
 function explain(request) {
-  const {timeline = [], targets = [], attempts_made: attempts = [], events: notes = []} = request;
+  const {timeline = [], targets = [], attempts_made: attempts = [], events: notes = [], tokens = {}} = request;
+  const counted = tokens.input === null && tokens.output === null ? null : `${amount(tokens.input)} / ${amount(tokens.output)}`;
   const parts = [
     make("p", {}, outcomeOf(request), ". ", request.why),
     make("h3", {}, "Step by step"),
-    waterfall(timeline, request.seconds),
+    timeline.length ? waterfall(timeline, request.seconds) : make("p", {class: "small"}, "Nothing was asked and nothing waited for."),
     make("dl", {class: "facts"}, facts([
       ["Started", instant(new Date(request.started))], ["Took", duration(request.seconds)],
       ["First token", request.first_token_seconds === null ? null : duration(request.first_token_seconds)],
       ["Call", `${request.path ?? ""}${request.stream ? ", streamed" : ""}`], ["Model", request.model], ["Route", request.route],
-      ["Caller", request.caller], ["Tokens in / out", request.input_tokens === null && request.output_tokens === null ? null : `${amount(request.input_tokens)} / ${amount(request.output_tokens)}`],
+      ["Caller", request.caller], ["Tokens in / out", counted],
+      ["Counted for its limits", tokens.charged === null || tokens.charged === undefined ? null : `${amount(tokens.charged)}, ${tokens.source}`],
+      ["No further attempt", request.stop_reason], ["Limit", request.limit], ["Error", request.error],
       ["Configuration", request.generation && `generation ${request.generation}`],
       ["Request id", make("code", {}, request.request_id)], ["Trace id", make("code", {}, request.trace_id)],
     ])),
   ];
-  if (targets.length) {
-    parts.push(make("h3", {}, "Where it could go"), table([
-      {head: "Backend", cell: ({backend}) => backend}, {head: "Model", cell: ({model}) => model},
-      {head: "Weight", label: "weight", number: true, cell: ({weight}) => weight},
-      {head: "", cell: (target) => [target.drawn && "drawn", target.tried && "asked"].filter(Boolean).join(", ")},
-      {head: "Why not", why: true, cell: ({why_not: why}) => why},
-    ], targets, "Targets of the route, in their order"));
+  if (targets.length) parts.push(make("h3", {}, "Where it could go"), table(TARGETS, targets, "Targets of the route, in their order"));
+  if (attempts.length) parts.push(make("h3", {}, "Attempts"), table(ATTEMPTS, attempts, "Attempts, in their order"));
+  if (notes.length) parts.push(make("h3", {}, "Events"), table(EVENTS, notes, "Events, in their order"));
+  const others = (request.others_with_this_id ?? []).filter((other) => other.request_id !== request.request_id);
+  if (others.length) {
+    parts.push(make("h3", {}, "Others with this id"),
+      make("ul", {}, others.map((other) => make("li", {}, make("a", {href: requestLink(idOf(other))}, make("code", {}, other.request_id))))));
   }
-  if (attempts.length) parts.push(make("h3", {}, "Attempts"), details(attempts, "Attempts, in their order"));
-  if (notes.length) parts.push(make("h3", {}, "Events"), details(notes, "Events, in their order"));
   return parts;
 }
 
@@ -137,23 +178,8 @@ function waterfall(timeline, seconds) {
     const end = step.end ?? whole, bar = make("i");
     bar.style.left = `${Math.min(99, (step.start / whole) * 100)}%`;
     bar.style.width = `${Math.max(0, ((end - step.start) / whole) * 100)}%`;
-    bar.style.background = `var(--${(BARS[step.kind] ?? BARS.wait)(step)})`;
+    bar.style.background = `var(--${colourOf(step)})`;
     const text = [step.label, step.outcome && step.outcome !== "ok" && !String(step.label).includes(step.outcome) ? step.outcome : null].filter(Boolean).join(": ");
     return make("li", {}, make("span", {class: "label"}, text), make("span", {class: "track", "aria-hidden": "true"}, bar), make("span", {class: "number"}, duration(end - step.start)));
   }));
-}
-
-/** Return a table of whatever the rows hold: those columns that say something. */
-function details(rows, caption) {
-  const names = [...new Set(rows.flatMap(Object.keys))].filter((name) => rows.some((row) => row[name] !== null && row[name] !== undefined && row[name] !== ""));
-  return table(names.map((name) => ({head: words(name), label: words(name), cell: (row) => plain(row[name], name)})), rows, caption);
-}
-
-const words = (name) => name.replaceAll("_", " ");
-
-function plain(value, name) {
-  if (value === null || value === undefined) return "";
-  if (typeof value === "number" && /seconds|^(at|start|end|started|ended|backoff)$/.test(name)) return duration(value);
-  if (typeof value === "object") return Object.entries(value).map(([key, each]) => `${words(key)} ${plain(each, key)}`).join(", ");
-  return String(value);
 }

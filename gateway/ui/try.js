@@ -63,7 +63,7 @@ async function send() {
   if (sending !== own) return;
   sending = null;
   byId("stop").disabled = true;
-  if (id) await showWhy(id, own);
+  if (id) await showWhy(id);
 }
 
 /** Yield the texts of an answer, {text}, and the error that it holds, {error}. */
@@ -82,13 +82,14 @@ async function* pieces(answer) {
   }
 }
 
-/** Show the explanation of a request; it is there a moment after the answer's end. */
-async function showWhy(id, own) {
+/** Show the explanation of a request; a moment after the last byte of a stream it may still be under way. */
+async function showWhy(id) {
   for (let tries = 0; tries < 10; tries += 1) {
     try {
       const request = await (await call(`/requests/${encodeURIComponent(id)}`)).json();
-      if (sending === null && own) byId("why").replaceChildren(...explain(request), make("p", {}, make("a", {href: requestLink(id)}, "This request alone")));
-      return;
+      if (sending) return;
+      byId("why").replaceChildren(...explain(request), make("p", {}, make("a", {href: requestLink(id)}, "This request alone")));
+      if (request.outcome !== "in_flight") return;
     } catch (error) {
       byId("why").replaceChildren(make("p", {class: "small"}, error.message));
       if (error.status !== 404) return;
