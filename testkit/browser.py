@@ -49,7 +49,7 @@ class Tab:
 
     Attributes:
         requested: the addresses it asked for.
-        complaints: what its console says is wrong: errors of scripts, breaches of a policy.
+        complaints: what its console says is wrong: errors of scripts, breaches of a policy; not answers with an error.
     """
 
     socket: aiohttp.ClientWebSocketResponse
@@ -86,11 +86,19 @@ class Tab:
         for domain in ("Network", "Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
         self.requested.clear()
-        self.events.clear()
         self.complaints.clear()
-        await self.call("Page.navigate", url=url)
-        while "Page.loadEventFired" not in self.events:
-            await self._next()
+        await self._load("Page.navigate", url=url)
+
+    async def reload(self) -> None:
+        """Load the page anew."""
+        await self._load("Page.reload")
+
+    async def _load(self, method: str, **params: Any) -> None:  # noqa: ANN401
+        self.events.clear()
+        await self.call(method, **params)
+        async with asyncio.timeout(START_SECONDS):
+            while "Page.loadEventFired" not in self.events:
+                await self._next()
 
     async def value(self, expression: str) -> Any:  # noqa: ANN401
         """Return what an expression gives in the page; a promise is awaited. Raises: BrowserError."""
@@ -100,11 +108,15 @@ class Tab:
         return result["result"].get("value")
 
     async def until(self, expression: str, seconds: float = ANSWER_SECONDS) -> Any:  # noqa: ANN401
-        """Return the value of an expression once it is a true one. Raises: BrowserError, in place of waiting longer."""
-        last = None
+        """Return the value of an expression once it is a true one; an element is.
+
+        Raises:
+            BrowserError: in place of waiting longer.
+        """
+        last, plain = None, f"(value => value instanceof Node ? true : value)({expression})"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not (last := await self.value(expression)):  # noqa: ASYNC110 - the page cannot be subscribed to
+                while not (last := await self.value(plain)):  # noqa: ASYNC110 - the page cannot be subscribed to
                     await asyncio.sleep(POLL)
                 return last
         text = await self.value("document.body.innerText")
@@ -149,7 +161,11 @@ class Tab:
             self.requested.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(str(params["exceptionDetails"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+        elif (
+            method == "Log.entryAdded"
+            and params["entry"]["level"] == "error"
+            and params["entry"]["source"] != "network"
+        ):
             self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         return message
 

@@ -9,12 +9,12 @@ function drawCallers({callers, callers_in_all: all}) {
   }
   place.replaceChildren(table([
     {head: "Caller", cell: ({name}) => make("strong", {}, name)},
-    {head: "Requests", label: "requests", number: true, cell: (caller) => (caller.named ? amount(caller.requests) : "")},
-    {head: "Failed", label: "failed", number: true, cell: (caller) => (caller.named ? amount(caller.failed) : "")},
-    {head: "Refused by a limit", label: "refused by a limit", number: true, cell: (caller) => (caller.named ? amount(caller.refused) : "")},
-    {head: "Tokens", label: "tokens", number: true, cell: (caller) => (caller.named ? amount(caller.tokens) : "")},
-    {head: "Limits", wide: true, cell: ({limits}) => (limits.length ? make("div", {}, limits.map(limitBar)) : "none")},
-    {head: "Models", wide: true, cell: (caller) => (caller.models ? caller.models.join(", ") + (caller.more_models ? ` and ${caller.more_models} more` : "") : "all")},
+    {head: "Requests", label: "requests", kind: "number", cell: (caller) => (caller.named ? amount(caller.requests) : "")},
+    {head: "Failed", label: "failed", kind: "number", cell: (caller) => (caller.named ? amount(caller.failed) : "")},
+    {head: "Refused", label: "refused by a limit", kind: "number", cell: (caller) => (caller.named ? amount(caller.refused) : "")},
+    {head: "Tokens", label: "tokens", kind: "number", cell: (caller) => (caller.named ? amount(caller.tokens) : "")},
+    {head: "Limits", label: "limits:", kind: "wide", cell: ({limits}) => (limits.length ? make("div", {}, limits.map(limitBar)) : "none")},
+    {head: "Models", label: "models:", kind: "wide", cell: (caller) => (caller.models ? caller.models.join(", ") + (caller.more_models ? ` and ${caller.more_models} more` : "") : "all")},
   ], callers, "Callers, those with most requests first"),
   make("p", {class: "small"}, all > callers.length ? `The ${callers.length} with most requests, of ${amount(all)}. ` : "",
     callers.some(({named}) => !named) ? "Requests are counted for keys with a name: those of GATEWAY_CONFIG." : ""));

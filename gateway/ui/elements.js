@@ -25,16 +25,20 @@ function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Return a table. A column is {head, cell, number, wide, why}; `cell` gives a row's node or text. */
+const isNothing = (value) => value === null || value === undefined || value === "";
+
+/**
+ * Return a table. A column is {head, label, cell, kind, always}: `cell` gives a row's node or text, `label` stands before
+ * it where there is no room for a head, `kind` is a class. A column that is empty in all rows is left out, unless `always`.
+ */
 function table(columns, rows, caption) {
-  const kind = (column) => ["number", "wide", "why"].filter((name) => column[name]).join(" ") || null;
-  return make("table", {},
+  const filled = columns.map((column) => ({...column, cells: rows.map(column.cell)}))
+    .filter(({cells, always}) => always || !cells.every(isNothing));
+  return make("div", {class: "table"}, make("table", {},
     make("caption", {class: "unseen"}, caption),
-    make("thead", {}, make("tr", {}, columns.map((column) => make("th", {scope: "col", class: kind(column)}, column.head)))),
-    make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((column) => {
-      const value = column.cell(row);
-      return make("td", {class: kind(column), "data-label": column.label}, value ?? "");
-    })))));
+    make("thead", {}, make("tr", {}, filled.map(({head, kind}) => make("th", {scope: "col", class: kind}, head)))),
+    make("tbody", {}, rows.map((_row, place) => make("tr", {}, filled.map(({cells, kind, label}) =>
+      make("td", {class: kind, "data-label": label}, cells[place] ?? "")))))));
 }
 
 const NONE = "–";

@@ -3,7 +3,7 @@
 const VIEWS = ["now", "requests", "callers", "try"];
 const RETRY = 2000, SILENCE = 6000; // milliseconds
 const backendLists = [new Backends(byId("backends"), {brief: false}), new Backends(byId("backends-try"), {brief: true})];
-const tabs = VIEWS.map((view) => byId(`tab-${view}`));
+const tabs = VIEWS.map((name) => byId(`tab-${name}`)), sections = VIEWS.map((name) => byId(`view-${name}`));
 let view = null, looking = null, admitted = null;
 
 byId("panels").append(...Object.values(PANELS).map(({element}) => element));
@@ -17,15 +17,21 @@ function route({focus}) {
     const selected = VIEWS[place] === view;
     tab.setAttribute("aria-selected", selected);
     tab.tabIndex = selected ? 0 : -1;
-    byId(VIEWS[place]).hidden = !selected;
+    sections[place].hidden = !selected;
   }
   if (view === "requests") {
     if (id) showRequest(id);
     else showList();
   }
-  if (view === "try" && changed) loadModels();
+  if (view === "try" && changed && snapshots.length) loadModels();
   if (snapshots.length) draw(snapshots.at(-1));
-  if (focus && changed && !id && document.activeElement?.getAttribute("role") !== "tab") byId(view).focus({preventScroll: true});
+  if (focus && changed && !id) sections[VIEWS.indexOf(view)].focus({preventScroll: true});
+}
+
+/** Go to a view by its tab, which keeps the focus. */
+function go(name) {
+  if (location.hash !== `#${name}`) history.pushState(null, "", `#${name}`);
+  route({focus: false});
 }
 
 function draw(snapshot) {
@@ -90,6 +96,7 @@ async function read(controller) {
         showBanner(null);
         takeSnapshot(document_);
         draw(document_);
+        if (view === "try" && snapshots.length === 1) loadModels();
         lookAtMock();
       }
     }
@@ -136,18 +143,18 @@ byId("login-form").addEventListener("submit", async (event) => {
   admitted = null;
   done();
   route({focus: false});
-  byId(view).focus({preventScroll: true});
+  sections[VIEWS.indexOf(view)].focus({preventScroll: true});
 });
 
 for (const [place, tab] of tabs.entries()) {
-  tab.addEventListener("click", () => { location.hash = VIEWS[place]; });
+  tab.addEventListener("click", () => go(VIEWS[place]));
   tab.addEventListener("keydown", (event) => {
     const moves = {ArrowRight: place + 1, ArrowLeft: place - 1 + tabs.length, Home: 0, End: tabs.length - 1};
     if (!(event.key in moves)) return;
     event.preventDefault();
     const next = moves[event.key] % tabs.length;
     tabs[next].focus();
-    location.hash = VIEWS[next];
+    go(VIEWS[next]);
   });
 }
 byId("filter").addEventListener("submit", (event) => {
@@ -163,6 +170,6 @@ byId("newest").addEventListener("click", () => {
   older = null;
   listRequests();
 });
-window.addEventListener("hashchange", () => route({focus: true}));
+window.addEventListener("hashchange", () => route({focus: true})); // by a link, or by going back
 route({focus: false});
 follow();

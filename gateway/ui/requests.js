@@ -16,20 +16,16 @@ function outcomeOf(request) {
 }
 
 const COLUMNS = [
-  {head: "Time", cell: (request) => make("a", {href: requestLink(idOf(request)), "data-id": request.request_id}, instant(new Date(request.started)))},
-  {head: "Outcome", cell: outcomeOf},
+  {head: "Time", kind: "brief", cell: (request) => make("a", {href: requestLink(idOf(request)), "data-id": idOf(request)}, instant(new Date(request.started)))},
+  {head: "Outcome", kind: "brief", cell: outcomeOf},
   {head: "Model", cell: ({model}) => model},
-  {head: "Backend", cell: ({backend}) => backend},
+  {head: "Backend", kind: "brief", cell: ({backend}) => backend},
   {head: "Caller", cell: ({caller}) => caller},
-  {head: "Attempts", label: "attempts", number: true, cell: ({attempts}) => attempts},
-  {head: "First token", label: "first token", number: true, cell: (request) => (request.first_token_seconds === null ? "" : duration(request.first_token_seconds))},
-  {head: "Took", label: "took", number: true, cell: ({seconds}) => duration(seconds)},
-  {head: "Why", why: true, cell: ({why}) => why},
+  {head: "Attempts", label: "attempts", kind: "number", cell: ({attempts}) => attempts},
+  {head: "First token", label: "first token", kind: "number", cell: (request) => (request.first_token_seconds === null ? "" : duration(request.first_token_seconds))},
+  {head: "Took", label: "took", kind: "number", cell: ({seconds}) => duration(seconds)},
+  {head: "Why", always: true, kind: "why", cell: ({why}) => why},
 ];
-const ALWAYS = ["Time", "Outcome", "Took", "Why"];
-
-/** Return the columns without those that are empty in all rows. */
-const columnsThatSay = (rows) => COLUMNS.filter(({head, cell}) => ALWAYS.includes(head) || rows.some((row) => ![null, undefined, ""].includes(cell(row))));
 
 async function listRequests() {
   const query = new URLSearchParams({limit: PAGE});
@@ -45,7 +41,7 @@ async function listRequests() {
   say(byId("list-error"), "");
   const focused = document.activeElement?.dataset?.id, place = byId("list-table");
   const nothing = [...query.keys()].length > 1 ? "No request that is kept is like this." : "No requests yet: ";
-  place.replaceChildren(page.requests.length ? table(columnsThatSay(page.requests), page.requests, "The last requests, the newest first")
+  place.replaceChildren(page.requests.length ? table(COLUMNS, page.requests, "The last requests, the newest first")
     : make("p", {}, nothing, nothing.endsWith(": ") ? make("a", {href: "#try"}, "try one") : ""));
   if (focused) [...place.querySelectorAll("a")].find(({dataset}) => dataset.id === focused)?.focus({preventScroll: true});
   byId("older").hidden = page.next === null;
@@ -79,8 +75,8 @@ async function showRequest(id) {
   const place = byId("one");
   byId("list").hidden = true;
   place.hidden = false;
-  const heading = make("h2", {tabindex: -1}, "Request ", make("code", {}, id));
-  const back = make("p", {}, make("a", {href: "#requests"}, "All requests"));
+  const heading = make("h2", {tabindex: -1, class: "first"}, "Request ", make("code", {}, id));
+  const back = make("p", {class: "back"}, make("a", {href: "#requests"}, "All requests"));
   place.replaceChildren(back, heading);
   try {
     const request = await (await call(`/requests/${encodeURIComponent(id)}`)).json();
@@ -111,32 +107,32 @@ function colourOf({kind, end, outcome}) {
 const TARGETS = [
   {head: "Backend", cell: ({backend}) => backend},
   {head: "Model", cell: ({model}) => model},
-  {head: "Weight", label: "weight", number: true, cell: ({weight}) => weight},
+  {head: "Weight", label: "weight", kind: "number", cell: ({weight}) => weight},
   {head: "", cell: (target) => [target.drawn && "drawn", target.tried && "asked"].filter(Boolean).join(", ")},
   {head: "Why not", label: "why not:", cell: ({why_not: why}) => why},
-  {head: "Replicas", label: "replicas:", wide: true, cell: ({replicas = []}) =>
+  {head: "Replicas", label: "replicas:", kind: "wide", cell: ({replicas = []}) =>
     replicas.map(({name, tried, why_not: why}) => `${name} ${tried ? "asked" : why ?? "not asked"}`).join(", ")},
 ];
 const ATTEMPTS = [
-  {head: "", label: "attempt", number: true, cell: ({number}) => number},
+  {head: "", label: "attempt", kind: "number", cell: ({number}) => number},
   {head: "Backend", cell: ({backend}) => backend},
   {head: "Model", cell: ({model}) => model},
   {head: "Outcome", cell: ({status, outcome}) => `${status ?? ""} ${outcome ?? "under way"}`.trim()},
   {head: "Then", label: "then:", cell: ({decision}) => decision},
   {head: "Breaker", label: "breaker", cell: ({breaker}) => breaker.replace("_", " ")},
-  {head: "Retries left", label: "retries left", number: true, cell: (attempt) => attempt.budget_left},
-  {head: "Time left", label: "time left", number: true, cell: (attempt) => duration(attempt.deadline_left)},
-  {head: "What it said", wide: true, cell: (attempt) => [
+  {head: "Retries left", label: "retries left", kind: "number", cell: (attempt) => attempt.budget_left},
+  {head: "Time left", label: "time left", kind: "number", cell: (attempt) => duration(attempt.deadline_left)},
+  {head: "What it said", kind: "wide", cell: (attempt) => [
     attempt.message, attempt.timer && `The timer ${attempt.timer} ended it.`,
     attempt.resend && "Sent again, since a kept-alive connection was dead.",
     attempt.retry_after !== null && `Asked to be left alone for ${duration(attempt.retry_after)}.`,
     ...(attempt.passed_over ?? []).map(({backend, why}) => `${backend} was passed over: ${why}.`),
-    attempt.backend_request_id && `It calls the request ${attempt.backend_request_id}.`].filter(Boolean).join(" ")},
+    attempt.known_as && `It calls the request ${attempt.known_as}.`].filter(Boolean).join(" ")},
 ];
 const EVENTS = [
-  {head: "After", label: "after", number: true, cell: ({at}) => duration(at)},
+  {head: "After", label: "after", cell: ({at}) => duration(at)},
   {head: "Event", cell: ({name}) => words(name.replace(/^gateway\./, ""))},
-  {head: "", wide: true, cell: ({at: _at, name: _name, ...rest}) =>
+  {head: "", kind: "wide", cell: ({at: _at, name: _name, ...rest}) =>
     Object.entries(rest).map(([name, value]) => `${words(name)} ${/seconds/.test(name) ? duration(value) : value}`).join(", ")},
 ];
 const words = (name) => name.replaceAll("_", " ");
@@ -161,7 +157,7 @@ function explain(request) {
     ])),
   ];
   if (targets.length) parts.push(make("h3", {}, "Where it could go"), table(TARGETS, targets, "Targets of the route, in their order"));
-  if (attempts.length) parts.push(make("h3", {}, "Attempts"), table(ATTEMPTS, attempts, "Attempts, in their order"));
+  if (attempts.length) parts.push(make("h3", {}, "Attempts"), table(ATTEMPTS, attempts.map((attempt) => ({...attempt, known_as: attempt.backend_request_id === request.request_id ? null : attempt.backend_request_id})), "Attempts, in their order"));
   if (notes.length) parts.push(make("h3", {}, "Events"), table(EVENTS, notes, "Events, in their order"));
   const others = (request.others_with_this_id ?? []).filter((other) => other.request_id !== request.request_id);
   if (others.length) {

@@ -8,12 +8,17 @@ let sending = null; // what stops the prompt that is under way
 
 const keyHeader = () => (byId("gateway-key").value ? {authorization: `Bearer ${byId("gateway-key").value}`} : {});
 
+/** Fill the list of models; where callers need a key, once there is one. */
 async function loadModels() {
+  const needsKey = snapshots.at(-1).callers_in_all > 0;
+  byId("key-row").hidden = !needsKey;
+  if (needsKey && !byId("gateway-key").value) return;
   try {
     const {data} = await (await call("/v1/models", {callers: true, headers: keyHeader()})).json();
     byId("models").replaceChildren(...data.map(({id}) => make("option", {value: id})));
   } catch (error) {
-    if (error.status === 401) byId("key-row").hidden = false;
+    if (error.status !== 401) return;
+    byId("key-row").hidden = false;
   }
 }
 
