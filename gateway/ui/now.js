@@ -67,7 +67,7 @@ function drawFigures(latest, tokens) {
   const pairs = [
     ["In flight", amount(health.in_flight)],
     ["Queued", amount(health.queued)],
-    ["Waiting for a backend", amount(latest.waiting)],
+    ["Waiting", amount(latest.waiting)],
     ["Tokens per second", rate(tokens)],
     ["Since the start", amount(sum(requests))],
     ["Not answered well", amount(sum(requests) - (requests.ok ?? 0))],
