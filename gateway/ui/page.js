@@ -170,6 +170,10 @@ byId("newest").addEventListener("click", () => {
   older = null;
   listRequests();
 });
+byId("skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names a view, and stays
+  byId("main").focus();
+});
 window.addEventListener("hashchange", () => route({focus: true})); // by a link, or by going back
 route({focus: false});
 follow();

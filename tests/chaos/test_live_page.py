@@ -205,6 +205,11 @@ async def test_the_keyboard_is_enough(tab: Tab, start_gateway: StartGateway) -> 
             break
     await tab.press("Enter")
     await tab.until("document.activeElement.matches('#one h2')")
+    address = await tab.value("location.hash")
+    await tab.value("document.getElementById('skip').focus()")
+    await tab.press("Enter")
+    assert (await focused(), await tab.value("location.hash")) == ("main", address)
+    await tab.value("document.querySelector('#one h2').focus()")
     await tab.press("Tab", shift=True)
     assert await focused() == "All requests"
     await tab.press("Enter")

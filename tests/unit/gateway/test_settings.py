@@ -18,6 +18,7 @@ WRONG = [
     *(("GATEWAY_BACKEND_URLS", f"http://host/a{odd}b", "ASCII") for odd in ("\r\n", "\x7f", "\u00e4", "\udcff")),
     ("GATEWAY_BACKEND_URLS", "http://b\u00fccher.example", "ASCII"),
     ("GATEWAY_BACKEND_URLS", "localhost:8001", "http://"),
+    ("GATEWAY_UI_MOCK_CONTROL", "localhost:8002", "http://"),
     ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
     ("GATEWAY_BACKEND_URLS", "http://", "host"),
     ("GATEWAY_BACKEND_URLS", "http://:8001", "host"),
