@@ -27,6 +27,13 @@ const COLUMNS = [
   {head: "Why", always: true, kind: "why", cell: ({why}) => why},
 ];
 
+/** Say why there is none. */
+function noRequests(query, kept) {
+  if ([...query.keys()].length > 1) return make("p", {}, "No request that is kept is like this.");
+  if (!kept && snapshots.length && sum(snapshots.at(-1).requests)) return make("p", {}, "This gateway keeps no requests: ", make("code", {}, "GATEWAY_KEPT_REQUESTS"), " is 0.");
+  return make("p", {}, "No requests yet: ", make("a", {href: "#try"}, "try one"), ".");
+}
+
 async function listRequests() {
   const query = new URLSearchParams({limit: PAGE});
   for (const [name, value] of new FormData(byId("filter"))) if (value) query.set(name, value.trim());
@@ -40,9 +47,7 @@ async function listRequests() {
   }
   say(byId("list-error"), "");
   const focused = document.activeElement?.dataset?.id, place = byId("list-table");
-  const nothing = [...query.keys()].length > 1 ? "No request that is kept is like this." : "No requests yet: ";
-  place.replaceChildren(page.requests.length ? table(COLUMNS, page.requests, "The last requests, the newest first")
-    : make("p", {}, nothing, nothing.endsWith(": ") ? make("a", {href: "#try"}, "try one") : ""));
+  place.replaceChildren(page.requests.length ? table(COLUMNS, page.requests, "The last requests, the newest first") : noRequests(query, page.kept));
   if (focused) [...place.querySelectorAll("a")].find(({dataset}) => dataset.id === focused)?.focus({preventScroll: true});
   byId("older").hidden = page.next === null;
   byId("older").onclick = () => {
