@@ -18,6 +18,7 @@ from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
+from gateway.kept_requests import SLOW, KeptRequests
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
@@ -31,6 +32,7 @@ from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
+from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Parts:
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
         admin: lets admin calls through.
+        kept_requests: the last ones; request_calls: the handlers that explain them.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -146,8 +149,16 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
+        slow = settings.gateway_trace_keep_slow
+        self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
         self.middleware = Middleware(
-            keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
+            keys=keys,
+            admission=self.admission,
+            in_flight=self.in_flight,
+            kept=self.kept_requests,
+            telemetry=telemetry,
+            clock=clock,
         )
         admin_key = settings.gateway_admin_key
         self.admin = AdminCalls(
@@ -221,6 +232,12 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    for path, asked in (
+        ("/requests", parts.request_calls.requests),
+        ("/requests/{id:.+}", parts.request_calls.request),
+    ):
+        routes.append(web.get(path, admin(asked), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
     login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
     routes.append(web.post("/ui/login", login, expect_handler=_expect))
     routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
