@@ -18,6 +18,7 @@ from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.health import Health
+from gateway.kept_requests import SLOW, KeptRequests
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
@@ -32,6 +33,7 @@ from gateway.server.keys import Keys
 from gateway.server.live_page import LivePage
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
+from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
 from gateway.ui.snapshot import Snapshot
 
@@ -65,6 +67,7 @@ class Parts:
         handlers, middleware: of the routes.
         admin: lets admin calls through.
         live_page: the page for people; told to close when the server stops.
+        kept_requests: the last ones; request_calls: the handlers that explain them.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -149,8 +152,16 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
+        slow = settings.gateway_trace_keep_slow
+        self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
         self.middleware = Middleware(
-            keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
+            keys=keys,
+            admission=self.admission,
+            in_flight=self.in_flight,
+            kept=self.kept_requests,
+            telemetry=telemetry,
+            clock=clock,
         )
         admin_key = settings.gateway_admin_key
         self.admin = AdminCalls(
@@ -234,6 +245,12 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    for path, asked in (
+        ("/requests", parts.request_calls.requests),
+        ("/requests/{id:.+}", parts.request_calls.request),
+    ):
+        routes.append(web.get(path, admin(asked), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
     page = parts.live_page
     routes.append(web.get("/ui", unrecorded(parts.admin.guarded(page.page, signs_in=True)), expect_handler=_expect))
     routes.append(web.route("*", "/ui", admin(handlers.not_found), expect_handler=_expect))

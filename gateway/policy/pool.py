@@ -1,7 +1,7 @@
 """The pool: all backends and routes, and which replica is asked next."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
@@ -26,6 +26,15 @@ DEFAULT_MODEL = "demo-model"
 """The mock model's."""
 
 
+class Candidate(NamedTuple):
+    """What is remembered of a target: the names of its backend, model and replicas, and its weight."""
+
+    backend: str
+    model: str | None
+    weight: int | None
+    replicas: tuple[str, ...]
+
+
 class Target:
     """A backend, and the model to ask it for; None keeps the caller's.
 
@@ -33,9 +42,10 @@ class Target:
         backend: its name; home: itself.
         replicas: of the backend.
         weight: its share of the route's requests; None where the route has none.
+        candidate: what records keep of it.
     """
 
-    __slots__ = ("_rng", "backend", "home", "model", "replicas", "weight")
+    __slots__ = ("_rng", "backend", "candidate", "home", "model", "replicas", "weight")
 
     def __init__(self, home: Backend, model: str | None, rng: "Random", weight: int | None = None) -> None:
         self.home = home
@@ -43,6 +53,7 @@ class Target:
         self.model = model
         self.replicas = home.replicas
         self.weight = weight
+        self.candidate = Candidate(home.name, model, weight, tuple(replica.name for replica in home.replicas))
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":

@@ -177,6 +177,7 @@ class Handlers:
     ) -> web.StreamResponse:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
+        record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
         if caller.limits is not None:
             charge = await self._charges.begin(caller.limits, prompt, route, deadline)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gateway.config import LimitsConfig
 from gateway.errors import InvalidApiKey
-from gateway.policy.caller import Caller
+from gateway.policy.caller import KEY, Caller
 from gateway.policy.limits import Limits
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Keys:
     def __init__(self, keys: "Iterable[KeyConfig]", clock: "Callable[[], float]") -> None:
         self._by_digest = {
             key.digest: Caller(
-                f"key {key.name or number}",
+                f"{KEY}{key.name or number}",
                 key.name,
                 key.models,
                 Limits(key.limits, clock) if key.limits != LimitsConfig() else None,

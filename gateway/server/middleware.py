@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from gateway.kept_requests import KeptRequests
     from gateway.policy.admission import Admission
     from gateway.server.in_flight import InFlight
     from gateway.server.keys import Keys
@@ -49,12 +50,14 @@ class Middleware:
         keys: "Keys",
         admission: "Admission",
         in_flight: "InFlight",
+        kept: "KeptRequests",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
     ) -> None:
         self._keys = keys
         self._admission = admission
         self._in_flight = in_flight
+        self._kept = kept
         self._telemetry = telemetry
         self._clock = clock
 
@@ -82,7 +85,7 @@ class Middleware:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a handler runs in a task")
-        self._in_flight.add(task)
+        self._in_flight.add(task, record)
         try:
             request[RECORD] = record
             if needs_key(path, known):
@@ -97,6 +100,7 @@ class Middleware:
         finally:
             self._in_flight.remove(task)
             record.ended = self._clock()
+            self._kept.add(record)
             self._telemetry.finish(record)
         return self._closed_while_draining(response)
 
@@ -118,6 +122,7 @@ class Middleware:
             _log.error("internal error, trace %032x", record.trace_id, exc_info=cause)
         record.end_with(error)
         record.ended = self._clock()
+        self._kept.add(record)
         self._telemetry.finish(record)
         response = error_response(error, worded_by(request.path if request is not None else ""), record, record.ended)
         response.force_close()
