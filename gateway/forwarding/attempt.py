@@ -356,6 +356,10 @@ class Attempts:
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()
+        if len(target.replicas) > 1:
+            model = target.model or call.model
+            others = (other for other in target.replicas if other is not replica)
+            attempt.passed_over = tuple((other.name, why) for other in others if (why := other.why_not(model)))
         attempts.append(attempt)
         return attempt
 

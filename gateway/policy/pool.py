@@ -1,7 +1,7 @@
 """The pool: all backends and routes of one generation, and which replica is asked next."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
@@ -29,6 +29,15 @@ DEFAULT_MODEL = "demo-model"
 """The mock model's."""
 
 
+class Candidate(NamedTuple):
+    """What is remembered of a target: the names of its backend, model and replicas, and its weight."""
+
+    backend: str
+    model: str | None
+    weight: int | None
+    replicas: tuple[str, ...]
+
+
 class Target:
     """A backend, and the model to ask it for; None keeps the caller's.
 
@@ -39,9 +48,10 @@ class Target:
         weight: its share of the route's requests; None where the route has none.
         labels: where it has, the names by which its attempts are counted: of the route, the backend and the model.
         watch: of the route's guard; None where nobody watches.
+        candidate: what records keep of it.
     """
 
-    __slots__ = ("_rng", "backend", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
+    __slots__ = ("_rng", "backend", "candidate", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class Target:
         self.weight = weight
         self.labels = labels
         self.watch = watch
+        self.candidate = Candidate(home.name, model, weight, tuple(replica.name for replica in self.replicas))
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":

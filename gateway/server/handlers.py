@@ -179,6 +179,7 @@ class Handlers:
     ) -> web.StreamResponse:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
+        record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
         if caller.limits is not None:
             charge = await self._charges.begin(caller.limits, prompt, route, deadline)
@@ -278,7 +279,7 @@ class Handlers:
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
                 "model": self._generations.current.pool.default_model,
-                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
+                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics", "page": "/ui"},
             }
         )
 

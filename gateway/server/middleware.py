@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from gateway.generation import Generations
+    from gateway.kept_requests import KeptRequests
     from gateway.policy.admission import Admission
     from gateway.server.in_flight import InFlight
     from gateway.telemetry import Telemetry
@@ -49,12 +50,14 @@ class Middleware:
         generations: "Generations",
         admission: "Admission",
         in_flight: "InFlight",
+        kept: "KeptRequests",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
     ) -> None:
         self._generations = generations
         self._admission = admission
         self._in_flight = in_flight
+        self._kept = kept
         self._telemetry = telemetry
         self._clock = clock
 
@@ -82,7 +85,7 @@ class Middleware:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a handler runs in a task")
-        self._in_flight.add(task)
+        self._in_flight.add(task, record)
         try:
             request[RECORD] = record
             generation = self._generations.current  # the handler, which begins at once, takes the same
@@ -99,6 +102,7 @@ class Middleware:
         finally:
             self._in_flight.remove(task)
             record.ended = self._clock()
+            self._kept.add(record)
             self._telemetry.finish(record)
         return self._closed_while_draining(response)
 
@@ -121,6 +125,7 @@ class Middleware:
         record.generation = self._generations.current.number
         record.end_with(error)
         record.ended = self._clock()
+        self._kept.add(record)
         self._telemetry.finish(record)
         response = error_response(error, worded_by(request.path if request is not None else ""), record, record.ended)
         response.force_close()
