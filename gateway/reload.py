@@ -79,8 +79,8 @@ class Reload:
         """Look at the files whenever something happens where they are, and every few seconds."""
         told = False
         while self._stamps:
-            places = await asyncio.to_thread(_places, self._stamps)
             try:
+                places = await asyncio.to_thread(_places, self._stamps)
                 async for _ in awatch(
                     *places,
                     watch_filter=None,
@@ -93,11 +93,12 @@ class Reload:
                     await self._look()
                     if await asyncio.to_thread(_places, self._stamps) != places:
                         break
-            except (OSError, RuntimeError) as error:  # a folder that was there a moment ago, no watch is left
-                if not told and not isinstance(error, FileNotFoundError):
+            except Exception as error:  # noqa: BLE001 - no watch is left, a folder may not be read, whatever it is
+                vanished = isinstance(error, FileNotFoundError)  # a folder that was there a moment ago
+                if not told and not vanished:
                     _log.warning("the configuration is looked at every %d s, not watched: %s", LOOK // 1000, error)
                     told = True
-                await asyncio.sleep(LOOK / 1000)
+                await asyncio.sleep(STILL if vanished else LOOK / 1000)
                 await self._look()
 
     async def _look(self) -> None:
