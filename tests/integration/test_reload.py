@@ -293,8 +293,10 @@ async def test_a_file_that_cannot_be_watched_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(*_: object, **__: object) -> AsyncIterator[None]:
-        raise OSError("OS file watch limit reached")
+    async def refuse(*_: object, **__: object) -> AsyncIterator[None]:
+        for error in [OSError("OS file watch limit reached")]:
+            raise error
+        yield
 
     monkeypatch.setattr("gateway.reload.awatch", refuse)
     monkeypatch.setattr("gateway.reload.LOOK", 10)
