@@ -293,14 +293,17 @@ async def test_a_file_that_cannot_be_watched_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refuse(*_: object, **__: object) -> AsyncIterator[None]:
-        raise OSError("OS file watch limit reached")
+    async def refuse(*_: object, **__: object) -> AsyncIterator[None]:
+        for error in [OSError("OS file watch limit reached")]:
+            raise error
+        yield
 
     monkeypatch.setattr("gateway.reload.awatch", refuse)
     monkeypatch.setattr("gateway.reload.LOOK", 10)
     file = config(tmp_path, text(mock))
     gateway = await start_gateway(gateway_config=file)
-    await follows(gateway, file, text(mock, REFUSED))
+    for number in range(3):
+        await follows(gateway, file, text(mock, more=f", timeouts: {{idle: {number + 5}}}"))
     assert caplog.text.count("watch limit") == 1
 
 
