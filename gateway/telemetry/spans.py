@@ -52,7 +52,7 @@ def _server(record: "Record") -> SpanData:
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
     _describe_own(record, span)
     if record.caller.name is not None:
-        _describe_key(record, span)
+        _describe_key(record, record.caller.name, span)
     if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
         span.status = ERROR
         span.error = record.error_message
@@ -84,16 +84,13 @@ def _describe_own(record: "Record", span: SpanData) -> None:
         span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
 
 
-def _describe_key(record: "Record", span: SpanData) -> None:
+def _describe_key(record: "Record", name: str, span: SpanData) -> None:
     """Add whose key it is, never the key, and what of its limits was used."""
-    for name, value in (
-        ("gateway.key", record.caller.name),
-        ("gateway.key.limit", record.limit),
-        ("gateway.key.tokens", record.charged),
-        ("gateway.key.tokens_source", record.charged_by),
-    ):
-        if value is not None:
-            span.own.append((name, value))
+    span.own.append(("gateway.key", name))
+    if record.limit is not None:
+        span.own.append(("gateway.key.limit", record.limit))
+    if record.charged is not None and record.charged_by is not None:
+        span.own += [("gateway.key.tokens", record.charged), ("gateway.key.tokens_source", record.charged_by)]
 
 
 LEFT = "client_closed_request"
