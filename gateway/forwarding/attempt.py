@@ -334,10 +334,11 @@ class Attempts:
                 status=exchange.status,
                 length=len(body) if is_empty or call.commit == "complete" else exchange.length,
             )
+            write = sink.write if call.charge is None else call.charge.reading(sink.write, exchange.content_type, body)
             call.share.give_back(len(body))
             del body
             if not is_empty:
-                await relay.pass_on(sink.write)
+                await relay.pass_on(write)
             await sink.end()
         finally:
             call.share.give_back_to(held)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
+from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 
@@ -100,7 +101,7 @@ class Charge:
         length: learns from the answer; None where nothing was expected of it.
     """
 
-    __slots__ = ("_length", "_prompt", "_relayed", "_tokens", "reservation")
+    __slots__ = ("_length", "_prompt", "_relayed", "_tokens", "_usage", "reservation")
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class Charge:
         self._tokens = tokens
         self._length = length
         self._relayed: EventCount | None = None
+        self._usage: ReportedUsage | None = None
 
     def counting(self, write: "Write", first: bytes) -> "Write":
         """Return a function that writes events of a stream and counts them; `first`: those written already."""
@@ -121,6 +123,19 @@ class Charge:
             return write
         self._relayed = EventCount(write, first)
         return self._relayed.write
+
+    def reading(self, write: "Write", content_type: str, first: bytes) -> "Write":
+        """Return a function that writes what is passed through and looks for its usage; `first`: written already."""
+        if self._prompt is None or not may_report(content_type):
+            return write
+        usage = self._usage = ReportedUsage(content_type)
+        usage.feed(first)
+
+        async def write_and_read(data: bytes) -> None:
+            await write(data)
+            usage.feed(data)
+
+        return write_and_read
 
     def settle(self, call: "Call") -> None:
         """Charge what a request that has ended has used, and note it where tokens are limited."""
@@ -139,6 +154,8 @@ class Charge:
         """
         record = call.record
         outcome = record.attempts[-1].outcome if record.attempts else None
+        if outcome == "ok" and self._usage is not None and (reported := self._usage.tokens) is not None:
+            return reported, REPORTED
         if outcome != "ok" and not call.committed:
             return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
         given, answered = record.input_tokens, record.output_tokens
