@@ -45,6 +45,7 @@ def _server(record: "Record") -> SpanData:
             record.route,
             len(record.attempts),
             record.stop_reason,
+            record.charged_by,
         )
     span = SpanData(shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0)
     span.trace_state = record.trace_state
@@ -89,8 +90,8 @@ def _describe_key(record: "Record", name: str, span: SpanData) -> None:
     span.own.append(("gateway.key", name))
     if record.limit is not None:
         span.own.append(("gateway.key.limit", record.limit))
-    if record.charged is not None and record.charged_by is not None:
-        span.own += [("gateway.key.tokens", record.charged), ("gateway.key.tokens_source", record.charged_by)]
+    if record.charged is not None:
+        span.own.append(("gateway.key.tokens", record.charged))
 
 
 LEFT = "client_closed_request"
@@ -143,6 +144,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     route: str | None,
     attempts: int,
     stop_reason: str | None,
+    charged_by: str | None,
 ) -> Shared:
     http = _http_attributes(method, path, status, outcome)
     attributes: list[tuple[str, Value]] = [
@@ -162,6 +164,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
         ("gen_ai.response.finish_reasons", list(finish_reasons) if finish_reasons is not None else None),
         ("gateway.route", route),
         ("gateway.retry.stop_reason", stop_reason),
+        ("gateway.key.tokens_source", charged_by),
     ):
         if value is not None:
             attributes.append((attribute, value))
