@@ -8,7 +8,7 @@ from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Container, Coroutine
 
     from gateway.dialects.dialect import Prompt
     from gateway.executor import Executor
@@ -70,6 +70,10 @@ class Charges:
         if length is None:
             length = self._lengths[route, prompt.operation] = AnswerLength()
         return Charge(limits.reserve(tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
+
+    def follow(self, routes: "Container[str]") -> None:
+        """Forget how long the answers of all other routes were."""
+        self._lengths = {key: length for key, length in self._lengths.items() if key[0] in routes}
 
 
 class AnswerLength:
