@@ -20,7 +20,7 @@ from gateway.errors import (
 )
 from gateway.record import Record
 from gateway.server.paths import known_path, needs_key, worded_by
-from gateway.server.responses import error_response, explaining, unrecorded_error
+from gateway.server.responses import SERVER, error_response, explaining, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Middleware:
             allowed = error.headers["Allow"]
             failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
             response = unrecorded_error(failure, worded_by(request.path), {"allow": allowed})
+        response.headers.setdefault("server", SERVER)
         return self._closed_while_draining(response)
 
     async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
@@ -95,7 +96,7 @@ class Middleware:
                 self._admission.check_open()
             response = await handler(request)
             if not response.prepared:
-                response.headers.update(explaining(record, self._clock()))
+                response.headers.extend(explaining(record, self._clock()))  # it has none of them yet
                 record.status = response.status
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
             response = await self._answer_error(error, request, record)
