@@ -68,7 +68,7 @@ def _rate_limits(limits: "Limits") -> dict[str, str]:
         if windows:
             window = tightest(windows)
             headers[f"{RATE_LIMITS}limit-{kind}"] = window.shown
-            headers[f"{RATE_LIMITS}remaining-{kind}"] = str(max(0, window.limit - window.used))
+            headers[f"{RATE_LIMITS}remaining-{kind}"] = str(max(0, window.left))
             headers[f"{RATE_LIMITS}reset-{kind}"] = _duration(math.ceil(window.empty_in(now)))
     return headers
 
