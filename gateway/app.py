@@ -33,10 +33,12 @@ from gateway.server.paths import forms_of
 from gateway.server.request_reader import RequestReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gateway.config import Routing
+    from gateway.limits_store import LimitsStore
     from gateway.policy.breaker import State
+    from gateway.policy.caller import Caller
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 
@@ -54,7 +56,7 @@ class Parts:
         client: sends calls to backends.
         executor: looks into large bodies and answers.
         keys: whose they are, and what is used of their limits.
-        day_store: keeps the limits of a day.
+        limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
@@ -116,14 +118,14 @@ class Parts:
             return epoch + clock()
 
         self.keys = keys = Keys(routing.keys, limits_clock)
-        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, limits_clock)
+        self.limits = _limits_kept(settings, keys.callers, limits_clock)
         self.health = Health(
             settings,
             pool=self.pool,
             client=client,
             admission=self.admission,
             telemetry=telemetry,
-            limits=self.day_store,
+            limits=self.limits,
             clock=clock,
         )
         self.model_lists = ModelLists(
@@ -147,10 +149,24 @@ class Parts:
         )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
         telemetry.metrics.watch_keys(keys.callers)
+        telemetry.metrics.watch_limits(lambda: self.limits.status == "degraded")
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
         self.health.breaker_changed(backend, new)
+
+
+def _limits_kept(
+    settings: "Settings", callers: "Sequence[Caller]", clock: "Callable[[], float]"
+) -> "DayStore | LimitsStore":
+    """Return what keeps the limits of keys beyond this process."""
+    if settings.gateway_limits_url is None:
+        return DayStore(settings.gateway_state_dir, callers, clock)
+    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
+    from gateway.valkey import Valkey  # noqa: PLC0415
+
+    store = Valkey(settings.gateway_limits_url.get_secret_value())
+    return LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -231,7 +247,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
-        await stack.enter_async_context(parts.day_store)
+        await stack.enter_async_context(parts.limits)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gateway.backend.client import HttpClient
     from gateway.config import ProbeConfig
     from gateway.day_store import DayStore
+    from gateway.limits_store import LimitsStore
     from gateway.policy.admission import Admission
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
@@ -40,7 +41,7 @@ class Health:
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
-        limits: "DayStore",
+        limits: "DayStore | LimitsStore",
         clock: "Callable[[], float]",
     ) -> None:
         self._app_mode = settings.app_mode

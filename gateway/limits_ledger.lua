@@ -63,16 +63,18 @@ end
 
 local function grant(asked, me, changed, settling)
   local name, limit, seconds, held, keep, want, need, changes = unpack(asked)
-  local mine = me.holds[name] or {free = 0, unmet = 0}
+  local mine = me.holds[name] or {free = 0, portion = 0, unmet = 0}
   me.holds[name] = mine
   mine.held, mine.want = held, want
-  local holds, in_flight, others_hold, others_lack, wants = 0, 0, 0, false, 0
+  local holds, in_flight, wants = 0, 0, 0
+  local others_hold, others_portions, others_lack = 0, 0, false
   for _, each in pairs(ledger.processes) do
     local hold = each.holds[name]
     if hold then
       holds, in_flight, wants = holds + 1, in_flight + hold.held, wants + hold.want
       if hold ~= mine then
-        others_hold, others_lack = others_hold + hold.free, others_lack or hold.unmet > 0
+        others_hold, others_portions = others_hold + hold.free, others_portions + hold.portion
+        others_lack = others_lack or hold.unmet > 0
       end
     end
   end
@@ -89,10 +91,11 @@ local function grant(asked, me, changed, settling)
   mine.unmet = math.max(0, need - mine.free)
   local left = math.max(0, room - more)
   local weight = (1 / holds + (want + 1) / (wants + holds)) / 2
+  mine.portion = math.max(0, math.min(math.floor(left * weight), left - others_portions))
   local scarce = left * SCARCE < limit or others_lack or mine.unmet > 0
   local over = mine.unmet > 0 and used + need - limit or 0
   local wait, empty_in = ends(slots, over, seconds / SLOTS)
-  return {more, math.floor(left * weight), used, wait, empty_in, scarce}
+  return {more, mine.portion, used, wait, empty_in, scarce}
 end
 
 if epoch ~= ledger.epoch then

@@ -237,6 +237,11 @@ class Admission:
     def _look(self) -> None:
         self._next_look = None
         self._hand_over()
+        for line in self._lines.values():
+            for place in line:
+                refusal = place.reservation.in_vain(self._queue_timeout) if place.reservation is not None else None
+                if refusal is not None and not place.slot.done():
+                    place.slot.set_exception(refusal)
 
     def _look_no_more(self) -> None:
         if self._next_look is not None:

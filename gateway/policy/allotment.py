@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.2
 """Seconds between two reports of a key that is used."""
-HOLDING = 1.0
+HOLDING = 0.5
 """Seconds between two of a key that is not used, but of which something is held: leases are kept by them."""
 KEEPS = 60.0
 """Seconds after its last use for which something of a key is held."""
 MEMORY = 1.0
 """Seconds over which the rate of use is taken, about."""
-AHEAD, AHEAD_IF_SCARCE = 2.0, 0.4
-"""Seconds of use at this rate that are held."""
+AHEAD = 2.0
+"""Seconds of use at this rate that are held; while it is scarce, as much as was used since the last report."""
 RESERVE = 20
 """So many-th part of the limit is held at least, while it is not scarce."""
 PEAK = 10.0
@@ -46,6 +46,7 @@ class _Windowed:
         self.changes: list[tuple[int, int]] = []
         """Those of the batch that is on its way, by our own slots."""
         self._rate = 0.0
+        self._spent = 0
         self._reported: dict[int, int] = {}
         self._seen: dict[int, int] = {}
 
@@ -69,14 +70,14 @@ class _Windowed:
     def look(self, elapsed: float) -> None:
         """Take in what was used since the last report."""
         slots = self.window.slots()
-        spent = sum(max(0, used - self._seen.get(slot, 0)) for slot, used in slots.items())
+        self._spent = sum(max(0, used - self._seen.get(slot, 0)) for slot, used in slots.items())
         self._seen = slots
-        self._rate = self._rate * math.exp(-elapsed / MEMORY) + spent / MEMORY
+        self._rate = self._rate * math.exp(-elapsed / MEMORY) + self._spent / MEMORY
 
     def target(self, *, kept: bool) -> int:
         """Return what is to be held beside what is needed now; `kept`: the key was used lately."""
         if self.scarce:
-            return math.ceil(self._rate * AHEAD_IF_SCARCE)
+            return self._spent
         return max(math.ceil(self._rate * AHEAD), self.limit // RESERVE if kept else 0)
 
     def collect(self) -> None:
@@ -227,8 +228,10 @@ class Allotment:
         self._under_way: Report | None = None
         self._used: list[int] = []
         self._at = self._last_use = limits.look() - KEEPS
+        self._answered_at = -math.inf
         self._none_until = 0.0
         self._behind = False
+        self._asks = False
         self.at_once = False
         self.leased = False
         limits.allotment = self
@@ -250,11 +253,14 @@ class Allotment:
         limits = self._limits
         if limits.touched or self._lacking or self._behind:
             return now >= self._at + INTERVAL
-        return bool(limits.in_flight or self._holds) and now >= self._at + HOLDING
+        held = [part for part in self._parts if part.free > 0] if self.leased else []
+        often = any(part.scarce for part in held)
+        return bool(limits.in_flight or held) and now >= self._at + (INTERVAL if often else HOLDING)
 
     @property
-    def _holds(self) -> bool:
-        return self.leased and any(part.free > 0 for part in self._parts)
+    def known(self) -> bool:
+        """Whether the ledger has ever answered."""
+        return bool(self._epoch)
 
     @property
     def counted(self) -> bool:
@@ -282,6 +288,7 @@ class Allotment:
                 keep = want = max(0, part.free)
             if not catching_up:
                 part.collect()
+            if not catching_up and self._asks:
                 need = part.need(self._lacking)
                 want = min(part.limit, need + part.target(kept=kept))
                 keep = min(keep, want)
@@ -309,38 +316,54 @@ class Allotment:
         if not self._epoch or abs(offset - self._offset) > MOST_OFF:
             self._offset = offset
         if answer.epoch != self._epoch:
-            if report.lost:
-                self.go_on()  # until the others have reported, too
-            self._epoch = answer.epoch
-            self._behind = True
-            for part in self._parts:
-                part.forgotten()
+            self._begin_anew(answer.epoch, lost=report.lost)
             return
         for part in self._parts:
             part.reported()
-        if answer.settling or self._behind:
+        if answer.settling or self._behind or not self._asks:
             if answer.settling and self.leased:
                 self.go_on()
-            self._behind = True
+            self._behind = self._behind or answer.settling
             for part, granted in zip(self._parts, answer.limits, strict=False):
                 part.told(granted, now)
             return
+        self._take_in(report, answer, now)
+
+    def _begin_anew(self, epoch: str, *, lost: bool) -> None:
+        """Report all that counts to a ledger that does not know it."""
+        if lost:
+            self.go_on()  # until the others have reported, too
+        self._epoch = epoch
+        self._behind = True
+        for part in self._parts:
+            part.forgotten()
+
+    def _take_in(self, report: Report, answer: Answer, now: float) -> None:
+        """Take in what was granted."""
         unmet = False
         for part, asked, granted, used in zip(self._parts, report.limits, answer.limits, self._used, strict=True):
             part.granted(granted, now, used=used)
             unmet = unmet or asked.keep + granted.more < asked.need
         self.leased = True
+        self._answered_at = now
         self._none_until = now + SOON if unmet else 0.0
 
     def go_on(self) -> None:
-        """Go on with the share: the ledger cannot be asked."""
+        """Go on with the share: the ledger cannot be asked. One that was not kept may be somebody else's by now."""
         self.leased = False
+        lost = self._limits.look() > self._answered_at + LIVES
         for part in self._parts:
             fallback = int(part.limit * self._fallback)
-            part.go_on_with(max(1, fallback if part.share is None else part.share))
+            part.go_on_with(max(1, fallback if part.share is None or lost else part.share))
+
+    def catch_up(self) -> None:
+        """Report what was used without the ledger, and go on with the share until `come_back`: others report, too."""
+        self._asks = False
+        self._behind = self._limits.touched or self.counted
 
     def come_back(self) -> None:
-        """Lease again: the ledger can be asked."""
+        """Lease (again): the ledger can be asked."""
+        self._asks = True
         if not self.leased and (self._limits.touched or self.counted):
             self._behind = True  # what was used without it is reported first
         elif not self.leased:
@@ -352,7 +375,5 @@ class Allotment:
         """Return a last report that gives back all."""
         self._last_use = -math.inf
         report = self.report("")
-        given_back = [
-            Asked(each.name, each.limit, each.seconds, 0, 0, 0, 0, each.changes) for each in report.limits
-        ]
-        return Report(report.process, report.number, report.batch, report.epoch, "", False, given_back)  # noqa: FBT003
+        given_back = [Asked(each.name, each.limit, each.seconds, 0, 0, 0, 0, each.changes) for each in report.limits]
+        return Report(report.process, report.number, report.batch, report.epoch, "", False, given_back)

@@ -106,10 +106,11 @@ class Answer(Struct, array_like=True, frozen=True):
 class _Hold:
     """What a process holds of one limit."""
 
-    __slots__ = ("free", "held", "unmet", "want")
+    __slots__ = ("free", "held", "portion", "unmet", "want")
 
     def __init__(self) -> None:
         self.free = 0
+        self.portion = 0
         self.held = 0
         self.want = 0
         self.unmet = 0
@@ -190,10 +191,11 @@ class Ledger:
         mine.unmet = max(0, asked.need - mine.free)
         left = max(0, room - more)
         weight = (1 / len(holds) + (asked.want + 1) / sum(hold.want + 1 for hold in holds)) / 2
+        mine.portion = max(0, min(int(left * weight), left - sum(hold.portion for hold in others)))
         scarce = left * SCARCE < asked.limit or any(hold.unmet for hold in holds)
         over = used + asked.need - asked.limit if mine.unmet else 0
         wait, empty_in = _ends(slots, over, asked.seconds / SLOTS, now)
-        return Granted(more, int(left * weight), used, wait, empty_in, scarce)
+        return Granted(more, mine.portion, used, wait, empty_in, scarce)
 
     def _slots(self, asked: Asked, now: float, *, changed: bool) -> dict[int, int]:
         """Return what was used in the window, by slot, with the changes; slots that are over are forgotten."""

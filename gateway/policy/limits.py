@@ -275,6 +275,13 @@ class Reservation:
         allotment = self._limits.allotment
         return allotment.ask(self) if allotment is not None else None
 
+    def in_vain(self, wait: float) -> RateLimitExceeded | None:
+        """Return why it cannot be taken within so many seconds, where other processes have used what it lacks."""
+        if self._limits.allotment is None:
+            return None
+        refusal = self.refusal()
+        return refusal if refusal is not None and refusal.wait > wait else None
+
     def settle(self, tokens: int) -> None:
         """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken.
 

@@ -1,9 +1,6 @@
 """What several processes hold of one key's limits: leased, spent, lost and given back, without a store."""
 
 import asyncio
-from collections.abc import Callable
-from random import Random, randrange
-from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -12,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gateway.config import LimitsConfig
 from gateway.policy import allotment, ledger
-from gateway.policy.allotment import INTERVAL, Allotment
-from gateway.policy.ledger import Answer, Ledger, Report
+from gateway.policy.allotment import Allotment
+from gateway.policy.ledger import Ledger, Report
 from gateway.policy.limits import DAY, MINUTE, Limits, Reservation
 from tests.unit.gateway.fakes import Clock
 
@@ -27,7 +24,9 @@ class World:
         taken: what each request was charged, by the instant at which it was taken.
     """
 
-    def __init__(self, *, count: int = 4, fallback: float = 0.25, offsets: tuple[float, ...] = (), **config: int) -> None:
+    def __init__(
+        self, *, count: int = 4, fallback: float = 0.25, offsets: tuple[float, ...] = (), **config: int
+    ) -> None:
         self.clock = Clock()
         self.clock.forward(EPOCH)
         self.ledger = Ledger(self.clock)
