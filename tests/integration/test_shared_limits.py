@@ -9,10 +9,14 @@ from random import Random, randrange
 from typing import Any
 
 import pytest
+from msgspec import msgpack
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from gateway.limits_store import LimitsStore
+from gateway.policy.ledger import Answer as LedgerAnswer
+from gateway.policy.ledger import Asked, Ledger, Report
+from gateway.valkey import Valkey
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.http import Answer
@@ -101,6 +105,34 @@ async def is_said(gateway: Gateway, status: str) -> None:
         return (health["limits"]["status"], health["status"] == "degraded", degraded) == (status, expected, expected)
 
     await until(said, f"limits: {status}", seconds=20)
+
+
+@pytest.mark.parametrize("seed", [1, randrange(1 << 32)], ids=["1", "another"])
+async def test_the_script_in_the_store_is_the_ledger(store: LimitsServer, seed: int) -> None:
+    """Random reports of three processes, some of which come late or again: both give the same answers."""
+    random, now, valkey = Random(seed), [0.0], Valkey(store.url)
+    ledger = Ledger(lambda: now[0])
+    epochs, reports = dict.fromkeys("abc", ""), []
+    for number in range(1, 400):
+        process = random.choice("abc")
+        slot = int(now[0])
+        asked = [
+            Asked(name, 500, seconds, 0, random.randint(0, 9), random.randint(0, 99), random.randint(0, 30), changes)
+            for name, seconds in (("requests_per_minute", 60), ("tokens_per_day", 86_400))
+            for changes in (
+                [(slot // (seconds // 60) - random.randint(-2, 70), random.randint(-5, 20)) for _ in range(3)],
+            )
+        ]
+        asked.append(Asked("max_in_flight", 20, 0, random.randint(0, 5), random.randint(0, 3), 4, 2, []))
+        report = Report(process, number, number - random.randint(0, 2), epochs[process], "e", number < 3, asked)
+        reports.append(report)
+        if random.random() < 0.1:
+            report = random.choice(reports)
+        answer = msgpack.decode((await valkey.exchange([("ledger", msgpack.encode(report))]))[0], type=LedgerAnswer)
+        now[0] = answer.time
+        assert ledger.exchange(report) == answer, f"seed {seed}, report {number}"
+        epochs[process] = answer.epoch
+    await valkey.close()
 
 
 @pytest.mark.parametrize("seed", [1, randrange(1 << 32)], ids=["1", "another"])
