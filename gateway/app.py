@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from gateway.limits_store import LimitsStore
     from gateway.policy.breaker import State
     from gateway.policy.caller import Caller
+    from gateway.policy.response_homes import ResponseHomes
+    from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 
@@ -57,6 +59,7 @@ class Parts:
         executor: looks into large bodies and answers.
         keys: whose they are, and what is used of their limits.
         limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
+        hints: tells other instances where stored responses live; None without a store.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         handlers, middleware: of the routes.
@@ -118,7 +121,7 @@ class Parts:
             return epoch + clock()
 
         self.keys = keys = Keys(routing.keys, limits_clock)
-        self.limits = _limits_kept(settings, keys.callers, limits_clock)
+        self.limits, self.hints = _shared(settings, keys.callers, self.pool.responses, limits_clock)
         self.health = Health(
             settings,
             pool=self.pool,
@@ -140,6 +143,7 @@ class Parts:
             byte_budget=self.byte_budget,
             charges=Charges(self.executor, clock),
             forwarder=forwarder,
+            hints=self.hints,
             health=self.health,
             telemetry=telemetry,
             clock=clock,
@@ -156,17 +160,19 @@ class Parts:
         self.health.breaker_changed(backend, new)
 
 
-def _limits_kept(
-    settings: "Settings", callers: "Sequence[Caller]", clock: "Callable[[], float]"
-) -> "DayStore | LimitsStore":
-    """Return what keeps the limits of keys beyond this process."""
+def _shared(
+    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
+    """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
     if settings.gateway_limits_url is None:
-        return DayStore(settings.gateway_state_dir, callers, clock)
+        return DayStore(settings.gateway_state_dir, callers, clock), None
     from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
+    from gateway.response_hints import ResponseHints  # noqa: PLC0415
     from gateway.valkey import Valkey  # noqa: PLC0415
 
     store = Valkey(settings.gateway_limits_url.get_secret_value())
-    return LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
+    limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
+    return limits, ResponseHints(store, homes, clock)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -248,6 +254,8 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
         await stack.enter_async_context(parts.limits)
+        if parts.hints is not None:
+            await stack.enter_async_context(parts.hints)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)

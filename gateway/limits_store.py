@@ -82,9 +82,8 @@ class LimitsStore:
         return "ok" if self._well and self._settled_at is None else "degraded"
 
     async def __aenter__(self) -> Self:
-        if self._keys:
-            await self._exchange()
-            self._task = asyncio.create_task(self._keep())
+        await self._exchange()
+        self._task = asyncio.create_task(self._keep())
         return self
 
     async def __aexit__(self, *_: object) -> None:

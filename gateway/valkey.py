@@ -56,6 +56,7 @@ class Valkey:
         self._script = LEDGER.read_text(encoding="utf-8")
         self._sha = ""
         self._client: Redis | RedisCluster | None = None
+        self._well = False
 
     async def ping(self) -> None:
         """Find out whether it answers. Raises: StoreError."""
@@ -71,14 +72,15 @@ class Valkey:
         await self._call(self._publish(values, seconds))
 
     async def look_up(self, key: str, seconds: float) -> bytes | None:
-        """Return a value; None for none, and where it does not come in time. It opens no connection of the store."""
+        """Return a value; None for none, and where it does not come in time. Never where the store is unwell."""
         client = self._client
-        if client is None:
+        if client is None or not self._well:
             return None
         with suppress(RedisError, RedisClusterException, OSError, TimeoutError):
             async with asyncio.timeout(seconds):
                 value = await client.get(key)
                 return value if isinstance(value, bytes) else None
+        self._well = False  # nobody else waits before it has answered again
         return None
 
     async def close(self) -> None:
@@ -92,11 +94,15 @@ class Valkey:
     async def _call(self, call: Any) -> Any:  # noqa: ANN401 - what redis-py returns
         try:
             async with asyncio.timeout(TIMEOUT):
-                return await call
+                result = await call
         except TimeoutError:
             error = f"no answer within {TIMEOUT:g} s"
         except (RedisError, RedisClusterException, OSError) as failure:
             error = str(failure) or type(failure).__name__
+        else:
+            self._well = True
+            return result
+        self._well = False
         await self.close()
         raise StoreError(error)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Pool, Route, Target
     from gateway.policy.response_homes import Home
     from gateway.record import Record
+    from gateway.response_hints import ResponseHints
     from gateway.server.keys import Keys
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Commit, Settings
@@ -58,6 +59,7 @@ class Handlers:
         byte_budget: "ByteBudget",
         charges: "Charges",
         forwarder: "Forwarder",
+        hints: "ResponseHints | None",
         health: "Health",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
@@ -70,6 +72,7 @@ class Handlers:
         self._byte_budget = byte_budget
         self._charges = charges
         self._forwarder = forwarder
+        self._hints = hints
         self._health = health
         self._telemetry = telemetry
         self._clock = clock
@@ -91,8 +94,10 @@ class Handlers:
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = await self._reader.text_of(prompt)
+            if prompt.previous_response_id is not None and self._hints is not None:
+                await self._hints.learn(prompt.previous_response_id)
             targets = self._targets(route, model, prompt, record)
-            remember = partial(self._pool.responses.made, owner=self._owner(record)) if dialect.stores else None
+            remember = partial(self._made, owner=self._owner(record)) if dialect.stores else None
             headers = forwarded_headers(request, record)
             return await self._forward(
                 request,
@@ -137,6 +142,8 @@ class Handlers:
         self._admission.check(record.caller.id)
         prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
         record.stream = prompt.stream
+        if self._hints is not None:
+            await self._hints.learn(response_id)
         home = self._home_of(response_id, record, param="id")
         pinned = self._pool.home_target(home, home.model, None) if home is not None else None
         targets = self._pool.backends_for(record.caller.models)
@@ -224,6 +231,12 @@ class Handlers:
         first = targets[0]
         record.draw_target(first.backend, first.model or model, first.weight, self._clock())
         return targets
+
+    def _made(self, response_id: str | None, replica: str, model: str, owner: str | None) -> None:
+        """Note, and tell other instances, that a replica has made a response."""
+        self._pool.responses.made(response_id, replica, model, owner)
+        if self._hints is not None:
+            self._hints.made(response_id, replica, model, owner)
 
     def _home_of(self, response_id: str, record: "Record", *, param: str) -> "Home | None":
         """Return the home of a stored response, None for one that is not known. Raises: NotFound, for another key's."""

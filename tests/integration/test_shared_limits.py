@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random, randrange
 from typing import Any
@@ -20,7 +19,7 @@ from gateway.valkey import Valkey
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.http import Answer
-from testkit.limits_server import LimitsServer, why_no_server
+from testkit.limits_server import LimitsServer
 from testkit.polling import until
 from tests.integration.gateways import Gateway, StartGateway, config, get
 
@@ -35,16 +34,9 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[LimitsServer]:
+def store(limits_server: LimitsServer) -> LimitsServer:
     """A running store."""
-    reason = why_no_server()
-    if reason is not None and os.environ.get("LIMITS_TESTS") == "require":
-        pytest.exit(f"LIMITS_TESTS=require, but {reason}", returncode=1)
-    if reason is not None:
-        pytest.skip(f"{reason}: shared limits were not tested")
-    async with LimitsServer(tmp_path) as server:
-        yield server
-        server.thaw()
+    return limits_server
 
 
 @pytest.fixture
