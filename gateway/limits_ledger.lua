@@ -93,7 +93,7 @@ local function grant(asked, me, changed, settling)
   local weight = (1 / holds + (want + 1) / (wants + holds)) / 2
   mine.portion = math.max(0, math.min(math.floor(left * weight), left - others_portions))
   local scarce = left * SCARCE < limit or others_lack or mine.unmet > 0
-  local over = mine.unmet > 0 and used + need - limit or 0
+  local over = used + math.max(need, 1) - limit
   local wait, empty_in = ends(slots, over, seconds / SLOTS)
   return {more, mine.portion, used, wait, empty_in, scarce}
 end

@@ -74,7 +74,7 @@ class Granted(Struct, array_like=True, frozen=True):
         more: to hold, in addition to what the process keeps.
         portion: of what is left, if the ledger cannot be asked any more; those of all are together no more than it.
         used: by all, the process included.
-        wait: seconds until what is needed may be granted; 0: others hold it, who give it back when they are asked.
+        wait: seconds until what is needed, at least 1, may be granted; 0: it was, or others hold it, who give it back when they are asked.
         empty_in: seconds until nothing is used any more.
         scarce: who holds what it does not need gives it back.
     """
@@ -193,7 +193,7 @@ class Ledger:
         weight = (1 / len(holds) + (asked.want + 1) / sum(hold.want + 1 for hold in holds)) / 2
         mine.portion = max(0, min(int(left * weight), left - sum(hold.portion for hold in others)))
         scarce = left * SCARCE < asked.limit or any(hold.unmet for hold in holds)
-        over = used + asked.need - asked.limit if mine.unmet else 0
+        over = used + max(asked.need, 1) - asked.limit
         wait, empty_in = _ends(slots, over, asked.seconds / SLOTS, now)
         return Granted(more, mine.portion, used, wait, empty_in, scarce)
 

@@ -116,9 +116,14 @@ class Window:
         if self.used + amount <= self.most:
             return 0.0
         if self.leased:
-            return SOON if amount <= self.left else max(SOON, self.free_at - now)
-        later, rest = divmod(max(amount, 1) - 1, self.most)
-        over = self.used + rest + 1 - self.most
+            if amount <= self.left:
+                return SOON
+            return max(SOON, self.free_at - now, self._own_wait(amount, self.limit, now))
+        return self._own_wait(amount, self.most, now)
+
+    def _own_wait(self, amount: int, most: int, now: float) -> float:
+        later, rest = divmod(max(amount, 1) - 1, most)
+        over = self.used + rest + 1 - most
         wait = later * (SLOTS + 1) * self._seconds + 0.0
         for slot, used in self.slots().items() if over > 0 else ():
             over -= used

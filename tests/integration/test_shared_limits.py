@@ -8,6 +8,7 @@ from random import Random, randrange
 from typing import Any
 
 import pytest
+import trustme
 from msgspec import msgpack
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
@@ -325,6 +326,26 @@ async def test_the_password_of_the_store_shows_nowhere_and_keys_are_there_by_nam
     everything += [span.to_json() for span in gateway.spans()]
     assert not any("s3cret" in text for text in everything)
     assert f"127.0.0.1:{store.port}" in caplog.text
+
+
+async def test_a_store_may_be_behind_tls(
+    mock: MockModel, tmp_path: Path, limits_server: LimitsServer, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, files = trustme.CA(), {name: str(tmp_path / f"{name}.pem") for name in ("ca", "cert", "key")}
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(files["ca"])
+    certificate.cert_chain_pems[0].write_to_path(files["cert"])
+    certificate.private_key_pem.write_to_path(files["key"])
+    options = ["--tls-port", "PORT", "--tls-cert-file", files["cert"], "--tls-key-file", files["key"]]
+    options += ["--tls-ca-cert-file", files["ca"], "--tls-auth-clients", "no"]
+    async with LimitsServer(tmp_path, *options) as store:
+        url = f"valkeys://127.0.0.1:{store.port}"
+        (strangers,) = await start(mock, url, 1, "requests_per_day: 40")
+        await is_said(strangers, "degraded")
+        monkeypatch.setenv("SSL_CERT_FILE", files["ca"])
+        (gateway,) = await start(mock, url, 1, "requests_per_day: 40")
+        await is_said(gateway, "ok")
+        assert (await ask(gateway)).status == 200
 
 
 async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: LimitsServer, start: Start) -> None:
