@@ -74,7 +74,8 @@ class Granted(Struct, array_like=True, frozen=True):
         more: to hold, in addition to what the process keeps.
         portion: of what is left, if the ledger cannot be asked any more; those of all are together no more than it.
         used: by all, the process included.
-        wait: seconds until what is needed, at least 1, may be granted; 0: it was, or others hold it, who give it back when they are asked.
+        wait: seconds until what is needed, at least 1, may be granted; 0: it was, or others hold it, who give it back
+            when they are asked.
         empty_in: seconds until nothing is used any more.
         scarce: who holds what it does not need gives it back.
     """
