@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gateway.policy.caller import Caller
     from gateway.policy.ledger import Report
+    from gateway.policy.limits import Limits
     from gateway.valkey import Valkey
 
 PREFIX = "llm-gateway:limits:"
@@ -57,14 +58,12 @@ class LimitsStore:
     ) -> None:
         self._store = store
         self._clock = clock
-        process = token_hex(8)
-        self._keys = {
-            Allotment(caller.limits, process, fallback_share, self._ask): f"{PREFIX}{caller.name}"
-            for caller in callers
-            if caller.limits is not None
-        }
+        self._process = token_hex(8)
+        self._fallback_share = fallback_share
         self._well: bool | None = None
         self._settled_at: float | None = None
+        self._keys: dict[Allotment, str] = {}
+        self.follow(callers)
         self._asked: dict[Allotment, None] = {}
         self._answer: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
@@ -73,6 +72,23 @@ class LimitsStore:
         self._task: asyncio.Task[None] | None = None
         self.exchanges = 0
         self.failures = 0
+
+    def follow(self, callers: "Iterable[Caller]") -> None:
+        """Share the limits of these callers from now on; leases of others end by themselves."""
+        keys = {}
+        for caller in callers:
+            if caller.limits is not None:
+                keys[caller.limits.allotment or self._new(caller.limits)] = f"{PREFIX}{caller.name}"
+        for each in keys:
+            if each in self._keys:
+                each.follow()
+        self._keys = keys
+
+    def _new(self, limits: "Limits") -> Allotment:
+        allotment = Allotment(limits, self._process, self._fallback_share, self._ask)
+        if self._well and self._settled_at is None:
+            allotment.come_back()
+        return allotment
 
     @property
     def status(self) -> str:
@@ -127,7 +143,10 @@ class LimitsStore:
             now = self._clock()
             if self._settled_at is not None and now >= self._settled_at:
                 self._come_back()
-            due = [*asked, *(each for each in self._keys if each not in asked and each.due(now))][:BATCH]
+            due = [
+                *(each for each in asked if each in self._keys),
+                *(each for each in self._keys if each not in asked and each.due(now)),
+            ][:BATCH]
             for _ in range(AT_ONCE):
                 if due:
                     await self._report(due)
@@ -143,9 +162,9 @@ class LimitsStore:
 
     async def _report(self, due: "Sequence[Allotment]") -> None:
         """Report some keys, and take in the answers. Raises: StoreError."""
-        reports = []
+        reports, keys = [], self._keys
         for number, each in enumerate(due, 1):
-            reports.append((self._keys[each], _encode(each.report(token_hex(8)))))
+            reports.append((keys[each], _encode(each.report(token_hex(8)))))
             if not number % WITHOUT_PAUSE:
                 await asyncio.sleep(0)
         self._asked_last = self._clock()

@@ -40,7 +40,7 @@ class _Windowed:
 
     def __init__(self, window: "Window") -> None:
         self.window = window
-        self.name, self.limit, self.seconds = window.name, window.limit, window.seconds
+        self.name, self.seconds = window.name, window.seconds
         self.share: int | None = None
         self.scarce = False
         self.changes: list[tuple[int, int]] = []
@@ -49,6 +49,10 @@ class _Windowed:
         self._spent = 0
         self._reported: dict[int, int] = {}
         self._seen: dict[int, int] = {}
+
+    @property
+    def limit(self) -> int:
+        return self.window.limit
 
     @property
     def free(self) -> int:
@@ -136,13 +140,16 @@ class _InFlight:
 
     name, seconds, counted = "max_in_flight", 0, False
 
-    def __init__(self, limits: "Limits", limit: int) -> None:
+    def __init__(self, limits: "Limits") -> None:
         self._limits = limits
-        self.limit = limit
         self.share: int | None = None
         self.scarce = False
         self.changes: list[tuple[int, int]] = []
         self._peak = 0.0
+
+    @property
+    def limit(self) -> int:
+        return self._limits.max_in_flight or 1
 
     @property
     def used(self) -> int:
@@ -216,10 +223,8 @@ class Allotment:
         self._process = process
         self._fallback = fallback
         self._asked = asked
-        windows = (*limits.requests, *limits.tokens)
-        self._parts: list[_Windowed | _InFlight] = [_Windowed(window) for window in windows]
-        if limits.max_in_flight is not None:
-            self._parts.append(_InFlight(limits, limits.max_in_flight))
+        self._parts: list[_Windowed | _InFlight] = []
+        self._reporting: list[_Windowed | _InFlight] = []
         self._lacking: set[Reservation] = set()
         self._number = 0
         self._batch = 0
@@ -235,11 +240,28 @@ class Allotment:
         self.at_once = False
         self.leased = False
         limits.allotment = self
-        self.go_on()
+        self.follow()
+
+    def follow(self) -> None:
+        """Take in that the key has other limits, or the same with other numbers."""
+        known = {part.window: part for part in self._parts if isinstance(part, _Windowed)}
+        in_flight = [part for part in self._parts if isinstance(part, _InFlight)]
+        windows = (*self._limits.requests, *self._limits.tokens)
+        before, self._parts = self._parts, [known.get(window) or _Windowed(window) for window in windows]
+        if self._limits.max_in_flight is not None:
+            self._parts += in_flight or [_InFlight(self._limits)]
+        for part in self._parts:
+            if part.share is not None:
+                part.share = min(part.share, part.limit)
+            if part not in before and self.leased:
+                part.lease()
+            elif not self.leased:
+                part.go_on_with(self._share(part))
 
     def lacks(self, reservation: "Reservation") -> None:
         """Note what could not be taken; the next report asks for it."""
-        self._lacking.add(reservation)
+        if self.leased:
+            self._lacking.add(reservation)
 
     def ask(self, reservation: "Reservation") -> "Future[None] | None":
         """Ask for it at once; None where the ledger cannot be asked, or has just said that there is no more."""
@@ -299,6 +321,7 @@ class Allotment:
             asked.append(Asked(part.name, part.limit, part.seconds, part.held, keep, want, need, changes))
         if not catching_up:
             self._lacking.clear()
+        self._reporting = list(self._parts)
         self._used = [part.used for part in self._parts]
         self._number += 1
         lost = bool(self._epoch) and self.counted
@@ -318,13 +341,13 @@ class Allotment:
         if answer.epoch != self._epoch:
             self._begin_anew(answer.epoch, lost=report.lost)
             return
-        for part in self._parts:
+        for part in self._reporting:
             part.reported()
         if answer.settling or self._behind or not self._asks:
             if answer.settling and self.leased:
                 self.go_on()
             self._behind = self._behind or answer.settling
-            for part, granted in zip(self._parts, answer.limits, strict=False):
+            for part, granted in zip(self._reporting, answer.limits, strict=False):
                 part.told(granted, now)
             return
         self._take_in(report, answer, now)
@@ -341,7 +364,7 @@ class Allotment:
     def _take_in(self, report: Report, answer: Answer, now: float) -> None:
         """Take in what was granted."""
         unmet = False
-        for part, asked, granted, used in zip(self._parts, report.limits, answer.limits, self._used, strict=True):
+        for part, asked, granted, used in zip(self._reporting, report.limits, answer.limits, self._used, strict=True):
             part.granted(granted, now, used=used)
             unmet = unmet or asked.keep + granted.more < asked.need
         self.leased = True
@@ -351,10 +374,13 @@ class Allotment:
     def go_on(self) -> None:
         """Go on with the share: the ledger cannot be asked. One that was not kept may be somebody else's by now."""
         self.leased = False
-        lost = self._limits.look() > self._answered_at + LIVES
+        self._lacking.clear()
         for part in self._parts:
-            fallback = int(part.limit * self._fallback)
-            part.go_on_with(max(1, fallback if part.share is None or lost else part.share))
+            part.go_on_with(self._share(part))
+
+    def _share(self, part: _Windowed | _InFlight) -> int:
+        lost = self._limits.look() > self._answered_at + LIVES
+        return max(1, int(part.limit * self._fallback) if part.share is None or lost else part.share)
 
     def catch_up(self) -> None:
         """Report what was used without the ledger, and go on with the share until `come_back`: others report, too."""
