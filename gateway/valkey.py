@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -10,12 +11,15 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
 TIMEOUT = 0.5
 """Seconds for a connection, and for each exchange."""
+OPENING = 4.0
+"""Seconds until a new connection is of use: it takes several exchanges. Nobody waits for them."""
 AT_ONCE = 16
 """Calls to the nodes of a cluster."""
 PORT = 6379
@@ -57,19 +61,20 @@ class Valkey:
         self._sha = ""
         self._client: Redis | RedisCluster | None = None
         self._well = False
+        self._opening = asyncio.Lock()
 
     async def ping(self) -> None:
         """Find out whether it answers. Raises: StoreError."""
-        await self._call(self._ping())
+        await self._call(self._ping)
 
     async def exchange(self, reports: "Sequence[tuple[str, bytes]]") -> list[bytes]:
         """Run the script of the ledger for each key with its report; return the answers. Raises: StoreError."""
-        answers: list[bytes] = await self._call(self._exchange(reports))
+        answers: list[bytes] = await self._call(partial(self._exchange, reports))
         return answers
 
     async def publish(self, values: "Sequence[tuple[str, bytes]]", seconds: int) -> None:
         """Set values that end after so many seconds. Raises: StoreError."""
-        await self._call(self._publish(values, seconds))
+        await self._call(partial(self._publish, values, seconds))
 
     async def look_up(self, key: str, seconds: float) -> bytes | None:
         """Return a value; None for none, and where it does not come in time. Never where the store is unwell."""
@@ -87,15 +92,15 @@ class Valkey:
         """Close the connection."""
         client, self._client = self._client, None
         if client is not None:
-            with suppress(RedisError, OSError, TimeoutError):
-                async with asyncio.timeout(TIMEOUT):
-                    await client.aclose()  # type: ignore[no-untyped-call, unused-ignore]
+            await _close(client)
 
-    async def _call(self, call: Any) -> Any:  # noqa: ANN401 - what redis-py returns
+    async def _call(self, call: "Callable[[Redis | RedisCluster], Coroutine[Any, Any, Any]]") -> Any:  # noqa: ANN401 - what redis-py returns
         try:
+            async with asyncio.timeout(OPENING), self._opening:
+                client = await self._opened()
             async with asyncio.timeout(TIMEOUT):
-                result = await call
-        except TimeoutError:
+                result = await call(client)
+        except (TimeoutError, RedisTimeout):
             error = f"no answer within {TIMEOUT:g} s"
         except (RedisError, RedisClusterException, OSError) as failure:
             error = str(failure) or type(failure).__name__
@@ -106,11 +111,10 @@ class Valkey:
         await self.close()
         raise StoreError(error)
 
-    async def _ping(self) -> None:
-        await (await self._opened()).ping()
+    async def _ping(self, client: Redis | RedisCluster) -> None:
+        await client.ping()
 
-    async def _exchange(self, reports: "Sequence[tuple[str, bytes]]") -> list[bytes]:
-        client = await self._opened()
+    async def _exchange(self, reports: "Sequence[tuple[str, bytes]]", client: Redis | RedisCluster) -> list[bytes]:
         if isinstance(client, RedisCluster):  # its pipelines have no scripts
             at_once = asyncio.Semaphore(AT_ONCE)
             return list(await asyncio.gather(*(self._exchange_one(client, at_once, *each) for each in reports)))
@@ -135,20 +139,31 @@ class Valkey:
                 answer = await client.eval(self._script, 1, key, report)
             return answer
 
-    async def _publish(self, values: "Sequence[tuple[str, bytes]]", seconds: int) -> None:
-        pipe = (await self._opened()).pipeline(transaction=False)
+    async def _publish(self, values: "Sequence[tuple[str, bytes]]", seconds: int, client: Redis | RedisCluster) -> None:
+        pipe = client.pipeline(transaction=False)
         for key, value in values:
             pipe.set(key, value, ex=seconds)
         await pipe.execute()
 
     async def _opened(self) -> Redis | RedisCluster:
-        if self._client is None:
-            client = Redis(**self._options, db=self._database, protocol=2)
-            self._client = client
+        if self._client is not None:
+            return self._client
+        client: Redis | RedisCluster = Redis(**self._options, db=self._database, protocol=2)
+        try:
             info = await client.info("cluster")
             self._sha = await client.script_load(self._script)
             if info.get("cluster_enabled"):
                 await client.aclose()
-                self._client = RedisCluster(**self._options | {"retry": Retry(NoBackoff(), 1)}, protocol=2)
-                await self._client.initialize()
-        return self._client
+                client = RedisCluster(**self._options | {"retry": Retry(NoBackoff(), 1)}, protocol=2)
+                await client.initialize()
+        except BaseException:
+            await _close(client)
+            raise
+        self._client = client
+        return client
+
+
+async def _close(client: Redis | RedisCluster) -> None:
+    with suppress(RedisError, OSError, TimeoutError):
+        async with asyncio.timeout(TIMEOUT):
+            await client.aclose()

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random, randrange
 from typing import Any
@@ -233,6 +234,44 @@ def share(gateway: Gateway) -> int:
     assert isinstance(gateway.parts.limits, LimitsStore)
     (allotment,) = gateway.parts.limits._keys
     return allotment._parts[0].share or 0
+
+
+@asynccontextmanager
+async def slow_before(store: LimitsServer, seconds: float) -> AsyncIterator[str]:
+    """Pass on each piece of an answer so much later; the url."""
+    pipes: set[asyncio.Task[None]] = set()
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause: float) -> None:
+        while data := await reader.read(65_536):
+            await asyncio.sleep(pause)
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", store.port)
+        pipes.update({asyncio.create_task(pipe(reader, back, 0)), asyncio.create_task(pipe(there, writer, seconds))})
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"valkey://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in pipes:
+            task.cancel()
+        await asyncio.gather(*pipes, return_exceptions=True)
+
+
+async def test_a_slow_store_is_in_nobodys_way(mock: MockModel, store: LimitsServer, start: Start) -> None:
+    async with slow_before(store, 0.1) as url:
+        (gateway,) = await start(mock, url, 1, "requests_per_day: 1000", gateway_queue_timeout=10)
+        await is_said(gateway, "ok")
+        assert (await ask(gateway)).status == 200
+        await until(lambda: held(gateway) >= 40)
+        answers = [await ask(gateway) for _ in range(30)]
+        assert {answer.status for answer in answers} == {200}
+        assert not any(answer.timing[0][2] for answer in answers), "nobody was queued"
+        await is_said(gateway, "ok")
+        await gateway.client.close()
 
 
 @pytest.mark.parametrize("trouble", ["killed", "frozen"])
