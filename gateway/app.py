@@ -43,15 +43,19 @@ from gateway.server.request_reader import RequestReader
 from gateway.ui.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiohttp.typedefs import Handler
 
     from gateway.config import Routing
     from gateway.generation import Generation
+    from gateway.limits_store import LimitsStore
     from gateway.policy.breaker import State
+    from gateway.policy.caller import Caller
     from gateway.policy.replica import Replica
+    from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
+    from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
 
@@ -69,7 +73,8 @@ class Parts:
         reload: reads it anew.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
-        day_store: keeps the limits of a day.
+        limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
+        hints: tells other instances where stored responses live; None without a store.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
         charges: what requests count for the limits of tokens.
@@ -144,14 +149,14 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.day_store = DayStore(settings.gateway_state_dir, self.keys.callers, limits_clock)
+        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock)
         self.health = Health(
             settings,
             generations=generations,
             client=client,
             admission=self.admission,
             telemetry=telemetry,
-            limits=self.day_store,
+            limits=self.limits,
             clock=clock,
         )
         self.model_lists = ModelLists(
@@ -166,6 +171,7 @@ class Parts:
             byte_budget=self.byte_budget,
             charges=self.charges,
             forwarder=forwarder,
+            hints=self.hints,
             health=self.health,
             telemetry=telemetry,
             clock=clock,
@@ -194,6 +200,7 @@ class Parts:
         )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
+        telemetry.metrics.watch_limits(lambda: self.limits.status == "degraded")
 
     @property
     def pool(self) -> Pool:
@@ -209,7 +216,7 @@ class Parts:
         """Have every part that knows replicas, routes or keys know those of a new generation."""
         self.health.follow(generation.pool)
         self.model_lists.follow(generation.pool)
-        self.day_store.follow(generation.keys.callers)
+        self.limits.follow(generation.keys.callers)
         self.client.follow(generation.pool.endpoints.values())
         self.charges.follow({route.model for route in generation.pool.routes})
         self.telemetry.metrics.follow(generation)
@@ -218,6 +225,21 @@ class Parts:
     def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(replica.name, old, new)
         self.health.breaker_changed(replica, new)
+
+
+def _shared(
+    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
+    """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
+    if settings.gateway_limits_url is None:
+        return DayStore(settings.gateway_state_dir, callers, clock), None
+    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
+    from gateway.response_hints import ResponseHints  # noqa: PLC0415
+    from gateway.valkey import Valkey  # noqa: PLC0415
+
+    store = Valkey(settings.gateway_limits_url.get_secret_value())
+    limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
+    return limits, ResponseHints(store, homes, clock)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -341,7 +363,9 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
-        await stack.enter_async_context(parts.day_store)
+        await stack.enter_async_context(parts.limits)
+        if parts.hints is not None:
+            await stack.enter_async_context(parts.hints)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.config import ProbeConfig
     from gateway.day_store import DayStore
     from gateway.generation import Generations
+    from gateway.limits_store import LimitsStore
     from gateway.policy.admission import Admission
     from gateway.policy.endpoint import Endpoint
     from gateway.policy.guard import Watch
@@ -46,7 +47,7 @@ class Health:
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
-        limits: "DayStore",
+        limits: "DayStore | LimitsStore",
         clock: "Callable[[], float]",
     ) -> None:
         self._app_mode = settings.app_mode

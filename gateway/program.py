@@ -30,6 +30,8 @@ async def run(settings: Settings, files: Files) -> None:
     routing = load_routing(settings, files)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
+    if settings.gateway_limits_url is not None and settings.gateway_state_dir is not None:
+        logging.getLogger("gateway").warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
     app = create_app(settings, routing, telemetry, read=read, files=files)
     parts = app[PARTS]
     await listen(

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gateway.files import Files
 
-SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY", "GATEWAY_ADMIN_KEY")
+SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY", "GATEWAY_ADMIN_KEY", "GATEWAY_LIMITS_URL")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
 """Variables for which an empty value is a value. An empty secret is an error; any other is as if it were not set."""
@@ -43,6 +43,10 @@ Commit = Literal["first_token", "first_answer", "complete"]
 COMMITS: tuple[Commit, ...] = get_args(Commit)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 A_URL = "an http:// or https:// url with a host, without query and fragment, in ASCII"
+
+A_STORE_URL = (
+    "valkey://host, valkey://user:password@host:port/0 or, with TLS, valkeys://...; redis:// and rediss:// are the same"
+)
 
 
 class SettingsError(Exception):
@@ -70,6 +74,17 @@ def check_url(url: str) -> str:
     if not valid or parts.query or parts.fragment or not (url.isascii() and url.isprintable()) or " " in url:
         raise ValueError(f"{A_URL} is needed")
     return url
+
+
+def _check_store_url(value: SecretStr) -> SecretStr:
+    """Return the url of a Valkey or Redis. Raises: ValueError."""
+    url = value.get_secret_value()
+    parts = urlsplit(url)
+    known = parts.scheme in {"valkey", "valkeys", "redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+    database = parts.path.strip("/")
+    if not known or parts.query or parts.fragment or " " in url or not (database.isdecimal() or not database):
+        raise ValueError(A_STORE_URL)
+    return value
 
 
 def check_path(path: str) -> str:
@@ -145,6 +160,12 @@ class Settings(BaseSettings):
     gateway_admin_key: Annotated[SecretStr | None, AfterValidator(_one_key), Field(description="one key")] = None
 
     gateway_state_dir: Path | None = None
+    gateway_limits_url: Annotated[
+        Annotated[SecretStr, AfterValidator(_check_store_url)] | None, Field(description=A_STORE_URL)
+    ] = None
+    gateway_limits_fallback_share: Annotated[
+        float, Field(gt=0, le=1, allow_inf_nan=False, description="a share, greater than 0 and at most 1")
+    ] = 0.25
 
     gateway_ui_mock_control: Annotated[Annotated[str, AfterValidator(check_url)] | None, Field(description=A_URL)] = (
         None

@@ -51,6 +51,7 @@ class Admission:
         self._next_look: asyncio.TimerHandle | None = None
         self._slots_of: dict[str, int] = {}
         self._slots_of_one = max(1, max_in_flight // 2)
+        self._asking = 0
         self.in_flight = 0
         self.queued = 0
         self.draining = False
@@ -104,6 +105,11 @@ class Admission:
         if self.enter_at_once(caller, reservation):
             return
         if reservation is not None:
+            if (answer := reservation.ask()) is not None:
+                await self._wait_for(answer, left)
+                self.check(caller)
+                if self.enter_at_once(caller, reservation):
+                    return
             refusal = reservation.refusal(self._ahead_of(caller, reservation))
             if refusal is not None and refusal.wait > min(self._queue_timeout, left):
                 raise refusal
@@ -117,6 +123,19 @@ class Admission:
             except BaseException:
                 self._give_up(place)
                 raise
+
+    async def _wait_for(self, answer: "asyncio.Future[None]", left: float) -> None:
+        """Wait until it is known what other processes leave, at most as long as in the queue; `left` is checked there.
+
+        As many as may queue may wait so; the others go on with what is known.
+        """
+        if self._asking >= self._max_queue:
+            return
+        self._asking += 1
+        try:
+            await asyncio.wait([answer], timeout=min(self._queue_timeout, left))
+        finally:
+            self._asking -= 1
 
     def leave(self, caller: str = "") -> None:
         """Give the slot back: to one who waits and may have it."""
@@ -225,6 +244,11 @@ class Admission:
     def _look(self) -> None:
         self._next_look = None
         self._hand_over()
+        for line in self._lines.values():
+            for place in line:
+                refusal = place.reservation.in_vain(self._queue_timeout) if place.reservation is not None else None
+                if refusal is not None and not place.slot.done():
+                    place.slot.set_exception(refusal)
 
     def _look_no_more(self) -> None:
         if self._next_look is not None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Route, Target
     from gateway.policy.response_homes import Home
     from gateway.record import Record
+    from gateway.response_hints import ResponseHints
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Commit, Settings
     from gateway.telemetry import Telemetry
@@ -58,6 +59,7 @@ class Handlers:
         byte_budget: "ByteBudget",
         charges: "Charges",
         forwarder: "Forwarder",
+        hints: "ResponseHints | None",
         health: "Health",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
@@ -69,6 +71,7 @@ class Handlers:
         self._byte_budget = byte_budget
         self._charges = charges
         self._forwarder = forwarder
+        self._hints = hints
         self._health = health
         self._telemetry = telemetry
         self._clock = clock
@@ -91,9 +94,10 @@ class Handlers:
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = await self._reader.text_of(prompt)
+            if prompt.previous_response_id is not None and self._hints is not None:
+                await self._hints.learn(prompt.previous_response_id)
             targets = self._targets(generation, route, model, prompt, record)
-            responses = generation.pool.responses
-            remember = partial(responses.made, owner=_owner(generation, record)) if dialect.stores else None
+            remember = partial(self._made, generation, owner=_owner(generation, record)) if dialect.stores else None
             headers = forwarded_headers(request, record)
             return await self._forward(
                 request,
@@ -139,6 +143,8 @@ class Handlers:
         self._admission.check(record.caller.id)
         prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
         record.stream = prompt.stream
+        if self._hints is not None:
+            await self._hints.learn(response_id)
         home = _home_of(generation, response_id, record, param="id")
         pinned = pool.home_target(home, home.model, None) if home is not None else None
         targets = pool.backends_for(record.caller.models)
@@ -229,6 +235,14 @@ class Handlers:
         first, tripped = targets[0], route.guard.lost if route.guard is not None else None
         record.draw_target(first.backend, first.model or model, first.weight, self._clock(), tripped=tripped)
         return targets
+
+    def _made(
+        self, generation: "Generation", response_id: str | None, replica: str, model: str, owner: str | None
+    ) -> None:
+        """Note, and tell other instances, that a replica has made a response."""
+        generation.pool.responses.made(response_id, replica, model, owner)
+        if self._hints is not None:
+            self._hints.made(response_id, replica, model, owner)
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""

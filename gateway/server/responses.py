@@ -71,7 +71,7 @@ def _add_rate_limits(headers: dict[str, str], limits: "Limits") -> None:
     for windows, (limit, remaining, reset) in ((limits.requests, OF_REQUESTS), (limits.tokens, OF_TOKENS)):
         if windows:
             window = tightest(windows)
-            left = window.limit - window.used
+            left = window.left
             headers[limit] = window.shown
             headers[remaining] = str(left) if left > 0 else "0"
             headers[reset] = _duration(ceil(window.empty_in(now)))

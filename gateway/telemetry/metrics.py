@@ -187,6 +187,14 @@ class Metrics:
             for state in State:
                 self._transitions.labels(name, state.value)
 
+    def watch_limits(self, degraded: "Callable[[], bool]") -> None:
+        """Tell whether the limits of keys can be kept beyond the process whenever the metrics are asked for."""
+        Gauge(
+            "gateway_limits_degraded",
+            "1 while the limits of keys cannot be kept beyond this process.",
+            registry=self._registry,
+        ).set_function(lambda: float(degraded()))
+
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
+from testkit.limits_server import LimitsServer, why_no_server
 from tests.integration.backends_raw import StartRaw, raw_backends
 from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock, patient
@@ -77,6 +79,19 @@ async def collector() -> AsyncIterator[Collector]:
     """An OTLP/HTTP receiver."""
     async with Collector() as running:
         yield running
+
+
+@pytest.fixture
+async def limits_server(tmp_path: Path) -> AsyncIterator[LimitsServer]:
+    """A Valkey or Redis for limits that instances share; LIMITS_TESTS=require makes its absence a failure."""
+    reason = why_no_server()
+    if reason is not None and os.environ.get("LIMITS_TESTS") == "require":
+        pytest.exit(f"LIMITS_TESTS=require, but {reason}", returncode=1)
+    if reason is not None:
+        pytest.skip(f"{reason}: shared limits were not tested")
+    async with LimitsServer(tmp_path) as server:
+        yield server
+        server.thaw()
 
 
 @pytest.fixture

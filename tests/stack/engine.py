@@ -86,7 +86,14 @@ class Stack:
 
     @classmethod
     def with_free_ports(cls) -> "Stack":
-        names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+        names = (
+            "GATEWAY_PORT",
+            "GATEWAY_B_PORT",
+            "JAEGER_PORT",
+            "MOCK_CONTROL_PORT",
+            "PROMETHEUS_PORT",
+            "GRAFANA_PORT",
+        )
         ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
         return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env", "VERSION": __version__})

@@ -55,6 +55,8 @@ WRONG = [
     ("GATEWAY_TRACE_KEEP_SLOW", "0", "greater than 0"),
     ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
     ("GATEWAY_RETRY_BUDGET", "-0.1", "0"),
+    ("GATEWAY_LIMITS_URL", "http://store", "valkey://"),
+    *(("GATEWAY_LIMITS_FALLBACK_SHARE", value, "at most 1") for value in ("0", "1.1", "nan")),
     *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("health", "/a b", "/ä", "/a#b", "http://h/health")),
     *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("/a\r\nx: y", "/a\tb", "/\udcff", " /a", "\n")),
 ]
@@ -203,12 +205,34 @@ def test_lists_are_split_at_commas_and_lines(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("name", "field"), [(name, name.lower()) for name in SECRETS])
 def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
     file = tmp_path / "secret"
-    file.write_text("s3cret\n")
+    secret = "valkey://:s3cret@store" if name == "GATEWAY_LIMITS_URL" else "s3cret"
+    file.write_text(f"{secret}\n")
     monkeypatch.setenv(f"{name}_FILE", str(file))
 
     value = getattr(load(), field)
     value = value[0] if isinstance(value, list) else value
-    assert value.get_secret_value() == "s3cret"
+    assert value.get_secret_value() == secret
+
+
+@pytest.mark.parametrize(
+    "url", ["valkey://store", "valkeys://store:6380", "redis://:s3cret@store/3", "rediss://user:s3cret@[::1]:6379/0"]
+)
+def test_the_url_of_a_store_may_be_that_of_a_valkey_or_a_redis(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("GATEWAY_LIMITS_URL", url)
+    setting = load().gateway_limits_url
+    assert setting is not None
+    assert setting.get_secret_value() == url
+    assert "s3cret" not in repr(load())
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://s3cret@store", "valkey://", "s3cret", "valkey://a:s3cret", "valkey://a/s3cret", "valkey://a?s3cret=1"],
+)
+def test_another_url_of_a_store_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    line = complaint(monkeypatch, "GATEWAY_LIMITS_URL", url)
+    assert line.startswith("GATEWAY_LIMITS_URL=(hidden) is not valid: it must be valkey://host, ")
+    assert "s3cret" not in line
 
 
 @pytest.mark.parametrize("name", SECRETS)
