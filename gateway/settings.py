@@ -173,6 +173,7 @@ class Settings(BaseSettings):
     ] = "/health"
     gateway_probe_interval: Seconds = 2
     gateway_probe_timeout: Seconds = 2
+    gateway_shutdown_delay: SecondsOrNone = 0
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
     gateway_trace_keep_slow: Annotated[

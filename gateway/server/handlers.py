@@ -301,7 +301,7 @@ class Handlers:
     async def readyz(self, request: web.Request) -> web.Response:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
-        if self._admission.draining:
+        if self._admission.stopping:
             return unrecorded_error(GatewayDraining(), worded_by(request.path), headers)
         if not self._health.ready:
             return json_response({"status": "starting"}, status=503, headers=headers)

@@ -202,6 +202,68 @@ async def test_a_process_that_is_told_to_stop_finishes_what_is_under_way_and_ref
     assert gated.left == 0
 
 
+async def test_with_a_delay_nobody_is_refused_before_whoever_sends_requests_has_gone_elsewhere(
+    start_raw: StartRaw,
+) -> None:
+    backend = await start_raw(gated := Gated())
+    gated.go.set()
+    async with (
+        running(backend, GATEWAY_SHUTDOWN_DELAY=LONG) as process,
+        dial(process.url) as kept,
+        dial(process.url) as streaming,
+    ):
+        await kept.send(ALIVE)
+        assert (await kept.answer()).status == 200
+        process.signal()
+        assert_draining(await process.not_ready())
+        assert (await process.health())["draining"] is True
+
+        for wire in (kept, await streaming_over(streaming)):
+            await wire.send(post())
+            answer = await wire.answer()
+            assert (answer.status, answer.body, answer.headers["connection"]) == (200, ANSWER, "close")
+            assert await is_closed(wire)
+        assert (await process.post(CHAT)).status == 200, "on a new connection, too"
+
+        gated.go.clear()
+        last = asyncio.create_task(process.post(STREAM))
+        await backend.called(5)
+        process.signal()  # a second signal ends the delay and the grace
+        assert b"gateway_draining" in (await last).body
+        assert await process.exit_code() == 0
+
+
+async def streaming_over(wire: Wire) -> Wire:
+    """Have a stream answered on a connection, which is kept."""
+    await wire.send(post(json.dumps(STREAM).encode()))
+    answer = await wire.answer()
+    assert (answer.status, answer.body) == (200, ROLE + WORD + FINISH + DONE)
+    return wire
+
+
+async def test_a_stream_that_ends_while_the_gateway_drains_closes_its_connection(start_raw: StartRaw) -> None:
+    first, second = plays = [Gated(), Gated()]
+    waiting = iter(plays)
+
+    async def play(call: RawCall) -> None:
+        await next(waiting)(call)
+
+    backend = await start_raw(play)
+    async with running(backend) as process, dial(process.url) as wire, dial(process.url) as other:
+        for number, caller in enumerate((wire, other), 1):
+            await caller.send(post(json.dumps(STREAM).encode()))
+            await backend.called(number)
+        process.signal()
+        assert_draining(await process.not_ready())
+        first.go.set()
+        assert (await wire.answer()).body == ROLE + WORD + FINISH + DONE
+        assert await is_closed(wire), "its caller's next request goes to another gateway"
+        assert not second.go.is_set()
+        second.go.set()
+        assert (await other.answer()).body == ROLE + WORD + FINISH + DONE
+        assert await process.exit_code() == 0
+
+
 async def test_those_who_queue_are_refused_and_those_in_flight_are_not(start_raw: StartRaw) -> None:
     backend = await start_raw(gated := Gated())
     settings = {"GATEWAY_MAX_IN_FLIGHT": 1, "GATEWAY_QUEUE_TIMEOUT": LONG}

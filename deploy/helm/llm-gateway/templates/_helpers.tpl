@@ -90,6 +90,11 @@ routes:
 {{- $names | sortAlpha | join " " }}
 {{- end }}
 
+{{/* Seconds until the kubelet kills the pod, less those before the drain, less 5 for the last answers and spans. */}}
+{{- define "llm-gateway.shutdownGrace" -}}
+{{- with .Values.shutdown }}{{ sub .gracePeriodSeconds (add .preStopSeconds .delaySeconds 5) }}{{ end }}
+{{- end }}
+
 {{/* Bytes of a quantity of memory. */}}
 {{- define "llm-gateway.bytes" -}}
 {{- $text := toString . -}}
@@ -106,15 +111,15 @@ routes:
 {{- if and .Values.config .Values.existingConfigMap }}
 {{- fail "Both `config` and `existingConfigMap` are set: set only one of them." }}
 {{- end }}
-{{- if lt (int .Values.shutdown.gracePeriodSeconds) (add 10 (int .Values.shutdown.preStopSeconds)) }}
-{{- fail "`shutdown.gracePeriodSeconds` must be at least 10 s above `shutdown.preStopSeconds`: requests in flight need time to end." }}
+{{- if lt (int64 (include "llm-gateway.shutdownGrace" .)) 5 }}
+{{- fail "`shutdown.gracePeriodSeconds` must be at least 10 s above the sum of the other two: requests in flight need time to end." }}
 {{- end }}
 {{- $names := splitList " " (include "llm-gateway.secretNames" .) }}
 {{- if ne (len $names) (len (uniq $names)) }}
 {{- fail "A variable comes twice in `secrets`." }}
 {{- end }}
 {{- range $name, $value := .Values.settings }}
-{{- if has $name (list "GATEWAY_CONFIG" "GATEWAY_SHUTDOWN_GRACE" "GATEWAY_BACKEND_URLS" "HOST" "PORT") }}
+{{- if has $name (list "GATEWAY_CONFIG" "GATEWAY_SHUTDOWN_DELAY" "GATEWAY_SHUTDOWN_GRACE" "GATEWAY_BACKEND_URLS" "HOST" "PORT") }}
 {{- fail (printf "`settings.%s` is the chart's: set `config` or `shutdown` in its place." $name) }}
 {{- end }}
 {{- if has $name $names }}
