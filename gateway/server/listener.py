@@ -230,7 +230,7 @@ async def listen(
 
 
 async def step_back(admission: "Admission", delay: float, hurry: asyncio.Event) -> None:
-    """Serve on for a while, not ready for more, so that whoever sends requests here goes elsewhere before any is refused.
+    """Serve on for a while, not ready for more: whoever sends requests here goes elsewhere before any is refused.
 
     Args:
         admission: told that the gateway will stop.
