@@ -103,7 +103,7 @@ class Middleware:
     def _closed_while_stopping(self, response: web.StreamResponse) -> web.StreamResponse:
         """Do not keep the caller's connection while the gateway is stopping.
 
-        A stream's headers have not said so: its connection serves on as long as requests are taken, and is closed then.
+        Where headers went out before the stop, the connection serves on while requests are taken, and is closed then.
         """
         if self._admission.draining or (self._admission.stopping and not response.prepared):
             response.force_close()
