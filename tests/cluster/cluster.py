@@ -74,7 +74,7 @@ def why_no_cluster() -> str | None:
 def bring_images() -> None:
     """Build the images and bring them into the cluster."""
     ours = [*(_build("gateway", tag) for tag in TAGS), _build("mock-model", TAGS[0])]
-    others = ["otel/opentelemetry-collector-contrib:0.155.0", "jaegertracing/jaeger:2.13.0"]
+    others = ["valkey/valkey:9.1", "otel/opentelemetry-collector-contrib:0.155.0", "jaegertracing/jaeger:2.13.0"]
     if command := os.environ.get(LOAD):
         run(*shlex.split(command), *ours, *filter(_is_here, others), seconds=600)
 
@@ -127,10 +127,11 @@ class Release:
         """`helm upgrade` with changed values; returns at once."""
         run("helm", "upgrade", RELEASE, str(CHART), "-n", NAMESPACE, "--reuse-values", *args)
 
-    def ask(self) -> Answer:
+    def ask(self, key: str | None = None) -> Answer:
         """Post a prompt."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         body = {"messages": [{"role": "user", "content": "Say something."}], "max_tokens": 3}
-        return call("POST", self.url + "/v1/chat/completions", body, seconds=60)
+        return call("POST", self.url + "/v1/chat/completions", body, headers, seconds=60)
 
     def spans(self, trace_id: str) -> list[Span]:
         """The spans that Jaeger has for a trace, so far."""
@@ -163,6 +164,22 @@ class Release:
             if "deletionTimestamp" not in pod["metadata"]
             and any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))
         }
+
+    def health(self, pod: str) -> dict[str, Any]:
+        """What one of the gateways says of itself."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:8000/proxy/health"
+        document: dict[str, Any] = json.loads(kubectl("get", "--raw", path))
+        return document
+
+    def limits_status(self, key: str) -> str:
+        """Whether limits are shared, as one of the gateways says."""
+        answer = call("GET", self.url + "/health", headers={"authorization": f"Bearer {key}"})
+        return str(answer.json["limits"]["status"])
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that callers can ask for."""
+        found: list[dict[str, Any]] = call("GET", self.url + "/v1/models").json["data"]
+        return found
 
     def settled(self, replicas: int = 2) -> None:
         """Wait until there are so many gateways, all of them ready, and none that ends any more."""

@@ -1,6 +1,7 @@
 """Something is done to the gateways under a steady load of open streams and short calls, and judged."""
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 
 from chaos.experiment import Experiment, Promise, SteadyState
@@ -16,6 +17,11 @@ from tests.cluster.cluster import VALUES, Release
 SEED = 1
 DEADLINE = 90.0
 TOKENS = int(VALUES["mockModel"]["settings"]["MOCK_TOKENS"])
+INTERVAL = float(VALUES["mockModel"]["settings"]["MOCK_TOKEN_INTERVAL"])
+RATE = 6
+"""Short calls a second, each on a connection of its own."""
+KEPT = 4
+"""Callers with one short call after the other on a kept connection."""
 SHORT, LONG = 8, TOKENS
 """Tokens of short calls (2 s) and of long streams (20 s): longer than a pod that ends takes requests."""
 STREAMS = 6
@@ -40,17 +46,18 @@ class Rollouts:
         self.played: list[Played] = []
         self._release = release
 
-    def _plans(self) -> list[Plan]:
+    def _plans(self, key: str | None) -> list[Plan]:
         common = {
             "urls": [self._release.url],
             "seed": SEED,
             "deadline": DEADLINE,
+            "key": key,
             "mock_seed": 0,
             "mock_tokens": TOKENS,
         }
         return [
-            Plan(**common, prefix="new", rate=6, max_tokens=SHORT),  # type: ignore[arg-type]
-            Plan(**common, prefix="kept", callers=4, max_tokens=SHORT, keep_alive=True),  # type: ignore[arg-type]
+            Plan(**common, prefix="new", rate=RATE, max_tokens=SHORT),  # type: ignore[arg-type]
+            Plan(**common, prefix="kept", callers=KEPT, max_tokens=SHORT, keep_alive=True),  # type: ignore[arg-type]
             Plan(**common, prefix="long", callers=STREAMS, kinds=("stream",), max_tokens=LONG),  # type: ignore[arg-type]
         ]
 
@@ -60,27 +67,32 @@ class Rollouts:
         story: str,
         operation: Callable[[Callable[[str], None]], object],
         judge: Judge = nobody_notices,
-    ) -> list[Call]:
-        """Do something under load; returns all calls.
+        *,
+        key: str | None = None,
+    ) -> None:
+        """Do something under load.
 
         Args:
             title: What is done.
             story: More about it.
             operation: Does it, in a thread; is given what notes a moment by its name.
             judge: Gives the verdicts.
+            key: A gateway key of the callers.
 
         Raises:
             AssertionError: A promise was broken.
         """
-        steady = SteadyState(seconds=1, rate=6)
+        steady = SteadyState(seconds=1, rate=RATE, deadline=DEADLINE)
+        story += f" Besides, {KEPT} callers on kept connections, and {STREAMS} streams of {LONG * INTERVAL:g} s."
         experiment = Experiment(
             name=title, title=title, story=story, steady_state=steady, method=(), promises=(NO_FAILURE,)
         )
-        played = Played(experiment, SEED, f"make test-cluster ARGS='-k \"{title}\"'", gateway=__version__)
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split()[0]
+        played = Played(experiment, SEED, f"make test-cluster ARGS='-k {test}'", gateway=__version__)
         self.played.append(played)
         findings = played.findings
         try:
-            async with Load(*self._plans(), caller="chaos.load") as load:
+            async with Load(*self._plans(key), caller="chaos.load") as load:
                 await load.until(lambda calls: len(calls) >= 20, 60)
                 findings.began = now()
                 mark = _Marks(findings)
@@ -100,7 +112,6 @@ class Rollouts:
             Verdict("calls came until it was over", "", any(c.started > over for c in load.calls)),
         ]
         keep(load.calls, *played.verdicts)
-        return load.calls
 
 
 class _Marks:
