@@ -11,18 +11,21 @@ from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
-from gateway.telemetry.exporters import exporter_for
+from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.logs import RequestLog, setup_logs
 from gateway.telemetry.output import Output, standard_outputs, write_last
-from gateway.telemetry.tracing import Tracer
 
 
 async def run(settings: Settings) -> None:
     """Build the parts and serve until told to stop."""
-    tracer = Tracer(exporter_for(settings, load_otel()))
+    otel = load_otel()
+    for complaint in otel.complaints:
+        logging.getLogger("gateway").warning(complaint)
+    tracer = tracer_for(otel, exporter_for(settings, otel))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
-    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
+    metric_export = metric_export_for(otel, tracer.resource)
+    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs, metric_export=metric_export)
     routing = load_routing(settings)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")

@@ -141,6 +141,16 @@ class Metrics:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))
 
+    def watch_export(self, dropped: "Callable[[], int]") -> None:
+        """Read the number of lost data points whenever the metrics are asked for."""
+        self._registry.register(_DroppedPoints(dropped))
+
+    def read(self) -> "list[Metric]":
+        """Return all instruments as they are now; called on the event loop, as all that counts is."""
+        for counts in self._counted:
+            counts.pass_on()
+        return list(self._registry.collect())
+
     def _counts(self, counter: Counter) -> "_Counts":
         counts = _Counts(counter)
         self._counted.append(counts)
@@ -361,6 +371,21 @@ class _Dropped:
         for output in self._outputs:
             lines.add_metric([output.name], output.dropped)
         yield lines
+
+
+class _DroppedPoints:
+    """The lost data points of metrics."""
+
+    def __init__(self, dropped: "Callable[[], int]") -> None:
+        self._dropped = dropped
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        points = CounterMetricFamily(
+            "gateway_telemetry_dropped_data_points", "Data points of metrics that could not be exported."
+        )
+        points.add_metric([], self._dropped())
+        yield points
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -21,6 +21,7 @@ from gateway.config import load_routing
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
+from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
@@ -90,6 +91,7 @@ async def start_gateway(
         *backends: str | MockModel,
         exporter: SpanExporter | None = None,
         max_waiting: int = MAX_WAITING,
+        metric_export: MetricExport | None = None,
         **overrides: Any,  # noqa: ANN401
     ) -> Gateway:
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
@@ -103,6 +105,7 @@ async def start_gateway(
             settings,
             tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
+            metric_export=metric_export,
         )
         telemetry.metrics.max_age = 0.0  # what a test reads is what it has just done
         app = create_app(settings, load_routing(settings), telemetry)
