@@ -239,6 +239,26 @@ async def test_with_a_delay_nobody_is_refused_before_whoever_sends_requests_has_
         assert await process.exit_code() == 0
 
 
+async def test_with_a_delay_a_large_answer_says_as_well_that_its_connection_closes(start_raw: StartRaw) -> None:
+    large = json.dumps({"choices": [], "x": "y" * 2_000_000}).encode()
+
+    async def play(call: RawCall) -> None:
+        await call.answer(large)
+
+    backend = await start_raw(play)
+    async with running(backend, GATEWAY_SHUTDOWN_DELAY=LONG) as process, dial(process.url) as kept:
+        await kept.send(ALIVE)
+        assert (await kept.answer()).status == 200
+        process.signal()
+        assert_draining(await process.not_ready())
+        await kept.send(post())
+        answer = await kept.answer()
+        low = {name.lower(): value for name, value in answer.headers.items()}
+        assert (answer.status, answer.body, low["connection"]) == (200, large, "close")
+        process.signal()
+        assert await process.exit_code() == 0
+
+
 async def test_a_stream_that_ends_while_the_gateway_drains_closes_its_connection(start_raw: StartRaw) -> None:
     first, second = plays = [Gated(), Gated()]
     waiting = iter(plays)
