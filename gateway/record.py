@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.errors import GatewayError
+    from gateway.policy.pool import Candidate
 
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
@@ -39,6 +40,8 @@ TARGET_DRAWN = "gateway.target_drawn"
 """The event of the draw among a route's weighted targets."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
+GUARD_TRIPPED = "gateway.guard_tripped"
+"""The event of a target that lost its traffic."""
 COOLDOWN_BEGUN = "gateway.cooldown"
 """The event of a replica that asked to be left alone."""
 BRIDGING, COOLDOWN, FULL = "bridging", "cooldown", "full"
@@ -66,6 +69,7 @@ class AttemptRecord:
         backend: name of the replica.
         host, port, url: where it was sent; the url without user info.
         model: the model it asked for.
+        target: of a route with weights: the names of route, backend and model, as configured; None for others.
         span_id: 64 bits.
         started, ended: instants.
         status: the HTTP status of the answer, or None.
@@ -82,6 +86,8 @@ class AttemptRecord:
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
             `gave up: <why>`.
         request_id: what the backend calls it, or None.
+        passed_over: the other replicas of its backend that could not, or should not, be asked in its place, each with
+            the reason: `breaker`, `cooldown`, `full`, `avoided`.
     """
 
     number: int
@@ -92,6 +98,7 @@ class AttemptRecord:
     port: int = 0
     url: str = ""
     model: str | None = None
+    target: tuple[str, str, str] | None = None
     ended: float | None = None
     status: int | None = None
     outcome: str | None = None
@@ -106,6 +113,7 @@ class AttemptRecord:
     deadline_left: float = 0.0
     decision: str | None = None
     request_id: str | None = None
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -121,9 +129,11 @@ class Record:
         generation: the number of the configuration that holds for it.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
-        queued: seconds in the queue.
+        queued: seconds in the queue; queued_at: when they began, or None.
+        queued_for: the limit of its key that it queued for; None for a slot.
         waits: for the end of outages and cooldowns, in order.
         first_token: when the first content event arrived, or None.
+        candidates: the targets that it could go to, in order.
         operation: `gen_ai.operation.name`, or None when it is no prompt; provider: `gen_ai.provider.name`.
         model: the model it was forwarded for; route: the route's pattern.
         status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
@@ -154,6 +164,9 @@ class Record:
     attempts: list[AttemptRecord] = field(default_factory=list)
     events: "list[tuple[float, str, Mapping[str, Any]]]" = field(default_factory=list)
     queued: float = 0.0
+    queued_at: float | None = None
+    queued_for: str | None = None
+    candidates: "tuple[Candidate, ...]" = ()
     waits: list[Wait] = field(default_factory=list)
     ended: float | None = None
     first_token: float | None = None
@@ -207,10 +220,22 @@ class Record:
         if self.attempts:
             self.attempt.decision = None  # what was decided did not happen
 
-    def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
-        """Note which target of a route with weights was drawn."""
-        drawn = {"gateway.backend": backend, "gen_ai.request.model": model[:MAX_NAME], "gateway.weight": weight}
+    def draw_target(
+        self, backend: str, model: str, weight: int | None, now: float, *, tripped: list[str] | None = None
+    ) -> None:
+        """Note which target of a route with weights was drawn, and which were `tripped`: they have no part in it."""
+        drawn: dict[str, Any] = {
+            "gateway.backend": backend,
+            "gen_ai.request.model": model[:MAX_NAME],
+            "gateway.weight": weight,
+        }
+        if tripped:
+            drawn["gateway.tripped"] = tripped
         self.events.append((now, TARGET_DRAWN, drawn))
+
+    def note_guard(self, backend: str, now: float) -> None:
+        """Note that a target lost its traffic with this request."""
+        self.events.append((now, GUARD_TRIPPED, {"gateway.backend": backend}))
 
     def note_cooldown(self, now: float, backend: str, seconds: float) -> None:
         """Note that an attempt began a cooldown of a replica."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
 from watchfiles import awatch
@@ -10,7 +11,7 @@ from gateway.files import Files, inode_of, places_of, stamp_of
 from gateway.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from pathlib import Path
 
     from gateway.config import Routing
@@ -79,25 +80,19 @@ class Reload:
         """Look at the files whenever something happens where they are, and every few seconds."""
         told = False
         while self._stamps:
-            places = await asyncio.to_thread(_places, self._stamps)
             try:
-                async for _ in awatch(
-                    *places,
-                    watch_filter=None,
-                    debounce=STEP,
-                    step=STEP,
-                    rust_timeout=LOOK,
-                    yield_on_timeout=True,
-                    recursive=False,
-                ):
-                    await self._look()
-                    if await asyncio.to_thread(_places, self._stamps) != places:
-                        break
-            except (OSError, RuntimeError) as error:  # a folder that was there a moment ago, no watch is left
-                if not told and not isinstance(error, FileNotFoundError):
+                places = await asyncio.to_thread(_places, self._stamps)
+                async with aclosing(_reports(places)) as reports:
+                    async for _ in reports:
+                        await self._look()
+                        if await asyncio.to_thread(_places, self._stamps) != places:
+                            break
+            except Exception as error:  # noqa: BLE001 - no watch is left, a folder may not be read, whatever it is
+                vanished = isinstance(error, FileNotFoundError)  # a folder that was there a moment ago
+                if not told and not vanished:
                     _log.warning("the configuration is looked at every %d s, not watched: %s", LOOK // 1000, error)
                     told = True
-                await asyncio.sleep(LOOK / 1000)
+                await asyncio.sleep(STILL if vanished else LOOK / 1000)
                 await self._look()
 
     async def _look(self) -> None:
@@ -161,6 +156,31 @@ class Reload:
         _log.error(
             "the new configuration is not in force, generation %d stays: %s", self._generations.current.number, error
         )
+
+
+async def _reports(places: "Iterable[Path]") -> "AsyncGenerator[None]":
+    """Yield when the watch has begun, when something has happened at these places, and every few seconds."""
+    changes = awatch(
+        *places,
+        watch_filter=None,
+        debounce=STEP,
+        step=STEP,
+        rust_timeout=LOOK,
+        yield_on_timeout=True,
+        recursive=False,
+    )
+    first = asyncio.ensure_future(anext(changes))
+    try:
+        await asyncio.sleep(0)  # it begins
+        yield
+        await first
+        yield
+        async for _ in changes:
+            yield
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await changes.aclose()
 
 
 def _now(files: "Iterable[Path]") -> "dict[Path, Stamp]":

@@ -146,6 +146,10 @@ class Settings(BaseSettings):
 
     gateway_state_dir: Path | None = None
 
+    gateway_ui_mock_control: Annotated[Annotated[str, AfterValidator(check_url)] | None, Field(description=A_URL)] = (
+        None
+    )
+
     gateway_request_deadline: Seconds = 600
     gateway_connect_timeout: Seconds = 1
     gateway_first_token_timeout: Seconds = 30
@@ -185,6 +189,7 @@ class Settings(BaseSettings):
     gateway_shutdown_delay: SecondsOrNone = 0
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
+    gateway_kept_requests: Annotated[int, Field(ge=0, le=10_000, description="a whole number from 0 to 10000")] = 1000
     gateway_trace_keep_slow: Annotated[
         Annotated[float, Field(gt=0)] | Literal["off"], Field(description="a number of seconds greater than 0, or off")
     ] = 10

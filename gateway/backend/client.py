@@ -312,9 +312,9 @@ class Exchange:
             self._reads_less = protocol
             protocol.read_less()
 
-    def passed_headers(self) -> dict[str, str]:
-        """Return the headers of the answer that pass to callers."""
-        return passed_headers(self.headers)
+    def passed_headers(self, *, limited: bool) -> dict[str, str]:
+        """Return the headers of the answer that pass to its caller, who is limited by the gateway or not."""
+        return passed_headers(self.headers, limited=limited)
 
     async def read(self) -> bytes:
         """Return the next bytes of the body, `b""` at its end.

@@ -86,6 +86,13 @@ class Admission:
         self._occupy(caller)
         return True
 
+    def limit_in_the_way(self, caller: str, reservation: "Reservation | None") -> str | None:
+        """Return the limit of its key that a request waits for where there is a slot for it, or None."""
+        if reservation is None or not self._has_slot(caller):
+            return None
+        refusal = reservation.refusal(self._ahead_of(caller, reservation))
+        return refusal.limit if refusal is not None else None
+
     async def enter(self, left: float, caller: str = "", reservation: "Reservation | None" = None) -> None:
         """Take a slot, and the reservation, waiting in the queue at most `left` seconds. `leave` gives the slot back.
 

@@ -167,6 +167,14 @@ class Replica:
             return False
         return self.breaker.admits and self.cooldown.due(model) is None
 
+    def why_not(self, model: str) -> str | None:
+        """Return why others are asked for the model first: `breaker`, `cooldown`, `full` or `avoided`; or None."""
+        if not self.breaker.admits:
+            return "breaker"
+        if self.cooldown.due(model) is not None:
+            return "cooldown"
+        return "full" if self.full else "avoided" if self.is_avoided(model) else None
+
     def note_probe(self, probe: Probe) -> None:
         """Take a probe's result into account."""
         self.probe = probe

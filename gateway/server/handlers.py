@@ -179,6 +179,7 @@ class Handlers:
     ) -> web.StreamResponse:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
+        record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
         if caller.limits is not None:
             charge = await self._charges.begin(caller.limits, prompt, route, deadline)
@@ -227,8 +228,8 @@ class Handlers:
         if not route.weighted:
             return route.targets
         targets = route.order()
-        first = targets[0]
-        record.draw_target(first.backend, first.model or model, first.weight, self._clock())
+        first, tripped = targets[0], route.guard.lost if route.guard is not None else None
+        record.draw_target(first.backend, first.model or model, first.weight, self._clock(), tripped=tripped)
         return targets
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
@@ -282,7 +283,7 @@ class Handlers:
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
                 "model": self._generations.current.pool.default_model,
-                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
+                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics", "page": "/ui"},
             }
         )
 
@@ -338,8 +339,7 @@ class Handlers:
 
 def _nothing_at(path: str) -> NotFound:
     right = right_path(path)
-    where = "GET / lists what there is" if right is None else f"the right one is {right}"
-    return NotFound(f"There is nothing at this path; {where}.")
+    return NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

@@ -4,6 +4,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gateway.record import Record
     from gateway.server.connections import Connections
 
 POLL = 0.02
@@ -15,19 +18,23 @@ class InFlight:
 
     def __init__(self, connections: "Connections") -> None:
         self._connections = connections
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: dict[asyncio.Task[object], Record] = {}
         self._cut_off: set[asyncio.Task[object]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def add(self, task: "asyncio.Task[object]") -> None:
+    def __iter__(self) -> "Iterator[Record]":
+        """Yield the records, in the order in which the requests began."""
+        return iter(self._tasks.values())
+
+    def add(self, task: "asyncio.Task[object]", record: "Record") -> None:
         """Add the task of a request that begins."""
-        self._tasks.add(task)
+        self._tasks[task] = record
 
     def remove(self, task: "asyncio.Task[object]") -> None:
         """Remove the task of a request that has ended."""
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         self._cut_off.discard(task)
 
     def was_cut_off(self, task: "asyncio.Task[object]") -> bool:

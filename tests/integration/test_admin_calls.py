@@ -1,10 +1,11 @@
 """Who may look into the gateway: with an admin key whoever has it, without one only this machine, by its name."""
 
+import asyncio
 import json
 
 import pytest
 
-from gateway.server.admin import MAX_SESSIONS
+from gateway.server.admin import MAX_SESSIONS, SESSION_SECONDS
 from mock_model.serve import MockModel
 from testkit.http import Answer
 from tests.integration.gateways import KEY, Gateway, StartGateway, get
@@ -19,7 +20,9 @@ async def login(gateway: Gateway, body: str | None = None, **headers: str) -> An
     kinds = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     data = json.dumps({"key": ADMIN}) if body is None else body
     async with gateway.client.post(LOGIN, data=data, headers=kinds, skip_auto_headers=("Content-Type",)) as response:
-        return await Answer.of(response)
+        answer = await Answer.of(response)
+    gateway.client.session.cookie_jar.clear()  # what goes with a call, each test says
+    return answer
 
 
 def request(*headers: str, version: str = "1.1", target: str = LOGIN) -> bytes:
@@ -147,3 +150,85 @@ async def test_admin_calls_are_neither_traced_nor_counted(mock: MockModel, start
     assert (await get(gateway, LOGIN)).status == 405
     assert "login" not in gateway.log.getvalue()
     assert not gateway.spans()
+
+
+# What is looked at
+
+
+async def test_an_admin_key_opens_the_requests_as_bearer_or_by_a_session(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_api_keys=[KEY], gateway_admin_key=ADMIN)
+    refused = await get(gateway, "/requests")
+    assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
+    assert refused.headers["www-authenticate"].startswith("Bearer")
+    assert (await get(gateway, "/requests", authorization=f"Bearer {ADMIN}")).status == 200
+    for wrong in (f"Bearer {KEY}", f"Basic {ADMIN}", ADMIN, "Bearer", f"Bearer {ADMIN} {ADMIN}"):
+        assert (await get(gateway, "/requests", authorization=wrong)).status == 401
+    for headers in ({"x-api-key": ADMIN}, {"api-key": ADMIN}, {"cookie": f"llm-gateway-admin={ADMIN}"}):
+        assert (await get(gateway, "/requests", **headers)).status == 401
+    assert (await get(gateway, f"/requests?key={ADMIN}")).status == 401
+    cookie = (await login(gateway)).headers["set-cookie"].partition(";")[0]
+    answer = await get(gateway, "/requests", cookie=cookie)
+    assert answer.status == 200
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert not any(name.lower().startswith("access-control") for name in answer.headers)
+    assert (await get(gateway, "/requests", cookie=cookie + "x")).status == 401
+    gateway.parts.admin.set_key("another")
+    assert (await get(gateway, "/requests", cookie=cookie)).status == 401
+    gateway.parts.admin.set_key(None)
+    assert (await get(gateway, "/requests")).status == 200
+
+
+async def test_a_session_ends_after_twelve_hours(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_admin_key=ADMIN)
+    cookie = (await login(gateway)).headers["set-cookie"].partition(";")[0]
+    assert (await get(gateway, "/requests", cookie=cookie)).status == 200
+    sessions = gateway.parts.admin._sessions
+    for session in sessions:
+        sessions[session] -= SESSION_SECONDS
+    assert (await get(gateway, "/requests", cookie=cookie)).status == 401
+
+
+@pytest.mark.parametrize("key", [None, ADMIN])
+async def test_a_page_of_another_origin_reads_nothing_though_the_cookie_comes_with_it(
+    mock: MockModel, start_gateway: StartGateway, key: str | None
+) -> None:
+    gateway = await start_gateway(mock, gateway_admin_key=key)
+    session = (await login(gateway)).headers.get("set-cookie", "").partition(";")[0] if key else "a=b"
+    for site in ("same-site", "cross-site"):
+        fetch = {"cookie": session, "sec-fetch-site": site, "sec-fetch-mode": "cors"}
+        assert (await get(gateway, "/requests", **fetch)).status == 400
+    link = {"cookie": session, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert (await get(gateway, "/requests", **link)).status == 200
+    own = {"cookie": session, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
+    assert (await get(gateway, "/requests", **own)).status == 200
+
+
+async def test_a_rebound_page_and_a_proxy_read_nothing(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock)
+    answer = await gateway.chat(headers={"x-request-id": "mine"})
+    assert answer.status == 200
+    for path in ("/requests", "/requests/mine"):
+        assert (await get(gateway, path)).status == 200
+        for headers in ({"host": "rebound.example"}, {"x-forwarded-for": "203.0.113.7"}, {"via": "1.1 x"}):
+            hidden = await get(gateway, path, **headers)
+            assert (hidden.status, hidden.error["code"]) == (404, "not_found")
+            assert "mine" not in hidden.body.decode()
+
+
+async def test_admin_calls_take_no_slot_and_are_not_kept(mock: MockModel, start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(mock, gateway_max_in_flight=1, gateway_max_queue=0)
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    task = asyncio.create_task(gateway.chat())
+    await mock.called(1)
+    assert (await get(gateway, "/requests?outcome=in_flight")).status == 200
+    await mock.reset()
+    await task
+    document = json.loads((await get(gateway, "/requests")).body)
+    assert [each["path"] for each in document["requests"]] == ["/v1/chat/completions"]
+    async with gateway.client.head("/requests") as head:
+        assert head.status == 200
+    async with gateway.client.options("/requests") as options:
+        assert (options.status, options.headers["allow"]) == (405, "GET,HEAD")

@@ -133,8 +133,8 @@ class Stack:
         url = self.url("GATEWAY_PORT", CHAT_PATH)
         return call("POST", url, prompt() if body is None else body, named, seconds)
 
-    def gateway(self, path: str) -> Answer:
-        return call("GET", self.url("GATEWAY_PORT", path))
+    def gateway(self, path: str, **headers: str) -> Answer:
+        return call("GET", self.url("GATEWAY_PORT", path), headers=headers)
 
     def control(self, method: str, path: str, body: object = None) -> Answer:
         """Call the mock model's control API through its published port."""
