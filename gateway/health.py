@@ -154,7 +154,7 @@ class Health:
             "version": __version__,
             "app_mode": self._app_mode,
             "uptime_seconds": round(now - self._started, 3),
-            "draining": self._admission.draining,
+            "draining": self._admission.stopping,
             "in_flight": self._admission.in_flight,
             "queued": self._admission.queued,
             "config": {

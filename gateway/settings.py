@@ -207,6 +207,7 @@ class Settings(BaseSettings):
     ] = "/health"
     gateway_probe_interval: Seconds = 2
     gateway_probe_timeout: Seconds = 2
+    gateway_shutdown_delay: SecondsOrNone = 0
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
     gateway_kept_requests: Annotated[int, Field(ge=0, le=10_000, description="a whole number from 0 to 10000")] = 1000

@@ -37,7 +37,8 @@ class Admission:
     Attributes:
         in_flight: requests that have a slot.
         queued: requests that wait for one.
-        draining: whether the gateway is stopping.
+        stopping: whether the gateway is about to stop: nobody new should come, and no connection is kept.
+        draining: whether it takes no more requests.
         waiting: the requests with a slot that wait for a backend; they take at most half of the slots and of the bytes.
     """
 
@@ -54,6 +55,7 @@ class Admission:
         self._asking = 0
         self.in_flight = 0
         self.queued = 0
+        self.stopping = False
         self.draining = False
         self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
 
@@ -149,9 +151,13 @@ class Admission:
         if self._lines:
             self._hand_over()
 
+    def announce_stop(self) -> None:
+        """Tell whoever asks that the gateway will stop; requests are taken as ever."""
+        self.stopping = True
+
     def drain(self) -> None:
         """Refuse new and queued requests from now on; requests in flight continue."""
-        self.draining = True
+        self.stopping = self.draining = True
         self.waiting.drain()
         for line in self._lines.values():
             for place in line:

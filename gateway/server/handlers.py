@@ -192,7 +192,9 @@ class Handlers:
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
-            writer = request[STREAM] = StreamWriter(request, record, dialect, heartbeat=heartbeat, clock=self._clock)
+            writer = request[STREAM] = StreamWriter(
+                request, record, dialect, admission=self._admission, heartbeat=heartbeat, clock=self._clock
+            )
         call = Call(
             prompt,
             deadline,
@@ -256,6 +258,8 @@ class Handlers:
             return web.Response(body=answer.body, status=answer.status, headers=headers)
         headers |= explaining(call.record, self._clock())
         response = web.Response(body=answer.body, status=answer.status, headers=headers)
+        if self._admission.stopping:
+            response.force_close()
         try:
             with PhaseTimer(self._clock, call.deadline.end, "The caller did not take the answer before the deadline."):
                 await response.prepare(request)
@@ -321,7 +325,7 @@ class Handlers:
     async def readyz(self, request: web.Request) -> web.Response:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
-        if self._admission.draining:
+        if self._admission.stopping:
             return unrecorded_error(GatewayDraining(), worded_by(request.path), headers)
         if not self._health.ready:
             return json_response({"status": "starting"}, status=503, headers=headers)

@@ -77,7 +77,7 @@ class Middleware:
             failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
             response = unrecorded_error(failure, worded_by(request.path), {"allow": allowed})
         response.headers.setdefault("server", SERVER)
-        return self._closed_while_draining(response)
+        return self._closed_while_stopping(response)
 
     async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
         path = request.path
@@ -105,11 +105,14 @@ class Middleware:
             record.ended = self._clock()
             self._kept.add(record)
             self._telemetry.finish(record)
-        return self._closed_while_draining(response)
+        return self._closed_while_stopping(response)
 
-    def _closed_while_draining(self, response: web.StreamResponse) -> web.StreamResponse:
-        """Do not keep the caller's connection while the gateway is stopping."""
-        if self._admission.draining and not response.prepared:
+    def _closed_while_stopping(self, response: web.StreamResponse) -> web.StreamResponse:
+        """Do not keep the caller's connection while the gateway is stopping.
+
+        Where headers went out before the stop, the connection serves on while requests are taken, and is closed then.
+        """
+        if self._admission.draining or (self._admission.stopping and not response.prepared):
             response.force_close()
         return response
 

@@ -67,7 +67,15 @@ POSITIVE = [
     "KEEPALIVE_TIMEOUT",
 ]
 NOT_NEGATIVE = [
-    *("HEARTBEAT", "BACKOFF_INITIAL", "BACKOFF_MAX", "RETRY_AFTER_MAX", "RETRY_BUDGET", "SHUTDOWN_GRACE"),
+    *(
+        "HEARTBEAT",
+        "BACKOFF_INITIAL",
+        "BACKOFF_MAX",
+        "RETRY_AFTER_MAX",
+        "RETRY_BUDGET",
+        "SHUTDOWN_DELAY",
+        "SHUTDOWN_GRACE",
+    ),
     "OUTAGE_WAIT",
 ]
 AT_LEAST_ONE = [
@@ -173,6 +181,7 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "probe_path": "/health",
         "probe_interval": 2,
         "probe_timeout": 2,
+        "shutdown_delay": 0,
         "shutdown_grace": 20,
         "capture_content": False,
         "trace_keep_slow": 10,
