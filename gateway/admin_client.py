@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from gateway.files import Files
 from gateway.settings import SettingsError, check_url, secret
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def ask(url: str, path: str) -> dict[str, Any]:
         NotAnswered: the gateway cannot be reached, or refuses.
     """
     try:
-        key = secret("GATEWAY_ADMIN_KEY")
+        key = secret("GATEWAY_ADMIN_KEY", Files())
         parts = urlsplit(check_url(url))
     except SettingsError as error:
         raise NotAnswered(str(error)) from None

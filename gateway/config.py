@@ -13,6 +13,7 @@ import yaml
 from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
+from gateway.files import Files
 from gateway.headers import GATEWAY_NAMES
 from gateway.settings import SettingsError, check_path, check_url, secret
 
@@ -68,6 +69,7 @@ class ReplicaConfig:
         query: names and values added to the url of every call.
         max_in_flight: attempts at once, or None for any number.
         tls: for an `https://` url, or None for the usual checks.
+        tls_digest: SHA-256 of the files that `tls` was made of, by which two of them are compared.
     """
 
     name: str
@@ -80,7 +82,8 @@ class ReplicaConfig:
     secret_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     query: tuple[tuple[str, str], ...] = ()
     max_in_flight: int | None = None
-    tls: ssl.SSLContext | None = None
+    tls: ssl.SSLContext | None = field(default=None, compare=False)
+    tls_digest: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,30 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardConfig:
+    """When a target with a weight loses its traffic to the others.
+
+    Attributes:
+        max_error_rate: of the first attempts of requests, above 0 and up to 1; a target above it loses its traffic.
+        window: seconds looked back on.
+        min_requests: given to a target before it is judged.
+    """
+
+    max_error_rate: float = 0.05
+    window: float = 60.0
+    min_requests: int = 20
+
+
+@dataclass(frozen=True, slots=True)
 class RouteConfig:
-    """A model name, the beginning of names (`name-*`) or all of them (`*`), and the targets in order."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and the targets in order.
+
+    `guard` is for targets with weights; None where nobody watches them.
+    """
 
     model: str
     targets: tuple[TargetConfig, ...]
+    guard: GuardConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,23 +163,38 @@ class KeyConfig:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """All backends and routes, of which the first that matches a model wins; and the gateway keys, none: it is open."""
+    """All that is read anew while the gateway runs.
+
+    Attributes:
+        backends: all of them.
+        routes: the first that matches a model wins.
+        keys: the gateway keys, none: it is open.
+        admin_key: of admin calls; None: there is none.
+    """
 
     backends: tuple[BackendConfig, ...]
     routes: tuple[RouteConfig, ...]
     keys: tuple[KeyConfig, ...] = ()
+    admin_key: str | None = field(default=None, repr=False)
 
 
-def load_routing(settings: "Settings") -> Routing:
+def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
     """Return the routing of these settings.
+
+    Args:
+        settings: of the environment.
+        files: reads `GATEWAY_CONFIG` and what it names.
 
     Raises:
         SettingsError: the file is invalid; the message has line and key.
     """
     keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
+    admin_key = settings.gateway_admin_key.get_secret_value() if settings.gateway_admin_key is not None else None
     if settings.gateway_config is not None:
-        routing = _File(settings.gateway_config, settings).routing(_root_of(settings.gateway_config))
-        return routing if routing.keys else replace(routing, keys=keys)
+        files = files or Files()
+        root = _root_of(settings.gateway_config, files)
+        routing = _File(settings.gateway_config, settings, files).routing(root)
+        return replace(routing, keys=routing.keys or keys, admin_key=admin_key)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
     if api_key is not None and not _is_key(api_key):
@@ -170,6 +207,7 @@ def load_routing(settings: "Settings") -> Routing:
         backends=(BackendConfig("backend", replicas),),
         routes=(RouteConfig("*", (TargetConfig("backend", None),)),),
         keys=keys,
+        admin_key=admin_key,
     )
 
 
@@ -177,7 +215,8 @@ def examine(path: "Path", settings: "Settings") -> "Findings":
     """Return what a file says and all that is wrong with it, also where secrets that it names are not set."""
     findings = Findings(None, [], [])
     try:
-        findings.routing = _File(path, settings, findings).routing(_root_of(path))
+        files = Files()
+        findings.routing = _File(path, settings, files, findings).routing(_root_of(path, files))
     except SettingsError as wrong:
         findings.complaints.append(str(wrong))
     return findings
@@ -206,11 +245,11 @@ def usual_replica(settings: "Settings") -> ReplicaConfig:
     return ReplicaConfig("", "", timeouts, probe if path else None)
 
 
-def _root_of(path: "Path") -> yaml.Node | None:
+def _root_of(path: "Path", files: Files) -> yaml.Node | None:
     """Return the root of a YAML file; None for an empty one. Raises: SettingsError."""
     shown = f"GATEWAY_CONFIG={str(path)!r}"
     try:
-        data = path.read_bytes()
+        data = files.read(path)
     except OSError as error:
         raise SettingsError(f"{shown}: {error.strerror}; it must be the path of a readable YAML file") from None
     try:
@@ -274,6 +313,8 @@ T = TypeVar("T")
 MAX_KEY_NAME = 64
 """Characters."""
 MAX_LIMIT_DIGITS = 12
+MAX_WINDOW = 86_400
+"""Seconds that a guard looks back on at most."""
 
 
 class _File:
@@ -282,8 +323,9 @@ class _File:
     Without `findings` the first one is raised; with them all are gathered, one for each entry at most.
     """
 
-    def __init__(self, path: "Path", settings: "Settings", findings: Findings | None = None) -> None:
+    def __init__(self, path: "Path", settings: "Settings", files: Files, findings: Findings | None = None) -> None:
         self._path = path
+        self._files = files
         self._findings = findings
         self._usual = usual_replica(settings)
         self._probe_path = settings.gateway_probe_path
@@ -328,6 +370,7 @@ class _File:
         api_key = self._api_key(items.get("api_key_env"), f"{key}.api_key_env")
         key_header = self._key_header(items, key)
         headers, secret_headers = self._headers(items.get("headers"), f"{key}.headers", key_header if api_key else "")
+        tls, tls_digest = self._tls(items.get("tls"), f"{key}.tls")
         usual = replace(
             self._usual,
             timeouts=self._timeouts(items.get("timeouts"), f"{key}.timeouts"),
@@ -338,7 +381,8 @@ class _File:
             secret_headers=secret_headers,
             query=self._query(items.get("query"), f"{key}.query"),
             max_in_flight=self._count(items.get("max_in_flight"), f"{key}.max_in_flight", at_least=1),
-            tls=self._tls(items.get("tls"), f"{key}.tls"),
+            tls=tls,
+            tls_digest=tls_digest,
         )
         if "url" in items:
             nodes, names = {f"{key}.url": items["url"]}, [name]
@@ -353,7 +397,7 @@ class _File:
         )
 
     def _route(self, node: yaml.Node, key: str, known: set[str]) -> RouteConfig:
-        items = self._mapping(node, key, {"model", "targets"}, required=("model", "targets"))
+        items = self._mapping(node, key, {"model", "targets", "guard"}, required=("model", "targets"))
         nodes = self._list(items["targets"], f"{key}.targets")
         targets = tuple(self._target(item, f"{key}.targets[{n}]", known) for n, item in enumerate(nodes))
         weights = [target.weight for target in targets if target.weight is not None]
@@ -362,7 +406,27 @@ class _File:
             raise self._wrong(nodes[without], f"{key}.targets[{without}]", "needs a weight as the others have")
         if weights and not any(weights):
             raise self._wrong(items["targets"], f"{key}.targets", "needs at least one weight above 0")
-        return RouteConfig(self._model(items["model"], f"{key}.model"), targets)
+        if "guard" in items and not weights:
+            raise self._wrong(items["guard"], f"{key}.guard", "needs a weight on each of the route's targets")
+        guard = self._guard(items["guard"], f"{key}.guard") if "guard" in items else None
+        return RouteConfig(self._model(items["model"], f"{key}.model"), targets, guard)
+
+    def _guard(self, node: yaml.Node, key: str) -> GuardConfig:
+        items = self._mapping(node, key, {each.name for each in fields(GuardConfig)})
+        usual = GuardConfig()
+        rate, window = usual.max_error_rate, usual.window
+        if "max_error_rate" in items:
+            rate = self._number(items["max_error_rate"])
+            if not 0 < rate <= 1:
+                raise self._wrong(
+                    items["max_error_rate"], f"{key}.max_error_rate", "needs a number greater than 0 and at most 1"
+                )
+        if "window" in items:
+            window = self._seconds(items["window"], f"{key}.window")
+            if window > MAX_WINDOW:
+                raise self._wrong(items["window"], f"{key}.window", f"needs at most {MAX_WINDOW} seconds, a day")
+        least = self._count(items.get("min_requests"), f"{key}.min_requests", at_least=1)
+        return GuardConfig(rate, window, usual.min_requests if least is None else least)
 
     def _model(self, node: yaml.Node, key: str) -> str:
         """Return the name of a model, the beginning of names with a `*`, or `*`."""
@@ -532,13 +596,18 @@ class _File:
             interval = self._seconds(items["interval"], f"{key}.interval")
         return ProbeConfig(path, timeout, interval)
 
-    def _tls(self, node: yaml.Node | None, key: str) -> ssl.SSLContext | None:
+    def _tls(self, node: yaml.Node | None, key: str) -> tuple[ssl.SSLContext | None, bytes | None]:
+        """Return what is made of the files, and a digest of them."""
         if node is None:
-            return None
+            return None, None
         items = self._mapping(node, key, {"ca", "cert", "key"})
         if "key" in items and "cert" not in items:
             raise self._wrong(node, key, "needs cert beside key")
-        files = {name: self._file(item, f"{key}.{name}") for name, item in items.items()}
+        digest = sha256()
+        files: dict[str, str] = {}
+        for name, item in items.items():
+            files[name], content = self._file(item, f"{key}.{name}")
+            digest.update(name.encode() + sha256(content).digest())
         try:
             context = ssl.create_default_context(cafile=files.get("ca"))
         except ssl.SSLError:
@@ -555,23 +624,23 @@ class _File:
                     f"{key}.cert",
                     fits or "needs a certificate and its key, without a password, in PEM form",
                 ) from None
-        return context
+        return context, digest.digest()
 
-    def _file(self, node: yaml.Node, key: str) -> str:
-        """Return the path of a file that can be read; a relative one is meant from the configuration's folder."""
+    def _file(self, node: yaml.Node, key: str) -> tuple[str, bytes]:
+        """Return the path of a file, and its content; a relative one is meant from the configuration's folder."""
         path = self._path.parent / self._text(node, key)
         try:
-            path.read_bytes()
+            content = self._files.read(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no path"
             raise self._wrong(node, key, f"{str(path)!r}: {reason}; it must be the path of a readable file") from None
-        return str(path)
+        return str(path), content
 
     def _secret(self, node: yaml.Node, key: str) -> tuple[str, str]:
         """Return the name of a variable, and its value."""
         name = self._text(node, key)
         try:
-            value = secret(name)
+            value = secret(name, self._files)
         except SettingsError as wrong:
             raise self._wrong(node, key, str(wrong)) from None
         if value is None:
@@ -590,13 +659,17 @@ class _File:
             raise self._wrong(node, key, str(error)) from None
 
     def _seconds(self, node: yaml.Node, key: str) -> float:
-        try:
-            value = float(node.value) if node.tag in {f"{_TAG}int", f"{_TAG}float"} else 0.0
-        except ValueError:
-            value = 0.0
+        value = self._number(node)
         if not 0 < value < float("inf"):
             raise self._wrong(node, key, "needs a number of seconds greater than 0")
         return value
+
+    def _number(self, node: yaml.Node) -> float:
+        """Return a number; 0 where there is none."""
+        try:
+            return float(node.value) if node.tag in {f"{_TAG}int", f"{_TAG}float"} else 0.0
+        except ValueError:
+            return 0.0
 
     def _count(self, node: yaml.Node | None, key: str, *, at_least: int, digits: int = 9) -> int | None:
         if node is None:

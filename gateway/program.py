@@ -6,27 +6,31 @@ import sys
 import uvloop
 
 from gateway.app import PARTS, create_app, runner_of
-from gateway.config import load_routing
+from gateway.config import Routing, load_routing
+from gateway.files import Files
 from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
-from gateway.telemetry.exporters import exporter_for
+from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.logs import RequestLog, setup_logs
 from gateway.telemetry.output import Output, standard_outputs, write_last
-from gateway.telemetry.tracing import Tracer
 
 
-async def run(settings: Settings) -> None:
-    """Build the parts and serve until told to stop."""
-    tracer = Tracer(exporter_for(settings, load_otel()))
+async def run(settings: Settings, files: Files) -> None:
+    """Build the parts and serve until told to stop; `files`: those read so far."""
+    otel = load_otel()
+    for complaint in otel.complaints:
+        logging.getLogger("gateway").warning(complaint)
+    tracer = tracer_for(otel, exporter_for(settings, otel))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
-    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
-    routing = load_routing(settings)
+    metric_export = metric_export_for(otel, tracer.resource)
+    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs, metric_export=metric_export)
+    routing = load_routing(settings, files)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
-    app = create_app(settings, routing, telemetry)
+    app = create_app(settings, routing, telemetry, read=read, files=files)
     parts = app[PARTS]
     await listen(
         runner_of(app),
@@ -36,7 +40,13 @@ async def run(settings: Settings) -> None:
         in_flight=parts.in_flight,
         replicas=len(parts.pool.replicas),
         needs_keys=bool(routing.keys),
+        reload=parts.reload.ask,
     )
+
+
+def read(files: Files) -> Routing:
+    """Read backends, routes and keys anew, with all secrets. Raises: SettingsError."""
+    return load_routing(load(files), files)
 
 
 def main() -> int:
@@ -51,13 +61,14 @@ def main() -> int:
 def serve() -> int:
     """Serve until told to stop; return the exit code."""
     try:
-        settings = load()
+        files = Files()
+        settings = load(files)
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
         for name in unknown():
             logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
         set_threads_of_libuv()
         raise_open_files()
-        uvloop.run(run(settings))
+        uvloop.run(run(settings, files))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2

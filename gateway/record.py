@@ -40,6 +40,8 @@ TARGET_DRAWN = "gateway.target_drawn"
 """The event of the draw among a route's weighted targets."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
+GUARD_TRIPPED = "gateway.guard_tripped"
+"""The event of a target that lost its traffic."""
 COOLDOWN_BEGUN = "gateway.cooldown"
 """The event of a replica that asked to be left alone."""
 BRIDGING, COOLDOWN, FULL = "bridging", "cooldown", "full"
@@ -67,6 +69,7 @@ class AttemptRecord:
         backend: name of the replica.
         host, port, url: where it was sent; the url without user info.
         model: the model it asked for.
+        target: of a route with weights: the names of route, backend and model, as configured; None for others.
         span_id: 64 bits.
         started, ended: instants.
         status: the HTTP status of the answer, or None.
@@ -95,6 +98,7 @@ class AttemptRecord:
     port: int = 0
     url: str = ""
     model: str | None = None
+    target: tuple[str, str, str] | None = None
     ended: float | None = None
     status: int | None = None
     outcome: str | None = None
@@ -122,6 +126,7 @@ class Record:
         sampled: decided at the start, and passed on to the backend.
         request_id: the caller's, or ours.
         caller: who asks; nobody before that is known.
+        generation: the number of the configuration that holds for it.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue; queued_at: when they began, or None.
@@ -153,6 +158,7 @@ class Record:
     started_ns: int
     parent_id: int | None = None
     caller: Caller = NOBODY
+    generation: int = 0
     trace_state: str | None = None
     sampled: bool = True
     attempts: list[AttemptRecord] = field(default_factory=list)
@@ -214,10 +220,22 @@ class Record:
         if self.attempts:
             self.attempt.decision = None  # what was decided did not happen
 
-    def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
-        """Note which target of a route with weights was drawn."""
-        drawn = {"gateway.backend": backend, "gen_ai.request.model": model[:MAX_NAME], "gateway.weight": weight}
+    def draw_target(
+        self, backend: str, model: str, weight: int | None, now: float, *, tripped: list[str] | None = None
+    ) -> None:
+        """Note which target of a route with weights was drawn, and which were `tripped`: they have no part in it."""
+        drawn: dict[str, Any] = {
+            "gateway.backend": backend,
+            "gen_ai.request.model": model[:MAX_NAME],
+            "gateway.weight": weight,
+        }
+        if tripped:
+            drawn["gateway.tripped"] = tripped
         self.events.append((now, TARGET_DRAWN, drawn))
+
+    def note_guard(self, backend: str, now: float) -> None:
+        """Note that a target lost its traffic with this request."""
+        self.events.append((now, GUARD_TRIPPED, {"gateway.backend": backend}))
 
     def note_cooldown(self, now: float, backend: str, seconds: float) -> None:
         """Note that an attempt began a cooldown of a replica."""
@@ -229,6 +247,17 @@ class Record:
         """Note that an attempt changed the state of a breaker."""
         change = {"gateway.backend": backend, "gateway.breaker.from": before, "gateway.breaker.to": after}
         self.events.append((now, BREAKER_CHANGED, change))
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """The targets that were passed over, each with the reason: as `skip_target`, or `guard`."""
+        found: list[tuple[str, str]] = []
+        for _, name, event in self.events:
+            if name == TARGET_SKIPPED:
+                found.append((event["gateway.backend"], event["gateway.skip_reason"]))
+            elif name == TARGET_DRAWN:
+                found += [(tripped, "guard") for tripped in event.get("gateway.tripped", ())]
+        return found
 
     def describe_request(
         self,

@@ -15,6 +15,8 @@ from urllib.request import getproxies, proxy_bypass
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.files import Files
+
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY", "GATEWAY_ADMIN_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
@@ -29,10 +31,8 @@ SAMPLERS = (
     "parentbased_traceidratio",
 )
 """Those of the SDK itself."""
-CREDENTIAL_PROVIDERS = (
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
-)
+DIGITS = 9
+"""Of a number of OpenTelemetry's at most: milliseconds of eleven days."""
 NETRC = ("~/.netrc", "~/_netrc")
 _USER_INFO = re.compile(r"[^,\n'\"]*@")
 """Everything up to the last @ of an entry: an invalid url may have its password anywhere before it."""
@@ -190,13 +190,18 @@ class Settings(BaseSettings):
     ] = 10
 
 
-def load(**overrides: Any) -> Settings:  # noqa: ANN401
-    """Read and check the environment. `overrides` (names of fields) win over it, for tests and tools.
+def load(files: Files | None = None, /, **overrides: Any) -> Settings:  # noqa: ANN401
+    """Read and check the environment.
+
+    Args:
+        files: reads those that hold secrets.
+        **overrides: fields that win over it, for tests and tools.
 
     Raises:
         SettingsError: the first setting that is invalid, in one line.
     """
-    secrets = {name.lower(): value for name in SECRETS if (value := secret(name)) is not None}
+    files = files or Files()
+    secrets = {name.lower(): value for name in SECRETS if (value := secret(name, files)) is not None}
     empty = {name.lower(): "" for name in MAY_BE_EMPTY if os.environ.get(name) == ""}
     try:
         return Settings(**(secrets | empty | overrides))
@@ -204,11 +209,15 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
         raise SettingsError(_one_line(error)) from None
 
 
-def secret(name: str) -> str | None:
+def secret(name: str, files: Files) -> str | None:
     """Return the value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
 
     Spaces around lines and blank lines are dropped, in a file also a byte order mark and comments (lines that begin
     with `#`).
+
+    Args:
+        name: of the variable.
+        files: reads the file.
 
     Raises:
         SettingsError: both are set, or nothing is left, or a line is not printable text, or the file cannot be read.
@@ -222,7 +231,7 @@ def secret(name: str) -> str | None:
         return None
     where = f"{name}_FILE={path!r}"
     try:
-        text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
+        text = files.read(Path(path)).decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise SettingsError(f"{where}: {error.strerror}; it must be the path of a readable text file") from None
     return _printable_lines(text, where, comment="#")
@@ -269,23 +278,6 @@ def set_threads_of_libuv() -> None:
 
 
 @dataclass(frozen=True)
-class OtelSettings:
-    """The few `OTEL_*` variables that decide what is built; the SDK reads all others itself.
-
-    Attributes:
-        disabled: no spans at all.
-        has_endpoint: an OTLP endpoint is set.
-        protocol: `http/protobuf` or `grpc`.
-        collector: how it is reached by HTTP.
-    """
-
-    disabled: bool
-    has_endpoint: bool
-    protocol: str
-    collector: "CollectorSettings"
-
-
-@dataclass(frozen=True)
 class CollectorSettings:
     """How a collector is reached by HTTP.
 
@@ -305,6 +297,67 @@ class CollectorSettings:
     by_provider: bool = False
 
 
+@dataclass(frozen=True)
+class SpanBatches:
+    """How spans are batched: `OTEL_BSP_*`. None: the gateway's own figure.
+
+    Attributes:
+        delay: seconds between exports while less than a batch waits.
+        queue: spans that wait at most.
+        size: spans of an export at most.
+        timeout: seconds an export may take at most, beside the exporter's own time limit.
+    """
+
+    delay: float | None = None
+    queue: int | None = None
+    size: int | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """How metrics are exported by OTLP.
+
+    Attributes:
+        enabled: an endpoint for them is set.
+        protocol: `http/protobuf` or `grpc`.
+        collector: how it is reached by HTTP.
+        interval: seconds between exports.
+        timeout: seconds an export may take at most, beside the exporter's own time limit.
+        delta: whether what is counted is told since the export before, else since the start.
+    """
+
+    enabled: bool = False
+    protocol: str = "http/protobuf"
+    collector: CollectorSettings = CollectorSettings()
+    interval: float = 60.0
+    timeout: float | None = None
+    delta: bool = False
+
+
+@dataclass(frozen=True)
+class OtelSettings:
+    """The few `OTEL_*` variables that decide what is built; the SDK reads all others itself.
+
+    Attributes:
+        disabled: no spans at all.
+        has_endpoint: an OTLP endpoint is set.
+        protocol: `http/protobuf` or `grpc`.
+        collector: how it is reached by HTTP.
+        batches: how spans are batched.
+        metrics: how metrics are exported.
+        complaints: variables that are not valid, and for which their defaults stand in, as OpenTelemetry asks.
+    """
+
+    disabled: bool
+    has_endpoint: bool
+    protocol: str
+    collector: CollectorSettings
+    batches: SpanBatches = SpanBatches()
+    metrics: MetricSettings = MetricSettings()
+    complaints: tuple[str, ...] = ()
+
+
 def load_otel() -> OtelSettings:
     """Read and check `OTEL_*`.
 
@@ -312,39 +365,105 @@ def load_otel() -> OtelSettings:
         SettingsError: protocol, endpoint or sampler is invalid.
     """
     env = os.environ
-    name = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-    if not env.get(name):
-        name = "OTEL_EXPORTER_OTLP_PROTOCOL"
-    protocol = env.get(name) or "http/protobuf"
-    if protocol not in {"http/protobuf", "grpc"}:
-        raise SettingsError(f"{name}={protocol!r} is not valid: it must be http/protobuf or grpc")
-    _check_endpoints(protocol)
-    endpoint = env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    protocol = _protocol("TRACES")
+    _check_endpoint("OTEL_EXPORTER_OTLP_ENDPOINT", protocol)
+    _check_endpoint("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", protocol)
+    endpoint = _of_signal("TRACES", "ENDPOINT")
     _check_sampler(env.get("OTEL_TRACES_SAMPLER", "").lower().strip(), env.get("OTEL_TRACES_SAMPLER_ARG"))
+    off = env.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    complaints: list[str] = []
     return OtelSettings(
-        disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
+        disabled=off or env.get("OTEL_TRACES_EXPORTER") == "none",
         has_endpoint=endpoint is not None,
         protocol=protocol,
         collector=load_collector(endpoint or ""),
+        batches=_batches(complaints),
+        metrics=MetricSettings() if off or env.get("OTEL_METRICS_EXPORTER") == "none" else _metrics(complaints),
+        complaints=tuple(complaints),
     )
 
 
-def load_collector(endpoint: str) -> CollectorSettings:
-    """Read how a collector is reached by HTTP."""
+def _batches(complaints: list[str]) -> SpanBatches:
+    queue = _positive("OTEL_BSP_MAX_QUEUE_SIZE", complaints)
+    size = _positive("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", complaints)
+    if queue is not None and size is not None and size > queue:
+        complaints.append(
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={size} is more than OTEL_BSP_MAX_QUEUE_SIZE: {queue} is used"
+        )
+        size = queue
+    delay = _positive("OTEL_BSP_SCHEDULE_DELAY", complaints)
+    timeout = _positive("OTEL_BSP_EXPORT_TIMEOUT", complaints)
+    return SpanBatches(_seconds(delay), queue, size, _seconds(timeout))
+
+
+def _metrics(complaints: list[str]) -> MetricSettings:
+    protocol = _protocol("METRICS")
+    own = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
+    _check_endpoint(own if os.environ.get(own) else "OTEL_EXPORTER_OTLP_ENDPOINT", protocol)
+    endpoint = _of_signal("METRICS", "ENDPOINT")
+    if endpoint is None:
+        return MetricSettings()
+    name = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    temporality = os.environ.get(name, "").strip().lower() or "cumulative"
+    if temporality not in {"cumulative", "delta", "lowmemory"}:
+        complaints.append(f"{name}={temporality!r} is not valid: cumulative is used; or set delta or lowmemory")
+    interval = _positive("OTEL_METRIC_EXPORT_INTERVAL", complaints)
+    timeout = _positive("OTEL_METRIC_EXPORT_TIMEOUT", complaints)
+    return MetricSettings(
+        enabled=True,
+        protocol=protocol,
+        collector=load_collector(endpoint, "METRICS"),
+        interval=_seconds(interval) or MetricSettings.interval,
+        timeout=_seconds(timeout),
+        delta=temporality in {"delta", "lowmemory"},
+    )
+
+
+def _positive(name: str, complaints: list[str]) -> int | None:
+    """Return a whole number of at least 1; None where it is not set, or is none, which OpenTelemetry asks to bear."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if text.isascii() and text.isdecimal() and len(text) <= DIGITS and int(text) > 0:
+        return int(text)
+    complaints.append(
+        f"{name}={text!r} is not valid: the default is used; it must be a whole number from 1 to 999999999"
+    )
+    return None
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return milliseconds / 1000 if milliseconds is not None else None
+
+
+def load_collector(endpoint: str, signal: str = "TRACES") -> CollectorSettings:
+    """Read how a collector of `TRACES` or `METRICS` is reached by HTTP."""
+    providers = (f"OTEL_PYTHON_EXPORTER_OTLP_HTTP_{kind}CREDENTIAL_PROVIDER" for kind in ("", f"{signal}_"))
     return CollectorSettings(
-        certificate=_of_traces("CERTIFICATE"),
-        client_certificate=_of_traces("CLIENT_CERTIFICATE"),
-        client_key=_of_traces("CLIENT_KEY"),
+        certificate=_of_signal(signal, "CERTIFICATE"),
+        client_certificate=_of_signal(signal, "CLIENT_CERTIFICATE"),
+        client_key=_of_signal(signal, "CLIENT_KEY"),
         proxy=_proxy(endpoint),
         trusts_environment=bool(os.environ.get("NETRC")) or any(exists(expanduser(file)) for file in NETRC),  # noqa: PTH110, PTH111 - pathlib raises without a HOME
-        by_provider=any(os.environ.get(name) for name in CREDENTIAL_PROVIDERS),
+        by_provider=any(os.environ.get(name) for name in providers),
     )
 
 
-def _of_traces(name: str) -> str | None:
-    """Return a variable of the exporter, its form for traces first."""
+def _of_signal(signal: str, name: str) -> str | None:
+    """Return a variable of the exporter, its form for one signal first."""
     prefix = "OTEL_EXPORTER_OTLP_"
-    return os.environ.get(f"{prefix}TRACES_{name}") or os.environ.get(f"{prefix}{name}") or None
+    return os.environ.get(f"{prefix}{signal}_{name}") or os.environ.get(f"{prefix}{name}") or None
+
+
+def _protocol(signal: str) -> str:
+    """Return the protocol of a signal. Raises: SettingsError."""
+    name = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"
+    if not os.environ.get(name):
+        name = "OTEL_EXPORTER_OTLP_PROTOCOL"
+    protocol = os.environ.get(name) or "http/protobuf"
+    if protocol not in {"http/protobuf", "grpc"}:
+        raise SettingsError(f"{name}={protocol!r} is not valid: it must be http/protobuf or grpc")
+    return protocol
 
 
 def _proxy(endpoint: str) -> str | None:
@@ -354,12 +473,11 @@ def _proxy(endpoint: str) -> str | None:
     return proxies.get(url.scheme) or proxies.get("all")
 
 
-def _check_endpoints(protocol: str) -> None:
-    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
-        url = os.environ.get(name)
-        if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
-            shown = _USER_INFO.sub("(hidden)@", repr(url))
-            raise SettingsError(f"{name}={shown} is not valid: it must be a url that begins with http:// or https://")
+def _check_endpoint(name: str, protocol: str) -> None:
+    url = os.environ.get(name)
+    if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
+        shown = _USER_INFO.sub("(hidden)@", repr(url))
+        raise SettingsError(f"{name}={shown} is not valid: it must be a url that begins with http:// or https://")
 
 
 def _check_sampler(sampler: str, ratio: str | None) -> None:

@@ -7,7 +7,7 @@ from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Container, Coroutine
 
     from gateway.dialects.dialect import Prompt
     from gateway.executor import Executor
@@ -62,6 +62,10 @@ class Charges:
                 tokens = await self._executor.run(len(prompt.body), read, prompt)
         expected = self._expected(prompt, route) if tokens is not None else 0
         return Charge(self, limits.reserve((tokens or 0) + expected), prompt, route, tokens)
+
+    def follow(self, routes: "Container[str]") -> None:
+        """Forget how long the answers of all other routes were."""
+        self._means = {key: mean for key, mean in self._means.items() if key[0] in routes}
 
     def learn(self, prompt: "Prompt", route: str, tokens: int) -> None:
         """Take in how many tokens a whole answer had to a request that gave no most."""

@@ -1,21 +1,24 @@
-"""The pool: all backends and routes, and which replica is asked next."""
+"""The pool: all backends and routes of one generation, and which replica is asked next."""
 
-from functools import partial
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
+from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
+from gateway.policy.guard import Guard
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from random import Random
 
-    from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.config import BackendConfig, RouteConfig, Routing, TargetConfig
+    from gateway.policy.guard import Trip, Watch
     from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
@@ -40,25 +43,49 @@ class Target:
 
     Attributes:
         backend: its name; home: itself.
+        endpoints: how each of its replicas is asked.
         replicas: of the backend.
         weight: its share of the route's requests; None where the route has none.
         candidate: what records keep of it.
+        labels: where it has, the names by which its attempts are counted: of the route, the backend and the model.
+        watch: of the route's guard; None where nobody watches.
     """
 
-    __slots__ = ("_rng", "backend", "candidate", "home", "model", "replicas", "weight")
+    __slots__ = ("_rng", "backend", "candidate", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
 
-    def __init__(self, home: Backend, model: str | None, rng: "Random", weight: int | None = None) -> None:
+    def __init__(
+        self,
+        home: Backend,
+        endpoints: "Mapping[Replica, Endpoint]",
+        model: str | None,
+        rng: "Random",
+        weight: int | None = None,
+        *,
+        labels: tuple[str, str, str] | None = None,
+        watch: "Watch | None" = None,
+    ) -> None:
         self.home = home
         self.backend = home.name
         self.model = model
-        self.replicas = home.replicas
+        self.endpoints = endpoints
+        self.replicas = tuple(endpoints)
         self.weight = weight
-        self.candidate = Candidate(home.name, model, weight, tuple(replica.name for replica in home.replicas))
+        self.candidate = Candidate(home.name, model, weight, tuple(replica.name for replica in self.replicas))
+        self.labels = labels
+        self.watch = watch
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
         """Return the same with one of its replicas alone, with whose outages and waiting rooms it waits."""
-        return self if len(self.replicas) == 1 else Target(self.home.alone[replica], self.model, self._rng)
+        if len(self.replicas) == 1:
+            return self
+        endpoints = {replica: self.endpoints[replica]}
+        return Target(replica.alone, endpoints, self.model, self._rng, labels=self.labels, watch=self.watch)
+
+    @property
+    def has_tripped(self) -> bool:
+        """Whether the guard has taken its traffic."""
+        return self.watch is not None and self.watch.trip is not None
 
     @property
     def full(self) -> bool:
@@ -68,7 +95,7 @@ class Target:
     @property
     def connect_timeout(self) -> float:
         """Seconds for a connection: with less of the deadline left, an attempt makes no sense."""
-        return self.replicas[0].timeouts.connect
+        return self.endpoints[self.replicas[0]].timeouts.connect
 
     def pick(self, model: str, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return a replica that admits an attempt for the model, or None.
@@ -92,9 +119,14 @@ class Target:
         return free[0] if free else None
 
     def refuses(self, model: str, path: str) -> bool:
-        """Return whether each replica that admits an attempt refused our key, model or path a short time ago."""
+        """Return whether each replica that admits an attempt refused our key, model or path a short time ago.
+
+        One that has never been probed is not preferred to others either.
+        """
         able = [replica for replica in self.replicas if replica.admits(model)]
-        return bool(able) and all(replica.refuses(model) or replica.lacks(path, model) for replica in able)
+        return bool(able) and all(
+            replica.awaits_probe or replica.refuses(model) or replica.lacks(path, model) for replica in able
+        )
 
     def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
         """Return the instant at which the first replica admits an attempt: `now` when one does.
@@ -133,17 +165,24 @@ class Route:
         model: as configured.
         targets: in their order.
         weighted: whether the first one is drawn for each request.
+        guard: takes the traffic of a target that fails too often; None: nobody does.
     """
 
-    __slots__ = ("_prefix", "_rng", "_total", "model", "targets", "weighted")
+    __slots__ = ("_prefix", "_rng", "_total", "guard", "model", "targets", "weighted")
 
-    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
+    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random", guard: Guard | None = None) -> None:
         self.model = model
         self.targets = targets
+        self.guard = guard
         self._prefix = model[:-1] if model.endswith("*") else None
         self._total = sum(target.weight or 0 for target in targets)
         self.weighted = self._total > 0
         self._rng = rng
+
+    @property
+    def watches(self) -> "Sequence[Watch]":
+        """Those of the guard; none without one."""
+        return self.guard.watches if self.guard is not None else ()
 
     @property
     def names_a_model(self) -> bool:
@@ -163,29 +202,138 @@ class Route:
     def order(self) -> tuple[Target, ...]:
         """Return the targets in the order in which one request tries them.
 
-        With weights the first one is drawn, and the others follow in their order.
+        With weights the first one is drawn, and the others follow in their order; after them what has lost its traffic:
+        a caller may still be better off with it than with an error.
         """
         if not self.weighted:
             return self.targets
-        left = self._rng.random() * self._total
-        for drawn in self.targets:
+        targets, total = self.targets, self._total
+        if self.guard is not None and self.guard.lost:
+            targets = tuple(sorted(targets, key=lambda target: target.has_tripped))
+            total = sum(target.weight or 0 for target in targets if not target.has_tripped)
+        left = self._rng.random() * total
+        for drawn in targets:
             left -= drawn.weight or 0
             if left < 0:
                 break
-        return (drawn, *(target for target in self.targets if target is not drawn))
+        return (drawn, *(target for target in targets if target is not drawn))
+
+
+class _Maker:
+    """Makes the parts of a pool. Args: as those of `Pool`."""
+
+    def __init__(
+        self,
+        settings: "Settings",
+        *,
+        clock: "Callable[[], float]",
+        rng: "Random",
+        waiting: "WaitingLimit",
+        breaker_changed: "Callable[[Replica, State, State], None]",
+        cooldown_begun: "Callable[[str, float], None]",
+        released: "Callable[[str, int], None]",
+        guard_tripped: "Callable[[Trip], None]",
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._rng = rng
+        self._waiting = waiting
+        self._breaker_changed = breaker_changed
+        self._cooldown_begun = cooldown_begun
+        self._released = released
+        self._guard_tripped = guard_tripped
+
+    def backend(self, name: str) -> Backend:
+        """Return a new backend, or what is one replica of it alone."""
+        return Backend(
+            name,
+            outage_wait=self._settings.gateway_outage_wait,
+            limit=self._waiting,
+            clock=self._clock,
+            released=self._released,
+        )
+
+    def replica(self, id_: str, name: str, homes: tuple[Backend, ...]) -> Replica:
+        """Return a new replica."""
+        settings, clock = self._settings, self._clock
+        breaker_changed, cooldown_begun = self._breaker_changed, self._cooldown_begun
+        replica: Replica = Replica(
+            name,
+            breaker=Breaker(
+                failures=settings.gateway_breaker_failures,
+                open_seconds=settings.gateway_breaker_open_seconds,
+                open_max=settings.gateway_breaker_open_max,
+                clock=clock,
+                draw=self._rng.random,
+                changed=lambda old, new: breaker_changed(replica, old, new),
+            ),
+            cooldown=Cooldown(
+                clock=clock,
+                begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
+                changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
+            ),
+            budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
+            clock=clock,
+            homes=homes,
+            id_=id_,
+        )
+        return replica
+
+    def guard(self, config: "RouteConfig") -> Guard | None:
+        """Return a new guard, where a route has one."""
+        if config.guard is None:
+            return None
+        return Guard(
+            config.model,
+            max_error_rate=config.guard.max_error_rate,
+            window=config.guard.window,
+            min_requests=config.guard.min_requests,
+            clock=self._clock,
+            tripped=self._guard_tripped,
+        )
+
+    def target(
+        self,
+        config: "TargetConfig",
+        route: str,
+        guard: Guard | None,
+        home: Backend,
+        endpoints: "Mapping[Replica, Endpoint]",
+    ) -> Target:
+        """Return a target of a route, watched by its guard if it is to get traffic."""
+        labels = (route, config.backend, config.model or route) if config.weight is not None else None
+        watch = guard.watch(config.backend, config.model) if guard is not None and config.weight else None
+        return Target(home, endpoints, config.model, self._rng, config.weight, labels=labels, watch=watch)
 
 
 class Pool:
-    """All replicas and routes.
+    """All replicas and routes of one generation.
+
+    What is known about a replica outlives generations, as long as its backend's name and its url stay: only how it is
+    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as it has the same replicas.
+
+    Args:
+        routing: backends and routes.
+        settings: of breakers, budgets and outages.
+        clock: seconds, monotonic.
+        rng: draws replicas.
+        waiting: of all requests that wait.
+        breaker_changed: called with (replica, old, new) at each change of a breaker's state.
+        cooldown_begun: called with (name of a replica, seconds).
+        released: called with (name of a backend, number) when requests that waited are released.
+        guard_tripped: called when a guard takes a target's traffic.
+        before: the generation before; None: there is none.
 
     Attributes:
         default_model: the model of a request that names none: the configured one, else the first that is listed.
         models: those that routes name, in order; in place of `*` the default one and what its backends list.
         listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
-        repeats: the requests that failed lately.
-        replicas: of all backends, in order.
+        repeats: the requests that failed lately, in all generations.
+        homes: by name each backend as a whole, and how its replicas are asked.
+        endpoints: how each replica of all backends is asked, in order.
+        replicas: those.
         backends: those of all routes in their order, each once, as targets that keep the caller's model.
-        responses: where stored responses live.
+        responses: where stored responses live, of all generations.
         routes: the first one that matches wins.
     """
 
@@ -197,69 +345,98 @@ class Pool:
         clock: "Callable[[], float]",
         rng: "Random",
         waiting: "WaitingLimit",
-        breaker_changed: "Callable[[str, State, State], None]",
+        breaker_changed: "Callable[[Replica, State, State], None]",
         cooldown_begun: "Callable[[str, float], None]",
         released: "Callable[[str, int], None]",
+        guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
+        before: "Pool | None" = None,
     ) -> None:
         self._model_name = settings.model_name
-        self.repeats = Repeats(clock)
-        self.responses = ResponseHomes()
+        self.repeats: Repeats = before.repeats if before is not None else Repeats(clock)
+        self.responses: ResponseHomes = before.responses if before is not None else ResponseHomes()
+        maker = _Maker(
+            settings,
+            clock=clock,
+            rng=rng,
+            waiting=waiting,
+            breaker_changed=breaker_changed,
+            cooldown_begun=cooldown_begun,
+            released=released,
+            guard_tripped=guard_tripped,
+        )
+        self._new_home = maker.backend
+        homes = before.homes if before is not None else {}
+        self._new: set[Replica] = set()
 
-        def backend(config: "BackendConfig") -> Backend:
-            home = empty(config.name)
-            if len(config.replicas) == 1:
-                home.replicas = (replica(config.replicas[0], home),)
-                home.alone = {home.replicas[0]: home}
-                return home
-            for each in config.replicas:
-                alone = empty(config.name)
-                alone.replicas = (replica(each, alone, home),)
-                alone.alone = {alone.replicas[0]: alone}
-                home.replicas += alone.replicas
-                home.alone |= alone.alone
-            return home
-
-        def empty(name: str) -> Backend:
-            return Backend(
-                name, outage_wait=settings.gateway_outage_wait, limit=waiting, clock=clock, released=released
-            )
-
-        def replica(config: "ReplicaConfig", *homes: Backend) -> Replica:
-            breaker = Breaker(
-                failures=settings.gateway_breaker_failures,
-                open_seconds=settings.gateway_breaker_open_seconds,
-                open_max=settings.gateway_breaker_open_max,
-                clock=clock,
-                draw=rng.random,
-                changed=lambda old, new: breaker_changed(config.name, old, new),
-            )
-            cooldown = Cooldown(
-                clock=clock,
-                begun=lambda _model, seconds: cooldown_begun(config.name, seconds),
-                changed=partial(_tell_cooldown, homes),
-            )
-            budget = RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock)
-            outages = tuple(home.outage for home in homes)
-            made = Replica(config, breaker=breaker, cooldown=cooldown, outages=outages, budget=budget, clock=clock)
-            made.freed = partial(_tell_freed, homes)
-            return made
+        def backend(config: "BackendConfig") -> tuple[Backend, dict[Replica, Endpoint]]:
+            endpoints = [Endpoint(each) for each in config.replicas]
+            ids = _ids(config.name, endpoints)
+            whole, known = homes.get(config.name, (None, {}))
+            if whole is None or {replica.id for replica in known} != set(ids):
+                whole = maker.backend(config.name)
+            by_id = {replica.id: replica for replica in known}
+            made: dict[Replica, Endpoint] = {}
+            for id_, each in zip(ids, endpoints, strict=True):
+                replica = by_id.get(id_)
+                if replica is None:
+                    own = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
+                    replica = maker.replica(id_, each.name, own)
+                    self._new.add(replica)
+                    replica.awaits_probe = before is not None and each.config.probe is not None
+                known_as = known.get(replica)
+                made[replica] = known_as if known_as is not None and known_as.config == each.config else each
+            return whole, made
 
         backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(backends[target.backend], target.model, rng, target.weight) for target in config.targets)
-            return Route(config.model, tuple(targets), rng)
+            guard = maker.guard(config)
+            targets = (maker.target(each, config.model, guard, *backends[each.backend]) for each in config.targets)
+            return Route(config.model, tuple(targets), rng, guard)
 
-        self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
+        self.homes: dict[str, tuple[Backend, dict[Replica, Endpoint]]] = backends
+        self.endpoints: dict[Replica, Endpoint] = {}
+        for _, endpoints in backends.values():
+            self.endpoints |= endpoints
+        self.replicas = tuple(self.endpoints)
         self.routes = tuple(map(route, routing.routes))
-        homes = dict.fromkeys(target.home for route in self.routes for target in route.targets)
-        self.backends = tuple(Target(home, None, rng) for home in homes)
+        routed = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(*backends[name], None, rng) for name in routed)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))
         self.default_model: str
         self.models: tuple[str, ...]
         self._set_models()
+        if before is None:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Come into force: what stays of the generation before is called and limited as this one says.
+
+        Until then nothing of that one has changed.
+        """
+        for whole, endpoints in self.homes.values():
+            for replica, endpoint in endpoints.items():
+                replica.name = endpoint.name
+                replica.max_in_flight = endpoint.config.max_in_flight
+                if replica.backend is not whole:
+                    self._move(replica, whole, endpoints)
+                replica.freed()  # more attempts at once may be allowed now
+        self._set_models()
+
+    def _move(self, replica: Replica, whole: Backend, siblings: "Collection[Replica]") -> None:
+        """Have a replica that stays speak for its backend as it is now, which other replicas have joined or left.
+
+        An outage goes on where nobody has come who may answer.
+        """
+        alone, was = replica.alone, replica.backend
+        if self._new.isdisjoint(siblings):
+            whole.outage.go_on_from(was.outage)
+        if alone is was and len(siblings) > 1:
+            alone = self._new_home(whole.name)
+            alone.outage.go_on_from(was.outage)
+        replica.settle_in(*((alone, whole) if len(siblings) > 1 else (whole,)))
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -297,9 +474,7 @@ class Pool:
                 whatever the routes are.
         """
         targets = self.backends if route is None else route.targets
-        able = [
-            target.only(replica) for target in targets for replica in target.replicas if replica.name == home.replica
-        ]
+        able = [target.only(replica) for target in targets for replica in target.replicas if replica.id == home.replica]
         return next((target for target in able if (target.model or model) == home.model), able[0] if able else None)
 
     def note_models(self, replica: Replica, names: tuple[str, ...]) -> None:
@@ -326,11 +501,16 @@ class Pool:
         self.models = tuple(dict.fromkeys(names))
 
 
-def _tell_cooldown(homes: tuple[Backend, ...], model: str | None, over: bool) -> None:  # noqa: FBT001 - see there
-    for home in homes:
-        home.cooldown_changed(model, over)
+def _ids(backend: str, endpoints: "Sequence[Endpoint]") -> list[str]:
+    """Return what the replicas of a backend are known by in all generations: its name and their urls.
 
-
-def _tell_freed(homes: tuple[Backend, ...]) -> None:
-    for home in homes:
-        home.full.wake()
+    Names of replicas do not serve: those of the others change when one in the middle goes. Nor does what user info the
+    url holds: it is a key, which changes.
+    """
+    times: Counter[str] = Counter()
+    ids = []
+    for endpoint in endpoints:
+        url = endpoint.shown_url
+        times[url] += 1
+        ids.append(f"{backend} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
+    return ids

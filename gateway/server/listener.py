@@ -14,6 +14,8 @@ from gateway import __version__
 from gateway.server.aiohttp_protocol import LAST_ANSWERS, Protocol, Runner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.policy.admission import Admission
     from gateway.server.connections import Connections
     from gateway.server.in_flight import InFlight
@@ -180,6 +182,7 @@ async def listen(
     in_flight: "InFlight",
     replicas: int,
     needs_keys: bool,
+    reload: "Callable[[], None]",
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
@@ -191,6 +194,7 @@ async def listen(
         in_flight: the requests to wait for.
         replicas: how many there are, for the log.
         needs_keys: whether the gateway asks for keys, for the log.
+        reload: called on SIGHUP.
 
     Raises:
         OSError: the port is not available.
@@ -200,9 +204,7 @@ async def listen(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
-    loop.add_signal_handler(
-        signal.SIGHUP, _log.warning, "SIGHUP is ignored: settings are read at the start only; restart to change them"
-    )
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await runner.setup()
     listener = Listener(runner, connections)
     try:

@@ -142,10 +142,11 @@ class _WaitFields(msgspec.Struct):
     seconds: float
 
 
-class _DrawnFields(msgspec.Struct):
+class _DrawnFields(msgspec.Struct, omit_defaults=True):
     backend: str
     model: str
     weight: int
+    tripped: list[str] | None = None
 
 
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -175,6 +176,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     output_tokens: int | None = None
     key_tokens: int | None = None
     key_tokens_source: str | None = None
+    config_generation: int = 0
     request_id: str
     trace_id: str
     span_id: str
@@ -219,6 +221,7 @@ def _json_line(record: "Record", level: int) -> str:
         error=record.error_message,
         input_tokens=record.input_tokens,
         output_tokens=record.output_tokens,
+        config_generation=record.generation,
         request_id=record.request_id,
         trace_id=record.trace,
         span_id=f"{record.span_id:016x}",
@@ -243,7 +246,9 @@ def _describe_events(fields: _Fields, record: "Record") -> None:
             skipped.append(event["gateway.backend"])
         elif name == TARGET_DRAWN:
             model = event["gen_ai.request.model"][:MAX_MODEL]
-            fields.drawn = _DrawnFields(event["gateway.backend"], model, event["gateway.weight"])
+            fields.drawn = _DrawnFields(
+                event["gateway.backend"], model, event["gateway.weight"], event.get("gateway.tripped")
+            )
     fields.skipped = skipped or None
 
 

@@ -17,10 +17,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
-from gateway.config import load_routing
+from gateway.config import Routing, load_routing
+from gateway.files import Files
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
+from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
@@ -90,22 +92,29 @@ async def start_gateway(
         *backends: str | MockModel,
         exporter: SpanExporter | None = None,
         max_waiting: int = MAX_WAITING,
+        metric_export: MetricExport | None = None,
         **overrides: Any,  # noqa: ANN401
     ) -> Gateway:
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
         if urls:
             overrides["gateway_backend_urls"] = urls
         overrides.setdefault("gateway_outage_wait", 0)
-        settings: Settings = load(**overrides)
+        files = Files()
+        settings: Settings = load(files, **overrides)
         exporter = exporter or InMemorySpanExporter()
         log = io.StringIO()
         telemetry = Telemetry(
             settings,
             tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
+            metric_export=metric_export,
         )
         telemetry.metrics.max_age = 0.0  # what a test reads is what it has just done
-        app = create_app(settings, load_routing(settings), telemetry)
+
+        def read(files: Files) -> Routing:
+            return load_routing(load(files, **overrides), files)
+
+        app = create_app(settings, load_routing(settings, files), telemetry, read=read, files=files)
         client = await aiohttp_client(GatewayServer(app))
         return Gateway(client, app[PARTS], exporter, log)
 

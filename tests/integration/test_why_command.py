@@ -34,7 +34,7 @@ async def test_the_text_tells_the_sentence_and_a_waterfall(mock: MockModel, star
         assert " ".join(told).startswith("Answered by backend-1 at the second attempt, in ")
         assert " ".join(told).endswith(", after backend-1 answered 502.")
         assert max(map(len, told)) <= 100
-        assert asked == "/v1/chat/completions  model demo-model  route *"
+        assert asked == "/v1/chat/completions  model demo-model  route *  generation 1"
         assert answer.headers["x-trace-id"] in ids
         first, backoff, second = waterfall
         assert first.endswith("attempt 1 at backend-1: status_502 -> retry (breaker closed, 10 retries left)")

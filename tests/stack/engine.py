@@ -21,7 +21,7 @@ from testkit.traces import Span, read_json_spans
 
 PROJECT = "llm-gateway-test"
 SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
-BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "MODEL_NAME")
+BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "GRAFANA_", "MODEL_NAME")
 """Variables of the caller's shell that would change the stack under test."""
 
 
@@ -86,7 +86,7 @@ class Stack:
 
     @classmethod
     def with_free_ports(cls) -> "Stack":
-        names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT")
+        names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
         ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
         return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env", "VERSION": __version__})

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, CollectorSettings, OtelSettings, Settings, SettingsError, load, load_otel, unknown
+from gateway.settings import (
+    SECRETS,
+    CollectorSettings,
+    MetricSettings,
+    OtelSettings,
+    Settings,
+    SettingsError,
+    SpanBatches,
+    load,
+    load_otel,
+    unknown,
+)
 
 WRONG = [
     ("PORT", "x", "a whole number"),
@@ -296,7 +307,13 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings())),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+            OtelSettings(
+                disabled=False,
+                has_endpoint=True,
+                protocol="http/protobuf",
+                collector=CollectorSettings(),
+                metrics=MetricSettings(enabled=True),
+            ),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
@@ -313,6 +330,43 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         (
             {"OTEL_TRACES_EXPORTER": "none"},
             OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"},
+            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "true"},
+            OtelSettings(disabled=True, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "c:4317",
+                "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE": "ca",
+                "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "Delta",
+                "OTEL_METRIC_EXPORT_INTERVAL": "5000",
+                "OTEL_METRIC_EXPORT_TIMEOUT": "1500",
+                "OTEL_BSP_SCHEDULE_DELAY": "250",
+                "OTEL_BSP_MAX_QUEUE_SIZE": "100",
+                "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "50",
+                "OTEL_BSP_EXPORT_TIMEOUT": "2000",
+            },
+            OtelSettings(
+                disabled=False,
+                has_endpoint=False,
+                protocol="http/protobuf",
+                collector=CollectorSettings(),
+                batches=SpanBatches(delay=0.25, queue=100, size=50, timeout=2.0),
+                metrics=MetricSettings(
+                    enabled=True,
+                    protocol="grpc",
+                    collector=CollectorSettings(certificate="ca"),
+                    interval=5.0,
+                    timeout=1.5,
+                    delta=True,
+                ),
+            ),
         ),
     ],
 )
@@ -380,7 +434,46 @@ def test_what_opentelemetry_takes_is_taken(monkeypatch: pytest.MonkeyPatch, vari
     load_otel()
 
 
-@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "1e3", "many", "\u0663", "9" * 10, "9" * 10_000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OTEL_BSP_SCHEDULE_DELAY",
+        "OTEL_BSP_MAX_QUEUE_SIZE",
+        "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        "OTEL_BSP_EXPORT_TIMEOUT",
+        "OTEL_METRIC_EXPORT_INTERVAL",
+        "OTEL_METRIC_EXPORT_TIMEOUT",
+    ],
+)
+def test_a_number_that_opentelemetry_does_not_take_is_told_and_the_default_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")
+    usual = load_otel()
+    monkeypatch.setenv(name, value)
+    found = load_otel()
+
+    (complaint,) = found.complaints
+    assert complaint.startswith(f"{name}={value!r} is not valid")
+    assert (found.batches, found.metrics) == (usual.batches, usual.metrics)
+
+
+def test_a_batch_is_no_larger_than_the_queue_and_an_unknown_temporality_is_cumulative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "11")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "sometimes")
+    found = load_otel()
+
+    assert found.batches.size == 10
+    assert not found.metrics.delta
+    assert len(found.complaints) == 2
+
+
+@pytest.mark.parametrize("name", [f"OTEL_EXPORTER_OTLP_{signal}PROTOCOL" for signal in ("", "TRACES_", "METRICS_")])
 def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "http/json")
     with pytest.raises(SettingsError) as wrong:
