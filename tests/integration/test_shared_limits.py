@@ -412,6 +412,38 @@ async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: 
         assert 36 <= mock.journal.total <= 40
 
 
+async def test_a_key_may_lose_its_limits_and_have_them_again(
+    mock: MockModel, store: LimitsServer, start: Start, tmp_path: Path
+) -> None:
+    (gateway,) = await start(mock, store, 1, "requests_per_day: 40", gateway_queue_timeout=1)
+    for _ in range(10):
+        assert (await ask(gateway)).status == 200
+    limited = (tmp_path / "gateway.yaml").read_text()
+
+    async def follows(text: str) -> None:
+        generations = gateway.parts.generations
+        number = generations.current.number
+        config(tmp_path, text)
+        await until(lambda: generations.current.number > number, lambda: str(generations.error))
+
+    limits = gateway.parts.limits
+    assert isinstance(limits, LimitsStore)
+    reported = limits.exchanges + 2
+    await until(lambda: limits.exchanges >= reported)
+    await follows(limited.replace("limits: {requests_per_day: 40}", ""))
+    for _ in range(3):
+        assert "x-ratelimit-limit-requests" not in (await ask(gateway)).headers
+    await follows(limited)
+
+    async def remembered() -> bool:
+        answer = await ask(gateway)
+        return int(answer.headers["x-ratelimit-remaining-requests"]) < 30
+
+    await until(remembered, "what was used before counts")
+    await ask_skewed([gateway], 60, 1)
+    assert mock.journal.total == 40 + 3
+
+
 async def test_what_an_instance_holds_is_given_back_when_it_stops(
     mock: MockModel, store: LimitsServer, start: Start
 ) -> None:
