@@ -222,7 +222,7 @@ class Limits:
         self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
         self.tokens = kept(_windows("tokens", config.tokens_per_minute, config.tokens_per_day))
         self.max_in_flight = config.max_in_flight
-        if self.allotment is None:
+        if self.allotment is None or config.max_in_flight is None:
             self.most_in_flight = config.max_in_flight
         self._rolls_at = 0.0
 
