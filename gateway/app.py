@@ -196,7 +196,11 @@ class Parts:
             wall_clock=wall_clock,
         )
         self.live_page = LivePage(
-            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+            snapshot,
+            admission=self.admission,
+            admits=self.admin.admits,
+            mock_control=settings.gateway_ui_mock_control,
+            clock=clock,
         )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)

@@ -85,6 +85,14 @@ class AdminCalls:
         """Wrap the handler of an admin call; one that `signs_in` asks for the key in its body itself."""
         return partial(self._answer, handler=handler, signs_in=signs_in)
 
+    def admits(self, request: web.Request) -> bool:
+        """Return whether a call that was let through still would be: keys change, and sessions end."""
+        try:
+            self._check_key(request)
+        except InvalidApiKey:
+            return False
+        return True
+
     async def login(self, request: web.Request) -> web.Response:
         """Answer `POST /ui/login`: a session for who sends `{"key": ...}`.
 

@@ -162,7 +162,7 @@ class Handlers:
                 deadline,
                 share,
                 commit=commit,
-                model="",  # no model is asked: cooldowns of generation are others'
+                model="",  # no model is asked: cooldowns of models are others'
                 route="",
                 targets=targets,
                 headers=headers,

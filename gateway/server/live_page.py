@@ -41,6 +41,7 @@ class LivePage:
     Args:
         snapshot: what is shown.
         admission: knows whether the gateway is stopping.
+        admits: whether who has opened a stream may still look.
         mock_control: url of a mock model's control API, or None.
         clock: seconds, monotonic.
     """
@@ -50,11 +51,13 @@ class LivePage:
         snapshot: "Snapshot",
         *,
         admission: "Admission",
+        admits: "Callable[[web.Request], bool]",
         mock_control: str | None,
         clock: "Callable[[], float]",
     ) -> None:
         self._snapshot = snapshot
         self._admission = admission
+        self._admits = admits
         self._mock = MockControl(mock_control) if mock_control is not None else None
         self._clock = clock
         self._document = Document()
@@ -100,11 +103,13 @@ class LivePage:
         return response
 
     async def _send_all(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Send snapshots until the gateway stops or the viewer is too slow."""
+        """Send snapshots until the gateway stops, the viewer is too slow, or may look no more."""
         hello = {"interval": INTERVAL, "mock": [_shown(action) for action in ACTIONS] if self._mock else []}
         taken = await _taken(request, response, _event("hello", _encode(hello)))
         sent = None
         while taken and not (self._closing.is_set() or self._admission.draining):
+            if not self._admits(request):
+                return
             event = self._next()
             if event is not sent:
                 taken, sent = await _taken(request, response, event), event

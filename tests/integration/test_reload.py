@@ -676,6 +676,29 @@ async def test_an_admin_key_s_file_is_read_anew(
     assert (await get(gateway, "/config", authorization="Bearer new")).status == 200
 
 
+async def test_another_admin_key_ends_the_live_pages_that_are_open(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "admin"
+    secret.write_text("old")
+    monkeypatch.setenv("GATEWAY_ADMIN_KEY_FILE", str(secret))
+    gateway = await start_gateway(mock)
+    async with gateway.client.post("/ui/login", json={"key": "old"}) as signed_in:
+        session = f"llm-gateway-admin={signed_in.cookies['llm-gateway-admin'].value}"
+    gateway.client.session.cookie_jar.clear()
+    for headers in ({"cookie": session}, {"authorization": "Bearer old"}):
+        async with gateway.client.get("/ui/live", headers=headers) as page, asyncio.timeout(30):
+            assert page.status == 200
+            assert await page.content.readuntil(b"event: now")
+            secret.write_text("new")
+            while await page.content.readany():
+                pass
+        assert (await get(gateway, "/ui/live", **headers)).status == 401
+        number = generation(gateway)
+        secret.write_text("old")
+        await until(lambda number=number: generation(gateway) > number)  # type: ignore[misc]
+
+
 async def test_check_tells_what_would_change_against_a_running_gateway(
     mock: MockModel,
     start_gateway: StartGateway,
