@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ SKEW, EVEN = (85, 5, 5, 5), (25, 25, 25, 25)
 """Percent of the requests that each instance gets."""
 TOKENS = len(json.dumps(CHAT | {"max_tokens": 80})) // 4 + 80
 """That a chat with at most 80 tokens reserves."""
+DOCS = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 Start = Callable[..., Any]
 
@@ -393,9 +395,12 @@ async def test_a_store_may_be_behind_tls(
         assert (await ask(gateway)).status == 200
 
 
-async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: LimitsServer, start: Start) -> None:
-    async with LimitsServer(tmp_path, "--cluster-enabled", "yes") as cluster:
-        client = Redis(port=cluster.port)
+@pytest.fixture
+async def cluster(tmp_path: Path, store: LimitsServer) -> AsyncIterator[LimitsServer]:
+    """A cluster of one node; `store`: only where there is a server."""
+    del store
+    async with LimitsServer(tmp_path, "--cluster-enabled", "yes") as node:
+        client = Redis(port=node.port)
         await client.execute_command(  # type: ignore[no-untyped-call]
             "CLUSTER", "ADDSLOTSRANGE", 0, 16383
         )
@@ -405,11 +410,40 @@ async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: 
 
         await until(is_up, "the cluster", seconds=20)
         await client.aclose()
-        gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=5)
-        for gateway in gateways:
-            await is_said(gateway, "ok")
-        await ask_skewed(gateways, 60, 1)
-        assert 36 <= mock.journal.total <= 40
+        yield node
+
+
+async def test_a_cluster_is_a_store_too(mock: MockModel, cluster: LimitsServer, start: Start) -> None:
+    gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=5)
+    for gateway in gateways:
+        await is_said(gateway, "ok")
+    await ask_skewed(gateways, 60, 1)
+    assert 36 <= mock.journal.total <= 40
+
+
+@pytest.mark.parametrize("in_cluster", [False, True], ids=["alone", "cluster"])
+async def test_a_user_needs_no_more_than_the_docs_say(
+    mock: MockModel, store: LimitsServer, cluster: LimitsServer, start: Start, *, in_cluster: bool
+) -> None:
+    found = re.search(r"A user needs `([^`]*)`, of a cluster also `([^`]*)`", DOCS)
+    assert found is not None
+    rules, server = (f"{found[1]} {found[2]}", cluster) if in_cluster else (found[1], store)
+    client = Redis(port=server.port)
+    await client.execute_command(  # type: ignore[no-untyped-call]
+        "ACL", "SETUSER", "gateway", "on", ">secret", *rules.split()
+    )
+    (gateway,) = await start(mock, f"valkey://gateway:secret@127.0.0.1:{server.port}", 1, "requests_per_day: 40")
+    await is_said(gateway, "ok")
+    assert (
+        await gateway.chat(path="/v1/responses", input="hi", headers={"authorization": f"Bearer {KEY}"})
+    ).status == 200
+
+    async def has_hint_and_ledger() -> bool:
+        keys = [bytes(key) for key in await client.keys("llm-gateway:*")]
+        return sorted(key.split(b":")[1] for key in keys) == [b"limits", b"responses"]
+
+    await until(has_hint_and_ledger)
+    await client.aclose()
 
 
 async def test_a_key_may_lose_its_limits_and_have_them_again(
