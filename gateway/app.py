@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
+    from gateway.valkey import Valkey
 
 
 class Parts:
@@ -74,6 +75,7 @@ class Parts:
         client: sends calls to backends.
         executor: looks into large bodies and answers.
         limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
+        store: of the limits that instances share, and of hints; None without one.
         hints: tells other instances where stored responses live; None without a store.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
@@ -149,7 +151,8 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock)
+        self.store = _store(routing.limits_url)
+        self.limits, self.hints = _shared(self.store, settings, self.keys.callers, self.pool.responses, limits_clock)
         self.health = Health(
             settings,
             generations=generations,
@@ -220,6 +223,8 @@ class Parts:
         """Have every part that knows replicas, routes or keys know those of a new generation."""
         self.health.follow(generation.pool)
         self.model_lists.follow(generation.pool)
+        if self.store is not None and generation.routing.limits_url is not None:
+            self.store.follow(generation.routing.limits_url)
         self.limits.follow(generation.keys.callers)
         self.client.follow(generation.pool.endpoints.values())
         self.charges.follow({route.model for route in generation.pool.routes})
@@ -231,17 +236,27 @@ class Parts:
         self.health.breaker_changed(replica, new)
 
 
+def _store(url: str | None) -> "Valkey | None":
+    if url is None:
+        return None
+    from gateway.valkey import Valkey  # noqa: PLC0415 - few need redis-py
+
+    return Valkey(url)
+
+
 def _shared(
-    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+    store: "Valkey | None",
+    settings: "Settings",
+    callers: "Sequence[Caller]",
+    homes: "ResponseHomes",
+    clock: "Callable[[], float]",
 ) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
     """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
-    if settings.gateway_limits_url is None:
+    if store is None:
         return DayStore(settings.gateway_state_dir, callers, clock), None
-    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
+    from gateway.limits_store import LimitsStore  # noqa: PLC0415
     from gateway.response_hints import ResponseHints  # noqa: PLC0415
-    from gateway.valkey import Valkey  # noqa: PLC0415
 
-    store = Valkey(settings.gateway_limits_url.get_secret_value())
     limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
     return limits, ResponseHints(store, homes, clock)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from pydantic import SecretStr
+
     from gateway.settings import Settings
 
 SECRET_NAMES = frozenset({"authorization", "api-key", "cookie", "x-api-key"})
@@ -170,12 +172,14 @@ class Routing:
         routes: the first that matches a model wins.
         keys: the gateway keys, none: it is open.
         admin_key: of admin calls; None: there is none.
+        limits_url: of the store by which instances share limits; None: there is none.
     """
 
     backends: tuple[BackendConfig, ...]
     routes: tuple[RouteConfig, ...]
     keys: tuple[KeyConfig, ...] = ()
     admin_key: str | None = field(default=None, repr=False)
+    limits_url: str | None = field(default=None, repr=False)
 
 
 def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
@@ -189,14 +193,13 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
         SettingsError: the file is invalid; the message has line and key.
     """
     keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
-    admin_key = settings.gateway_admin_key.get_secret_value() if settings.gateway_admin_key is not None else None
+    admin_key, limits_url = map(_value, (settings.gateway_admin_key, settings.gateway_limits_url))
     if settings.gateway_config is not None:
         files = files or Files()
         root = _root_of(settings.gateway_config, files)
         routing = _File(settings.gateway_config, settings, files).routing(root)
-        return replace(routing, keys=routing.keys or keys, admin_key=admin_key)
-    key = settings.gateway_backend_api_key
-    api_key = key.get_secret_value() if key else None
+        return replace(routing, keys=routing.keys or keys, admin_key=admin_key, limits_url=limits_url)
+    api_key = _value(settings.gateway_backend_api_key)
     if api_key is not None and not _is_key(api_key):
         raise SettingsError("GATEWAY_BACKEND_API_KEY=(hidden) is not valid: it must be visible ASCII characters")
     replicas = tuple(
@@ -208,6 +211,7 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
         routes=(RouteConfig("*", (TargetConfig("backend", None),)),),
         keys=keys,
         admin_key=admin_key,
+        limits_url=limits_url,
     )
 
 
@@ -725,6 +729,10 @@ class _File:
 
     def _wrong(self, node: yaml.Node, key: str, message: str) -> SettingsError:
         return SettingsError(f"GATEWAY_CONFIG={str(self._path)!r}, line {node.start_mark.line + 1}, {key}: {message}")
+
+
+def _value(secret: "SecretStr | None") -> str | None:
+    return secret.get_secret_value() if secret is not None else None
 
 
 def _digest(key: str) -> bytes:

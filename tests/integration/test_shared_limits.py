@@ -49,7 +49,7 @@ def start(start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.Monke
 
     async def start_sharing(
         mock: MockModel,
-        store: LimitsServer | str,
+        store: LimitsServer | str | None,
         count: int,
         limits: str,
         **settings: Any,  # noqa: ANN401
@@ -61,9 +61,10 @@ routes: [{{model: "*", targets: [{{backend: backend}}]}}]
 keys:
   - {{name: team-a, key_env: TEAM_A_KEY, limits: {{{limits}}}}}
 """
-        url = store if isinstance(store, str) else store.url
+        if store is not None:  # else the environment has it
+            settings["gateway_limits_url"] = store if isinstance(store, str) else store.url
         file = config(tmp_path, text)
-        return [await start_gateway(gateway_config=file, gateway_limits_url=url, **settings) for _ in range(count)]
+        return [await start_gateway(gateway_config=file, **settings) for _ in range(count)]
 
     return start_sharing
 
@@ -439,8 +440,8 @@ async def test_a_user_needs_no_more_than_the_docs_say(
     ).status == 200
 
     async def has_hint_and_ledger() -> bool:
-        keys = [bytes(key) for key in await client.keys("llm-gateway:*")]
-        return sorted(key.split(b":")[1] for key in keys) == [b"limits", b"responses"]
+        keys = await client.keys("llm-gateway:*")
+        return sorted(key.split(b":")[1] for key in keys if isinstance(key, bytes)) == [b"limits", b"responses"]
 
     await until(has_hint_and_ledger)
     await client.aclose()
@@ -476,6 +477,35 @@ async def test_a_key_may_lose_its_limits_and_have_them_again(
     await until(remembered, "what was used before counts")
     await ask_skewed([gateway], 60, 1)
     assert mock.journal.total == 40 + 3
+
+
+async def test_the_file_with_the_store_s_password_is_read_anew(
+    mock: MockModel, store: LimitsServer, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def url(password: str) -> str:
+        return f"valkey://:{password}@127.0.0.1:{store.port}"
+
+    client = Redis(port=store.port)
+    await client.config_set("requirepass", "old")
+    secret = tmp_path / "store"
+    secret.write_text(url("old"))
+    monkeypatch.setenv("GATEWAY_LIMITS_URL_FILE", str(secret))
+    (gateway,) = await start(mock, None, 1, "requests_per_day: 40")
+    await is_said(gateway, "ok")
+    await client.aclose()
+    client = Redis(port=store.port, password="old")
+    await client.config_set("requirepass", "new")
+    secret.write_text(url("new"))
+    await until(lambda: gateway.parts.generations.current.number == 2)
+    await client.client_kill_filter(_type="normal", skipme=True)
+    await is_said(gateway, "ok")
+    assert isinstance(gateway.parts.limits, LimitsStore)
+    failures = gateway.parts.limits.failures
+    assert (await ask(gateway)).status == 200
+    reported = gateway.parts.limits.exchanges + 2
+    await until(lambda: gateway.parts.limits.exchanges >= reported)
+    assert gateway.parts.limits.failures == failures
+    await client.aclose()
 
 
 async def test_what_an_instance_holds_is_given_back_when_it_stops(
