@@ -13,8 +13,6 @@ from gateway.settings import SettingsError, load
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from gateway.config import Routing
-
 
 def main(arguments: list[str]) -> int:
     """Check a file; return 0 if it is valid, 2 if it, the other one or the environment is not."""
@@ -69,11 +67,6 @@ def _in_force(url: str) -> dict[str, Any]:
     if not found.keys() >= {"generation", "backends", "routes", "keys"}:
         raise SettingsError(f"what answers at {url} is not a gateway")
     return found
-
-
-def changes(old: "Routing", new: "Routing") -> "Iterator[str]":
-    """Yield what differs between two configurations, a line each; of secrets only that they do."""
-    return differences(document(old, with_secrets=True), document(new, with_secrets=True))
 
 
 def differences(old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator[str]":
