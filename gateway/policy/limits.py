@@ -106,6 +106,8 @@ class Window:
             self._past_used = self.used
             self._slot = slot
             self.began = slot * self._seconds
+            if now >= self.empty_at:
+                self.elsewhere = 0  # nobody has told of it since
         return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
@@ -234,10 +236,13 @@ class Limits:
         return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
-        """Yield each limit that is set: its name, what may be used, and what is used now."""
+        """Yield each limit that is set: its name, what may be used, and what is used now.
+
+        Of a window that is shared it is what all processes have used, as far as is known; in flight are one's own.
+        """
         self.look()
         for window in (*self.requests, *self.tokens):
-            yield window.name, window.limit, window.used
+            yield window.name, window.limit, window.used + window.elsewhere
         if self.max_in_flight is not None:
             yield "max_in_flight", self.max_in_flight, self.in_flight
 

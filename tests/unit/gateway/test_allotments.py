@@ -426,6 +426,19 @@ def test_who_has_used_more_than_was_left_may_use_the_whole_limit_again_when_that
     assert process.ask_and_take(1000 - reserved)
 
 
+def test_what_others_have_used_is_forgotten_by_who_has_heard_nothing_since() -> None:
+    world = World(count=2, requests_per_minute=100)
+    process, other = world.processes
+    assert all(each.ask_and_take() for each in (process, other, other, other))
+    for each in (other, process, process):
+        world.clock.forward(INTERVAL)
+        each.exchange()
+    assert list(process.limits.state()) == [("requests_per_minute", 100, 4)]
+    world.clock.forward(MINUTE + 2)
+    assert list(process.limits.state()) == [("requests_per_minute", 100, 0)]
+    assert process.limits.requests[0].left == 100
+
+
 def test_what_is_refused_without_the_ledger_is_not_remembered() -> None:
     world = World(count=1, requests_per_day=4)
     (process,) = world.processes
