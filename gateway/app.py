@@ -226,6 +226,7 @@ class Parts:
         if self.store is not None and generation.routing.limits_url is not None:
             self.store.follow(generation.routing.limits_url)
         self.limits.follow(generation.keys.callers)
+        self.admission.look_again()
         self.client.follow(generation.pool.endpoints.values())
         self.charges.follow({route.model for route in generation.pool.routes})
         self.telemetry.metrics.follow(generation)

@@ -522,6 +522,24 @@ async def test_a_key_s_file_is_read_anew_and_what_was_used_still_counts(
     assert prompts(mock) == 4
 
 
+@pytest.mark.parametrize("limits", ["max_in_flight: %d", "requests_per_minute: %d"])
+async def test_who_waits_for_a_limit_goes_on_when_it_is_raised(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: str
+) -> None:
+    monkeypatch.setenv("TEAM_KEY", "t")
+    keys = f"keys: [{{name: team, key_env: TEAM_KEY, limits: {{{limits}}}}}]"
+    file = config(tmp_path, text(mock, keys=keys % 1))
+    gateway = await start_gateway(gateway_config=file, gateway_queue_timeout=120)
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    asking = [asyncio.create_task(gateway.chat(headers={"x-api-key": "t"})) for _ in range(2)]
+    await until(lambda: (prompts(mock), gateway.parts.admission.queued) == (1, 1))
+    await follows(gateway, file, text(mock, keys=keys % 2))
+    await until(lambda: prompts(mock) == 2)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+
+
 async def test_a_request_of_a_key_that_goes_ends_well(
     slow_mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
