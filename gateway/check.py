@@ -78,6 +78,8 @@ def differences(old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator
     if kept[0] != kept[1]:
         yield f"routes: the order is {', '.join(after)}"
     yield from _of("key", *({each["name"]: each for each in found["keys"] if each["name"]} for found in (old, new)))
+    if bool(old["keys"]) != bool(new["keys"]):
+        yield f"keys: there are {'some' if new['keys'] else 'none'} now, which needs a restart"
 
 
 def _routes(found: "Mapping[str, Any]") -> dict[str, Any]:

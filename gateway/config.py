@@ -192,7 +192,7 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
     Raises:
         SettingsError: the file is invalid; the message has line and key.
     """
-    keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
+    keys = _usual_keys(settings)
     admin_key, limits_url = map(_value, (settings.gateway_admin_key, settings.gateway_limits_url))
     if settings.gateway_config is not None:
         files = files or Files()
@@ -220,7 +220,8 @@ def examine(path: "Path", settings: "Settings") -> "Findings":
     findings = Findings(None, [], [])
     try:
         files = Files()
-        findings.routing = _File(path, settings, files, findings).routing(_root_of(path, files))
+        routing = _File(path, settings, files, findings).routing(_root_of(path, files))
+        findings.routing = replace(routing, keys=routing.keys or _usual_keys(settings))
     except SettingsError as wrong:
         findings.complaints.append(str(wrong))
     return findings
@@ -239,6 +240,11 @@ class Findings:
     routing: Routing | None
     complaints: list[str]
     unset: list[str]
+
+
+def _usual_keys(settings: "Settings") -> tuple[KeyConfig, ...]:
+    """Return the keys that hold where a file has none."""
+    return tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
 
 
 def usual_replica(settings: "Settings") -> ReplicaConfig:
