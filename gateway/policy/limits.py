@@ -236,13 +236,10 @@ class Limits:
         return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
-        """Yield each limit that is set: its name, what may be used, and what is used now.
-
-        Of a window that is shared it is what all processes have used, as far as is known; in flight are one's own.
-        """
+        """Yield each limit that is set: its name, what may be used, and what is used now, by this process."""
         self.look()
         for window in (*self.requests, *self.tokens):
-            yield window.name, window.limit, window.used + window.elsewhere
+            yield window.name, window.limit, window.used
         if self.max_in_flight is not None:
             yield "max_in_flight", self.max_in_flight, self.in_flight
 

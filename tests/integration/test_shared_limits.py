@@ -164,7 +164,7 @@ async def test_the_largest_request_passes_while_nothing_is_used(
     for gateway in gateways:
         assert (await ask(gateway, max_tokens=1)).status == 200
     await until(lambda: all(held(gateway) for gateway in gateways))
-    left = 1000 - sum(tokens_used(gateway) for gateway in gateways)
+    left = 1000 - sum(used(gateway, "tokens_per_day") for gateway in gateways)
     mock.set_faults([HANG])
     largest = asyncio.create_task(ask(gateways[1], max_tokens=left - (TOKENS - 80) - 1))
     await mock.called(3)
@@ -174,25 +174,10 @@ async def test_the_largest_request_passes_while_nothing_is_used(
     await asyncio.gather(largest, return_exceptions=True)
 
 
-def tokens_used(gateway: Gateway) -> int:
-    """What one instance has used itself; a look inside."""
+def used(gateway: Gateway, limit: str) -> int:
+    """What one instance has used, as it has it."""
     (limits,) = (each.limits for each in gateway.parts.keys.callers if each.limits is not None)
-    return limits.tokens[0].used
-
-
-async def test_each_instance_tells_what_all_have_used(mock: MockModel, store: LimitsServer, start: Start) -> None:
-    gateways = await start(mock, store, 2, "requests_per_day: 100")
-    await is_said(gateways[0], "ok")
-    for gateway in gateways:
-        await ask(gateway)
-    for _ in range(10):
-        assert (await ask(gateways[0])).status == 200
-    told = 'gateway_key_limit_used{key="team-a",limit="requests_per_day"} 12.0'
-
-    async def tell() -> bool:
-        return all([told in await gateway.metrics() for gateway in gateways])
-
-    await until(tell, "the metrics of both")
+    return next(now for known, _, now in limits.state() if known == limit)
 
 
 async def test_no_more_are_in_flight_at_all_instances_than_the_key_may_have(

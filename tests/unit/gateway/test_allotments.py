@@ -433,10 +433,11 @@ def test_what_others_have_used_is_forgotten_by_who_has_heard_nothing_since() -> 
     for each in (other, process, process):
         world.clock.forward(INTERVAL)
         each.exchange()
-    assert list(process.limits.state()) == [("requests_per_minute", 100, 4)]
+    window = process.limits.requests[0]
+    assert (window.used, window.elsewhere, window.left) == (1, 3, 96)
     world.clock.forward(MINUTE + 2)
-    assert list(process.limits.state()) == [("requests_per_minute", 100, 0)]
-    assert process.limits.requests[0].left == 100
+    process.limits.look()
+    assert (window.used, window.elsewhere, window.left) == (0, 0, 100)
 
 
 def test_what_is_refused_without_the_ledger_is_not_remembered() -> None:
