@@ -1,6 +1,8 @@
 """The program: settings -> telemetry -> app -> listen."""
 
+import asyncio
 import logging
+import os
 import sys
 
 import uvloop
@@ -15,10 +17,14 @@ from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.logs import RequestLog, setup_logs
 from gateway.telemetry.output import Output, standard_outputs, write_last
 from gateway.telemetry.tracing import Tracer
+from gateway.workers.parent import Parent
+from gateway.workers.worker import Worker
 
 
-async def run(settings: Settings) -> None:
-    """Build the parts and serve until told to stop."""
+async def run(settings: Settings, worker: Worker | None = None) -> None:
+    """Build the parts and serve until told to stop; `worker`: what this process is among others, or None."""
+    if worker is not None:
+        await worker.open()
     tracer = Tracer(exporter_for(settings, load_otel()))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
@@ -36,28 +42,43 @@ async def run(settings: Settings) -> None:
         in_flight=parts.in_flight,
         replicas=len(parts.pool.replicas),
         needs_keys=bool(routing.keys),
+        take_sockets=worker.take_sockets if worker is not None else None,
     )
 
 
-def main() -> int:
-    """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
+async def run_workers(settings: Settings, count: int) -> int:
+    """Run so many workers until told to stop; return the exit code."""
+    load_routing(settings)  # what is wrong with it is said once
+    return await Parent(settings, count).run()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the gateway, or a worker of it; return 0 after a clean stop, 2 for a wrong setting, 1 for any other failure.
+
+    Args:
+        arguments: what a parent tells a worker, else none.
+    """
     outputs = standard_outputs()
     try:
-        return serve()
+        return serve(Worker(*map(int, arguments)) if arguments else None)
     finally:
         write_last(*outputs)
 
 
-def serve() -> int:
+def serve(worker: Worker | None) -> int:
     """Serve until told to stop; return the exit code."""
     try:
         settings = load()
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
-        for name in unknown():
-            logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
+        if worker is None:
+            for name in unknown():
+                logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
+            count = settings.gateway_workers or len(os.sched_getaffinity(0))
+            if count > 1:
+                return asyncio.run(run_workers(settings, count))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()
-        uvloop.run(run(settings))
+        uvloop.run(run(settings, worker))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2

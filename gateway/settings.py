@@ -120,6 +120,8 @@ class Settings(BaseSettings):
     ] = None
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
+    gateway_workers: CountOrNone = 1
+
     gateway_backend_urls: Annotated[
         list[Annotated[str, AfterValidator(check_url)]],
         NoDecode,

@@ -1,0 +1,64 @@
+"""A worker's side: its channel to the parent, and the sockets it is given."""
+
+import asyncio
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+from gateway.workers.channel import Channel
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MOST_SOCKETS = 64
+"""Addresses of a host."""
+ANSWER_WITHIN = 2.0
+"""Seconds that the parent may take for an answer."""
+
+
+class Worker:
+    """What a process is among its siblings.
+
+    Args:
+        number: 1, 2, ...
+        questions: the file descriptor of its end of the channel to the parent.
+        handing: that of the socket on which it is given others.
+
+    Attributes:
+        answers: what gives the answer to each question, by its name.
+    """
+
+    def __init__(self, number: int, questions: int, handing: int) -> None:
+        self.number = number
+        self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {}
+        self._questions = socket.socket(fileno=questions)
+        self._handing = socket.socket(fileno=handing)
+        self._channel = Channel(self._answer)
+
+    async def open(self) -> None:
+        """Open the channel. Should the parent die, this process stops as it does at SIGTERM."""
+        self._handing.setblocking(False)
+        await self._channel.open(self._questions)
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        await self._channel.closed.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def take_sockets(self) -> list[socket.socket]:
+        """Return the sockets on which this process is to accept connections. Raises: NoAnswer."""
+        await self._channel.ask("sockets", timeout=ANSWER_WITHIN)
+        _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
+        return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+    async def ask(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
+        """Ask the parent. Raises: NoAnswer."""
+        return await self._channel.ask(what, data, timeout=ANSWER_WITHIN)
+
+    def tell(self, what: str, data: Any = None) -> None:  # noqa: ANN401 - JSON
+        """Tell the parent."""
+        self._channel.tell(what, data)
+
+    async def _answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+        return await self.answers[what](data)
