@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from random import Random
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -31,6 +31,7 @@ from gateway.server.keys import Keys
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
 from gateway.server.request_reader import RequestReader
+from gateway.workers.metrics_of_all import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gateway.policy.breaker import State
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
+    from gateway.workers.worker import Worker
 
 
 class Parts:
@@ -72,6 +74,7 @@ class Parts:
         clock: "Callable[[], float]",
         wall_clock: "Callable[[], float]",
         rng: Random,
+        worker: "Worker | None" = None,
     ) -> None:
         self.telemetry = telemetry
         self.client = client
@@ -82,7 +85,7 @@ class Parts:
         )
         self.keepalive_timeout = settings.gateway_keepalive_timeout
         self.write_timeout = settings.gateway_write_timeout
-        self.in_flight = InFlight(self.connections)
+        self.in_flight = InFlight(self.connections, worker and worker.in_flight)
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
@@ -141,16 +144,26 @@ class Parts:
             health=self.health,
             telemetry=telemetry,
             clock=clock,
+            siblings=worker,
         )
         self.middleware = Middleware(
             keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
         )
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
         telemetry.metrics.watch_keys(keys.callers)
+        if worker is not None:
+            worker.answers |= {"metrics": self._metrics, "health": self._health_document}
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
         self.health.breaker_changed(backend, new)
+
+
+    async def _metrics(self, _: Any) -> Any:  # noqa: ANN401 - JSON
+        return as_json(self.telemetry.metrics.families())
+
+    async def _health_document(self, in_full: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
+        return self.health.document(in_full=in_full)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -165,6 +178,7 @@ def create_app(
     clock: "Callable[[], float]" = monotonic,
     wall_clock: "Callable[[], float]" = time,
     rng: Random | None = None,
+    worker: "Worker | None" = None,
 ) -> web.Application:
     """Return the gateway as an aiohttp application; `runner_of` runs it.
 
@@ -176,9 +190,19 @@ def create_app(
         clock: seconds, monotonic.
         wall_clock: seconds since the epoch, read once.
         rng: draws replicas and backoffs.
+        worker: what this process is among others, or None.
     """
     client = client or HttpClient()
-    parts = Parts(settings, routing, telemetry, client, clock=clock, wall_clock=wall_clock, rng=rng or Random())
+    parts = Parts(
+        settings,
+        routing,
+        telemetry,
+        client,
+        clock=clock,
+        wall_clock=wall_clock,
+        rng=rng or Random(),
+        worker=worker,
+    )
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts

@@ -32,7 +32,7 @@ async def run(settings: Settings, worker: Worker | None = None) -> None:
     routing = load_routing(settings)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
-    app = create_app(settings, routing, telemetry)
+    app = create_app(settings, routing, telemetry, worker=worker)
     parts = app[PARTS]
     await listen(
         runner_of(app),

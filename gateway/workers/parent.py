@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from gateway import __version__
 from gateway.server.listener import listening_sockets
 from gateway.workers.channel import Channel
+from gateway.workers.in_flight_count import count_in, new_count
+from gateway.workers.whole import Whole
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -39,7 +41,7 @@ class Child:
         sockets: that listen for it; empty while its place is closed.
         channel: to its process; None while there is none.
         serves: it has taken its sockets.
-        pid: of its process, the last one while there is none.
+        count_descriptor: of the memory in which it keeps up the number of its requests in flight.
     """
 
     def __init__(self, number: int, sockets: list[socket.socket]) -> None:
@@ -48,9 +50,19 @@ class Child:
         self.channel: Channel | None = None
         self.process: asyncio.subprocess.Process | None = None
         self.serves = False
-        self.pid: int | None = None
+        self.count_descriptor = new_count()
+        self._count = count_in(self.count_descriptor)
         self.deaths = 0
         self.closing: asyncio.TimerHandle | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight; when its process has died, those that died with it."""
+        return int(self._count[0])
+
+    def forget_in_flight(self) -> None:
+        """Begin anew with none."""
+        self._count[0] = 0
 
     def close_place(self) -> None:
         """Close its place at the port: new connections go to the others, and those that wait are reset."""
@@ -96,19 +108,22 @@ class Parent:
         self._stopping = asyncio.Event()
         self._code = 0
         self.children: list[Child] = []
+        self._whole = Whole(self.children)
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code. Raises: OSError, the port is not available."""
         for free in listening_sockets(self._host, self._port):  # alone there: what is shared with a stranger would not fail
             self._port = free.getsockname()[1]
             free.close()
-        self.children = [Child(number, self._open_place()) for number in range(1, self._count + 1)]
+        self.children += [Child(number, self._open_place()) for number in range(1, self._count + 1)]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGHUP, self._hand_on, signal.SIGHUP)
         _log.info("gateway %s runs %d workers on port %d", __version__, self._count, self._port)
+        watching = loop.create_task(self._whole.watch())
         await asyncio.gather(*map(self._keep_alive, self.children))
+        watching.cancel()
         return self._code
 
     def _open_place(self) -> list[socket.socket]:
@@ -154,12 +169,12 @@ class Parent:
         questions, its_questions = socket.socketpair(socket.AF_UNIX)
         handing, its_handing = socket.socketpair(socket.AF_UNIX)
         with its_questions, its_handing, handing:
-            ends = its_questions.fileno(), its_handing.fileno()
+            child.forget_in_flight()
+            ends = its_questions.fileno(), its_handing.fileno(), child.count_descriptor
             arguments = (str(child.number), *map(str, ends))
             child.process = await asyncio.create_subprocess_exec(
                 *self._command, *arguments, pass_fds=ends, process_group=0
             )
-            child.pid = child.process.pid
             its_questions.close()
             its_handing.close()
             channel = child.channel = Channel(lambda what, data: self._answer_to(child, handing, what, data))
@@ -169,13 +184,15 @@ class Parent:
             code = await child.process.wait()
         child.channel, child.serves = None, False
         channel.close()
+        if not self._stopping.is_set():
+            self._whole.ended(child)
         return code if code >= 0 else BY_SIGNAL - code
 
     async def _answer_to(self, child: Child, handing: socket.socket, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
         if what == "sockets":
             self._hand_over(child, handing)
             return None
-        raise LookupError(what, data)
+        return await self._whole.answer(what, data)
 
     def _hand_over(self, child: Child, handing: socket.socket) -> None:
         """Give a worker that is ready its sockets."""

@@ -6,7 +6,9 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-from gateway.workers.channel import Channel
+from gateway.telemetry.metrics import OPENMETRICS
+from gateway.workers.channel import Channel, NoAnswer
+from gateway.workers.in_flight_count import count_in
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,13 +26,16 @@ class Worker:
         number: 1, 2, ...
         questions: the file descriptor of its end of the channel to the parent.
         handing: that of the socket on which it is given others.
+        count: that of the memory that holds the number of its requests in flight.
 
     Attributes:
+        in_flight: holds the number of its requests in flight, which the parent reads when it dies.
         answers: what gives the answer to each question, by its name.
     """
 
-    def __init__(self, number: int, questions: int, handing: int) -> None:
+    def __init__(self, number: int, questions: int, handing: int, count: int) -> None:
         self.number = number
+        self.in_flight = count_in(count)
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {}
         self._questions = socket.socket(fileno=questions)
         self._handing = socket.socket(fileno=handing)
@@ -59,6 +64,22 @@ class Worker:
     def tell(self, what: str, data: Any = None) -> None:  # noqa: ANN401 - JSON
         """Tell the parent."""
         self._channel.tell(what, data)
+
+    async def metrics(self, accept: str) -> tuple[bytes, str] | None:
+        """Return the metrics of all workers, as `Metrics.exposition` does; None if the parent does not answer."""
+        try:
+            document, content_type = await self.ask("metrics", OPENMETRICS in accept)
+        except NoAnswer:
+            return None
+        return document.encode(), content_type
+
+    async def health(self, *, in_full: bool) -> dict[str, Any] | None:
+        """Return the document of `/health` for all workers; None if the parent does not answer."""
+        try:
+            document: dict[str, Any] | None = await self.ask("health", in_full)
+        except NoAnswer:
+            return None
+        return document
 
     async def _answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
         return await self.answers[what](data)

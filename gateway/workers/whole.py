@@ -1,0 +1,111 @@
+"""The parent's answers to what is asked of any worker about all of them."""
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+
+from gateway.telemetry.metrics import MAX_AGE, OPENMETRICS
+from gateway.workers.channel import NoAnswer
+from gateway.workers.health_of_all import health_of_all
+from gateway.workers.metrics_of_all import MetricsOfAll
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from gateway.workers.parent import Child
+
+ANSWER_WITHIN = 0.5
+"""Seconds that a worker may take; then the others speak without it."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what the workers count, so that little is lost when one dies."""
+
+
+class Whole:
+    """Asks the workers, and answers for all of them."""
+
+    def __init__(self, children: "list[Child]", *, clock: "Callable[[], float]" = monotonic) -> None:
+        self._children = children
+        self._clock = clock
+        self._metrics = MetricsOfAll()
+        self._documents: dict[bool, tuple[float, str, str]] = {}
+        self._deaths = 0
+        self._lost = 0
+
+    async def answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+        """Answer a worker's question. Raises: LookupError, for one that nobody knows."""
+        if what == "metrics":
+            return await self._exposition(newer=data)
+        if what == "health":
+            return await self._health(data)
+        raise LookupError(what)
+
+    async def watch(self) -> None:
+        """Look at what the workers count, again and again."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            await self._count()
+
+    def ended(self, child: "Child") -> None:
+        """Note that a worker has died, and what died with it."""
+        self._deaths += 1
+        self._lost += child.in_flight
+        self._metrics.ended(child.number)
+
+    async def _exposition(self, *, newer: bool) -> list[str]:
+        rendered, document, content_type = self._documents.get(newer, (float("-inf"), "", ""))
+        if self._clock() - rendered >= MAX_AGE:
+            present = await self._count()
+            encode, content_type = choose_encoder(OPENMETRICS if newer else "")
+            document = encode(_Collected([*self._metrics.families(present), *self._own(len(present))])).decode()
+            self._documents[newer] = self._clock(), document, content_type
+        return [document, content_type]
+
+    async def _count(self) -> set[int]:
+        """Ask all workers for what they count; return the numbers of those that answered."""
+        answers = await self._ask("metrics")
+        for number, families in answers.items():
+            self._metrics.take(number, families)
+        return set(answers)
+
+    def _own(self, present: int) -> "Iterator[Metric]":
+        workers = GaugeMetricFamily("gateway_workers", "Worker processes, by whether they answer.", labels=["state"])
+        workers.add_metric(["answering"], present)
+        workers.add_metric(["missing"], len(self._children) - present)
+        yield workers
+        yield CounterMetricFamily("gateway_worker_deaths", "Workers that died.", self._deaths)
+        yield CounterMetricFamily("gateway_worker_lost_requests", "Requests that died with a worker.", self._lost)
+
+    async def _health(self, in_full: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
+        answers = await self._ask("health", in_full)
+        missing = [child.number for child in self._children if child.number not in answers]
+        return health_of_all(list(answers.values()), missing) if answers else None
+
+    async def _ask(self, what: str, data: Any = None) -> dict[int, Any]:  # noqa: ANN401 - JSON
+        """Return the answers of all workers that give one, by number."""
+        children = [child for child in self._children if child.channel is not None and child.serves]
+        answers = await asyncio.gather(*(_ask(child, what, data) for child in children))
+        return {child.number: answer for child, answer in zip(children, answers, strict=True) if answer is not None}
+
+
+class _Collected:
+    """What an encoder asks for metrics."""
+
+    def __init__(self, metrics: "list[Metric]") -> None:
+        self._metrics = metrics
+
+    def collect(self) -> "list[Metric]":
+        return self._metrics
+
+
+async def _ask(child: "Child", what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+    if child.channel is None:
+        return None
+    try:
+        return await child.channel.ask(what, data, timeout=ANSWER_WITHIN)
+    except NoAnswer:
+        return None
