@@ -85,7 +85,7 @@ class Parts:
         )
         self.keepalive_timeout = settings.gateway_keepalive_timeout
         self.write_timeout = settings.gateway_write_timeout
-        self.in_flight = InFlight(self.connections, worker and worker.in_flight)
+        self.in_flight = InFlight(self.connections, worker.in_flight if worker is not None else None)
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
@@ -152,18 +152,34 @@ class Parts:
         telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
         telemetry.metrics.watch_keys(keys.callers)
         if worker is not None:
-            worker.answers |= {"metrics": self._metrics, "health": self._health_document}
+            worker.answers |= {
+                "metrics": self._metrics,
+                "health": self._health_document,
+                "use": self._use,
+                "shares": self._take_shares,
+            }
+            self.admission.short = self.byte_budget.short = worker.short
 
     def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(backend, old, new)
         self.health.breaker_changed(backend, new)
-
 
     async def _metrics(self, _: Any) -> Any:  # noqa: ANN401 - JSON
         return as_json(self.telemetry.metrics.families())
 
     async def _health_document(self, in_full: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
         return self.health.document(in_full=in_full)
+
+    async def _use(self, _: Any) -> list[int]:  # noqa: ANN401 - JSON
+        """Return what is used of the limits that are shared."""
+        return [self.admission.in_flight, self.admission.queued, self.byte_budget.held]
+
+    async def _take_shares(self, shares: list[int]) -> list[int]:
+        """Take this process's shares of those limits; return what it holds of them, which may be more."""
+        in_flight, queued, held = shares
+        self.admission.resize(max_in_flight=in_flight, max_queue=queued, max_buffered=held)
+        self.byte_budget.resize(held)
+        return list(map(max, shares, await self._use(None)))
 
 
 PARTS = web.AppKey("parts", Parts)

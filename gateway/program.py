@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -19,6 +20,9 @@ from gateway.telemetry.output import Output, standard_outputs, write_last
 from gateway.telemetry.tracing import Tracer
 from gateway.workers.parent import Parent
 from gateway.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 async def run(settings: Settings, worker: Worker | None = None) -> None:
@@ -52,7 +56,7 @@ async def run_workers(settings: Settings, count: int) -> int:
     return await Parent(settings, count).run()
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: "Sequence[str]" = ()) -> int:
     """Run the gateway, or a worker of it; return 0 after a clean stop, 2 for a wrong setting, 1 for any other failure.
 
     Args:

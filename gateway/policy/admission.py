@@ -9,6 +9,8 @@ from gateway.phase_timer import PhaseTimer
 from gateway.policy.waiting_room import WaitingLimit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.policy.limits import Reservation
 
 LEAST_WAIT = 0.001
@@ -38,6 +40,7 @@ class Admission:
         in_flight: requests that have a slot.
         queued: requests that wait for one.
         draining: whether the gateway is stopping.
+        short: is called where all slots are taken, or the queue is full; None: nobody could give more.
         waiting: the requests with a slot that wait for a backend; they take at most half of the slots and of the bytes.
     """
 
@@ -51,10 +54,20 @@ class Admission:
         self._next_look: asyncio.TimerHandle | None = None
         self._slots_of: dict[str, int] = {}
         self._slots_of_one = max(1, max_in_flight // 2)
+        self.short: Callable[[], None] | None = None
         self.in_flight = 0
         self.queued = 0
         self.draining = False
         self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
+
+    def resize(self, *, max_in_flight: int, max_queue: int, max_buffered: int) -> None:
+        """Have other limits from now on; what is under way and who waits stays."""
+        self._max_in_flight = max_in_flight
+        self._max_queue = max_queue
+        self._slots_of_one = max(1, max_in_flight // 2)
+        self.waiting.resize(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
+        if self._lines:
+            self._hand_over()
 
     def check_open(self) -> None:
         """Refuse a request while the gateway is stopping. Raises: GatewayDraining."""
@@ -70,6 +83,7 @@ class Admission:
         """
         self.check_open()
         if self.queued >= self._max_queue and not self._has_slot(caller) and self._longest_line(caller) is None:
+            self._ask_for_more()
             raise self._queue_full()
 
     def enter_at_once(self, caller: str = "", reservation: "Reservation | None" = None) -> bool:
@@ -96,6 +110,7 @@ class Admission:
         self.check(caller)
         if self.enter_at_once(caller, reservation):
             return
+        self._ask_for_more()
         if reservation is not None:
             refusal = reservation.refusal(self._ahead_of(caller, reservation))
             if refusal is not None and refusal.wait > min(self._queue_timeout, left):
@@ -134,6 +149,10 @@ class Admission:
         self._lines.clear()
         self.queued = 0
         self._look_no_more()
+
+    def _ask_for_more(self) -> None:
+        if self.short is not None and (self.in_flight >= self._max_in_flight or self.queued >= self._max_queue):
+            self.short()
 
     def _has_slot(self, caller: str) -> bool:
         """Return whether a slot is free that the caller may have."""

@@ -14,7 +14,7 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence, Sized
+    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -211,10 +211,10 @@ class Metrics:
             self._documents[newer] = now, document, content_type
         return document, content_type
 
-    def families(self) -> "Iterator[Metric]":
+    def families(self) -> "Iterable[Metric]":
         """Return the metrics as they are now."""
         self._pass_on()
-        return self._registry.collect()  # type: ignore[no-any-return]
+        return self._registry.collect()
 
     def _pass_on(self) -> None:
         for counts in self._counted:

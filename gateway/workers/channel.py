@@ -24,7 +24,7 @@ MOST_UNREAD = 16_777_216
 _log = logging.getLogger("gateway")
 
 
-class NoAnswer(Exception):  # noqa: N818 - it says what happened
+class NoAnswer(Exception):
     """The other process has ended, does not read, or failed to answer."""
 
 
@@ -124,7 +124,7 @@ class Channel(asyncio.Protocol):
         failure, answer = None, None
         try:
             answer = await self._answer(what, data)
-        except Exception as error:  # whoever asks is told, and this process goes on
+        except Exception as error:  # noqa: BLE001 - whoever asks is told, and this process goes on
             failure = f"it failed: {type(error).__name__}"
             _log.exception("a question of another process failed: %s", what)
         if number:

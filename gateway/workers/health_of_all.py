@@ -23,7 +23,8 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
         missing: the numbers of those that did not.
     """
     first = documents[0]
-    backends = [_backend_of_all(same) for same in zip(*(each["downstream"]["backends"] for each in documents), strict=False)]
+    of_each = [each["downstream"]["backends"] for each in documents]
+    backends = [_backend_of_all(same) for same in zip(*of_each, strict=False)]
     downstream = _whole([each["status"] for each in backends])
     telemetry = _worst(STATUSES, [each["telemetry"]["status"] for each in documents])
     limits = _worst(STATUSES, [each["limits"]["status"] for each in documents])

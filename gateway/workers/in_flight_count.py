@@ -1,4 +1,4 @@
-"""The number of a worker's requests in flight: it keeps it up, and its parent reads it, also when the worker has died."""
+"""The number of a worker's requests in flight. It keeps it up; its parent reads it, also when the worker has died."""
 
 import mmap
 import os

@@ -44,7 +44,7 @@ def as_json(metrics: "Iterable[Metric]") -> Families:
 
 
 class MetricsOfAll:
-    """Adds up what workers count. What a worker has counted stays in the sums when it is gone: no counter ever falls."""
+    """Adds up what workers count. What one has counted stays in the sums when it is gone: no counter ever falls."""
 
     def __init__(self) -> None:
         self._last: dict[int, Families] = {}
@@ -69,7 +69,7 @@ class MetricsOfAll:
 
 class _Sum:
     def __init__(self) -> None:
-        self._families: dict[str, tuple[str, str, dict[_Key, Sample]]] = {}
+        self.families: dict[str, tuple[str, str, dict[_Key, Sample]]] = {}
 
     def add(self, families: Families, *, gauges: bool) -> None:
         for name, text, type_, samples in families:
@@ -80,17 +80,17 @@ class _Sum:
                     self._count(name, type_, mine, Sample(sample, labels, value, None, at))
 
     def add_sum(self, other: "_Sum") -> None:
-        for name, (text, type_, samples) in other._families.items():
+        for name, (text, type_, samples) in other.families.items():
             self._samples(name, text, type_).update(samples)
 
     def metrics(self) -> "Iterator[Metric]":
-        for name, (text, type_, samples) in self._families.items():
+        for name, (text, type_, samples) in self.families.items():
             metric = Metric(name, text, type_)
             metric.samples = list(samples.values())
             yield metric
 
     def _samples(self, name: str, text: str, type_: str) -> dict[_Key, Sample]:
-        return self._families.setdefault(name, (text, type_, {}))[2]
+        return self.families.setdefault(name, (text, type_, {}))[2]
 
     def _count(self, name: str, type_: str, samples: dict[_Key, Sample], new: Sample) -> None:
         key = new.name, tuple(sorted(new.labels.items()))

@@ -12,6 +12,7 @@ from gateway import __version__
 from gateway.server.listener import listening_sockets
 from gateway.workers.channel import Channel
 from gateway.workers.in_flight_count import count_in, new_count
+from gateway.workers.sharing import Sharing
 from gateway.workers.whole import Whole
 
 if TYPE_CHECKING:
@@ -109,10 +110,11 @@ class Parent:
         self._code = 0
         self.children: list[Child] = []
         self._whole = Whole(self.children)
+        self._sharing = Sharing(settings, self.children)
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code. Raises: OSError, the port is not available."""
-        for free in listening_sockets(self._host, self._port):  # alone there: what is shared with a stranger would not fail
+        for free in listening_sockets(self._host, self._port):  # fails where somebody else has it; theirs would not
             self._port = free.getsockname()[1]
             free.close()
         self.children += [Child(number, self._open_place()) for number in range(1, self._count + 1)]
@@ -184,6 +186,7 @@ class Parent:
             code = await child.process.wait()
         child.channel, child.serves = None, False
         channel.close()
+        self._sharing.ended(child)
         if not self._stopping.is_set():
             self._whole.ended(child)
         return code if code >= 0 else BY_SIGNAL - code
@@ -191,6 +194,9 @@ class Parent:
     async def _answer_to(self, child: Child, handing: socket.socket, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
         if what == "sockets":
             self._hand_over(child, handing)
+            return self._sharing.first(child)
+        if what == "short":
+            self._sharing.short()
             return None
         return await self._whole.answer(what, data)
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gateway.telemetry.metrics import OPENMETRICS
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_SOCKETS = 64
 """Addresses of a host."""
+BETWEEN_WORDS = 0.02
+"""Seconds between two that say the same."""
 ANSWER_WITHIN = 2.0
 """Seconds that the parent may take for an answer."""
 
@@ -40,6 +43,7 @@ class Worker:
         self._questions = socket.socket(fileno=questions)
         self._handing = socket.socket(fileno=handing)
         self._channel = Channel(self._answer)
+        self._next_word = 0.0
 
     async def open(self) -> None:
         """Open the channel. Should the parent die, this process stops as it does at SIGTERM."""
@@ -53,9 +57,16 @@ class Worker:
 
     async def take_sockets(self) -> list[socket.socket]:
         """Return the sockets on which this process is to accept connections. Raises: NoAnswer."""
-        await self._channel.ask("sockets", timeout=ANSWER_WITHIN)
+        await self.answers["shares"](await self._channel.ask("sockets", timeout=ANSWER_WITHIN))
         _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+    def short(self) -> None:
+        """Tell the parent that this process needs more of what is shared, now and then."""
+        now = monotonic()
+        if now >= self._next_word:
+            self._next_word = now + BETWEEN_WORDS
+            self._channel.tell("short")
 
     async def ask(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
         """Ask the parent. Raises: NoAnswer."""
