@@ -53,6 +53,11 @@ class Sharing:
         """Take back what a worker had that is gone."""
         self._given.pop(child, None)
 
+    @property
+    def moving(self) -> bool:
+        """Whether shares are being moved."""
+        return self._moving is not None
+
     def short(self) -> None:
         """Move shares soon: a worker needs more."""
         self._asked = True
