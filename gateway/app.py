@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from random import Random
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -9,20 +10,24 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from gateway.backend.client import HttpClient
+from gateway.config import load_routing
 from gateway.day_store import DayStore
 from gateway.dialects.model_list import MODELS
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE
 from gateway.dialects.table import BY_PATH
 from gateway.executor import Executor
+from gateway.files import Files
 from gateway.forwarding.attempt import Attempts
 from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
+from gateway.generation import Generations
 from gateway.health import Health
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
+from gateway.reload import Reload
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
@@ -37,7 +42,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.config import Routing
+    from gateway.generation import Generation
     from gateway.policy.breaker import State
+    from gateway.policy.replica import Replica
+    from gateway.reload import Read
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
     from gateway.workers.worker import Worker
@@ -52,10 +60,10 @@ class Parts:
         connections: of callers.
         keepalive_timeout: seconds that one of them may be idle.
         in_flight: the requests in flight.
-        pool: the replicas and routes.
+        generations: the configuration in force: replicas, routes and keys.
+        reload: reads it anew.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
-        keys: whose they are, and what is used of their limits.
         day_store: keeps the limits of a day.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
@@ -71,6 +79,8 @@ class Parts:
         telemetry: "Telemetry",
         client: HttpClient,
         *,
+        read: "Read",
+        files: Files,
         clock: "Callable[[], float]",
         wall_clock: "Callable[[], float]",
         rng: Random,
@@ -93,16 +103,28 @@ class Parts:
             max_buffered=settings.gateway_max_buffered_bytes,
         )
         self.byte_budget = ByteBudget(settings.gateway_max_buffered_bytes)
-        self.pool = Pool(
-            routing,
-            settings,
-            clock=clock,
-            rng=rng,
-            waiting=self.admission.waiting,
-            breaker_changed=self._breaker_changed,
-            cooldown_begun=telemetry.cooldown_begun,
-            released=telemetry.released,
-        )
+        epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
+
+        def limits_clock() -> float:
+            return epoch + clock()
+
+        def pool(routing: "Routing", before: Pool | None) -> Pool:
+            return Pool(
+                routing,
+                settings,
+                clock=clock,
+                rng=rng,
+                waiting=self.admission.waiting,
+                breaker_changed=self._breaker_changed,
+                cooldown_begun=telemetry.cooldown_begun,
+                released=telemetry.released,
+                before=before,
+            )
+
+        def keys(routing: "Routing", before: Keys | None) -> Keys:
+            return Keys(routing.keys, limits_clock, before)
+
+        self.generations = generations = Generations(routing, pool=pool, keys=keys, clock=clock)
         forwarder = Forwarder(
             admission=self.admission,
             policy=RetryPolicy(settings, rng),
@@ -113,16 +135,10 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        epoch = wall_clock() - clock()  # the clock of limits goes on, whatever the machine's is set to
-
-        def limits_clock() -> float:
-            return epoch + clock()
-
-        self.keys = keys = Keys(routing.keys, limits_clock)
-        self.day_store = DayStore(settings.gateway_state_dir, keys.callers, limits_clock)
+        self.day_store = DayStore(settings.gateway_state_dir, self.keys.callers, limits_clock)
         self.health = Health(
             settings,
-            pool=self.pool,
+            generations=generations,
             client=client,
             admission=self.admission,
             telemetry=telemetry,
@@ -130,13 +146,12 @@ class Parts:
             clock=clock,
         )
         self.model_lists = ModelLists(
-            pool=self.pool, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
+            generations=generations, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
         )
         self.handlers = Handlers(
             settings,
-            keys=keys,
+            generations=generations,
             reader=RequestReader(settings, self.executor, clock),
-            pool=self.pool,
             admission=self.admission,
             byte_budget=self.byte_budget,
             charges=Charges(self.executor, clock),
@@ -147,10 +162,14 @@ class Parts:
             siblings=worker,
         )
         self.middleware = Middleware(
-            keys=keys, admission=self.admission, in_flight=self.in_flight, telemetry=telemetry, clock=clock
+            generations=generations,
+            admission=self.admission,
+            in_flight=self.in_flight,
+            telemetry=telemetry,
+            clock=clock,
         )
-        telemetry.metrics.watch(self.pool, self.admission, self.byte_budget, self.connections)
-        telemetry.metrics.watch_keys(keys.callers)
+        telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
+        self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
         if worker is not None:
             worker.answers |= {
                 "metrics": self._metrics,
@@ -160,9 +179,27 @@ class Parts:
             }
             self.admission.short = self.byte_budget.short = worker.short
 
-    def _breaker_changed(self, backend: str, old: "State", new: "State") -> None:
-        self.telemetry.breaker_changed(backend, old, new)
-        self.health.breaker_changed(backend, new)
+    @property
+    def pool(self) -> Pool:
+        """The replicas and routes in force."""
+        return self.generations.current.pool
+
+    @property
+    def keys(self) -> Keys:
+        """The keys in force."""
+        return self.generations.current.keys
+
+    def _follow(self, generation: "Generation") -> None:
+        """Have every part that watches replicas or keys watch those of a new generation."""
+        self.health.follow(generation.pool)
+        self.model_lists.follow(generation.pool)
+        self.day_store.follow(generation.keys.callers)
+        self.client.follow(generation.pool.endpoints.values())
+        self.telemetry.metrics.follow(generation)
+
+    def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
+        self.telemetry.breaker_changed(replica.name, old, new)
+        self.health.breaker_changed(replica, new)
 
     async def _metrics(self, _: Any) -> Any:  # noqa: ANN401 - JSON
         return as_json(self.telemetry.metrics.families())
@@ -190,6 +227,8 @@ def create_app(
     routing: "Routing",
     telemetry: "Telemetry",
     *,
+    read: "Read | None" = None,
+    files: Files | None = None,
     client: HttpClient | None = None,
     clock: "Callable[[], float]" = monotonic,
     wall_clock: "Callable[[], float]" = time,
@@ -202,6 +241,8 @@ def create_app(
         settings: of the gateway.
         routing: backends and routes.
         telemetry: traces, metrics, logs.
+        read: reads backends and routes anew; None: of the same settings.
+        files: those that they were read from, which are watched; None: none is.
         client: sends calls to backends.
         clock: seconds, monotonic.
         wall_clock: seconds since the epoch, read once.
@@ -214,6 +255,8 @@ def create_app(
         routing,
         telemetry,
         client,
+        read=read or partial(load_routing, settings),
+        files=files or Files(),
         clock=clock,
         wall_clock=wall_clock,
         rng=rng or Random(),
@@ -266,7 +309,7 @@ def runner_of(app: web.Application) -> Runner:
 
 
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:
-    """Start telemetry, client, probes, model lists; stop in reverse: what happens until the end is still reported."""
+    """Start telemetry, client, probes, model lists, reloads; stop in reverse: what happens until then is reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
@@ -275,6 +318,7 @@ async def _running_parts(app: web.Application) -> AsyncIterator[None]:
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)
+        await stack.enter_async_context(parts.reload)
         yield
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from gateway.config import Routing
 
-SECRET = frozenset({"api_key", "secret_headers", "digest"})
+SECRET = frozenset({"api_key", "secret_headers", "digest", "tls_digest"})
 """Fields of which only is said that they differ."""
 
 

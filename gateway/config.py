@@ -13,6 +13,7 @@ import yaml
 from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
+from gateway.files import Files
 from gateway.headers import GATEWAY_NAMES
 from gateway.settings import SettingsError, check_path, check_url, secret
 
@@ -68,6 +69,7 @@ class ReplicaConfig:
         query: names and values added to the url of every call.
         max_in_flight: attempts at once, or None for any number.
         tls: for an `https://` url, or None for the usual checks.
+        tls_digest: SHA-256 of the files that `tls` was made of, by which two of them are compared.
     """
 
     name: str
@@ -80,7 +82,8 @@ class ReplicaConfig:
     secret_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     query: tuple[tuple[str, str], ...] = ()
     max_in_flight: int | None = None
-    tls: ssl.SSLContext | None = None
+    tls: ssl.SSLContext | None = field(default=None, compare=False)
+    tls_digest: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +151,21 @@ class Routing:
     keys: tuple[KeyConfig, ...] = ()
 
 
-def load_routing(settings: "Settings") -> Routing:
+def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
     """Return the routing of these settings.
+
+    Args:
+        settings: of the environment.
+        files: reads `GATEWAY_CONFIG` and what it names.
 
     Raises:
         SettingsError: the file is invalid; the message has line and key.
     """
     keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
     if settings.gateway_config is not None:
-        routing = _File(settings.gateway_config, settings).routing(_root_of(settings.gateway_config))
+        files = files or Files()
+        root = _root_of(settings.gateway_config, files)
+        routing = _File(settings.gateway_config, settings, files).routing(root)
         return routing if routing.keys else replace(routing, keys=keys)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
@@ -177,7 +186,8 @@ def examine(path: "Path", settings: "Settings") -> "Findings":
     """Return what a file says and all that is wrong with it, also where secrets that it names are not set."""
     findings = Findings(None, [], [])
     try:
-        findings.routing = _File(path, settings, findings).routing(_root_of(path))
+        files = Files()
+        findings.routing = _File(path, settings, files, findings).routing(_root_of(path, files))
     except SettingsError as wrong:
         findings.complaints.append(str(wrong))
     return findings
@@ -206,11 +216,11 @@ def usual_replica(settings: "Settings") -> ReplicaConfig:
     return ReplicaConfig("", "", timeouts, probe if path else None)
 
 
-def _root_of(path: "Path") -> yaml.Node | None:
+def _root_of(path: "Path", files: Files) -> yaml.Node | None:
     """Return the root of a YAML file; None for an empty one. Raises: SettingsError."""
     shown = f"GATEWAY_CONFIG={str(path)!r}"
     try:
-        data = path.read_bytes()
+        data = files.read(path)
     except OSError as error:
         raise SettingsError(f"{shown}: {error.strerror}; it must be the path of a readable YAML file") from None
     try:
@@ -282,8 +292,9 @@ class _File:
     Without `findings` the first one is raised; with them all are gathered, one for each entry at most.
     """
 
-    def __init__(self, path: "Path", settings: "Settings", findings: Findings | None = None) -> None:
+    def __init__(self, path: "Path", settings: "Settings", files: Files, findings: Findings | None = None) -> None:
         self._path = path
+        self._files = files
         self._findings = findings
         self._usual = usual_replica(settings)
         self._probe_path = settings.gateway_probe_path
@@ -328,6 +339,7 @@ class _File:
         api_key = self._api_key(items.get("api_key_env"), f"{key}.api_key_env")
         key_header = self._key_header(items, key)
         headers, secret_headers = self._headers(items.get("headers"), f"{key}.headers", key_header if api_key else "")
+        tls, tls_digest = self._tls(items.get("tls"), f"{key}.tls")
         usual = replace(
             self._usual,
             timeouts=self._timeouts(items.get("timeouts"), f"{key}.timeouts"),
@@ -338,7 +350,8 @@ class _File:
             secret_headers=secret_headers,
             query=self._query(items.get("query"), f"{key}.query"),
             max_in_flight=self._count(items.get("max_in_flight"), f"{key}.max_in_flight", at_least=1),
-            tls=self._tls(items.get("tls"), f"{key}.tls"),
+            tls=tls,
+            tls_digest=tls_digest,
         )
         if "url" in items:
             nodes, names = {f"{key}.url": items["url"]}, [name]
@@ -532,13 +545,18 @@ class _File:
             interval = self._seconds(items["interval"], f"{key}.interval")
         return ProbeConfig(path, timeout, interval)
 
-    def _tls(self, node: yaml.Node | None, key: str) -> ssl.SSLContext | None:
+    def _tls(self, node: yaml.Node | None, key: str) -> tuple[ssl.SSLContext | None, bytes | None]:
+        """Return what is made of the files, and a digest of them."""
         if node is None:
-            return None
+            return None, None
         items = self._mapping(node, key, {"ca", "cert", "key"})
         if "key" in items and "cert" not in items:
             raise self._wrong(node, key, "needs cert beside key")
-        files = {name: self._file(item, f"{key}.{name}") for name, item in items.items()}
+        digest = sha256()
+        files: dict[str, str] = {}
+        for name, item in items.items():
+            files[name], content = self._file(item, f"{key}.{name}")
+            digest.update(name.encode() + sha256(content).digest())
         try:
             context = ssl.create_default_context(cafile=files.get("ca"))
         except ssl.SSLError:
@@ -555,23 +573,23 @@ class _File:
                     f"{key}.cert",
                     fits or "needs a certificate and its key, without a password, in PEM form",
                 ) from None
-        return context
+        return context, digest.digest()
 
-    def _file(self, node: yaml.Node, key: str) -> str:
-        """Return the path of a file that can be read; a relative one is meant from the configuration's folder."""
+    def _file(self, node: yaml.Node, key: str) -> tuple[str, bytes]:
+        """Return the path of a file, and its content; a relative one is meant from the configuration's folder."""
         path = self._path.parent / self._text(node, key)
         try:
-            path.read_bytes()
+            content = self._files.read(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no path"
             raise self._wrong(node, key, f"{str(path)!r}: {reason}; it must be the path of a readable file") from None
-        return str(path)
+        return str(path), content
 
     def _secret(self, node: yaml.Node, key: str) -> tuple[str, str]:
         """Return the name of a variable, and its value."""
         name = self._text(node, key)
         try:
-            value = secret(name)
+            value = secret(name, self._files)
         except SettingsError as wrong:
             raise self._wrong(node, key, str(wrong)) from None
         if value is None:

@@ -52,20 +52,25 @@ class DayStore:
     """
 
     def __init__(self, folder: "Path | None", callers: "Iterable[Caller]", clock: "Callable[[], float]") -> None:
-        limited = [caller for caller in callers if caller.limits is not None]
-        self._is_off = not limited
         self._file = folder / FILE if folder is not None else None
         self._clock = clock
-        self._limits = {
-            str(caller.name): caller.limits
-            for caller in limited
-            if caller.limits is not None and _windows(caller.limits)
-        }
+        self._limits: dict[str, Limits] = {}
+        self._gone: dict[str, Limits] = {}
         self._saved: dict[tuple[str, str], Slots] = {}
-        self._restored = False
+        self._restored: dict[tuple[str, str], Window] = {}
+        self._is_off = True
+        self.follow(callers)
         self._failing = False
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    def follow(self, callers: "Iterable[Caller]") -> None:
+        """Keep the limits of these callers from now on; what others have used until now is saved once more."""
+        limited = {str(caller.name): caller.limits for caller in callers if caller.limits is not None}
+        self._is_off = not limited
+        before = self._gone | self._limits
+        self._limits = {name: limits for name, limits in limited.items() if _windows(limits)}
+        self._gone = {name: limits for name, limits in before.items() if name not in self._limits}
 
     @property
     def status(self) -> str:
@@ -75,8 +80,9 @@ class DayStore:
         return "degraded" if self._failing else "ok"
 
     async def __aenter__(self) -> Self:
-        if self._file is not None and self._limits:
-            await self._save()
+        if self._file is not None:
+            if self._limits:
+                await self._save()
             self._task = asyncio.create_task(self._keep())
         return self
 
@@ -98,11 +104,14 @@ class DayStore:
     async def _save(self) -> None:
         """Save what has changed, after restoring what was saved before, once."""
         try:
-            if not self._restored:
+            if self._unrestored():
                 self._restore(await asyncio.to_thread(self._read))
-            touched = {key: limits for key, limits in self._limits.items() if limits.touched}
+            gone = self._gone
+            touched = {key: limits for key, limits in (gone | self._limits).items() if limits.touched}
             if touched or self._failing:
                 await self._save_those(touched)
+            if gone:
+                self._forget(gone)
         except (sqlite3.Error, OSError) as error:
             if not self._failing:
                 _log.warning(
@@ -136,13 +145,27 @@ class DayStore:
             raise
         self._saved |= now
 
+    def _unrestored(self) -> "dict[tuple[str, str], Window]":
+        """Return the windows to which what was used before has not been added yet."""
+        return {
+            (key, window.name): window
+            for key, limits in self._limits.items()
+            for window in _windows(limits)
+            if self._restored.get((key, window.name)) is not window
+        }
+
     def _restore(self, used: "dict[tuple[str, str], Slots]") -> None:
-        for key, limits in self._limits.items():
-            for window in _windows(limits):
-                if slots := used.get((key, window.name)):
-                    window.restore(slots, self._clock())
-                    self._saved[key, window.name] = slots
-        self._restored = True
+        for place, window in self._unrestored().items():
+            self._saved[place] = used.get(place, {})
+            window.restore(self._saved[place], self._clock())
+            self._restored[place] = window
+
+    def _forget(self, gone: "dict[str, Limits]") -> None:
+        """Forget keys that are gone: if they come back, what is saved is read anew."""
+        self._gone = {name: limits for name, limits in self._gone.items() if name not in gone}
+        there = {(key, window.name) for key, limits in self._limits.items() for window in _windows(limits)}
+        self._restored = {place: window for place, window in self._restored.items() if place in there}
+        self._saved = {place: slots for place, slots in self._saved.items() if place in there}
 
     def _read(self) -> "dict[tuple[str, str], Slots]":
         """Return what was used of each limit of each key, by slot. Raises: sqlite3.Error, OSError."""

@@ -4,11 +4,13 @@ import asyncio
 import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary, WeakSet
 
 from gateway import __version__
 from gateway.errors import NoConnection
 from gateway.policy.breaker import State
 from gateway.policy.replica import Probe
+from gateway.replica_tasks import ReplicaTasks
 from gateway.stalls import stalled_since, stalls_of_loop
 
 if TYPE_CHECKING:
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from gateway.backend.client import HttpClient
     from gateway.config import ProbeConfig
     from gateway.day_store import DayStore
+    from gateway.generation import Generations
     from gateway.policy.admission import Admission
+    from gateway.policy.endpoint import Endpoint
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
     from gateway.settings import Settings
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 EAGER_INTERVAL = 0.25
 """Seconds between probes of a replica whose breaker is not closed."""
+HIDDEN = "The new configuration is wrong; a valid gateway key shows why."
 
 _log = logging.getLogger("gateway")
 
@@ -36,7 +41,7 @@ class Health:
         self,
         settings: "Settings",
         *,
-        pool: "Pool",
+        generations: "Generations",
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
@@ -44,65 +49,68 @@ class Health:
         clock: "Callable[[], float]",
     ) -> None:
         self._app_mode = settings.app_mode
-        self._pool = pool
+        self._generations = generations
         self._client = client
         self._admission = admission
         self._telemetry = telemetry
         self._limits = limits
         self._clock = clock
         self._started = clock()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._first_probes = 0
-        self._logged: set[Replica] = set()
-        self._unprobed: set[Replica] = set()
-        self._unwell = {replica.name: asyncio.Event() for replica in pool.replicas}
+        self._tasks = ReplicaTasks(self._watch)
+        self._unasked: set[Replica] = set(generations.current.pool.replicas)  # of the first generation
+        self._logged: WeakSet[Replica] = WeakSet()
+        self._unprobed: WeakSet[Replica] = WeakSet()
+        self._unwell: WeakKeyDictionary[Replica, asyncio.Event] = WeakKeyDictionary()
 
     @property
     def ready(self) -> bool:
-        """Whether every replica has been probed once."""
-        return self._first_probes >= len(self._pool.replicas)
+        """Whether every replica that there was at the start has been probed once."""
+        return not self._unasked
 
-    def breaker_changed(self, backend: str, new: State) -> None:
+    def breaker_changed(self, replica: "Replica", new: State) -> None:
         """Probe a replica more often while its breaker is not closed."""
+        unwell = self._unwell.setdefault(replica, asyncio.Event())
         if new is State.CLOSED:
-            self._unwell[backend].clear()
+            unwell.clear()
         else:
-            self._unwell[backend].set()
+            unwell.set()
 
     async def __aenter__(self) -> Self:
         self._telemetry.metrics.loop_lag.set_function(stalls_of_loop().worst)
-        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.replicas]
+        self.follow(self._generations.current.pool)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
 
-    async def _watch(self, replica: "Replica") -> None:
+    def follow(self, pool: "Pool") -> None:
+        """Probe the replicas of this pool from now on."""
+        self._tasks.follow(pool.endpoints)
+        self._unasked.intersection_update(pool.replicas)
+
+    async def _watch(self, replica: "Replica", endpoint: "Endpoint") -> None:
         """Probe one replica, more often while its breaker is not closed."""
-        config = replica.config.probe
-        if config is None:
-            self._first_probes += 1
-            return
-        await self._probe(replica, config)
-        self._first_probes += 1
-        while True:
+        config = endpoint.config.probe
+        if config is not None:
+            await self._probe(replica, endpoint, config)
+        self._unasked.discard(replica)
+        replica.awaits_probe = False
+        while config is not None:
             await self._until_next(replica, config.interval)
-            await self._probe(replica, config)
+            await self._probe(replica, endpoint, config)
 
     async def _until_next(self, replica: "Replica", interval: float) -> None:
         """Sleep for the interval, or until an eager probe is due."""
         began = self._clock()
         with suppress(TimeoutError):
             async with asyncio.timeout(interval):
-                await self._unwell[replica.name].wait()
+                await self._unwell.setdefault(replica, asyncio.Event()).wait()
                 await asyncio.sleep(began + EAGER_INTERVAL - self._clock())
 
-    async def _probe(self, replica: "Replica", config: "ProbeConfig") -> None:
+    async def _probe(self, replica: "Replica", endpoint: "Endpoint", config: "ProbeConfig") -> None:
         began = self._clock()
         try:
-            trouble = await self._client.probe(replica, config)
+            trouble = await self._client.probe(endpoint, config)
         except NoConnection as shortage:  # it says nothing about the replica
             if replica not in self._unprobed:
                 self._unprobed.add(replica)
@@ -126,7 +134,10 @@ class Health:
     def document(self, *, in_full: bool) -> dict[str, Any]:
         """Return the document of `/health`; without urls and error messages unless `in_full`."""
         now = self._clock()
-        backends = [_backend(replica, now, in_full=in_full) for replica in self._pool.replicas]
+        generation = self._generations.current
+        backends = [
+            _backend(replica, endpoint, now, in_full=in_full) for replica, endpoint in generation.pool.endpoints.items()
+        ]
         states = [backend["status"] for backend in backends]
         downstream = "ok"
         if all(state == "down" for state in states):
@@ -143,17 +154,22 @@ class Health:
             "draining": self._admission.draining,
             "in_flight": self._admission.in_flight,
             "queued": self._admission.queued,
+            "config": {
+                "generation": generation.number,
+                "loaded_seconds_ago": _rounded(now - generation.loaded_at),
+                "error": self._generations.error if in_full else self._generations.error and HIDDEN,
+            },
             "downstream": {"status": downstream, "backends": backends},
             "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
             "limits": {"status": limits},
         }
 
 
-def _backend(replica: "Replica", now: float, *, in_full: bool) -> dict[str, Any]:
+def _backend(replica: "Replica", endpoint: "Endpoint", now: float, *, in_full: bool) -> dict[str, Any]:
     error, probe, breaker = replica.last_error, replica.probe, replica.breaker
     document: dict[str, Any] = {
-        "name": replica.name,
-        "url": replica.shown_url,
+        "name": endpoint.name,
+        "url": endpoint.shown_url,
         "status": replica.status,
         "breaker": breaker.state.value,
         "retry_in_seconds": _rounded(breaker.retry_in),

@@ -4,17 +4,21 @@ import asyncio
 import logging
 import math
 from typing import TYPE_CHECKING, Self
+from weakref import WeakSet
 
 from gateway.dialects.model_list import MODELS, names_in
 from gateway.errors import ConnectionFailed, GatewayError, InvalidResponse, ServerFault, Silent
 from gateway.phase_timer import PhaseTimer
+from gateway.replica_tasks import ReplicaTasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.backend.client import HttpClient
     from gateway.executor import Executor
+    from gateway.generation import Generations
     from gateway.policy.byte_budget import ByteBudget
+    from gateway.policy.endpoint import Endpoint
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
 
@@ -41,35 +45,37 @@ class ModelLists:
     def __init__(
         self,
         *,
-        pool: "Pool",
+        generations: "Generations",
         client: "HttpClient",
         byte_budget: "ByteBudget",
         executor: "Executor",
         clock: "Callable[[], float]",
     ) -> None:
-        self._pool = pool
+        self._generations = generations
         self._client = client
         self._byte_budget = byte_budget
         self._executor = executor
         self._clock = clock
-        self._tasks: list[asyncio.Task[None]] = []
-        self._logged: set[Replica] = set()
+        self._tasks = ReplicaTasks(self._watch)
+        self._logged: WeakSet[Replica] = WeakSet()
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._watch(replica)) for replica in self._pool.listing]
+        self.follow(self._generations.current.pool)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
 
-    async def _watch(self, replica: "Replica") -> None:
+    def follow(self, pool: "Pool") -> None:
+        """Ask the replicas of this pool from now on."""
+        self._tasks.follow({replica: pool.endpoints[replica] for replica in pool.listing})
+
+    async def _watch(self, replica: "Replica", endpoint: "Endpoint") -> None:
         """Ask one replica for its models again and again."""
         while True:
             interval = INTERVAL
             try:
-                names = await self._ask(replica)
+                names = await self._ask(endpoint)
             except GatewayError as trouble:
                 not_yet = isinstance(trouble, ConnectionFailed | ServerFault | Silent)
                 interval = EAGER_INTERVAL if not_yet and replica.models is None else INTERVAL
@@ -77,17 +83,17 @@ class ModelLists:
                     self._log_trouble(replica, trouble)
             else:
                 self._logged.discard(replica)
-                self._pool.note_models(replica, names)
+                self._generations.current.pool.note_models(replica, names)
             await asyncio.sleep(interval)
 
-    async def _ask(self, replica: "Replica") -> tuple[str, ...]:
+    async def _ask(self, endpoint: "Endpoint") -> tuple[str, ...]:
         """Return the names that a replica lists. Raises: GatewayError."""
         late = f"It did not come within {TIMEOUT:g} s."
         timer = PhaseTimer(self._clock, math.inf)
         timer.limit(TIMEOUT, lambda: Silent(late, timer="models"))
         with timer, self._byte_budget.share() as share:
-            target = replica.target_of(MODELS, "")
-            exchange = await self._client.send(replica, "GET", target, b"", HEADERS, fresh=True)
+            target = endpoint.target_of(MODELS, "")
+            exchange = await self._client.send(endpoint, "GET", target, b"", HEADERS, fresh=True)
             try:
                 if exchange.status >= 500:  # noqa: PLR2004
                     raise ServerFault(exchange.status, None, {})

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from gateway.app import PARTS, create_app, runner_of
-from gateway.config import load_routing
+from gateway.config import Routing, load_routing
+from gateway.files import Files
 from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
@@ -25,18 +26,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-async def run(settings: Settings, worker: Worker | None = None) -> None:
-    """Build the parts and serve until told to stop; `worker`: what this process is among others, or None."""
+async def run(settings: Settings, files: Files, worker: Worker | None = None) -> None:
+    """Build the parts and serve until told to stop.
+
+    Args:
+        settings: of the gateway.
+        files: those read so far.
+        worker: what this process is among others, or None.
+    """
     if worker is not None:
         await worker.open()
     tracer = Tracer(exporter_for(settings, load_otel()))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
     telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
-    routing = load_routing(settings)
+    routing = load_routing(settings, files)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
-    app = create_app(settings, routing, telemetry, worker=worker)
+    app = create_app(settings, routing, telemetry, read=read, files=files, worker=worker)
     parts = app[PARTS]
     await listen(
         runner_of(app),
@@ -46,13 +53,19 @@ async def run(settings: Settings, worker: Worker | None = None) -> None:
         in_flight=parts.in_flight,
         replicas=len(parts.pool.replicas),
         needs_keys=bool(routing.keys),
+        reload=parts.reload.ask,
         take_sockets=worker.take_sockets if worker is not None else None,
     )
 
 
-async def run_workers(settings: Settings, count: int) -> int:
+def read(files: Files) -> Routing:
+    """Read backends, routes and keys anew, with all secrets. Raises: SettingsError."""
+    return load_routing(load(files), files)
+
+
+async def run_workers(settings: Settings, files: Files, count: int) -> int:
     """Run so many workers until told to stop; return the exit code."""
-    load_routing(settings)  # what is wrong with it is said once
+    load_routing(settings, files)  # what is wrong with it is said once
     return await Parent(settings, count).run()
 
 
@@ -72,17 +85,20 @@ def main(arguments: "Sequence[str]" = ()) -> int:
 def serve(worker: Worker | None) -> int:
     """Serve until told to stop; return the exit code."""
     try:
-        settings = load()
+        files = Files()
+        settings = load(files)
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
         if worker is None:
             for name in unknown():
                 logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
             count = settings.gateway_workers or len(os.sched_getaffinity(0))
             if count > 1:
-                return asyncio.run(run_workers(settings, count))  # uvloop cannot put a process in a group of its own
+                return asyncio.run(
+                    run_workers(settings, files, count)
+                )  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()
-        uvloop.run(run(settings, worker))
+        uvloop.run(run(settings, files, worker))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2

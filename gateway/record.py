@@ -118,6 +118,7 @@ class Record:
         sampled: decided at the start, and passed on to the backend.
         request_id: the caller's, or ours.
         caller: who asks; nobody before that is known.
+        generation: the number of the configuration that holds for it.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
         queued: seconds in the queue.
@@ -147,6 +148,7 @@ class Record:
     started_ns: int
     parent_id: int | None = None
     caller: Caller = NOBODY
+    generation: int = 0
     trace_state: str | None = None
     sampled: bool = True
     attempts: list[AttemptRecord] = field(default_factory=list)

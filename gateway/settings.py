@@ -15,6 +15,8 @@ from urllib.request import getproxies, proxy_bypass
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.files import Files
+
 SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
@@ -182,13 +184,18 @@ class Settings(BaseSettings):
     ] = 10
 
 
-def load(**overrides: Any) -> Settings:  # noqa: ANN401
-    """Read and check the environment. `overrides` (names of fields) win over it, for tests and tools.
+def load(files: Files | None = None, /, **overrides: Any) -> Settings:  # noqa: ANN401
+    """Read and check the environment.
+
+    Args:
+        files: reads those that hold secrets.
+        **overrides: fields that win over it, for tests and tools.
 
     Raises:
         SettingsError: the first setting that is invalid, in one line.
     """
-    secrets = {name.lower(): value for name in SECRETS if (value := secret(name)) is not None}
+    files = files or Files()
+    secrets = {name.lower(): value for name in SECRETS if (value := secret(name, files)) is not None}
     empty = {name.lower(): "" for name in MAY_BE_EMPTY if os.environ.get(name) == ""}
     try:
         return Settings(**(secrets | empty | overrides))
@@ -196,11 +203,15 @@ def load(**overrides: Any) -> Settings:  # noqa: ANN401
         raise SettingsError(_one_line(error)) from None
 
 
-def secret(name: str) -> str | None:
+def secret(name: str, files: Files) -> str | None:
     """Return the value of the variable `name`, or of the file that `NAME_FILE` names; None when neither is set.
 
     Spaces around lines and blank lines are dropped, in a file also a byte order mark and comments (lines that begin
     with `#`).
+
+    Args:
+        name: of the variable.
+        files: reads the file.
 
     Raises:
         SettingsError: both are set, or nothing is left, or a line is not printable text, or the file cannot be read.
@@ -214,7 +225,7 @@ def secret(name: str) -> str | None:
         return None
     where = f"{name}_FILE={path!r}"
     try:
-        text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
+        text = files.read(Path(path)).decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise SettingsError(f"{where}: {error.strerror}; it must be the path of a readable text file") from None
     return _printable_lines(text, where, comment="#")

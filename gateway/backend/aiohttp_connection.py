@@ -27,6 +27,7 @@ from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
     from ssl import SSLContext
 
     from aiohttp.abc import ResolveResult
@@ -291,6 +292,11 @@ class Names(AbstractResolver):
             self._asking[host, port] = asyncio.get_running_loop().create_task(self._ask(host, port))
         return addresses
 
+    def keep_only(self, names: "AbstractSet[tuple[str, int]]") -> None:
+        """Forget what all others were resolved to."""
+        for name in self._known.keys() - names - self._asking.keys():
+            del self._known[name]
+
     async def close(self) -> None:
         """Ask nobody any more."""
         for task in self._asking.values():
@@ -356,6 +362,13 @@ class Connector(aiohttp.TCPConnector):
             connection.close()
             connection = await self.connect(request, [], limit)
         return connection, new
+
+    def keep_only(self, keys: "AbstractSet[ConnectionKey]") -> None:
+        """Close the idle connections of all other keys, and forget what their hosts were resolved to."""
+        for key in self._conns.keys() - keys:
+            for protocol, _ in self._conns.pop(key):
+                protocol.close()
+        self._names.keep_only({(key.host, key.port or 0) for key in keys})
 
     async def _create_connection(
         self,

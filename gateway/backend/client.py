@@ -35,7 +35,7 @@ from gateway.phase_timer import PhaseTimer
 from gateway.pieces import joined, taken_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from ssl import SSLContext
 
     from aiohttp.connector import Connection
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from gateway.config import ProbeConfig
     from gateway.policy.byte_budget import Share
-    from gateway.policy.replica import Replica
+    from gateway.policy.endpoint import Endpoint
 
 X_REQUEST_ID, REQUEST_ID = istr("X-Request-Id"), istr("Request-Id")
 
@@ -59,7 +59,7 @@ class HttpClient:
         self._kept: Connector
         self._fresh: Connector
         self._session: aiohttp.ClientSession
-        self._addressees: WeakKeyDictionary[Replica, _Addressee] = WeakKeyDictionary()
+        self._addressees: WeakKeyDictionary[Endpoint, _Addressee] = WeakKeyDictionary()
 
     async def __aenter__(self) -> Self:
         self._kept = Connector(force_close=False)
@@ -77,9 +77,15 @@ class HttpClient:
         await self._kept.close()
         await self._session.close()
 
+    def follow(self, endpoints: "Iterable[Endpoint]") -> None:
+        """Keep connections, and addresses of names, for these endpoints alone; those in use end with age."""
+        requests = [request_to(URL(endpoint.base, encoded=True), _tls(endpoint)) for endpoint in endpoints]
+        for connector in (self._kept, self._fresh):
+            connector.keep_only({request.connection_key for request in requests})
+
     async def send(
         self,
-        replica: "Replica",
+        endpoint: "Endpoint",
         method: str,
         target: str,
         body: bytes,
@@ -90,11 +96,11 @@ class HttpClient:
         """Send a request and wait for the headers of the answer; only the connect timeout applies.
 
         Args:
-            replica: where to.
+            endpoint: where to.
             method: of HTTP.
-            target: path and query, as `Replica.target_of` gives them.
+            target: path and query, as `Endpoint.target_of` gives them.
             body: bytes.
-            headers: all but `host`, `content-length` and the replica's own, which win; names in lower case.
+            headers: all but `host`, `content-length` and the endpoint's own, which win; names in lower case.
             fresh: over a connection of its own, closed afterwards.
 
         Raises:
@@ -102,9 +108,9 @@ class HttpClient:
             InvalidResponse: what came is not an HTTP answer.
             NoConnection: the gateway's own machine lacks something.
         """
-        addressee = self._addressees.get(replica)
+        addressee = self._addressees.get(endpoint)
         if addressee is None:
-            addressee = self._addressees[replica] = _Addressee(replica)
+            addressee = self._addressees[endpoint] = _Addressee(endpoint)
         connector = self._fresh if fresh else self._kept
         new = True
         try:
@@ -116,16 +122,16 @@ class HttpClient:
                 connection.close()
                 raise
         except ConnectTimeout:
-            self._forget_address(replica)
+            self._forget_address(endpoint)
             raise
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             if isinstance(error, aiohttp.ClientConnectorError):
-                self._forget_address(replica)
-            raise failure_of(error, replica, new=new) from None
+                self._forget_address(endpoint)
+            raise failure_of(error, endpoint, new=new) from None
         return Exchange(connection, message, content)
 
-    async def probe(self, replica: "Replica", config: "ProbeConfig") -> str | None:
-        """Ask the replica's health path over a new connection; any answer below 500 is good.
+    async def probe(self, endpoint: "Endpoint", config: "ProbeConfig") -> str | None:
+        """Ask its health path over a new connection; any answer below 500 is good.
 
         It carries no key: a server may answer by asking a model of its own, which costs.
 
@@ -135,48 +141,48 @@ class HttpClient:
         Raises:
             NoConnection: the gateway's own machine lacks something, which says nothing about the replica.
         """
-        late = f"{replica.name} did not answer within {config.timeout:g} s."
+        late = f"{endpoint.name} did not answer within {config.timeout:g} s."
         timer = PhaseTimer(monotonic, math.inf)
         timer.limit(config.timeout, lambda: Silent(late, timer="probe"))
-        url = URL(f"{replica.origin}{config.path}", encoded=True)
-        headers, tls = replica.config.headers, _tls(replica)
+        url = URL(f"{endpoint.origin}{config.path}", encoded=True)
+        headers, tls = endpoint.config.headers, _tls(endpoint)
         try:
             with timer:
                 async with self._session.get(url, headers=headers, allow_redirects=False, ssl=tls) as response:
                     good = response.status < 500  # noqa: PLR2004
-                    return None if good else f"{replica.name} answered {response.status}."
+                    return None if good else f"{endpoint.name} answered {response.status}."
         except aiohttp.ClientConnectorError as error:
-            self._forget_address(replica)
-            return why_unreachable(error, replica)
+            self._forget_address(endpoint)
+            return why_unreachable(error, endpoint)
         except Silent as silent:
             return silent.message
         except (aiohttp.ClientError, OSError, ValueError):  # ValueError: an invalid host name
-            return f"{replica.name} sent an answer that is not valid HTTP."
+            return f"{endpoint.name} sent an answer that is not valid HTTP."
 
-    def _forget_address(self, replica: "Replica") -> None:
+    def _forget_address(self, endpoint: "Endpoint") -> None:
         """Resolve the name anew next time: a container that comes back may have another address."""
-        self._kept.clear_dns_cache(replica.host, replica.port)
-        self._fresh.clear_dns_cache(replica.host, replica.port)
+        self._kept.clear_dns_cache(endpoint.host, endpoint.port)
+        self._fresh.clear_dns_cache(endpoint.host, endpoint.port)
 
 
 class _Addressee:
-    """A replica as requests see it: what the connector asks about it, and the lines of the head that never change.
+    """An endpoint as requests see it: what the connector asks about it, and the lines of the head that never change.
 
     Attributes:
         request: what the connector needs to know.
         connect_limit: of a new connection.
     """
 
-    def __init__(self, replica: "Replica") -> None:
-        own = own_headers(replica)
-        self.request = request_to(URL(replica.base, encoded=True), _tls(replica))
-        seconds = replica.timeouts.connect
-        self.connect_limit = ConnectLimit(seconds, partial(_not_accepted, replica.name, seconds))
+    def __init__(self, endpoint: "Endpoint") -> None:
+        own = own_headers(endpoint)
+        self.request = request_to(URL(endpoint.base, encoded=True), _tls(endpoint))
+        seconds = endpoint.timeouts.connect
+        self.connect_limit = ConnectLimit(seconds, partial(_not_accepted, endpoint.name, seconds))
         self._own = frozenset(name for name, _ in own)
         self._start = f" HTTP/1.1\r\nhost: {self.request.headers['Host']}\r\n{lines_of(own)}"
 
     def head(self, method: str, target: str, headers: list[tuple[str, str]], length: int, *, close: bool) -> bytes:
-        """Return the request's head; the replica's own headers win over the caller's.
+        """Return the request's head; the endpoint's own headers win over the caller's.
 
         Raises:
             InvalidRequest: a value holds a line end, and would become more than one header.
@@ -197,23 +203,23 @@ def _not_accepted(replica: str, seconds: float) -> ConnectTimeout:
     return ConnectTimeout(f"{replica} did not accept a connection within {seconds:g} s.")
 
 
-def own_headers(replica: "Replica") -> list[tuple[str, str]]:
-    """Return the replica's headers, among them its key; without a key, the user info of its url."""
-    config = replica.config
+def own_headers(endpoint: "Endpoint") -> list[tuple[str, str]]:
+    """Return the endpoint's headers, among them its key; without a key, the user info of its url."""
+    config = endpoint.config
     own = [*config.headers, *config.secret_headers]
     if config.api_key:
         scheme = "Bearer " if config.api_key_header == "authorization" else ""
         own.append((config.api_key_header, f"{scheme}{config.api_key}"))
-    elif replica.user_info and not any(name == "authorization" for name, _ in own):
-        user, _, password = replica.user_info.partition(":")
+    elif endpoint.user_info and not any(name == "authorization" for name, _ in own):
+        user, _, password = endpoint.user_info.partition(":")
         pair = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
         own.append(("authorization", f"Basic {b64encode(pair).decode()}"))
     return own
 
 
-def _tls(replica: "Replica") -> "SSLContext | bool":
+def _tls(endpoint: "Endpoint") -> "SSLContext | bool":
     """Return what the connector takes: True stands for the usual checks."""
-    return replica.config.tls or True
+    return endpoint.config.tls or True
 
 
 class Exchange:

@@ -30,7 +30,7 @@ from gateway.errors import (
 )
 
 if TYPE_CHECKING:
-    from gateway.policy.replica import Replica
+    from gateway.policy.endpoint import Endpoint
 
 FOR_ANOTHER_HOST = frozenset({62, 64})
 """OpenSSL's `X509_V_ERR_HOSTNAME_MISMATCH` and `X509_V_ERR_IP_ADDRESS_MISMATCH`."""
@@ -58,27 +58,27 @@ WHY_UNREACHABLE = {
 }
 
 
-def failure_of(error: Exception, replica: "Replica", *, new: bool) -> BackendError:
+def failure_of(error: Exception, endpoint: "Endpoint", *, new: bool) -> BackendError:
     """Return the failure behind an error of aiohttp before the headers of an answer.
 
     Args:
         error: it.
-        replica: which was asked.
+        endpoint: which was asked.
         new: whether the connection was new, not kept alive.
 
     Raises:
         NoConnection: the gateway's own machine lacks something.
     """
     if isinstance(error, aiohttp.ClientConnectorError):
-        return Unreachable(why_unreachable(error, replica))
+        return Unreachable(why_unreachable(error, endpoint))
     if isinstance(error, (aiohttp.ServerDisconnectedError, OSError)):
         begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
         if not new and not begun:  # begun: part of the answer's head came; aiohttp hands it over in place of a text
-            return StaleConnection(f"A kept-alive connection to {replica.name} was dead.")
-        return ConnectionFailed(f"{replica.name} closed the connection before answering.")
+            return StaleConnection(f"A kept-alive connection to {endpoint.name} was dead.")
+        return ConnectionFailed(f"{endpoint.name} closed the connection before answering.")
     if isinstance(error.__cause__, LineTooLong) or "Too many headers" in str(error):
         return headers_too_large()
-    return InvalidResponse(f"{replica.name} sent an answer that is not valid HTTP.")
+    return InvalidResponse(f"{endpoint.name} sent an answer that is not valid HTTP.")
 
 
 def headers_too_large() -> PartTooLarge:
@@ -108,21 +108,21 @@ def _has_descriptors() -> bool:
     return True
 
 
-def why_unreachable(error: aiohttp.ClientConnectorError, replica: "Replica") -> str:
+def why_unreachable(error: aiohttp.ClientConnectorError, endpoint: "Endpoint") -> str:
     """Return why there is no connection, in a sentence. Raises: NoConnection, if it is not the replica's doing."""
     _check_shortage(error)
     cause = error.os_error
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return f"The host name of {replica.name} could not be resolved."
+        return f"The host name of {endpoint.name} could not be resolved."
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = "it does not fit"
         if isinstance(error.certificate_error, ssl.SSLCertVerificationError):
             for_another = error.certificate_error.verify_code in FOR_ANOTHER_HOST
             reason = "it is for another host" if for_another else error.certificate_error.verify_message.rstrip(".")
-        return f"The certificate of {replica.name} was not accepted: {reason}."
+        return f"The certificate of {endpoint.name} was not accepted: {reason}."
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         reason = getattr(cause, "reason", None) or "no reason given"
-        return f"The TLS handshake with {replica.name} failed: {reason}."
+        return f"The TLS handshake with {endpoint.name} failed: {reason}."
     if isinstance(cause, (ConnectionResetError, ConnectionAbortedError)):
-        return f"{replica.name} closed the connection while it was being opened."
-    return f"{replica.name} {WHY_UNREACHABLE.get(error.errno or 0, 'could not be reached.')}"
+        return f"{endpoint.name} closed the connection while it was being opened."
+    return f"{endpoint.name} {WHY_UNREACHABLE.get(error.errno or 0, 'could not be reached.')}"

@@ -112,6 +112,7 @@ class Attempts:
             NoConnection: as well; nothing was sent, and it was no attempt.
         """
         replica = lease.replica
+        call.endpoint = target.endpoints[replica]
         attempt = self._begin(call, target, replica)
         attempt.backoff = backoff
         try:
@@ -160,16 +161,16 @@ class Attempts:
             ("traceparent", call.record.traceparent(attempt.span_id)),
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
-        timeouts = lease.replica.timeouts
+        timeouts = call.endpoint.timeouts
         passes_through = call.prompt.dialect.passes_through
         if call.sink is not None and not passes_through:
             timer.limit(timeouts.first_token, lambda: no_first_token(timeouts.first_token))
         else:
             timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
         with timer:
-            target = lease.replica.target_of(call.prompt.path, call.query)
+            target = call.endpoint.target_of(call.prompt.path, call.query)
             exchange = await self._client.send(
-                lease.replica, call.prompt.method, target, call.body, headers, fresh=fresh
+                call.endpoint, call.prompt.method, target, call.body, headers, fresh=fresh
             )
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
@@ -191,7 +192,7 @@ class Attempts:
 
     async def _read_answer(self, call: "Call", lease: "Lease", exchange: "Exchange", timer: PhaseTimer) -> None:
         """Read an unstreamed answer."""
-        idle = lease.replica.timeouts.idle
+        idle = call.endpoint.timeouts.idle
         held = call.share.held
         dialect = call.prompt.dialect
         try:
@@ -208,7 +209,7 @@ class Attempts:
             raise
         _describe(call.record, answer, texts)
         if call.remember is not None:
-            call.remember(answer.response_id, lease.replica.name, lease.model)
+            call.remember(answer.response_id, lease.replica.id, lease.model)
         call.answer = WholeAnswer(exchange.status, _passed_headers(call, exchange), body)
 
     async def _read_error(self, call: "Call", exchange: "Exchange", timer: PhaseTimer, idle: float) -> None:
@@ -267,7 +268,7 @@ class Attempts:
     ) -> None:
         """Hold a streamed answer until commit, then pass it on as it arrives."""
         exchange.decode_within(self._max_answer)
-        timeouts = lease.replica.timeouts
+        timeouts = call.endpoint.timeouts
         is_stream = exchange.content_type == "text/event-stream"
         if not is_stream and not (exchange.content_type == "" and begins_as_stream(await exchange.peek())):
             await self._read_no_stream(call, exchange, timer, timeouts.idle)
@@ -297,7 +298,7 @@ class Attempts:
             if call.commit == "complete":
                 events += await relay.until_complete(self._max_answer)
             if call.remember is not None:
-                call.remember(state.response_id, lease.replica.name, lease.model)
+                call.remember(state.response_id, lease.replica.id, lease.model)
             timer.end_at(call.deadline.end)
             headers = {"content-type": "text/event-stream", **_passed_headers(call, exchange)}
             await sink.commit(headers, events, state, partial(held_up, exchange, call.share))
@@ -317,7 +318,7 @@ class Attempts:
     ) -> None:
         """Pass an answer on as it comes, whatever it is: its first byte is its commit."""
         exchange.decode_within(self._max_answer)
-        relay = BodyRelay(exchange, timer, idle=lease.replica.timeouts.idle, share=call.share)
+        relay = BodyRelay(exchange, timer, idle=call.endpoint.timeouts.idle, share=call.share)
         held = call.share.held
         try:
             body = await relay.until_commit(self._max_answer, whole=call.commit == "complete")
@@ -346,9 +347,10 @@ class Attempts:
         """Note that an attempt begins."""
         attempts = call.record.attempts
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
-        attempt = AttemptRecord(len(attempts) + 1, replica.name, self._rng.getrandbits(64) or 1, self._clock())
-        attempt.host, attempt.port = replica.host, replica.port
-        attempt.url = replica.url_of(call.record.path or "")
+        endpoint = call.endpoint
+        attempt = AttemptRecord(len(attempts) + 1, endpoint.name, self._rng.getrandbits(64) or 1, self._clock())
+        attempt.host, attempt.port = endpoint.host, endpoint.port
+        attempt.url = endpoint.url_of(call.record.path or "")
         attempt.model = target.model or call.model or None
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()

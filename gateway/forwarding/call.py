@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gateway.forwarding.charge import Charge
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
+    from gateway.policy.endpoint import Endpoint
     from gateway.policy.outage import Outage
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
@@ -95,10 +96,10 @@ class Call:
         query: of the caller's url, encoded, where it goes on; empty for none.
         headers: the caller's that go to the backend, names in lower case.
         commit: when it begins to go out: with its first content, with its first answer, or when it is complete.
-        remember: called with the id of a good answer, the name of its replica and the model sent; None: nobody asks.
+        remember: called with the id of a good answer, the id of its replica and the model sent; None: nobody asks.
         body: the bytes for the target at hand.
         answer: an unstreamed answer, once it is there.
-        targets: where it may go, in order; target: the one at hand.
+        targets: where it may go, in order; target: the one at hand; endpoint: how the latest attempt asks.
         failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
@@ -118,6 +119,7 @@ class Call:
         "commit",
         "counted",
         "deadline",
+        "endpoint",
         "failed_before",
         "failures",
         "given_up",
@@ -165,6 +167,7 @@ class Call:
         self.answer: WholeAnswer | None = None
         self.targets = targets
         self.target = targets[0]
+        self.endpoint: Endpoint
         self.caller = caller
         self.charge = charge
         self.failed_before: frozenset[str] | None = None

@@ -1,4 +1,4 @@
-"""A backend: its replicas, its outages, and the requests that wait for it, or for one of its replicas alone."""
+"""A backend as a whole, or one of its replicas alone: its outages, and the requests that wait for it."""
 
 from typing import TYPE_CHECKING
 
@@ -8,12 +8,11 @@ from gateway.policy.waiting_room import WaitingRoom
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.policy.replica import Replica
     from gateway.policy.waiting_room import WaitingLimit
 
 
 class Backend:
-    """A server we forward to.
+    """A server we forward to. It outlives generations of the configuration, as its replicas do.
 
     Args:
         name: as configured.
@@ -26,9 +25,6 @@ class Backend:
         outage: the present one.
         bridging: the requests that wait for its end.
         full: the requests that wait because all replicas have as many attempts under way as they may have.
-        replicas: in order.
-        alone: by replica the same backend as far as it is that replica, for requests that no other one can answer; a
-            backend with one replica is that itself.
     """
 
     def __init__(
@@ -47,8 +43,6 @@ class Backend:
         self.bridging = WaitingRoom(limit, clock=clock, released=self._released)
         self.full = WaitingRoom(limit, clock=clock)
         self.outage = Outage(wait=outage_wait, clock=clock, over=self.bridging.release, failed=self._hold)
-        self.replicas: tuple[Replica, ...] = ()
-        self.alone: dict[Replica, Backend] = {}
         self._cooling: dict[str, WaitingRoom] = {}
 
     def _hold(self) -> None:

@@ -53,7 +53,7 @@ class Lease:
         self._ticket = ticket
         self._over = False
         self._asked_at = replica.clock()
-        self._outages = [outage.number for outage in replica.outages]
+        self._outages = [(outage, outage.number) for outage in replica.outages]
         self._first_after_cooldown = replica.cooldown.take(model)
         replica.in_flight += 1
 
@@ -175,5 +175,5 @@ class Lease:
         """End cooldown and outage: the backend answers."""
         replica = self.replica
         replica.cooldown.succeed(self.model, self._asked_at)
-        for outage, number in zip(replica.outages, self._outages, strict=True):
+        for outage, number in self._outages:
             outage.record_success(number)

@@ -41,14 +41,18 @@ class Window:
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
-        self.limit = limit
-        self.shown = str(limit)
+        self.set_limit(limit)
         self.used = 0
         self.began = 0.0
         self._seconds = seconds // SLOTS  # of a slot
         self._slot = 0  # the number of the present one
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
         self._past_used = 0
+
+    def set_limit(self, limit: int) -> None:
+        """Have this limit from now on."""
+        self.limit = limit
+        self.shown = str(limit)
 
     @property
     def is_of_a_day(self) -> bool:
@@ -145,6 +149,21 @@ class Limits:
         self.touched = False
         self._rolls_at = 0.0
 
+    def change(self, config: "LimitsConfig") -> None:
+        """Have other limits from now on; what was used of those that stay still counts."""
+        known = {window.name: window for window in (*self.requests, *self.tokens)}
+
+        def kept(windows: tuple[Window, ...]) -> tuple[Window, ...]:
+            for window in windows:
+                if window.name in known:
+                    known[window.name].set_limit(window.limit)
+            return tuple(known.get(window.name, window) for window in windows)
+
+        self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
+        self.tokens = kept(_windows("tokens", config.tokens_per_minute, config.tokens_per_day))
+        self.most_in_flight = config.max_in_flight
+        self._rolls_at = 0.0
+
     def look(self) -> float:
         """Return the instant, at which all windows are as they are to be."""
         now = self.clock()
@@ -172,11 +191,13 @@ class Reservation:
         tokens: reserved.
     """
 
-    __slots__ = ("_limits", "_taken_at", "tokens")
+    __slots__ = ("_limits", "_requests", "_taken", "_taken_at", "tokens")
 
     def __init__(self, limits: Limits, tokens: int) -> None:
         self._limits = limits
         self._taken_at: float | None = None
+        self._requests: tuple[Window, ...] = ()  # of which it took one each
+        self._taken: list[tuple[Window, int]] = []  # the tokens that it took of each
         self.tokens = tokens
 
     def take(self) -> float | None:
@@ -193,8 +214,11 @@ class Reservation:
                 return self._wait(now)
         for window in limits.requests:
             window.used += 1
+        self._requests = limits.requests  # by the time it is settled there may be other limits
         for window in limits.tokens:
-            window.used += tokens if tokens < window.limit else window.limit  # noqa: FURB136 - at each request
+            cut = tokens if tokens < window.limit else window.limit  # noqa: FURB136 - at each request
+            window.used += cut
+            self._taken.append((window, cut))
         limits.in_flight += 1
         limits.touched = True
         self._taken_at = now
@@ -217,8 +241,8 @@ class Reservation:
         limits.look()
         limits.in_flight -= 1
         limits.touched = True
-        for window in limits.tokens:
-            more = tokens - (self.tokens if self.tokens < window.limit else window.limit)  # noqa: FURB136
+        for window, taken in self._taken:
+            more = tokens - taken
             if more > 0 or at >= window.began:
                 window.used += more
             else:
@@ -228,7 +252,7 @@ class Reservation:
         """Give all of it back: the request was never forwarded."""
         at = self._taken_at
         self.settle(0)
-        for window in self._limits.requests:
+        for window in self._requests:
             if at is not None and at < window.began:
                 window.change(at, -1)
             else:

@@ -1,21 +1,22 @@
-"""The pool: all backends and routes, and which replica is asked next."""
+"""The pool: all backends and routes of one generation, and which replica is asked next."""
 
-from functools import partial
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
+from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
     from random import Random
 
-    from gateway.config import BackendConfig, ReplicaConfig, RouteConfig, Routing
+    from gateway.config import BackendConfig, RouteConfig, Routing
     from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
@@ -31,23 +32,34 @@ class Target:
 
     Attributes:
         backend: its name; home: itself.
+        endpoints: how each of its replicas is asked.
         replicas: of the backend.
         weight: its share of the route's requests; None where the route has none.
     """
 
-    __slots__ = ("_rng", "backend", "home", "model", "replicas", "weight")
+    __slots__ = ("_rng", "backend", "endpoints", "home", "model", "replicas", "weight")
 
-    def __init__(self, home: Backend, model: str | None, rng: "Random", weight: int | None = None) -> None:
+    def __init__(
+        self,
+        home: Backend,
+        endpoints: "Mapping[Replica, Endpoint]",
+        model: str | None,
+        rng: "Random",
+        weight: int | None = None,
+    ) -> None:
         self.home = home
         self.backend = home.name
         self.model = model
-        self.replicas = home.replicas
+        self.endpoints = endpoints
+        self.replicas = tuple(endpoints)
         self.weight = weight
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
         """Return the same with one of its replicas alone, with whose outages and waiting rooms it waits."""
-        return self if len(self.replicas) == 1 else Target(self.home.alone[replica], self.model, self._rng)
+        if len(self.replicas) == 1:
+            return self
+        return Target(replica.alone, {replica: self.endpoints[replica]}, self.model, self._rng)
 
     @property
     def full(self) -> bool:
@@ -57,7 +69,7 @@ class Target:
     @property
     def connect_timeout(self) -> float:
         """Seconds for a connection: with less of the deadline left, an attempt makes no sense."""
-        return self.replicas[0].timeouts.connect
+        return self.endpoints[self.replicas[0]].timeouts.connect
 
     def pick(self, model: str, *, without: "Collection[Replica]" = ()) -> Replica | None:
         """Return a replica that admits an attempt for the model, or None.
@@ -81,9 +93,14 @@ class Target:
         return free[0] if free else None
 
     def refuses(self, model: str, path: str) -> bool:
-        """Return whether each replica that admits an attempt refused our key, model or path a short time ago."""
+        """Return whether each replica that admits an attempt refused our key, model or path a short time ago.
+
+        One that has never been probed is not preferred to others either.
+        """
         able = [replica for replica in self.replicas if replica.admits(model)]
-        return bool(able) and all(replica.refuses(model) or replica.lacks(path, model) for replica in able)
+        return bool(able) and all(
+            replica.awaits_probe or replica.refuses(model) or replica.lacks(path, model) for replica in able
+        )
 
     def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
         """Return the instant at which the first replica admits an attempt: `now` when one does.
@@ -164,17 +181,91 @@ class Route:
         return (drawn, *(target for target in self.targets if target is not drawn))
 
 
+class _Maker:
+    """Makes backends and replicas. Args: as those of `Pool`."""
+
+    def __init__(
+        self,
+        settings: "Settings",
+        *,
+        clock: "Callable[[], float]",
+        rng: "Random",
+        waiting: "WaitingLimit",
+        breaker_changed: "Callable[[Replica, State, State], None]",
+        cooldown_begun: "Callable[[str, float], None]",
+        released: "Callable[[str, int], None]",
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._rng = rng
+        self._waiting = waiting
+        self._breaker_changed = breaker_changed
+        self._cooldown_begun = cooldown_begun
+        self._released = released
+
+    def backend(self, name: str) -> Backend:
+        """Return a new backend, or what is one replica of it alone."""
+        return Backend(
+            name,
+            outage_wait=self._settings.gateway_outage_wait,
+            limit=self._waiting,
+            clock=self._clock,
+            released=self._released,
+        )
+
+    def replica(self, id_: str, name: str, homes: tuple[Backend, ...]) -> Replica:
+        """Return a new replica."""
+        settings, clock = self._settings, self._clock
+        breaker_changed, cooldown_begun = self._breaker_changed, self._cooldown_begun
+        replica: Replica = Replica(
+            name,
+            breaker=Breaker(
+                failures=settings.gateway_breaker_failures,
+                open_seconds=settings.gateway_breaker_open_seconds,
+                open_max=settings.gateway_breaker_open_max,
+                clock=clock,
+                draw=self._rng.random,
+                changed=lambda old, new: breaker_changed(replica, old, new),
+            ),
+            cooldown=Cooldown(
+                clock=clock,
+                begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
+                changed=lambda model, over: _tell_cooldown(replica, model, over),
+            ),
+            budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
+            clock=clock,
+            homes=homes,
+            id_=id_,
+        )
+        return replica
+
+
 class Pool:
-    """All replicas and routes.
+    """All replicas and routes of one generation.
+
+    What is known about a replica outlives generations, as long as its backend's name and its url stay: only how it is
+    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as one of its replicas stays.
+
+    Args:
+        routing: backends and routes.
+        settings: of breakers, budgets and outages.
+        clock: seconds, monotonic.
+        rng: draws replicas.
+        waiting: of all requests that wait.
+        breaker_changed: called with (replica, old, new) at each change of a breaker's state.
+        cooldown_begun: called with (name of a replica, seconds).
+        released: called with (name of a backend, number) when requests that waited are released.
+        before: the generation before; None: there is none.
 
     Attributes:
         default_model: the model of a request that names none: the configured one, else the first that is listed.
         models: those that routes name, in order; in place of `*` the default one and what its backends list.
         listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
-        repeats: the requests that failed lately.
-        replicas: of all backends, in order.
+        repeats: the requests that failed lately, in all generations.
+        endpoints: how each replica of all backends is asked, in order.
+        replicas: those.
         backends: those of all routes in their order, each once, as targets that keep the caller's model.
-        responses: where stored responses live.
+        responses: where stored responses live, of all generations.
         routes: the first one that matches wins.
     """
 
@@ -186,69 +277,66 @@ class Pool:
         clock: "Callable[[], float]",
         rng: "Random",
         waiting: "WaitingLimit",
-        breaker_changed: "Callable[[str, State, State], None]",
+        breaker_changed: "Callable[[Replica, State, State], None]",
         cooldown_begun: "Callable[[str, float], None]",
         released: "Callable[[str, int], None]",
+        before: "Pool | None" = None,
     ) -> None:
         self._model_name = settings.model_name
-        self.repeats = Repeats(clock)
-        self.responses = ResponseHomes()
+        self.repeats: Repeats = before.repeats if before is not None else Repeats(clock)
+        self.responses: ResponseHomes = before.responses if before is not None else ResponseHomes()
+        maker = _Maker(
+            settings,
+            clock=clock,
+            rng=rng,
+            waiting=waiting,
+            breaker_changed=breaker_changed,
+            cooldown_begun=cooldown_begun,
+            released=released,
+        )
+        former = before.endpoints if before is not None else {}
+        known = {replica.id: replica for replica in former}
 
-        def backend(config: "BackendConfig") -> Backend:
-            home = empty(config.name)
-            if len(config.replicas) == 1:
-                home.replicas = (replica(config.replicas[0], home),)
-                home.alone = {home.replicas[0]: home}
-                return home
-            for each in config.replicas:
-                alone = empty(config.name)
-                alone.replicas = (replica(each, alone, home),)
-                alone.alone = {alone.replicas[0]: alone}
-                home.replicas += alone.replicas
-                home.alone |= alone.alone
-            return home
-
-        def empty(name: str) -> Backend:
-            return Backend(
-                name, outage_wait=settings.gateway_outage_wait, limit=waiting, clock=clock, released=released
-            )
-
-        def replica(config: "ReplicaConfig", *homes: Backend) -> Replica:
-            breaker = Breaker(
-                failures=settings.gateway_breaker_failures,
-                open_seconds=settings.gateway_breaker_open_seconds,
-                open_max=settings.gateway_breaker_open_max,
-                clock=clock,
-                draw=rng.random,
-                changed=lambda old, new: breaker_changed(config.name, old, new),
-            )
-            cooldown = Cooldown(
-                clock=clock,
-                begun=lambda _model, seconds: cooldown_begun(config.name, seconds),
-                changed=partial(_tell_cooldown, homes),
-            )
-            budget = RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock)
-            outages = tuple(home.outage for home in homes)
-            made = Replica(config, breaker=breaker, cooldown=cooldown, outages=outages, budget=budget, clock=clock)
-            made.freed = partial(_tell_freed, homes)
-            return made
+        def backend(config: "BackendConfig") -> tuple[Backend, dict[Replica, Endpoint]]:
+            ids = _ids(config)
+            whole = next((known[id_].backend for id_ in ids if id_ in known), None) or maker.backend(config.name)
+            made: dict[Replica, Endpoint] = {}
+            for id_, each in zip(ids, config.replicas, strict=True):
+                replica = known.get(id_)
+                if replica is None:
+                    homes = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
+                    replica = maker.replica(id_, each.name, homes)
+                    replica.awaits_probe = before is not None and each.probe is not None
+                endpoint = former.get(replica)
+                made[replica] = endpoint if endpoint is not None and endpoint.config == each else Endpoint(each)
+            return whole, made
 
         backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(backends[target.backend], target.model, rng, target.weight) for target in config.targets)
+            targets = (Target(*backends[target.backend], target.model, rng, target.weight) for target in config.targets)
             return Route(config.model, tuple(targets), rng)
 
-        self.replicas = tuple(replica for each in backends.values() for replica in each.replicas)
+        self.endpoints: dict[Replica, Endpoint] = {}
+        for _, endpoints in backends.values():
+            self.endpoints |= endpoints
+        self.replicas = tuple(self.endpoints)
         self.routes = tuple(map(route, routing.routes))
-        homes = dict.fromkeys(target.home for route in self.routes for target in route.targets)
-        self.backends = tuple(Target(home, None, rng) for home in homes)
+        homes = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(*backends[name], None, rng) for name in homes)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))
         self.default_model: str
         self.models: tuple[str, ...]
         self._set_models()
+        for whole, endpoints in backends.values():
+            for replica, each in endpoints.items():
+                replica.name = each.name
+                replica.max_in_flight = each.config.max_in_flight
+                if len(endpoints) > 1 and replica.alone is whole:  # it was the only one of its backend
+                    replica.settle_in(maker.backend(whole.name), whole)
+                replica.freed()  # more attempts at once may be allowed now
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -286,9 +374,7 @@ class Pool:
                 whatever the routes are.
         """
         targets = self.backends if route is None else route.targets
-        able = [
-            target.only(replica) for target in targets for replica in target.replicas if replica.name == home.replica
-        ]
+        able = [target.only(replica) for target in targets for replica in target.replicas if replica.id == home.replica]
         return next((target for target in able if (target.model or model) == home.model), able[0] if able else None)
 
     def note_models(self, replica: Replica, names: tuple[str, ...]) -> None:
@@ -315,11 +401,21 @@ class Pool:
         self.models = tuple(dict.fromkeys(names))
 
 
-def _tell_cooldown(homes: tuple[Backend, ...], model: str | None, over: bool) -> None:  # noqa: FBT001 - see there
-    for home in homes:
+def _tell_cooldown(replica: Replica, model: str | None, over: bool) -> None:  # noqa: FBT001 - of Cooldown.changed
+    for home in replica.homes:
         home.cooldown_changed(model, over)
 
 
-def _tell_freed(homes: tuple[Backend, ...]) -> None:
-    for home in homes:
-        home.full.wake()
+def _ids(config: "BackendConfig") -> list[str]:
+    """Return what the replicas of a backend are known by in all generations: its name and their urls.
+
+    Names of replicas do not serve: those of the others change when one in the middle goes. Nor does what user info the
+    url holds: it is a key, which changes.
+    """
+    times: Counter[str] = Counter()
+    ids = []
+    for replica in config.replicas:
+        url = Endpoint(replica).shown_url
+        times[url] += 1
+        ids.append(f"{config.name} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
+    return ids

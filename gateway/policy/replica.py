@@ -2,7 +2,6 @@
 
 from collections import deque
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote_plus, urlencode, urlsplit
 
 from gateway.errors import ErrorAnswer
 from gateway.policy.breaker import Breaker, State
@@ -11,10 +10,9 @@ from gateway.policy.fingerprints import BadBodies
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.config import ReplicaConfig
     from gateway.errors import BackendError
+    from gateway.policy.backend import Backend
     from gateway.policy.cooldown import Cooldown
-    from gateway.policy.outage import Outage
     from gateway.policy.retry_budget import RetryBudget
 
 AVOIDED = 10.0
@@ -56,59 +54,50 @@ class Probe:
 
 
 class Replica:
-    """One url of a backend, with its breaker, its cooldowns, its retry budget and its recent past.
+    """What is known about one url of a backend: its breaker, its cooldowns, its retry budget and its recent past.
+
+    It outlives generations of the configuration; how it is asked is the `Endpoint` of each.
+
+    Args:
+        name: as the latest generation that has it calls it.
+        breaker, cooldown, budget: its own.
+        clock: seconds, monotonic.
+        homes: of its outages and of those who wait for it: itself, and its backend where that has other replicas.
+        id_: what it is known by in all generations.
 
     Attributes:
-        config: what was configured for it.
-        name: as in `x-gateway-backend`.
-        timeouts: of its attempts.
-        base: what the SDKs call `base_url`: the url, with `/v1` if it has no path of its own.
-        origin: scheme, host and port; the path of the probe is appended to it.
-        shown_url: the configured url without user info.
-        user_info: user and password from the url, or None.
-        outages: its own, and its backend's where that has other replicas.
+        name, homes, id: see there.
+        outages: of its homes.
+        max_in_flight: attempts at once, as the latest generation that has it says, or None for any number.
         in_flight: attempts under way.
+        awaits_probe: it is new, and comes after all others until its first probe has ended.
         last_success, last_error, probe: what happened last (a probe by `note_probe`); instants are seconds of `clock`.
         last_failed: whether the latest attempt failed.
         models: what it listed when it was last asked; None: nothing so far.
-        freed: called when an attempt has ended where `max_in_flight` limits them.
     """
 
     def __init__(
         self,
-        config: "ReplicaConfig",
+        name: str,
         *,
         breaker: Breaker,
         cooldown: "Cooldown",
-        outages: "tuple[Outage, ...]",
         budget: "RetryBudget",
         clock: "Callable[[], float]",
+        homes: "tuple[Backend, ...]" = (),
+        id_: str = "",
     ) -> None:
-        parts = urlsplit(config.url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-        path = parts.path.rstrip("/")
-        self.config = config
-        self.name = config.name
-        self.timeouts = config.timeouts
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.origin = f"{parts.scheme}://{host}{port}"
-        self._base_path = path or "/v1"
-        self.base = self.origin + self._base_path
-        self._query = urlencode(config.query, quote_via=quote)
-        self._query_names = frozenset(name for name, _ in config.query)
-        self.shown_url = self.origin + parts.path
-        self.user_info = parts.netloc.rpartition("@")[0] or None
+        self.id = id_
+        self.name = name
         self.breaker = breaker
         self.cooldown = cooldown
-        self.outages = outages
         self.budget = budget
-        self.freed: Callable[[], None] = lambda: None
-        self._urls: dict[str, str] = {}
+        self.settle_in(*homes)
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
+        self.max_in_flight: int | None = None
         self.in_flight = 0
+        self.awaits_probe = False
         self.last_success: float | None = None
         self.last_error: LastError | None = None
         self.last_failed = False
@@ -118,7 +107,26 @@ class Replica:
         self._avoided: dict[str | None, float] = {}  # until when, by model; None: every one
         self._lacking: dict[str, tuple[str | None, float]] = {}  # by path: for which model, None: any, and until when
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
-        self.max_in_flight = config.max_in_flight
+
+    def settle_in(self, *homes: "Backend") -> None:
+        """Have these homes."""
+        self.homes = homes
+        self.outages = tuple(home.outage for home in homes)
+
+    @property
+    def alone(self) -> "Backend":
+        """Its backend as far as it is this replica, for requests that no other one can answer."""
+        return self.homes[0]
+
+    @property
+    def backend(self) -> "Backend":
+        """Its backend as a whole."""
+        return self.homes[-1]
+
+    def freed(self) -> None:
+        """Let those look again who wait because as many attempts were under way as may be."""
+        for home in self.homes:
+            home.full.wake()
 
     @property
     def status(self) -> str:
@@ -141,34 +149,6 @@ class Replica:
             return False
         return self.breaker.admits and self.cooldown.due(model) is None
 
-    def url_of(self, path: str) -> str:
-        """Return the url of a call, without the query; `path` has the template in place of an id.
-
-        A path below `/v1` follows the base without it. Any other, such as `/tokenize`, stands beside the `/v1` that
-        ends most bases, as vLLM and llama.cpp have it.
-        """
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = _joined(self.base, path)
-        return url
-
-    def target_of(self, path: str, query: str) -> str:
-        """Return what a call asks for (RFC 9112, 3.2): path and query; the replica's own query wins over the caller's.
-
-        Args:
-            path: of the call, its id too; otherwise as in `url_of`.
-            query: of the caller, encoded; empty for none.
-        """
-        target = _joined(self._base_path, path)
-        if query or self._query:
-            kept = [pair for pair in query.split("&") if pair and not self._is_own(pair)]
-            target = f"{target}?{'&'.join([*kept, self._query] if self._query else kept)}"
-        return target
-
-    def _is_own(self, pair: str) -> bool:
-        """Return whether a pair of a query has a name that is configured for the replica."""
-        return unquote_plus(pair.partition("=")[0]) in self._query_names
-
     def note_probe(self, probe: Probe) -> None:
         """Take a probe's result into account."""
         self.probe = probe
@@ -188,6 +168,8 @@ class Replica:
 
     def is_avoided(self, model: str) -> bool:
         """Return whether it is asked for the model only where no other replica can answer."""
+        if self.awaits_probe:
+            return True
         if not self._avoided:
             return False
         now = self.clock()
@@ -249,7 +231,3 @@ class Replica:
         self._avoided[model] = until
         if len(self._avoided) > MAX_MODELS:
             del self._avoided[next(iter(self._avoided))]
-
-
-def _joined(base: str, path: str) -> str:
-    return base + path[3:] if path.startswith("/v1/") else base.removesuffix("/v1") + path

@@ -12,7 +12,7 @@ class Home:
     """The home of a response.
 
     Attributes:
-        replica: the name of the one that made it; no other knows it.
+        replica: the id of the one that made it, whatever it is called by now; no other knows it.
         model: what that was asked for; "" where it has only been found there.
         owner: the key that it was made for; None: anybody may use it.
     """

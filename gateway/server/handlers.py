@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from gateway.forwarding.call import Remember
     from gateway.forwarding.charge import Charges
     from gateway.forwarding.forwarder import Forwarder
+    from gateway.generation import Generation, Generations
     from gateway.health import Health
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget, Share
     from gateway.policy.caller import Caller
     from gateway.policy.deadline import Deadline
-    from gateway.policy.pool import Pool, Route, Target
+    from gateway.policy.pool import Route, Target
     from gateway.policy.response_homes import Home
     from gateway.record import Record
-    from gateway.server.keys import Keys
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Commit, Settings
     from gateway.telemetry import Telemetry
@@ -52,9 +52,8 @@ class Handlers:
         self,
         settings: "Settings",
         *,
-        keys: "Keys",
+        generations: "Generations",
         reader: "RequestReader",
-        pool: "Pool",
         admission: "Admission",
         byte_budget: "ByteBudget",
         charges: "Charges",
@@ -66,9 +65,8 @@ class Handlers:
     ) -> None:
         self._siblings = siblings
         self._settings = settings
-        self._keys = keys
+        self._generations = generations
         self._reader = reader
-        self._pool = pool
         self._admission = admission
         self._byte_budget = byte_budget
         self._charges = charges
@@ -79,6 +77,7 @@ class Handlers:
 
     async def prompt(self, request: web.Request) -> web.StreamResponse:
         """Forward a prompt: `POST` to a path of a dialect, with or without `/v1`."""
+        generation = self._generations.current
         record = request[RECORD]
         path = CANONICAL[request.path]
         dialect = BY_PATH[path]
@@ -89,13 +88,14 @@ class Handlers:
         boundary = form_boundary(request, dialect)
         with self._byte_budget.share(caller.id) as share:
             prompt = await self._reader.prompt(request, path, dialect, deadline, share, boundary=boundary)
-            model = prompt.model or self._pool.default_model
-            route = self._route(caller, model, named=prompt.model is not None)
+            model = prompt.model or generation.pool.default_model
+            route = self._route(generation, caller, model, named=prompt.model is not None)
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = await self._reader.text_of(prompt)
-            targets = self._targets(route, model, prompt, record)
-            remember = partial(self._pool.responses.made, owner=self._owner(record)) if dialect.stores else None
+            targets = self._targets(generation, route, model, prompt, record)
+            responses = generation.pool.responses
+            remember = partial(responses.made, owner=_owner(generation, record)) if dialect.stores else None
             headers = forwarded_headers(request, record)
             return await self._forward(
                 request,
@@ -110,11 +110,11 @@ class Handlers:
                 remember=remember,
             )
 
-    def _route(self, caller: "Caller", model: str, *, named: bool) -> "Route":
+    def _route(self, generation: "Generation", caller: "Caller", model: str, *, named: bool) -> "Route":
         """Return the route of a model, which the request names or not. Raises: ModelNotAllowed, ModelNotFound."""
         if not caller.may_use(model):
             raise ModelNotAllowed(f"This key may not use the model {model!r}; see GET /v1/models.", param="model")
-        route = self._pool.route(model)
+        route = generation.pool.route(model)
         if route is None:
             what = "model" if named else "default model, since the request names none:"
             raise ModelNotFound(f"No route matches the {what} {model!r}; see GET /v1/models.", param="model")
@@ -124,7 +124,7 @@ class Handlers:
         """Read or delete a stored response: `GET` or `DELETE` of its id."""
         answer = await self._ask_home(request, RESPONSE)
         if request.method == "DELETE":
-            self._pool.responses.forget(request.match_info["id"])
+            self._generations.current.pool.responses.forget(request.match_info["id"])
         return answer
 
     async def cancel_response(self, request: web.Request) -> web.StreamResponse:
@@ -133,16 +133,17 @@ class Handlers:
 
     async def _ask_home(self, request: web.Request, path: str) -> web.StreamResponse:
         """Forward a call for a stored response to the replica that made it or, if it is not known, to all in turn."""
-        record = request[RECORD]
+        generation = self._generations.current
+        record, pool = request[RECORD], generation.pool
         response_id, query = request.match_info["id"], request.rel_url.raw_query_string
         deadline = self._reader.deadline(request, record.started)
         commit = self._reader.commit(request)
         self._admission.check(record.caller.id)
         prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
         record.stream = prompt.stream
-        home = self._home_of(response_id, record, param="id")
-        pinned = self._pool.home_target(home, home.model, None) if home is not None else None
-        targets = self._pool.backends_for(record.caller.models)
+        home = _home_of(generation, response_id, record, param="id")
+        pinned = pool.home_target(home, home.model, None) if home is not None else None
+        targets = pool.backends_for(record.caller.models)
         if pinned is not None and (  # one that was found by trying opens no backend to a key that may not use it
             (home is not None and home.owner is not None) or pinned.backend in {target.backend for target in targets}
         ):
@@ -161,7 +162,7 @@ class Handlers:
                 route="",
                 targets=targets,
                 headers=headers,
-                remember=lambda _id, replica, _model: self._pool.responses.found(response_id, replica),
+                remember=lambda _id, replica, _model: pool.responses.found(response_id, replica),
             )
 
     async def _forward(
@@ -210,15 +211,17 @@ class Handlers:
         del request[STREAM]
         return writer.response
 
-    def _targets(self, route: "Route", model: str, prompt: "Prompt", record: "Record") -> "tuple[Target, ...]":
+    def _targets(
+        self, generation: "Generation", route: "Route", model: str, prompt: "Prompt", record: "Record"
+    ) -> "tuple[Target, ...]":
         """Return the targets in the order in which the request may go to them.
 
         What goes on from a stored response goes to its home; else the order is the one that the route draws, and the
         record notes which target comes first.
         """
         if prompt.previous_response_id is not None:
-            home = self._home_of(prompt.previous_response_id, record, param="previous_response_id")
-            pinned = self._pool.home_target(home, model, route) if home is not None else None
+            home = _home_of(generation, prompt.previous_response_id, record, param="previous_response_id")
+            pinned = generation.pool.home_target(home, model, route) if home is not None else None
             if pinned is not None:
                 return (pinned,)
         if not route.weighted:
@@ -227,17 +230,6 @@ class Handlers:
         first = targets[0]
         record.draw_target(first.backend, first.model or model, first.weight, self._clock())
         return targets
-
-    def _home_of(self, response_id: str, record: "Record", *, param: str) -> "Home | None":
-        """Return the home of a stored response, None for one that is not known. Raises: NotFound, for another key's."""
-        home = self._pool.responses.of(response_id)
-        if home is not None and home.owner not in {None, self._owner(record)}:
-            raise NotFound("There is no response with this id.", param=param)
-        return home
-
-    def _owner(self, record: "Record") -> str | None:
-        """Return whose the responses of a request are: its key's; None where callers are not known by keys."""
-        return record.caller.id if self._keys.needed else None
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""
@@ -277,7 +269,7 @@ class Handlers:
 
     def _models_of(self, request: web.Request) -> list[str]:
         caller = request[RECORD].caller
-        return [name for name in self._pool.models if caller.may_use(name)]
+        return [name for name in self._generations.current.pool.models if caller.may_use(name)]
 
     async def root(self, _request: web.Request) -> web.Response:
         """Answer `GET /`: what this is and where to look."""
@@ -287,14 +279,14 @@ class Handlers:
                 "service": "llm-gateway",
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
-                "model": self._pool.default_model,
+                "model": self._generations.current.pool.default_model,
                 "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
             }
         )
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer `GET /health` from memory."""
-        in_full = self._keys.fit(request)
+        in_full = self._generations.current.keys.fit(request)
         document = await self._siblings.health(in_full=in_full) if self._siblings else None
         document = document or self._health.document(in_full=in_full)
         return json_response(document, status=503 if document["status"] == "down" else 200)
@@ -330,6 +322,19 @@ class Handlers:
         right = right_path(request.path)
         where = "GET / lists what there is" if right is None else f"the right one is {right}"
         raise NotFound(f"There is nothing at this path; {where}.")
+
+
+def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":
+    """Return the home of a stored response, None for one that is not known. Raises: NotFound, for another key's."""
+    home = generation.pool.responses.of(response_id)
+    if home is not None and home.owner not in {None, _owner(generation, record)}:
+        raise NotFound("There is no response with this id.", param=param)
+    return home
+
+
+def _owner(generation: "Generation", record: "Record") -> str | None:
+    """Return whose the responses of a request are: its key's; None where callers are not known by keys."""
+    return record.caller.id if generation.keys.needed else None
 
 
 def _model(name: str) -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""Gateway keys: who may send prompts."""
+"""Gateway keys: who may send prompts, in one generation."""
 
 from functools import lru_cache
 from hashlib import sha256
@@ -27,22 +27,33 @@ class Keys:
     Args:
         keys: as configured.
         clock: of their limits.
+        before: the generation before; what its keys have used counts for those of the same name, or without one of the
+            same digest. None: there is none.
 
     Attributes:
         callers: whom they belong to, in order.
     """
 
-    def __init__(self, keys: "Iterable[KeyConfig]", clock: "Callable[[], float]") -> None:
-        self._by_digest = {
-            key.digest: Caller(
-                f"key {key.name or number}",
-                key.name,
-                key.models,
-                Limits(key.limits, clock) if key.limits != LimitsConfig() else None,
-            )
-            for number, key in enumerate(keys)
-        }
-        self.callers = tuple(self._by_digest.values())
+    def __init__(self, keys: "Iterable[KeyConfig]", clock: "Callable[[], float]", before: "Keys | None" = None) -> None:
+        used: dict[str, Limits | None] = {}
+        if before is not None:
+            used = {caller.id: caller.limits for caller in before.callers}
+
+        def limits(id_: str, config: LimitsConfig) -> Limits | None:
+            if config == LimitsConfig():
+                return None
+            known = used.get(id_)
+            if known is None:
+                return Limits(config, clock)
+            known.change(config)
+            return known
+
+        def caller(key: "KeyConfig") -> Caller:
+            id_ = f"key {key.name}" if key.name is not None else f"key of {key.digest.hex()}"
+            return Caller(id_, key.name, key.models, limits(id_, key.limits))
+
+        self._by_digest = {key.digest: caller(key) for key in keys}
+        self.callers: tuple[Caller, ...] = tuple(self._by_digest.values())
         self._of_address = lru_cache(maxsize=ADDRESSES)(Caller)
 
     @property

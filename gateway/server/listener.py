@@ -191,6 +191,7 @@ async def listen(
     in_flight: "InFlight",
     replicas: int,
     needs_keys: bool,
+    reload: "Callable[[], None]",
     take_sockets: "Callable[[], Awaitable[list[socket.socket]]] | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
@@ -203,6 +204,7 @@ async def listen(
         in_flight: the requests to wait for.
         replicas: how many there are, for the log.
         needs_keys: whether the gateway asks for keys, for the log.
+        reload: called on SIGHUP.
         take_sockets: gives the sockets that listen; None: they are opened here.
 
     Raises:
@@ -213,9 +215,7 @@ async def listen(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
-    loop.add_signal_handler(
-        signal.SIGHUP, _log.warning, "SIGHUP is ignored: settings are read at the start only; restart to change them"
-    )
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await runner.setup()
     listener = Listener(runner, connections)
     try:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from gateway.generation import Generations
     from gateway.policy.admission import Admission
     from gateway.server.in_flight import InFlight
-    from gateway.server.keys import Keys
     from gateway.telemetry import Telemetry
 
 RECORD = web.RequestKey("record", Record)
@@ -46,13 +46,13 @@ class Middleware:
     def __init__(
         self,
         *,
-        keys: "Keys",
+        generations: "Generations",
         admission: "Admission",
         in_flight: "InFlight",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
     ) -> None:
-        self._keys = keys
+        self._generations = generations
         self._admission = admission
         self._in_flight = in_flight
         self._telemetry = telemetry
@@ -85,8 +85,10 @@ class Middleware:
         self._in_flight.add(task)
         try:
             request[RECORD] = record
+            generation = self._generations.current  # the handler, which begins at once, takes the same
+            record.generation = generation.number
             if needs_key(path, known):
-                record.caller = self._keys.check(request)
+                record.caller = generation.keys.check(request)
                 self._admission.check_open()
             response = await handler(request)
             if not response.prepared:
@@ -116,6 +118,7 @@ class Middleware:
             record = self._telemetry.begin(request.method, known_path(request.path), request.headers)
         if isinstance(error, InternalError):
             _log.error("internal error, trace %032x", record.trace_id, exc_info=cause)
+        record.generation = self._generations.current.number
         record.end_with(error)
         record.ended = self._clock()
         self._telemetry.finish(record)

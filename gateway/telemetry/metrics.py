@@ -14,14 +14,13 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
+    from gateway.generation import Generation, Generations
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
-    from gateway.policy.caller import Caller
-    from gateway.policy.pool import Pool
     from gateway.record import Record
     from gateway.telemetry.output import Output
 
@@ -49,6 +48,16 @@ OTHER = "other"
 """The `route` of a call to an unknown path."""
 
 
+class _Every:
+    """Holds every name: there is no configuration yet."""
+
+    def __contains__(self, _name: object) -> bool:
+        return True
+
+
+EVERY = _Every()
+
+
 class Metrics:
     """One set of instruments, in a registry of its own. No label value comes from a caller.
 
@@ -64,6 +73,7 @@ class Metrics:
         self._clock = clock
         self._documents: dict[bool, tuple[float, bytes, str]] = {}
         self._counted: list[_Counts] = []
+        self._backends: Container[str] = EVERY
         self._registry = registry = CollectorRegistry()
         self._requests = self._counts(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
@@ -124,18 +134,30 @@ class Metrics:
         )
         Gauge("gateway_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
 
-    def watch(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
+    def watch(
+        self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
+    ) -> None:
         """Read gauges from these parts whenever the metrics are asked for."""
-        for replica in pool.replicas:
-            self._allowed.labels(replica.name)
-            self._refused.labels(replica.name)
-            for state in State:
-                self._transitions.labels(replica.name, state.value)
-        self._registry.register(_Parts(pool, admission, byte_budget, connections))
+        self._registry.register(_Configuration(generations))
+        self._registry.register(_Parts(generations, admission, byte_budget, connections))
+        self._registry.register(_Keys(generations))
+        self.follow(generations.current)
 
-    def watch_keys(self, callers: "Sequence[Caller]") -> None:
-        """Read what is used of the limits of keys whenever the metrics are asked for."""
-        self._registry.register(_Keys(callers))
+    def follow(self, generation: "Generation") -> None:
+        """Have the labels of this generation's replicas and keys, and no others: each stays for ever."""
+        backends = {endpoint.name for endpoint in generation.pool.endpoints.values()}
+        keys = {caller.name for caller in generation.keys.callers if caller.name is not None}
+        self._backends = backends
+        for counter in (self._allowed, self._refused, self._transitions):
+            _forget_others(counter, backends)
+        self._attempts.keep(backends)
+        for counts in (self._key_requests, self._key_tokens, self._key_refused):
+            counts.keep(keys)
+        for name in backends:
+            self._allowed.labels(name)
+            self._refused.labels(name)
+            for state in State:
+                self._transitions.labels(name, state.value)
 
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
@@ -184,15 +206,18 @@ class Metrics:
 
     def retry_allowed(self, backend: str) -> None:
         """Count a retry sent to this replica."""
-        self._allowed.labels(backend).inc()
+        if backend in self._backends:
+            self._allowed.labels(backend).inc()
 
     def retry_refused(self, backend: str) -> None:
         """Count a retry that the budget of this replica refused."""
-        self._refused.labels(backend).inc()
+        if backend in self._backends:
+            self._refused.labels(backend).inc()
 
     def breaker_changed(self, backend: str, to: State) -> None:
         """Count a change of a breaker's state."""
-        self._transitions.labels(backend, to.value).inc()
+        if backend in self._backends:
+            self._transitions.labels(backend, to.value).inc()
 
     def connection_closed(self, reason: str) -> None:
         """Count a connection of a caller that the gateway closed."""
@@ -282,23 +307,58 @@ class _Counts:
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
         self._waiting: dict[tuple[object, ...], int] = {}
+        self._first: Container[object] = EVERY
 
     def add(self, *labels: object, by: int = 1) -> None:
         """Count."""
         self._waiting[labels] = self._waiting.get(labels, 0) + by
 
+    def keep(self, first: "Container[str]") -> None:
+        """Count only those whose first label is one of these, and forget all others."""
+        self._first = first
+        self.pass_on()
+        _forget_others(self._counter, first)
+
     def pass_on(self) -> None:
         """Add what waits to the counter."""
         for labels, number in self._waiting.items():
+            if labels[0] not in self._first:
+                continue
             self._counter.labels(*map(str, labels)).inc(number)
         self._waiting.clear()
+
+
+def _forget_others(counter: Counter, first: "Container[str]") -> None:
+    """Forget what a counter has of those whose first label is none of these."""
+    (family,) = counter.collect()
+    labels = {tuple(sample.labels.values()) for sample in family.samples}
+    for each in labels:
+        if each[0] not in first:
+            counter.remove(*each)
+
+
+class _Configuration:
+    """The generation in force, and how many could not follow."""
+
+    def __init__(self, generations: "Generations") -> None:
+        self._generations = generations
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        number = self._generations.current.number
+        yield _gauge("gateway_config_generation", "The configuration in force, counted from the start.", number)
+        errors = CounterMetricFamily("gateway_config_errors", "Configurations that were wrong.")
+        errors.add_metric([], self._generations.errors)
+        yield errors
 
 
 class _Parts:
     """Gauges that the parts know."""
 
-    def __init__(self, pool: "Pool", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized") -> None:
-        self._pool = pool
+    def __init__(
+        self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
+    ) -> None:
+        self._generations = generations
         self._admission = admission
         self._byte_budget = byte_budget
         self._connections = connections
@@ -314,7 +374,7 @@ class _Parts:
             "gateway_backend_status", "As in /health: 0 ok, 1 degraded, 2 down.", labels=["backend"]
         )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
-        for replica in self._pool.replicas:
+        for replica in self._generations.current.pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
             cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
             flying.add_metric([replica.name], replica.in_flight)
@@ -336,14 +396,14 @@ class _Parts:
 class _Keys:
     """The limits of keys, and what is used of them."""
 
-    def __init__(self, callers: "Sequence[Caller]") -> None:
-        self._callers = callers
+    def __init__(self, generations: "Generations") -> None:
+        self._generations = generations
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
         limits = GaugeMetricFamily("gateway_key_limit", "What a key may use, by limit.", labels=["key", "limit"])
         used = GaugeMetricFamily("gateway_key_limit_used", "What of it is used now.", labels=["key", "limit"])
-        for caller in self._callers:
+        for caller in self._generations.current.keys.callers:
             for name, most, now in caller.limits.state() if caller.limits is not None else ():
                 limits.add_metric([str(caller.name), name], most)
                 used.add_metric([str(caller.name), name], now)

@@ -64,6 +64,7 @@ def _server(record: "Record") -> SpanData:
 def _describe_own(record: "Record", span: SpanData) -> None:
     """Add the attributes that are the request's alone."""
     span.own.append(("gateway.request_id", record.request_id))
+    span.own.append(("gateway.config_generation", record.generation))
     if record.response_id is not None:
         span.own.append(("gen_ai.response.id", record.response_id))
     if record.input_tokens is not None:

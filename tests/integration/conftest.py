@@ -17,7 +17,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.app import PARTS, create_app
-from gateway.config import load_routing
+from gateway.config import Routing, load_routing
+from gateway.files import Files
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
@@ -96,7 +97,8 @@ async def start_gateway(
         if urls:
             overrides["gateway_backend_urls"] = urls
         overrides.setdefault("gateway_outage_wait", 0)
-        settings: Settings = load(**overrides)
+        files = Files()
+        settings: Settings = load(files, **overrides)
         exporter = exporter or InMemorySpanExporter()
         log = io.StringIO()
         telemetry = Telemetry(
@@ -105,7 +107,11 @@ async def start_gateway(
             log=RequestLog(level="INFO", as_json=True, stream=log),
         )
         telemetry.metrics.max_age = 0.0  # what a test reads is what it has just done
-        app = create_app(settings, load_routing(settings), telemetry)
+
+        def read(files: Files) -> Routing:
+            return load_routing(load(files, **overrides), files)
+
+        app = create_app(settings, load_routing(settings, files), telemetry, read=read, files=files)
         client = await aiohttp_client(GatewayServer(app))
         return Gateway(client, app[PARTS], exporter, log)
 

@@ -50,7 +50,7 @@ def replica_config(name: str, url: str = "http://127.0.0.1:1", **settings: Any) 
     return replace(usual_replica(load(**settings)), name=name, url=url)
 
 
-def ignore(_backend: str, _old: State, _new: State) -> None:
+def ignore(_replica: Replica, _old: State, _new: State) -> None:
     """Nobody listens to changes of breakers."""
 
 
@@ -83,6 +83,8 @@ def pool_of(
     clock: Callable[[], float],
     rng: Random,
     waiting: WaitingLimit | None = None,
+    *,
+    before: Pool | None = None,
 ) -> Pool:
     """A pool to which nobody listens."""
     return Pool(
@@ -94,6 +96,7 @@ def pool_of(
         breaker_changed=ignore,
         cooldown_begun=lambda _backend, _seconds: None,
         released=lambda _backend, _number: None,
+        before=before,
     )
 
 

@@ -23,8 +23,8 @@ from tests.unit.gateway.scripted import CHAT, GoodAnswer
 
 if TYPE_CHECKING:
     from gateway.backend.client import Exchange
+    from gateway.policy.endpoint import Endpoint
     from gateway.policy.pool import Pool, Target
-    from gateway.policy.replica import Replica
 
 Served = tuple[float, BackendError | None]
 """How a server answers: after how many seconds, and with which failure, or None for a good answer."""
@@ -61,7 +61,7 @@ class _Servers(HttpClient):
 
     async def send(
         self,
-        replica: "Replica",
+        endpoint: "Endpoint",
         method: str,
         target: str,
         body: bytes,
@@ -70,8 +70,8 @@ class _Servers(HttpClient):
         fresh: bool,
     ) -> "Exchange":
         scene = self._scene
-        scene.calls.append((scene.now, replica.name, body))
-        delay, failure = self._servers[replica.name](scene.now, body)
+        scene.calls.append((scene.now, endpoint.name, body))
+        delay, failure = self._servers[endpoint.name](scene.now, body)
         await asyncio.sleep(delay)
         if failure is not None:
             raise failure.with_traceback(None)

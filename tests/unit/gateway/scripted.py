@@ -22,6 +22,7 @@ from tests.unit.gateway.virtual import run
 
 if TYPE_CHECKING:
     from gateway.backend.client import Exchange
+    from gateway.policy.endpoint import Endpoint
     from gateway.policy.replica import Replica
 
 CHAT = "/v1/chat/completions"
@@ -67,7 +68,7 @@ class ScriptedClient(HttpClient):
 
     async def send(
         self,
-        replica: "Replica",
+        endpoint: "Endpoint",
         method: str,
         target: str,
         body: bytes,
@@ -75,8 +76,8 @@ class ScriptedClient(HttpClient):
         *,
         fresh: bool,
     ) -> "Exchange":
-        self.calls.append((self._clock(), replica.name, fresh))
-        outcomes = self._script[replica.name]
+        self.calls.append((self._clock(), endpoint.name, fresh))
+        outcomes = self._script[endpoint.name]
         outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
         if outcome is not None:
             raise outcome.with_traceback(None)

@@ -30,10 +30,10 @@ NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 def told_of(cause: OSError, kind: type[aiohttp.ClientConnectorError] = aiohttp.ClientConnectorError) -> Any:  # noqa: ANN401
     """What becomes of it."""
-    (replica,) = target(Clock(), 1).replicas
+    (endpoint,) = target(Clock(), 1).endpoints.values()
     key: Any = None
     try:
-        return failure_of(kind(key, cause), replica, new=True)
+        return failure_of(kind(key, cause), endpoint, new=True)
     except NoConnection as shortage:
         drop_frames(shortage)
         return shortage

@@ -19,29 +19,35 @@ from gateway.errors import (
     StaleConnection,
     Unreachable,
 )
+from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker
 from gateway.policy.cooldown import Cooldown
+from gateway.policy.endpoint import Endpoint
 from gateway.policy.lease import Lease, take
-from gateway.policy.outage import Outage
 from gateway.policy.pool import Pool, Target
 from gateway.policy.replica import SLOW_PROBE, Probe, Replica
 from gateway.policy.retry_budget import RetryBudget
+from gateway.policy.waiting_room import WaitingLimit
 from gateway.settings import load
 from tests.unit.gateway.fakes import Chance, Clock, error_answer, pool, pool_of, replica_config, target, trip
 
 
-def replica(url: str = "http://127.0.0.1:1", clock: Clock | None = None) -> Replica:
+def replica(clock: Clock | None = None) -> Replica:
     clock = clock or Clock()
     breaker = Breaker(failures=2, open_seconds=5, open_max=30, clock=clock, draw=lambda: 0.5)
     budget = RetryBudget(ratio=0.2, floor=10, clock=clock)
-    return Replica(
-        replica_config("a", url),
-        breaker=breaker,
-        cooldown=Cooldown(clock=clock),
-        outages=(Outage(wait=5, clock=clock),),
-        budget=budget,
+    home = Backend(
+        "a",
+        outage_wait=5,
+        limit=WaitingLimit(max_requests=1, max_bytes=1),
         clock=clock,
+        released=lambda _backend, _number: None,
     )
+    return Replica("a", breaker=breaker, cooldown=Cooldown(clock=clock), budget=budget, clock=clock, homes=(home,))
+
+
+def endpoint(url: str = "http://127.0.0.1:1") -> Endpoint:
+    return Endpoint(replica_config("a", url))
 
 
 def leased(of: Replica) -> Lease:
@@ -277,7 +283,7 @@ def test_the_last_error_says_what_when_and_where() -> None:
     ],
 )
 def test_a_url_is_a_base_as_the_sdks_take_it(url: str, base: str, origin: str, host: str, port: int) -> None:
-    of = replica(url)
+    of = endpoint(url)
 
     assert of.url_of("/v1/chat/completions") == f"{base}/chat/completions"
     assert (of.base, of.origin, of.host, of.port) == (base, origin, host, port)
@@ -285,7 +291,7 @@ def test_a_url_is_a_base_as_the_sdks_take_it(url: str, base: str, origin: str, h
 
 
 def test_user_info_is_sent_decoded_and_a_key_wins_over_it() -> None:
-    of = replica("http://me:p%40ss%3A%C3%A9@h")
+    of = endpoint("http://me:p%40ss%3A%C3%A9@h")
     assert own_headers(of) == [("authorization", "Basic bWU6cEBzczrDqQ==")]  # me:p@ss:é
     of.config = replace(of.config, api_key="k3y")
     assert own_headers(of) == [("authorization", "Bearer k3y")]
@@ -293,19 +299,11 @@ def test_user_info_is_sent_decoded_and_a_key_wins_over_it() -> None:
     assert own_headers(of) == [("x", "y"), ("z", "s"), ("api-key", "k3y")]
     of.config = replace(of.config, api_key=None, secret_headers=(("authorization", "Token t"),))
     assert own_headers(of) == [("x", "y"), ("authorization", "Token t")]
-    assert own_headers(replica()) == []
+    assert own_headers(endpoint()) == []
 
 
-def with_query(*query: tuple[str, str]) -> Replica:
-    of = replica("http://h/base")
-    return Replica(
-        replace(of.config, query=query),
-        breaker=of.breaker,
-        cooldown=of.cooldown,
-        outages=of.outages,
-        budget=of.budget,
-        clock=of.clock,
-    )
+def with_query(*query: tuple[str, str]) -> Endpoint:
+    return Endpoint(replace(replica_config("a", "http://h/base"), query=query))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +316,7 @@ def with_query(*query: tuple[str, str]) -> Replica:
     ],
 )
 def test_a_path_below_v1_follows_the_base_and_another_stands_beside_its_v1(url: str, chat: str, tokenize: str) -> None:
-    of = replica(url)
+    of = endpoint(url)
     assert of.target_of("/v1/chat/completions", "") == chat
     assert of.target_of("/tokenize", "") == tokenize
     assert of.url_of("/tokenize") == f"http://h{tokenize}"

@@ -1,0 +1,93 @@
+"""The configuration in force, and how a new one takes its place: whole, or not at all."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gateway.settings import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.config import Routing
+    from gateway.policy.pool import Pool
+    from gateway.server.keys import Keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """One configuration, and what is made of it. A request ends on the generation with which it began.
+
+    Attributes:
+        number: 1 at the start.
+        routing: what was read.
+        pool: the replicas and routes.
+        keys: whose they are, and what is used of their limits.
+        loaded_at: the instant at which it came into force.
+    """
+
+    number: int
+    routing: "Routing"
+    pool: "Pool"
+    keys: "Keys"
+    loaded_at: float
+
+
+class Generations:
+    """Holds the generation in force.
+
+    Args:
+        routing: of the first one.
+        pool: makes a pool of a routing and the pool before it.
+        keys: makes keys of a routing and the keys before them.
+        clock: seconds, monotonic.
+
+    Attributes:
+        current: in force.
+        error: why the latest configuration is not in force; None: it is.
+        errors: how many were wrong.
+    """
+
+    def __init__(
+        self,
+        routing: "Routing",
+        *,
+        pool: "Callable[[Routing, Pool | None], Pool]",
+        keys: "Callable[[Routing, Keys | None], Keys]",
+        clock: "Callable[[], float]",
+    ) -> None:
+        self._pool = pool
+        self._keys = keys
+        self._clock = clock
+        self.current = Generation(1, routing, pool(routing, None), keys(routing, None), clock())
+        self.error: str | None = None
+        self.errors = 0
+
+    def follow(self, routing: "Routing") -> Generation | None:
+        """Put a configuration in force; return its generation, or None when it says what is in force already.
+
+        Raises:
+            SettingsError: it would open the gateway to everybody, or close it.
+        """
+        before = self.current
+        if bool(routing.keys) != before.keys.needed:
+            raise SettingsError(
+                "it has no gateway key, and the gateway would be open to everybody; restart it, if that is meant"
+                if before.keys.needed
+                else "it has gateway keys, and the gateway has been open since its start; restart it to close it"
+            )
+        self.error = None
+        if routing == before.routing:
+            return None
+        self.current = Generation(
+            before.number + 1,
+            routing,
+            self._pool(routing, before.pool),
+            self._keys(routing, before.keys),
+            self._clock(),
+        )
+        return self.current
+
+    def refuse(self, error: str) -> None:
+        """Note why a configuration is not put in force."""
+        self.error = error
+        self.errors += 1
