@@ -24,6 +24,7 @@ from gateway.generation import Generations
 from gateway.health import Health
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
+from gateway.policy.breaker import State
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from gateway.config import Routing
     from gateway.generation import Generation
-    from gateway.policy.breaker import State
     from gateway.policy.replica import Replica
     from gateway.reload import Read
     from gateway.settings import Settings
@@ -86,6 +86,7 @@ class Parts:
         rng: Random,
         worker: "Worker | None" = None,
     ) -> None:
+        self._worker = worker
         self.telemetry = telemetry
         self.client = client
         self.executor = Executor()
@@ -116,7 +117,7 @@ class Parts:
                 rng=rng,
                 waiting=self.admission.waiting,
                 breaker_changed=self._breaker_changed,
-                cooldown_begun=telemetry.cooldown_begun,
+                cooldown_begun=self._cooldown_begun,
                 released=telemetry.released,
                 before=before,
             )
@@ -176,6 +177,7 @@ class Parts:
                 "health": self._health_document,
                 "use": self._use,
                 "shares": self._take_shares,
+                "hint": self._take_hint,
             }
             self.admission.short = self.byte_budget.short = worker.short
 
@@ -200,6 +202,22 @@ class Parts:
     def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(replica.name, old, new)
         self.health.breaker_changed(replica, new)
+        if self._worker is not None and new is State.OPEN:
+            self._worker.tell("hint", ["breaker", replica.name])
+
+    def _cooldown_begun(self, backend: str, model: str, seconds: float) -> None:
+        self.telemetry.cooldown_begun(backend, seconds)
+        if self._worker is not None:
+            self._worker.tell("hint", ["cooldown", backend, model, seconds])
+
+    async def _take_hint(self, hint: list[Any]) -> None:
+        """Take in what another worker has found out about a replica."""
+        kind, name, *more = hint
+        for replica in self.pool.replicas:
+            if replica.name == name and kind == "breaker":
+                replica.breaker.hint()
+            elif replica.name == name:
+                replica.cooldown.hint(*more)
 
     async def _metrics(self, _: Any) -> Any:  # noqa: ANN401 - JSON
         return as_json(self.telemetry.metrics.families())

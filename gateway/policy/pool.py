@@ -192,7 +192,7 @@ class _Maker:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
     ) -> None:
         self._settings = settings
@@ -229,7 +229,7 @@ class _Maker:
             ),
             cooldown=Cooldown(
                 clock=clock,
-                begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
+                begun=lambda model, seconds: cooldown_begun(replica.name, model, seconds),
                 changed=lambda model, over: _tell_cooldown(replica, model, over),
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
@@ -253,7 +253,7 @@ class Pool:
         rng: draws replicas.
         waiting: of all requests that wait.
         breaker_changed: called with (replica, old, new) at each change of a breaker's state.
-        cooldown_begun: called with (name of a replica, seconds).
+        cooldown_begun: called with (name of a replica, model, seconds).
         released: called with (name of a backend, number) when requests that waited are released.
         before: the generation before; None: there is none.
 
@@ -278,7 +278,7 @@ class Pool:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
         before: "Pool | None" = None,
     ) -> None:

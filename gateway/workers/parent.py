@@ -195,6 +195,11 @@ class Parent:
         if what == "sockets":
             self._hand_over(child, handing)
             return self._sharing.first(child)
+        if what == "hint":
+            for other in self.children:
+                if other is not child and other.channel is not None:
+                    other.channel.tell("hint", data)
+            return None
         if what == "short":
             self._sharing.short()
             return None

@@ -199,6 +199,18 @@ async def test_limits_hold_for_all_workers_together_and_go_to_the_one_that_needs
         assert most > 4
 
 
+async def test_a_cooldown_is_known_to_all_workers() -> None:
+    async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (_, url):
+        model.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after": "60"}}}])
+        statuses = [await chat(url)]
+        for _ in range(3):  # asks every worker, in the order in which they are told
+            async with aiohttp.request("GET", f"{url}/health") as answer:
+                assert (await answer.json())["workers"] == BOTH["workers"]
+        statuses += [await chat(url) for _ in range(12)]
+        assert statuses == [429] * 13
+        assert len(model.journal.calls) == 1
+
+
 async def test_workers_end_when_their_parent_is_killed() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, _):
         pids = workers_of(gateway)
@@ -215,6 +227,26 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+async def test_a_changed_configuration_comes_into_force_in_all_workers(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    text = 'backends: {{a: {{url: "{url}"}}}}\nroutes: [{{model: {model}, targets: [{{backend: a}}]}}]\n'
+    async with MockModel(MockSettings(port=0, control_port=0)) as model:
+        file.write_text(text.format(url=model.url, model="old"))
+        async with two_workers(model, GATEWAY_CONFIG=str(file)) as (gateway, url):
+            file.write_text(text.format(url=model.url, model="new"))
+            gateway.signal(signal.SIGHUP)
+
+            async def in_force() -> bool:
+                return (await metrics_of(url)).only("gateway_config_generation") == 2  # the least of both
+
+            async with asyncio.timeout(PATIENCE):
+                while not await in_force():  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.2)
+            for _ in range(6):
+                async with aiohttp.request("GET", f"{url}/v1/models") as answer:
+                    assert [each["id"] for each in (await answer.json())["data"]] == ["new"]
 
 
 async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
