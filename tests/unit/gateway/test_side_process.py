@@ -324,9 +324,9 @@ async def test_what_is_merely_large_does_not_wait_for_what_is_very_large() -> No
 
 
 def test_a_process_that_is_stuck_is_killed(worker: SideProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONGEST", 0.5)
     worker.call(where)
     assert worker.pid is not None
+    monkeypatch.setattr(module, "LONGEST", 0.5)
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(SideProcessDiedError):
         worker.call(where)
