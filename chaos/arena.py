@@ -66,8 +66,8 @@ class Arena:
         seed: of the mock models and of the load.
         mocks: how many replicas.
         gateways: how many gateways before them.
-        gateway: further environment of the gateways; `config` is the document of `GATEWAY_CONFIG`, in which `{0}`,
-            `{1}`, ... stand for the replicas' urls.
+        gateway: further environment of the gateways; `config` is the document of `GATEWAY_CONFIG`, in which `$0`,
+            `$1`, ... stand for the replicas' urls.
         mock: further environment of the mock models.
         proxied: whether each replica stands behind a `Proxy`.
         named: whether the (one) replica is reached by a host name; see `resolve`.

@@ -138,11 +138,15 @@ class SteadyState(Struct, frozen=True, kw_only=True):
 
 
 class System(Struct, frozen=True, kw_only=True):
-    """What the experiment needs: so many mock models as replicas, and settings of gateway and mock models."""
+    """What the experiment needs: so many mock models as replicas, and settings of gateway and mock models.
+
+    `config`: the document of `GATEWAY_CONFIG`, in which `$0`, `$1`, ... stand for the mock models' urls.
+    """
 
     mocks: Annotated[int, Meta(ge=1, le=10)] = 1
     gateway: Variables = {}
     mock: Variables = {}
+    config: dict[str, Any] = {}
 
 
 class Experiment(Struct, frozen=True, kw_only=True):
@@ -191,7 +195,7 @@ class Experiment(Struct, frozen=True, kw_only=True):
             mocks: how many mock models there may be.
             controls: how many of their control ports can be reached.
         """
-        if self.system.gateway or self.system.mock:
+        if self.system.gateway or self.system.mock or self.system.config:
             return "it needs settings of its own (system)"
         missing = sorted({step.do for step in self.steps} - actions)
         if missing:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,8 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+    epoch = time.time() - now() + findings.began
+    findings.arrivals = {url: [at - epoch for at in times] for url, times in stage.arrivals().items()}
     played.verdicts = [
         *(_judge(promise, findings, steady.seconds) for promise in experiment.promises),
         *played.verdicts,
@@ -201,10 +204,13 @@ def _mark(text: str, findings: Findings, tell: "Tell") -> None:
 
 
 async def _watch(url: str, findings: Findings, session: aiohttp.ClientSession, tell: "Tell", seconds: float) -> None:
-    told = 0
+    told, tripped = 0, set[str]()
     while True:
         with contextlib.suppress(*TROUBLE, KeyError, TypeError):  # it may be stopped or just starting
             findings.samples.append(await _look(url, findings.began, session))
+            for name in findings.samples[-1].tripped.keys() - tripped:
+                tripped.add(name)
+                _mark(f"{name} has lost its traffic", findings, tell)
         second = int(now() - findings.began)
         if second > told:
             told = second
@@ -227,12 +233,15 @@ async def _look(url: str, began: float, session: aiohttp.ClientSession) -> Sampl
     async with session.get(f"{url}/metrics", timeout=timeout) as response:
         metrics = Exposition.parse(await response.text())
     backends = document["downstream"]["backends"]
+    tripped = {guard["backend"] for guard in document["downstream"].get("guards", []) if guard["tripped"]}
     return Sample(
         at=now() - began,
         breakers={backend["name"]: backend["breaker"] for backend in backends},
         attempts=int(metrics.value("gateway_attempts_total")),
         requests=int(metrics.value("gateway_requests_total", route=ROUTE)),
         retry_in=max([0.0, *(backend["retry_in_seconds"] or 0.0 for backend in backends)]),
+        tripped={backend["name"]: backend["url"] for backend in backends if backend["name"] in tripped},
+        tripped_metric=int(metrics.value("gateway_guard_tripped")),
     )
 
 

@@ -17,6 +17,8 @@ class Sample:
         breakers: the state of each.
         attempts, requests: so far.
         retry_in: seconds until the last open breaker lets an attempt through; 0 when none is open.
+        tripped: the backends of which `/health` says that a guard has taken their traffic, each with its url.
+        tripped_metric: how many they are by the gateway's metric.
     """
 
     at: float
@@ -24,6 +26,8 @@ class Sample:
     attempts: int
     requests: int
     retry_in: float = 0.0
+    tripped: dict[str, str] = field(default_factory=dict)
+    tripped_metric: int = 0
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Findings:
         samples: What was seen of the gateway.
         marks: What was done, and when, in seconds since time zero.
         revivals: When a backend that was started or thawed answered its own health probe, in seconds since time zero.
+        arrivals: When prompts came to each backend by its own journal, by its url, in seconds since time zero.
     """
 
     began: float
@@ -43,6 +48,7 @@ class Findings:
     samples: list[Sample] = field(default_factory=list)
     marks: list[tuple[float, str]] = field(default_factory=list)
     revivals: list[float] = field(default_factory=list)
+    arrivals: dict[str, list[float]] = field(default_factory=dict)
 
     def sent(self, since: float, until: float) -> list[Call]:
         """Return the calls sent in that span (seconds since time zero)."""
@@ -134,6 +140,24 @@ def _attempts_per_request(findings: Findings, since: float, until: float) -> flo
     return (span[-1].attempts - span[0].attempts) / (span[-1].requests - span[0].requests)
 
 
+def _guards_tripped(findings: Findings, since: float, until: float) -> float | None:
+    """Return how many backends lost their traffic, as both `/health` and `/metrics` say."""
+    seen = [sample for sample in findings.samples if since <= sample.at < until]
+    return max((min(len(sample.tripped), sample.tripped_metric) for sample in seen), default=None)
+
+
+def _arrivals_after_trip(findings: Findings, since: float, until: float) -> float | None:
+    """Return how many prompts came to backends that had lost their traffic; None where none has, or no journal."""
+    trips: dict[str, float] = {}
+    for sample in findings.samples:
+        for url in sample.tripped.values():
+            trips.setdefault(url, sample.at)
+    seen = {url: at for url, at in trips.items() if since <= at < until}
+    if not seen or not seen.keys() <= findings.arrivals.keys():
+        return None
+    return sum(at <= arrival < until for url, at in seen.items() for arrival in findings.arrivals[url])
+
+
 MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {
     "share_good": lambda f, since, until: _share_good(f.sent(since, until)),
     "failures": lambda f, since, until: _number(f.sent(since, until), lambda call: call.outcome != "ok"),
@@ -149,6 +173,8 @@ MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {
     "recovery_seconds_past_open": _recovery_past_open,
     "release_seconds": _release,
     "attempts_per_request": _attempts_per_request,
+    "guards_tripped": _guards_tripped,
+    "arrivals_after_trip": _arrivals_after_trip,
 }
 """Each takes the findings and a span (seconds since time zero); None: there was nothing to measure."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 from asyncio.subprocess import PIPE
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,6 +54,9 @@ class Stage(Protocol):
     async def revived(self, mock: int) -> None:
         """Wait until that mock model, started or thawed, answers its own health probe."""
 
+    def arrivals(self) -> dict[str, list[float]]:
+        """Return when prompts came to each mock model, by its url, in seconds since the epoch; those that are known."""
+
     async def end(self) -> None:
         """Leave it as `begin` found it."""
 
@@ -66,9 +70,12 @@ class LocalStage:
         system = experiment.system
         gateway = {key: str(value) for key, value in system.gateway.items()}
         mock = {key: str(value) for key, value in system.mock.items()}
-        self.settings = GATEWAY | MOCK | gateway | mock
+        config = json.dumps(system.config) if system.config else None
+        self.settings = GATEWAY | MOCK | gateway | mock | ({"GATEWAY_CONFIG": config} if config else {})
         self.plan: dict[str, Any] = {}
-        self._arena = Arena(seed, mocks=system.mocks, gateway=gateway, mock=mock, proxied=experiment.proxied)
+        self._arena = Arena(
+            seed, mocks=system.mocks, gateway=gateway, config=config, mock=mock, proxied=experiment.proxied
+        )
         self._stack = contextlib.AsyncExitStack()
 
     @property
@@ -114,6 +121,10 @@ class LocalStage:
         """Wait until that mock model answers its own health probe."""
         await self._arena.mocks[mock - 1].ready()
 
+    def arrivals(self) -> dict[str, list[float]]:
+        """Return when prompts came to each mock model, by its url, in seconds since the epoch."""
+        return {mock.url: [entry["time"] for entry in mock.arrivals()] for mock in self._arena.mocks}
+
 
 class RemoteStage:
     """A gateway that runs already, and the control ports of its mock models, whose scripts are put back at the end."""
@@ -140,6 +151,10 @@ class RemoteStage:
         for number in sorted(self._changed):
             if number <= len(self._controls):
                 await self._insist("PUT", number, self._found[number - 1])
+
+    def arrivals(self) -> dict[str, list[float]]:
+        """Return nothing: the journals of mock models that run already hold what others sent, too."""
+        return {}
 
     async def do(self, step: "Step") -> None:
         """Do what the step says."""

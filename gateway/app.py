@@ -119,6 +119,7 @@ class Parts:
                 breaker_changed=self._breaker_changed,
                 cooldown_begun=self._cooldown_begun,
                 released=telemetry.released,
+                guard_tripped=telemetry.guard_tripped,
                 before=before,
             )
 

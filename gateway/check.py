@@ -74,10 +74,13 @@ def _of(what: str, old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Itera
         items = [{_item(field) for field in values} for values in (before, after)]
         for item in sorted(items[0] ^ items[1]):
             yield f"{what} {name}: {item} {'gone' if item in items[0] else 'new'}"
-        for field in sorted(before.keys() & after.keys()):
-            if before[field] != after[field]:
+        for field in sorted(before.keys() | after.keys()):
+            if _item(field) not in items[0] & items[1]:
+                continue
+            was, will_be = before.get(field), after.get(field)  # of a part that is not there, such as a guard, none is
+            if was != will_be:
                 secret = field.rpartition(".")[2] in SECRET
-                words = "changes" if secret else f"{_shown(before[field])} -> {_shown(after[field])}"
+                words = "changes" if secret else f"{_shown(was)} -> {_shown(will_be)}"
                 yield f"{what} {name}: {field} {words}"
 
 

@@ -107,11 +107,30 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardConfig:
+    """When a target with a weight loses its traffic to the others.
+
+    Attributes:
+        max_error_rate: of the first attempts of requests, above 0 and up to 1; a target above it loses its traffic.
+        window: seconds looked back on.
+        min_requests: given to a target before it is judged.
+    """
+
+    max_error_rate: float = 0.05
+    window: float = 60.0
+    min_requests: int = 20
+
+
+@dataclass(frozen=True, slots=True)
 class RouteConfig:
-    """A model name, the beginning of names (`name-*`) or all of them (`*`), and the targets in order."""
+    """A model name, the beginning of names (`name-*`) or all of them (`*`), and the targets in order.
+
+    `guard` is for targets with weights; None where nobody watches them.
+    """
 
     model: str
     targets: tuple[TargetConfig, ...]
+    guard: GuardConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +303,8 @@ T = TypeVar("T")
 MAX_KEY_NAME = 64
 """Characters."""
 MAX_LIMIT_DIGITS = 12
+MAX_WINDOW = 86_400
+"""Seconds that a guard looks back on at most."""
 
 
 class _File:
@@ -366,7 +387,7 @@ class _File:
         )
 
     def _route(self, node: yaml.Node, key: str, known: set[str]) -> RouteConfig:
-        items = self._mapping(node, key, {"model", "targets"}, required=("model", "targets"))
+        items = self._mapping(node, key, {"model", "targets", "guard"}, required=("model", "targets"))
         nodes = self._list(items["targets"], f"{key}.targets")
         targets = tuple(self._target(item, f"{key}.targets[{n}]", known) for n, item in enumerate(nodes))
         weights = [target.weight for target in targets if target.weight is not None]
@@ -375,7 +396,27 @@ class _File:
             raise self._wrong(nodes[without], f"{key}.targets[{without}]", "needs a weight as the others have")
         if weights and not any(weights):
             raise self._wrong(items["targets"], f"{key}.targets", "needs at least one weight above 0")
-        return RouteConfig(self._model(items["model"], f"{key}.model"), targets)
+        if "guard" in items and not weights:
+            raise self._wrong(items["guard"], f"{key}.guard", "needs a weight on each of the route's targets")
+        guard = self._guard(items["guard"], f"{key}.guard") if "guard" in items else None
+        return RouteConfig(self._model(items["model"], f"{key}.model"), targets, guard)
+
+    def _guard(self, node: yaml.Node, key: str) -> GuardConfig:
+        items = self._mapping(node, key, {each.name for each in fields(GuardConfig)})
+        usual = GuardConfig()
+        rate, window = usual.max_error_rate, usual.window
+        if "max_error_rate" in items:
+            rate = self._number(items["max_error_rate"])
+            if not 0 < rate <= 1:
+                raise self._wrong(
+                    items["max_error_rate"], f"{key}.max_error_rate", "needs a number greater than 0 and at most 1"
+                )
+        if "window" in items:
+            window = self._seconds(items["window"], f"{key}.window")
+            if window > MAX_WINDOW:
+                raise self._wrong(items["window"], f"{key}.window", f"needs at most {MAX_WINDOW} seconds, a day")
+        least = self._count(items.get("min_requests"), f"{key}.min_requests", at_least=1)
+        return GuardConfig(rate, window, usual.min_requests if least is None else least)
 
     def _model(self, node: yaml.Node, key: str) -> str:
         """Return the name of a model, the beginning of names with a `*`, or `*`."""
@@ -608,13 +649,17 @@ class _File:
             raise self._wrong(node, key, str(error)) from None
 
     def _seconds(self, node: yaml.Node, key: str) -> float:
-        try:
-            value = float(node.value) if node.tag in {f"{_TAG}int", f"{_TAG}float"} else 0.0
-        except ValueError:
-            value = 0.0
+        value = self._number(node)
         if not 0 < value < float("inf"):
             raise self._wrong(node, key, "needs a number of seconds greater than 0")
         return value
+
+    def _number(self, node: yaml.Node) -> float:
+        """Return a number; 0 where there is none."""
+        try:
+            return float(node.value) if node.tag in {f"{_TAG}int", f"{_TAG}float"} else 0.0
+        except ValueError:
+            return 0.0
 
     def _count(self, node: yaml.Node | None, key: str, *, at_least: int, digits: int = 9) -> int | None:
         if node is None:

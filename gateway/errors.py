@@ -160,6 +160,14 @@ class NotFound(CallerError):
     status = 404
     code = "not_found"
 
+    def __init__(
+        self,
+        message: str = "There is nothing at this path. Prompts go to /v1/chat/completions; GET / says where to look.",
+        *,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+
 
 class ModelNotFound(CallerError):
     """No route matches the model."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gateway.generation import Generations
     from gateway.policy.admission import Admission
     from gateway.policy.endpoint import Endpoint
+    from gateway.policy.guard import Watch
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
     from gateway.settings import Settings
@@ -138,11 +139,12 @@ class Health:
         backends = [
             _backend(replica, endpoint, now, in_full=in_full) for replica, endpoint in generation.pool.endpoints.items()
         ]
+        guards = [_guard(route.model, watch, now) for route in generation.pool.routes for watch in route.watches]
         states = [backend["status"] for backend in backends]
         downstream = "ok"
         if all(state == "down" for state in states):
             downstream = "down"
-        elif any(state != "ok" for state in states):
+        elif any(state != "ok" for state in states) or any(guard["tripped"] for guard in guards):
             downstream = "degraded"
         telemetry, limits = self._telemetry.status, self._limits.status
         status = "degraded" if downstream == "ok" and "degraded" in {telemetry, limits} else downstream
@@ -159,7 +161,7 @@ class Health:
                 "loaded_seconds_ago": _rounded(now - generation.loaded_at),
                 "error": self._generations.error if in_full else self._generations.error and HIDDEN,
             },
-            "downstream": {"status": downstream, "backends": backends},
+            "downstream": {"status": downstream, "backends": backends, "guards": guards},
             "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
             "limits": {"status": limits},
         }
@@ -198,6 +200,19 @@ def _backend(replica: "Replica", endpoint: "Endpoint", now: float, *, in_full: b
         if error is not None:
             del document["last_error"]["message"]
     return document
+
+
+def _guard(route: str, watch: "Watch", now: float) -> dict[str, Any]:
+    counts, trip = watch.counts, watch.trip
+    return {
+        "route": route,
+        "backend": watch.backend,
+        "model": watch.model,
+        "tripped": trip is not None,
+        "tripped_seconds_ago": _rounded(now - trip.at if trip is not None else None),
+        "requests": counts.requests if trip is None else trip.requests,
+        "error_rate": round(counts.error_rate if trip is None else trip.error_rate, 4),
+    }
 
 
 def _rounded(seconds: float | None) -> float | None:

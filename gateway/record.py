@@ -39,6 +39,8 @@ TARGET_DRAWN = "gateway.target_drawn"
 """The event of the draw among a route's weighted targets."""
 BREAKER_CHANGED = "gateway.breaker"
 """The event of a breaker that changed its state."""
+GUARD_TRIPPED = "gateway.guard_tripped"
+"""The event of a target that lost its traffic."""
 COOLDOWN_BEGUN = "gateway.cooldown"
 """The event of a replica that asked to be left alone."""
 BRIDGING, COOLDOWN, FULL = "bridging", "cooldown", "full"
@@ -66,6 +68,7 @@ class AttemptRecord:
         backend: name of the replica.
         host, port, url: where it was sent; the url without user info.
         model: the model it asked for.
+        target: of a route with weights: the names of route, backend and model, as configured; None for others.
         span_id: 64 bits.
         started, ended: instants.
         status: the HTTP status of the answer, or None.
@@ -92,6 +95,7 @@ class AttemptRecord:
     port: int = 0
     url: str = ""
     model: str | None = None
+    target: tuple[str, str, str] | None = None
     ended: float | None = None
     status: int | None = None
     outcome: str | None = None
@@ -207,10 +211,22 @@ class Record:
         if self.attempts:
             self.attempt.decision = None  # what was decided did not happen
 
-    def draw_target(self, backend: str, model: str, weight: int | None, now: float) -> None:
-        """Note which target of a route with weights was drawn."""
-        drawn = {"gateway.backend": backend, "gen_ai.request.model": model[:MAX_NAME], "gateway.weight": weight}
+    def draw_target(
+        self, backend: str, model: str, weight: int | None, now: float, *, tripped: list[str] | None = None
+    ) -> None:
+        """Note which target of a route with weights was drawn, and which were `tripped`: they have no part in it."""
+        drawn: dict[str, Any] = {
+            "gateway.backend": backend,
+            "gen_ai.request.model": model[:MAX_NAME],
+            "gateway.weight": weight,
+        }
+        if tripped:
+            drawn["gateway.tripped"] = tripped
         self.events.append((now, TARGET_DRAWN, drawn))
+
+    def note_guard(self, backend: str, now: float) -> None:
+        """Note that a target lost its traffic with this request."""
+        self.events.append((now, GUARD_TRIPPED, {"gateway.backend": backend}))
 
     def note_cooldown(self, now: float, backend: str, seconds: float) -> None:
         """Note that an attempt began a cooldown of a replica."""

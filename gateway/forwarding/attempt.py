@@ -352,6 +352,7 @@ class Attempts:
         attempt.host, attempt.port = endpoint.host, endpoint.port
         attempt.url = endpoint.url_of(call.record.path or "")
         attempt.model = target.model or call.model or None
+        attempt.target = target.labels
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()

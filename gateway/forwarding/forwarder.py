@@ -16,6 +16,7 @@ from gateway.errors import (
     GatewayError,
     GatewayOverloaded,
     NoSuchPath,
+    Verdict,
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gateway.forwarding.call import Call
     from gateway.policy.admission import Admission
     from gateway.policy.fingerprints import Repeats
+    from gateway.policy.guard import Watch
     from gateway.policy.lease import Lease
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
@@ -182,7 +184,10 @@ class Forwarder:
             replica = target.pick(model, without=call.given_up)
         lease = take(replica, model) if replica is not None else None
         if lease is None:
-            call.record.skip_target(target.backend, _why_skipped(call, target), self._clock())
+            why = _why_skipped(call, target)
+            call.record.skip_target(target.backend, why, self._clock())
+            if target.watch is not None and why == "breaker" and not call.record.attempts and target.watch.turn_away():
+                call.record.note_guard(target.backend, self._clock())
             return None
         lease.replica.budget.count_first()
         return lease
@@ -200,21 +205,33 @@ class Forwarder:
             BackendError: the last failure.
         """
         call.target = target
+        watch, first = target.watch, not call.record.attempts
         try:
             await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
             _note(call, lease, failure)
+            if watch is not None:
+                self._tell_guard(watch, call, lease, failure, first=first)
             if call.committed:
                 call.record.stop_reason = "committed"
                 raise
             if waited and failure.outage and target.home.outage.is_bridged:
                 raise
             await self._retry(call, target, lease, failure)
+        else:
+            if watch is not None:
+                watch.note(failed=False, first=first)
         finally:
             lease.release()
             if call.body is not call.prompt.body:
                 call.share.give_back(len(call.prompt.body))
+
+    def _tell_guard(self, watch: "Watch", call: "Call", lease: "Lease", failure: BackendError, *, first: bool) -> None:
+        """Tell the guard how an attempt has failed; what the breaker counts neither way does not count here either."""
+        failed = lease.replica in call.counted
+        if (failed or failure.verdict is Verdict.SUCCESS) and watch.note(failed=failed, first=first):
+            call.record.note_guard(watch.backend, self._clock())
 
     async def _retry(self, call: "Call", target: "Target", lease: "Lease", failure: BackendError) -> None:
         """Make further attempts within a target: decide, back off, take a place, try. Raises: the last failure."""

@@ -8,15 +8,17 @@ from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
+from gateway.policy.guard import Guard
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from random import Random
 
-    from gateway.config import BackendConfig, RouteConfig, Routing
+    from gateway.config import BackendConfig, RouteConfig, Routing, TargetConfig
+    from gateway.policy.guard import Trip, Watch
     from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
@@ -35,9 +37,11 @@ class Target:
         endpoints: how each of its replicas is asked.
         replicas: of the backend.
         weight: its share of the route's requests; None where the route has none.
+        labels: where it has, the names by which its attempts are counted: of the route, the backend and the model.
+        watch: of the route's guard; None where nobody watches.
     """
 
-    __slots__ = ("_rng", "backend", "endpoints", "home", "model", "replicas", "weight")
+    __slots__ = ("_rng", "backend", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
 
     def __init__(
         self,
@@ -46,6 +50,9 @@ class Target:
         model: str | None,
         rng: "Random",
         weight: int | None = None,
+        *,
+        labels: tuple[str, str, str] | None = None,
+        watch: "Watch | None" = None,
     ) -> None:
         self.home = home
         self.backend = home.name
@@ -53,13 +60,21 @@ class Target:
         self.endpoints = endpoints
         self.replicas = tuple(endpoints)
         self.weight = weight
+        self.labels = labels
+        self.watch = watch
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
         """Return the same with one of its replicas alone, with whose outages and waiting rooms it waits."""
         if len(self.replicas) == 1:
             return self
-        return Target(replica.alone, {replica: self.endpoints[replica]}, self.model, self._rng)
+        endpoints = {replica: self.endpoints[replica]}
+        return Target(replica.alone, endpoints, self.model, self._rng, labels=self.labels, watch=self.watch)
+
+    @property
+    def has_tripped(self) -> bool:
+        """Whether the guard has taken its traffic."""
+        return self.watch is not None and self.watch.trip is not None
 
     @property
     def full(self) -> bool:
@@ -139,17 +154,24 @@ class Route:
         model: as configured.
         targets: in their order.
         weighted: whether the first one is drawn for each request.
+        guard: takes the traffic of a target that fails too often; None: nobody does.
     """
 
-    __slots__ = ("_prefix", "_rng", "_total", "model", "targets", "weighted")
+    __slots__ = ("_prefix", "_rng", "_total", "guard", "model", "targets", "weighted")
 
-    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random") -> None:
+    def __init__(self, model: str, targets: tuple[Target, ...], rng: "Random", guard: Guard | None = None) -> None:
         self.model = model
         self.targets = targets
+        self.guard = guard
         self._prefix = model[:-1] if model.endswith("*") else None
         self._total = sum(target.weight or 0 for target in targets)
         self.weighted = self._total > 0
         self._rng = rng
+
+    @property
+    def watches(self) -> "Sequence[Watch]":
+        """Those of the guard; none without one."""
+        return self.guard.watches if self.guard is not None else ()
 
     @property
     def names_a_model(self) -> bool:
@@ -169,20 +191,25 @@ class Route:
     def order(self) -> tuple[Target, ...]:
         """Return the targets in the order in which one request tries them.
 
-        With weights the first one is drawn, and the others follow in their order.
+        With weights the first one is drawn, and the others follow in their order; after them what has lost its traffic:
+        a caller may still be better off with it than with an error.
         """
         if not self.weighted:
             return self.targets
-        left = self._rng.random() * self._total
-        for drawn in self.targets:
+        targets, total = self.targets, self._total
+        if self.guard is not None and self.guard.lost:
+            targets = tuple(sorted(targets, key=lambda target: target.has_tripped))
+            total = sum(target.weight or 0 for target in targets if not target.has_tripped)
+        left = self._rng.random() * total
+        for drawn in targets:
             left -= drawn.weight or 0
             if left < 0:
                 break
-        return (drawn, *(target for target in self.targets if target is not drawn))
+        return (drawn, *(target for target in targets if target is not drawn))
 
 
 class _Maker:
-    """Makes backends and replicas. Args: as those of `Pool`."""
+    """Makes the parts of a pool. Args: as those of `Pool`."""
 
     def __init__(
         self,
@@ -194,6 +221,7 @@ class _Maker:
         breaker_changed: "Callable[[Replica, State, State], None]",
         cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
+        guard_tripped: "Callable[[Trip], None]",
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -202,6 +230,7 @@ class _Maker:
         self._breaker_changed = breaker_changed
         self._cooldown_begun = cooldown_begun
         self._released = released
+        self._guard_tripped = guard_tripped
 
     def backend(self, name: str) -> Backend:
         """Return a new backend, or what is one replica of it alone."""
@@ -239,6 +268,32 @@ class _Maker:
         )
         return replica
 
+    def guard(self, config: "RouteConfig") -> Guard | None:
+        """Return a new guard, where a route has one."""
+        if config.guard is None:
+            return None
+        return Guard(
+            config.model,
+            max_error_rate=config.guard.max_error_rate,
+            window=config.guard.window,
+            min_requests=config.guard.min_requests,
+            clock=self._clock,
+            tripped=self._guard_tripped,
+        )
+
+    def target(
+        self,
+        config: "TargetConfig",
+        route: str,
+        guard: Guard | None,
+        home: Backend,
+        endpoints: "Mapping[Replica, Endpoint]",
+    ) -> Target:
+        """Return a target of a route, watched by its guard if it is to get traffic."""
+        labels = (route, config.backend, config.model or route) if config.weight is not None else None
+        watch = guard.watch(config.backend, config.model) if guard is not None and config.weight else None
+        return Target(home, endpoints, config.model, self._rng, config.weight, labels=labels, watch=watch)
+
 
 class Pool:
     """All replicas and routes of one generation.
@@ -255,6 +310,7 @@ class Pool:
         breaker_changed: called with (replica, old, new) at each change of a breaker's state.
         cooldown_begun: called with (name of a replica, model, seconds).
         released: called with (name of a backend, number) when requests that waited are released.
+        guard_tripped: called when a guard takes a target's traffic.
         before: the generation before; None: there is none.
 
     Attributes:
@@ -280,6 +336,7 @@ class Pool:
         breaker_changed: "Callable[[Replica, State, State], None]",
         cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
+        guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
         before: "Pool | None" = None,
     ) -> None:
         self._model_name = settings.model_name
@@ -293,6 +350,7 @@ class Pool:
             breaker_changed=breaker_changed,
             cooldown_begun=cooldown_begun,
             released=released,
+            guard_tripped=guard_tripped,
         )
         former = before.endpoints if before is not None else {}
         known = {replica.id: replica for replica in former}
@@ -314,8 +372,9 @@ class Pool:
         backends = {each.name: backend(each) for each in routing.backends}
 
         def route(config: "RouteConfig") -> Route:
-            targets = (Target(*backends[target.backend], target.model, rng, target.weight) for target in config.targets)
-            return Route(config.model, tuple(targets), rng)
+            guard = maker.guard(config)
+            targets = (maker.target(each, config.model, guard, *backends[each.backend]) for each in config.targets)
+            return Route(config.model, tuple(targets), rng, guard)
 
         self.endpoints: dict[Replica, Endpoint] = {}
         for _, endpoints in backends.values():

@@ -356,7 +356,7 @@ def _refusal(message: "RawRequestMessage") -> GatewayError | None:
     if _size_of(message) > MAX_HEAD:
         return HeadersTooLarge()
     if message.method == "CONNECT" or message.path == "*":
-        return NotFound("There is nothing at this path; GET / lists what there is.")
+        return NotFound()
     return None
 
 

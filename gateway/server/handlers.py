@@ -227,8 +227,8 @@ class Handlers:
         if not route.weighted:
             return route.targets
         targets = route.order()
-        first = targets[0]
-        record.draw_target(first.backend, first.model or model, first.weight, self._clock())
+        first, tripped = targets[0], route.guard.lost if route.guard is not None else None
+        record.draw_target(first.backend, first.model or model, first.weight, self._clock(), tripped=tripped)
         return targets
 
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
@@ -320,8 +320,7 @@ class Handlers:
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
         right = right_path(request.path)
-        where = "GET / lists what there is" if right is None else f"the right one is {right}"
-        raise NotFound(f"There is nothing at this path; {where}.")
+        raise NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

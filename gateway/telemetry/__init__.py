@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from multidict import MultiMapping
 
     from gateway.policy.breaker import State
+    from gateway.policy.guard import Trip
     from gateway.settings import Settings
     from gateway.telemetry.output import Output
 
@@ -131,6 +132,20 @@ class Telemetry:
     def released(self, backend: str, number: int) -> None:
         """Report that requests which waited for a backend go on."""
         _log.info("%s answers again: %d waiting request(s) released", backend, number)
+
+    def guard_tripped(self, trip: "Trip") -> None:
+        """Report that a target has lost its traffic, and what to do."""
+        _log.warning(
+            "GUARD TRIPPED: route %s: %s has lost its traffic to the other targets: %.1f %% of its first attempts"
+            " failed (%d requests in %g s; allowed: %g %%). Set its weight to 0, or mend it and change the weights;"
+            " then reload: it gets traffic again only with the next generation of the configuration.",
+            trip.route,
+            trip.target,
+            trip.error_rate * 100,
+            trip.requests,
+            trip.window,
+            trip.max_error_rate * 100,
+        )
 
     def _worth_keeping(self, record: Record) -> bool:
         """Return whether a request failed, was retried, fell back or was slow: exported whatever the sampler said."""

@@ -142,10 +142,11 @@ class _WaitFields(msgspec.Struct):
     seconds: float
 
 
-class _DrawnFields(msgspec.Struct):
+class _DrawnFields(msgspec.Struct, omit_defaults=True):
     backend: str
     model: str
     weight: int
+    tripped: list[str] | None = None
 
 
 class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -243,7 +244,9 @@ def _describe_events(fields: _Fields, record: "Record") -> None:
             skipped.append(event["gateway.backend"])
         elif name == TARGET_DRAWN:
             model = event["gen_ai.request.model"][:MAX_MODEL]
-            fields.drawn = _DrawnFields(event["gateway.backend"], model, event["gateway.weight"])
+            fields.drawn = _DrawnFields(
+                event["gateway.backend"], model, event["gateway.weight"], event.get("gateway.tripped")
+            )
     fields.skipped = skipped or None
 
 

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from itertools import accumulate
 from math import inf
+from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from gateway.record import Record
     from gateway.telemetry.output import Output
 
+    KnownBy = Callable[[tuple[object, ...]], object]
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bucket bounds of durations."""
 STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
@@ -44,6 +47,10 @@ _BRIDGED = {"ok": "answered", "client_closed_request": "left", "gateway_draining
 MAX_AGE = 1.0
 """Seconds for which a document is given again: rendering one takes milliseconds, and anybody may ask for it."""
 OPENMETRICS = "application/openmetrics-text"
+TARGET = ("route", "backend", "model")
+"""A target of a route with weights, by its configured names; where it names no model, that of the route."""
+FIRST: "KnownBy" = itemgetter(0)
+"""The label by which somebody is known, in most metrics."""
 OTHER = "other"
 """The `route` of a call to an unknown path."""
 
@@ -87,10 +94,25 @@ class Metrics:
             registry,
         )
         self._queue_wait = _Durations(
-            "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, by_route=False
+            "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, labels=()
         )
         self._attempts = self._counts(
             Counter("gateway_attempts", "HTTP calls to a backend.", ["backend", "outcome"], registry=registry)
+        )
+        self._target_attempts = self._counts(
+            Counter(
+                "gateway_target_attempts",
+                "HTTP calls to a target of a route with weights.",
+                [*TARGET, "outcome"],
+                registry=registry,
+            ),
+            known_by=itemgetter(slice(len(TARGET))),
+        )
+        self._target_duration = _Durations(
+            "gateway_target_duration_seconds", "Good attempts at it, to the end of the answer.", registry, labels=TARGET
+        )
+        self._target_first_token = _Durations(
+            "gateway_target_first_token_seconds", "Good streams of it, to the first content.", registry, labels=TARGET
         )
         self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
         self._refused = Counter(
@@ -147,12 +169,17 @@ class Metrics:
         """Have the labels of this generation's replicas and keys, and no others: each stays for ever."""
         backends = {endpoint.name for endpoint in generation.pool.endpoints.values()}
         keys = {caller.name for caller in generation.keys.callers if caller.name is not None}
+        targets = {target.labels for route in generation.pool.routes for target in route.targets if target.labels}
         self._backends = backends
         for counter in (self._allowed, self._refused, self._transitions):
             _forget_others(counter, backends)
         self._attempts.keep(backends)
         for counts in (self._key_requests, self._key_tokens, self._key_refused):
             counts.keep(keys)
+        for held in (self._target_attempts, self._target_duration, self._target_first_token):
+            held.keep(targets)
+        for labels in targets:
+            self._target_attempts.add(*labels, "ok", by=0)
         for name in backends:
             self._allowed.labels(name)
             self._refused.labels(name)
@@ -163,27 +190,26 @@ class Metrics:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))
 
-    def _counts(self, counter: Counter) -> "_Counts":
-        counts = _Counts(counter)
+    def _counts(self, counter: Counter, *, known_by: "KnownBy" = FIRST) -> "_Counts":
+        counts = _Counts(counter, known_by)
         self._counted.append(counts)
         return counts
 
     def count(self, record: "Record", *, kept: bool) -> None:
         """Count a request that has ended; `kept`: its trace is exported, and can be an exemplar."""
-        route = record.path or OTHER
-        self._requests.add(route, record.status, record.outcome)
+        route = (record.path or OTHER,)
+        self._requests.add(*route, record.status, record.outcome)
         trace_id = record.trace_id if kept else None
         self._duration.observe(route, record.seconds(0.0), trace_id)
         if record.first_token is not None:
             self._first_token.observe(route, record.first_token - record.started, trace_id)
-        for attempt in record.attempts:
-            self._attempts.add(attempt.backend, attempt.outcome or "ok")
+        self._count_attempts(record, trace_id)
         if record.input_tokens:
             self._tokens.add("input", by=record.input_tokens)
         if record.output_tokens:
             self._tokens.add("output", by=record.output_tokens)
         if record.queued:
-            self._queue_wait.observe(record.path or OTHER, record.queued, trace_id)
+            self._queue_wait.observe((), record.queued, trace_id)
         if record.shed is not None:
             self._shed.labels(record.shed).inc()
         if record.waits and record.is_bridged:
@@ -192,6 +218,19 @@ class Metrics:
             self._disconnects.inc()
         if record.caller.name is not None:
             self._count_key(record, record.caller.name)
+
+    def _count_attempts(self, record: "Record", trace_id: int | None) -> None:
+        """Count the attempts of a request, by replica, and by target where a route has weights."""
+        for attempt in record.attempts:
+            outcome, target = attempt.outcome or "ok", attempt.target
+            self._attempts.add(attempt.backend, outcome)
+            if target is None:
+                continue
+            self._target_attempts.add(*target, outcome)
+            if attempt.outcome == "ok" and attempt.ended is not None:
+                self._target_duration.observe(target, attempt.ended - attempt.started, trace_id)
+                if record.first_token is not None:
+                    self._target_first_token.observe(target, record.first_token - attempt.started, trace_id)
 
     def _count_key(self, record: "Record", key: str) -> None:
         """Count a request with a named key."""
@@ -247,36 +286,41 @@ class Metrics:
 
 
 class _Durations:
-    """A histogram in seconds, by route or of all; the latest duration in each bucket leads to its trace.
+    """A histogram in seconds, by labels or of all; the latest duration in each bucket leads to its trace.
 
     prometheus-client's own checks each exemplar and locks at each call, which costs more than all else that is counted
     of a request.
     """
 
-    def __init__(self, name: str, text: str, registry: CollectorRegistry, *, by_route: bool = True) -> None:
+    def __init__(
+        self, name: str, text: str, registry: CollectorRegistry, *, labels: tuple[str, ...] = ("route",)
+    ) -> None:
         self._name = name
         self._text = text
-        self._by_route = by_route
-        self._routes: dict[str, _Buckets] = {} if by_route else {"": _Buckets()}
+        self._labels = labels
+        self._buckets: dict[tuple[str, ...], _Buckets] = {} if labels else {(): _Buckets()}
         registry.register(self)
 
-    def observe(self, route: str, seconds: float, trace_id: int | None) -> None:
+    def observe(self, labels: tuple[str, ...], seconds: float, trace_id: int | None) -> None:
         """Count a duration; `trace_id` None: its trace cannot be looked up."""
-        route = route if self._by_route else ""
-        buckets = self._routes.get(route)
+        buckets = self._buckets.get(labels)
         if buckets is None:
-            buckets = self._routes[route] = _Buckets()
+            buckets = self._buckets[labels] = _Buckets()
         place = bisect_left(SECONDS, seconds)
         buckets.counts[place] += 1
         buckets.sum += seconds
         if trace_id is not None:
             buckets.latest[place] = seconds, trace_id
 
+    def keep(self, known: "Container[object]") -> None:
+        """Forget all but those with one of these sets of labels."""
+        self._buckets = {labels: buckets for labels, buckets in self._buckets.items() if labels in known}
+
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
-        family = HistogramMetricFamily(self._name, self._text, labels=["route"] if self._by_route else [])
-        for route, buckets in self._routes.items():
-            family.add_metric([route] if self._by_route else [], list(buckets.cumulative()), buckets.sum)
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, buckets in self._buckets.items():
+            family.add_metric(labels, list(buckets.cumulative()), buckets.sum)
         yield family
 
 
@@ -304,36 +348,37 @@ class _Buckets:
 class _Counts:
     """A counter by its labels. What is counted waits here until somebody asks: prometheus-client locks at each call."""
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: Counter, known_by: "KnownBy") -> None:
         self._counter = counter
+        self._known_by = known_by
         self._waiting: dict[tuple[object, ...], int] = {}
-        self._first: Container[object] = EVERY
+        self._known: Container[object] = EVERY
 
     def add(self, *labels: object, by: int = 1) -> None:
         """Count."""
         self._waiting[labels] = self._waiting.get(labels, 0) + by
 
-    def keep(self, first: "Container[str]") -> None:
-        """Count only those whose first label is one of these, and forget all others."""
-        self._first = first
+    def keep(self, known: "Container[object]") -> None:
+        """Count only those who are known by one of these, and forget all others."""
+        self._known = known
         self.pass_on()
-        _forget_others(self._counter, first)
+        _forget_others(self._counter, known, self._known_by)
 
     def pass_on(self) -> None:
         """Add what waits to the counter."""
         for labels, number in self._waiting.items():
-            if labels[0] not in self._first:
+            if self._known_by(labels) not in self._known:
                 continue
             self._counter.labels(*map(str, labels)).inc(number)
         self._waiting.clear()
 
 
-def _forget_others(counter: Counter, first: "Container[str]") -> None:
-    """Forget what a counter has of those whose first label is none of these."""
+def _forget_others(counter: Counter, known: "Container[object]", known_by: "KnownBy" = FIRST) -> None:
+    """Forget what a counter has of those who are known by none of these."""
     (family,) = counter.collect()
     labels = {tuple(sample.labels.values()) for sample in family.samples}
     for each in labels:
-        if each[0] not in first:
+        if known_by(each) not in known:
             counter.remove(*each)
 
 
@@ -374,6 +419,16 @@ class _Parts:
             "gateway_backend_status", "As in /health: 0 ok, 1 degraded, 2 down.", labels=["backend"]
         )
         flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
+        tripped: dict[tuple[str, str], bool] = {}
+        for route in self._generations.current.pool.routes:
+            for watch in route.watches:
+                place = route.model, watch.backend  # which may be there twice, for two models
+                tripped[place] = tripped.get(place, False) or watch.trip is not None
+        guards = GaugeMetricFamily(
+            "gateway_guard_tripped", "1 where a guard has taken a target's traffic.", labels=["route", "backend"]
+        )
+        for place, has_tripped in tripped.items():
+            guards.add_metric(place, int(has_tripped))
         for replica in self._generations.current.pool.replicas:
             breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
             cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
@@ -386,6 +441,7 @@ class _Parts:
         yield probes
         yield statuses
         yield flying
+        yield guards
         yield _gauge("gateway_open_connections", "Connections of callers.", len(self._connections))
         yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
         yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)

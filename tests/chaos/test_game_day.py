@@ -149,6 +149,22 @@ def test_a_short_outage_is_seen_where_nobody_waits_for_its_end(tmp_path: Path, w
     assert "  kept    every answer is well-formed" in done.stdout
 
 
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "not-guarded"])
+def test_a_bad_rollout_goes_on_where_nobody_guards_it(tmp_path: Path, guarded: bool) -> None:  # noqa: FBT001
+    """The experiment passes, and without its guard it fails; callers see no error either way."""
+    definition = (FOLDER / "bad-rollout.yaml").read_text(encoding="utf-8")
+    guard = re.search(r"\n +guard: .*", definition)
+    assert guard is not None
+    done, _ = game_day(tmp_path, definition if guarded else definition.replace(guard[0], ""))
+
+    assert done.returncode == (0 if guarded else 1), done.stdout + done.stderr
+    verdict = "kept  " if guarded else "BROKEN"
+    assert f"  {verdict}  then it loses it (guards_tripped >= 1)" in done.stdout
+    assert f"  {verdict}  and gets nothing more (arrivals_after_trip <= 0)" in done.stdout
+    assert ("s  >>> new has lost its traffic" in done.stdout) == guarded
+    assert "  kept    no caller sees it (failures <= 0)" in done.stdout
+
+
 def test_a_gateway_that_is_not_there_is_a_problem_and_not_a_pass(tmp_path: Path) -> None:
     experiment, page = tmp_path / "mine.yaml", tmp_path / "report.html"
     experiment.write_text(KEPT, encoding="utf-8")

@@ -225,7 +225,7 @@ async def test_a_near_miss_names_the_right_path(
     answer = await send(gateway, post(path=path).replace(b"POST", method.encode(), 1))
     assert (answer.status, answer.error["code"]) == (404, "not_found")
     message = str(answer.error["message"])
-    assert message.endswith(f"the right one is {right}." if right else "GET / lists what there is.")
+    assert message.endswith(f"the right one is {right}." if right else "GET / says where to look.")
     assert recorder.seen == []
     metrics = await gateway.metrics()
     assert 'gateway_requests_total{outcome="not_found",route="other",status="404"} 1.0' in metrics

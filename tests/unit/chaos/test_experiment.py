@@ -123,6 +123,11 @@ def test_a_file_that_is_no_text_is_told(definition: Path) -> None:
             "it needs settings of its own (system)",
             "it needs settings of its own (system)",
         ),
+        (
+            ("title: A", "system: {config: {backends: {a: {url: $0}}}}\ntitle: A"),
+            "it needs settings of its own (system)",
+            "it needs settings of its own (system)",
+        ),
     ],
 )
 def test_where_an_experiment_can_be_played(

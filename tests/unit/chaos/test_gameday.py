@@ -48,6 +48,9 @@ class FakeStage:
     async def do(self, step: Step) -> None:
         self.done.append(step.do)
 
+    def arrivals(self) -> dict[str, list[float]]:
+        return {}
+
     async def revived(self, mock: int) -> None:
         self.done.append(f"mock-{mock} answers")
 

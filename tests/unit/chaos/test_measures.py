@@ -61,6 +61,37 @@ def test_measures_look_at_their_span(measure: str, since: float, until: float, v
     assert MEASURES[measure](findings(), since, until) == (None if value is None else pytest.approx(value))
 
 
+NEW = {"new": "http://b"}
+
+
+@pytest.mark.parametrize(
+    ("tripped", "metric", "arrivals", "since", "until", "guards", "after"),
+    [
+        ({}, 0, {}, 0, 9, 0, None),
+        (NEW, 1, {"http://b": [0.5, 2.9, 3.0, 8.0, 9.0], "http://a": [4.0]}, 0, 9, 1, 2),
+        (NEW, 1, {"http://b": [0.5, 2.9]}, 0, 9, 1, 0),
+        (NEW, 0, {"http://b": []}, 0, 9, 0, 0),  # the metric does not say so
+        ({}, 1, {"http://b": []}, 0, 9, 0, None),  # `/health` does not
+        (NEW, 1, {"http://a": []}, 0, 9, 1, None),  # without its journal
+        (NEW, 1, {"http://b": []}, 0, 3, 0, None),  # before
+    ],
+)
+def test_what_a_guard_has_done_is_measured(  # noqa: PLR0917
+    tripped: dict[str, str],
+    metric: int,
+    arrivals: dict[str, list[float]],
+    since: float,
+    until: float,
+    guards: float,
+    after: float | None,
+) -> None:
+    samples = [Sample(1.0, {}, 0, 0), *(Sample(at, {}, 0, 0, 0.0, tripped, metric) for at in (3.0, 4.0))]
+    found = Findings(100.0, samples=samples, arrivals=arrivals)
+
+    assert MEASURES["guards_tripped"](found, since, until) == guards
+    assert MEASURES["arrivals_after_trip"](found, since, until) == after
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_nothing_is_measured_where_nothing_was_sent(measure: str) -> None:
     assert measured(measure, findings(), 6, 9) == (None, "not measured")

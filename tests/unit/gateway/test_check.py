@@ -114,6 +114,27 @@ def test_what_would_change_is_told_but_no_secret(
     assert SECRET not in out
 
 
+@pytest.mark.usefixtures("secrets")
+def test_a_part_that_appears_or_goes_is_told_value_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_guard = FILE.replace("small, weight: 1}]", "small, weight: 1}], guard: {window: 30}")
+    other = with_guard.replace("spare: {", "spare: {probe: false, ")
+    assert with_guard != FILE
+    assert other != with_guard
+    old, new = written(tmp_path, FILE, "old.yaml"), written(tmp_path, other)
+    assert check.main([new, old]) == 0
+    told = capsys.readouterr().out.splitlines()[1:]
+    guard = {"max_error_rate": 0.05, "min_requests": 20, "window": 30.0}
+    assert told[:3] == [
+        "backend spare: replicas[spare].probe.interval 2.0 -> none",
+        "backend spare: replicas[spare].probe.path /health -> none",
+        "backend spare: replicas[spare].probe.timeout 2.0 -> none",
+    ]
+    assert told[3:] == [f"route m: guard.{name} none -> {value}" for name, value in guard.items()]
+    assert check.main([old, new]) == 0
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told[3:] == [f"route m: guard.{name} {value} -> none" for name, value in guard.items()]
+
+
 def test_the_command_needs_no_running_gateway(tmp_path: Path) -> None:
     command = python("gateway", "check", written(tmp_path, WRONG))
     ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603

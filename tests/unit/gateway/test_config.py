@@ -11,7 +11,16 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from gateway.config import LimitsConfig, ProbeConfig, ReplicaConfig, Routing, TargetConfig, Timeouts, load_routing
+from gateway.config import (
+    GuardConfig,
+    LimitsConfig,
+    ProbeConfig,
+    ReplicaConfig,
+    Routing,
+    TargetConfig,
+    Timeouts,
+    load_routing,
+)
 from gateway.settings import SettingsError, load
 
 GOOD = """
@@ -226,6 +235,31 @@ WRONG = [
         f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a, weight: 0}}]",
         ", line 4, routes[0].targets: ",
         "above 0",
+    ),
+    *(
+        (
+            f"backends: {{a: {A}}}\nroutes:\n  - model: m\n    targets: [{{backend: a{weight}}}]\n    guard: {guard}",
+            f", line 5, routes[0].guard{key}: ",
+            why,
+        )
+        for weight, guard, key, why in (
+            ("", "{}", "", "needs a weight on each"),
+            (", weight: 1", "true", "", "mapping"),
+            (", weight: 1", "{rate: 0.1}", ": rate", "allowed: max_error_rate, min_requests, window"),
+            *(
+                (", weight: 1", f"{{max_error_rate: {rate}}}", ".max_error_rate", "greater than 0 and at most 1")
+                for rate in ("0", "-0.1", "1.01", "5", "'0.1'", "5%", "true", ".nan", ".inf", "")
+            ),
+            *(
+                (", weight: 1", f"{{window: {window}}}", ".window", "a number of seconds greater than 0")
+                for window in ("0", "-1", "1m", ".inf", ".nan", "")
+            ),
+            (", weight: 1", "{window: 86401}", ".window", "at most 86400 seconds"),
+            *(
+                (", weight: 1", f"{{min_requests: {least}}}", ".min_requests", "whole number of at least 1")
+                for least in ("0", "-1", "1.5", "'1'", "1_000", "")
+            ),
+        )
     ),
     *(
         (f"backends: {{a: {A}}}\n{ROUTES}\nkeys:\n{written(keys)}", where, why)
@@ -466,6 +500,28 @@ def test_weights_and_prefixes_are_read(tmp_path: Path) -> None:
         TargetConfig("b", "x", 1),
         TargetConfig("b", None, 0),
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("{}", GuardConfig(0.05, 60, 20)),
+        ("{max_error_rate: 1, window: 0.5, min_requests: 1}", GuardConfig(1, 0.5, 1)),
+        ("{window: 86400}", GuardConfig(0.05, 86400, 20)),
+    ],
+)
+def test_a_guard_is_read(tmp_path: Path, written: str, read: GuardConfig) -> None:
+    found = routing(
+        tmp_path,
+        f"""
+        backends: {{a: {A}}}
+        routes:
+          - {{model: m, targets: [{{backend: a, weight: 1}}], guard: {written}}}
+          - {{model: n, targets: [{{backend: a, weight: 1}}]}}
+        """,
+    )
+
+    assert [route.guard for route in found.routes] == [read, None]
 
 
 B = "backends:\n  a:\n    url: http://h\n"
