@@ -25,7 +25,12 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
     first = documents[0]
     of_each = [each["downstream"]["backends"] for each in documents]
     backends = [_backend_of_all(same) for same in zip(*of_each, strict=False)]
+    guards = [
+        max(same, key=_guard_rank) for same in zip(*(each["downstream"]["guards"] for each in documents), strict=False)
+    ]
     downstream = _whole([each["status"] for each in backends])
+    if downstream == "ok" and any(each["tripped"] for each in guards):
+        downstream = "degraded"
     telemetry = _worst(STATUSES, [each["telemetry"]["status"] for each in documents])
     limits = _worst(STATUSES, [each["limits"]["status"] for each in documents])
     poor = missing or "degraded" in {telemetry, limits} or any(each["status"] == "degraded" for each in documents)
@@ -35,7 +40,8 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
         "draining": any(each["draining"] for each in documents),
         "in_flight": sum(each["in_flight"] for each in documents),
         "queued": sum(each["queued"] for each in documents),
-        "downstream": first["downstream"] | {"status": downstream, "backends": backends},
+        "config": _config_of_all([each["config"] for each in documents]),
+        "downstream": {"status": downstream, "backends": backends, "guards": guards},
         "telemetry": {
             "status": telemetry,
             "spans_dropped": sum(each["telemetry"]["spans_dropped"] for each in documents),
@@ -43,6 +49,21 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
         "limits": {"status": limits},
         "workers": {"answered": len(documents), "missing": list(missing)},
     }
+
+
+def _config_of_all(configs: "Sequence[Document]") -> Document:
+    """Return the oldest generation in force, and an error if there is one."""
+    error = next((each["error"] for each in configs if each["error"]), None)
+    return min(configs, key=_generation) | {"error": error}
+
+
+def _generation(config: Document) -> int:
+    return int(config["generation"])
+
+
+def _guard_rank(guard: Document) -> tuple[bool, int]:
+    """Order what workers say of the same guard: the one that tripped counts, else the one that has seen most."""
+    return bool(guard["tripped"]), int(guard["requests"])
 
 
 def _backend_of_all(same: "Sequence[Document]") -> Document:

@@ -29,6 +29,7 @@ LARGEST = {
     "gateway_breaker_state",
     "gateway_build_info",
     "gateway_event_loop_lag_seconds",
+    "gateway_guard_tripped",
     "gateway_key_limit",
     "gateway_workers",
 }

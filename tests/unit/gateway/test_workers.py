@@ -184,7 +184,8 @@ def _health(status: str, breaker: str, **more: object) -> dict[str, Any]:
         "draining": False,
         "in_flight": 2,
         "queued": 1,
-        "downstream": {"status": status, "backends": [backend]},
+        "config": {"generation": 2, "loaded_seconds_ago": 1.0, "error": None},
+        "downstream": {"status": status, "backends": [backend], "guards": []},
         "telemetry": {"status": "ok", "spans_dropped": 1},
         "limits": {"status": "off"},
     } | more
@@ -200,6 +201,13 @@ def test_a_backend_is_down_where_it_is_so_for_all_and_no_better_than_degraded_fo
     assert backend["probe"]["seconds_ago"] == 0.5
     assert (one["in_flight"], one["queued"], one["telemetry"]["spans_dropped"]) == (4, 2, 2)
     assert health_of_all([ill, ill], [])["status"] == "down"
+    behind = _health("ok", "closed", config={"generation": 1, "loaded_seconds_ago": 9.0, "error": "wrong"})
+    assert health_of_all([well, behind], [])["config"] == {"generation": 1, "loaded_seconds_ago": 9.0, "error": "wrong"}
+    tripped = _health("ok", "closed")
+    tripped["downstream"]["guards"] = [{"tripped": True, "requests": 20}]
+    well["downstream"]["guards"] = [{"tripped": False, "requests": 30}]
+    guarded = health_of_all([well, tripped], [])
+    assert (guarded["status"], guarded["downstream"]["guards"]) == ("degraded", [{"tripped": True, "requests": 20}])
     assert health_of_all([well, well], [])["status"] == "ok"
     assert health_of_all([well], [2])["status"] == "degraded"
     assert health_of_all([well], [2])["workers"] == {"answered": 1, "missing": [2]}
