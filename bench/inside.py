@@ -1,10 +1,11 @@
 """What a request costs inside the process: the whole way through Python without sockets, precise to about 2 %.
 
-`python -m bench.inside [--rounds 12] [--traced] [--events N] FOLDER...`: each FOLDER holds a `gateway/` to be measured,
-such as `.` and a copy with one thing changed; `bare` is the bare pass-through. All run side by side, one slice of
-requests after the other; ratios are to the first. With `--events` the answers are streams of so many events, each read
-by itself, and the figures are per event. With `--count` instructions are counted instead of time, by valgrind: to 1 %,
-whatever else the machine does.
+`python -m bench.inside [--rounds 12] [--traced] [--events N] [--key named|limited] FOLDER...`: each FOLDER holds a
+`gateway/` to be measured, such as `.` and a copy with one thing changed; `bare` is the bare pass-through. All run side
+by side, one slice of requests after the other; ratios are to the first. With `--events` the answers are streams of so
+many events, each read by itself, and the figures are per event. With `--key` each request shows a gateway key: one that
+has a name alone, or limits of every kind as well. With `--count` instructions are counted instead of time, by valgrind:
+to 1 %, whatever else the machine does.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +38,17 @@ SHORT = 20
 CALLERS = 32
 REST = 0.7
 """Seconds for what was put off: exports and logs; their CPU time counts."""
+SELDOM = 3600.0
+"""Seconds between exports of metrics, which are not measured."""
 BARE = "bare"
 NOWHERE = "http://127.0.0.1:9"
+
+KEY = "measured"
+LIMITS = (
+    "{requests_per_minute: 1000000, requests_per_day: 100000000, tokens_per_minute: 100000000, "
+    "tokens_per_day: 1000000000, max_in_flight: 1000}"
+)
+"""None of them refuses a request."""
 
 Peer = Callable[["Wire", bytes], None]
 
@@ -132,15 +143,37 @@ async def bare_server(events: int) -> Any:  # noqa: ANN401 - aiohttp's server
     return runner.server
 
 
-async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa: ANN401 - aiohttp's server
+def configured(key: str | None) -> tuple[Any, Any]:
+    """Settings and routing of a gateway: open, or with a key that is only `named`, or `limited` as well."""
+    from gateway.config import load_routing
+    from gateway.settings import load
+
+    os.environ |= {"APP_MODE": "prod", "MEASURED_KEY": KEY}
+    if key is None:
+        os.environ["GATEWAY_BACKEND_URLS"] = NOWHERE
+        settings = load()
+        return settings, load_routing(settings)
+    limits = f", limits: {LIMITS}" if key == "limited" else ""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "gateway.yaml")
+        file.write_text(
+            f"backends: {{backend-1: {{url: {NOWHERE!r}}}}}\n"
+            'routes: [{model: "*", targets: [{backend: backend-1}]}]\n'
+            f"keys: [{{name: team, key_env: MEASURED_KEY{limits}}}]\n",
+            encoding="utf-8",
+        )
+        os.environ["GATEWAY_CONFIG"] = str(file)
+        settings = load()
+        return settings, load_routing(settings)
+
+
+async def gateway_of(folder: str, events: int, *, traced: bool, key: str | None) -> Any:  # noqa: ANN401 - aiohttp's server
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
     from gateway.app import PARTS, create_app, runner_of
     from gateway.backend import aiohttp_connection
-    from gateway.config import load_routing
     from gateway.server.listener import GC_THRESHOLD
-    from gateway.settings import load
     from gateway.telemetry import Telemetry
     from gateway.telemetry.logs import RequestLog
     from gateway.telemetry.otlp_exporter import OtlpHttpExporter
@@ -153,15 +186,14 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
 
     # An older checkout takes a connection for new only if it is told.
     connect_to(Backend(events), getattr(aiohttp_connection, "note_new_connection", lambda: None))
-    os.environ |= {"APP_MODE": "prod", "GATEWAY_BACKEND_URLS": NOWHERE}
-    settings = load()
+    settings, routing = configured(key)
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
     output = Output("stdout", nowhere)
     output.start()
     log = RequestLog(level="INFO", as_json=True, stream=cast("TextIO", output))
     tracer = Tracer(Nobody(endpoint=NOWHERE) if traced else None)
-    telemetry = Telemetry(settings, tracer=tracer, log=log)
-    app = create_app(settings, load_routing(settings), telemetry)
+    telemetry = Telemetry(settings, tracer=tracer, log=log, **(_metric_export(tracer.resource) if traced else {}))
+    app = create_app(settings, routing, telemetry)
     runner = runner_of(app)
     await runner.setup()
     for watcher in ("health", "model_lists"):  # no probes; an older checkout asks for no lists
@@ -173,13 +205,24 @@ async def gateway_of(folder: str, events: int, *, traced: bool) -> Any:  # noqa:
     return runner.server
 
 
-async def measured(folder: str, events: int, calls: int, *, traced: bool) -> None:
+def _metric_export(resource: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Have GenAI's metrics counted, as they are where a collector is set; an older checkout has none."""
+    try:
+        from gateway.telemetry.metric_export import MetricExport
+        from gateway.telemetry.otlp_exporter import OtlpHttpMetricExporter
+    except ImportError:
+        return {}
+    return {"metric_export": MetricExport(OtlpHttpMetricExporter(NOWHERE), resource=resource, interval=SELDOM)}
+
+
+async def measured(folder: str, events: int, calls: int, *, traced: bool, key: str | None) -> None:
     """Run a slice of so many calls per line of our input, and print the CPU time per request or event, us."""
-    server = await bare_server(events) if folder == BARE else await gateway_of(folder, events, traced=traced)
+    server = await (bare_server(events) if folder == BARE else gateway_of(folder, events, traced=traced, key=key))
     prompt = body(Spec(mode="load", stream=events > 0))
     request = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(prompt), prompt)
+        b"%scontent-length: %d\r\n\r\n%s"
+        % (b"authorization: Bearer %s\r\n" % KEY.encode() if key is not None else b"", len(prompt), prompt)
     )
     loop = asyncio.get_running_loop()
     left = 0
@@ -216,8 +259,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--traced", action="store_true", help="make and encode spans, and send them nowhere")
+    parser.add_argument("--traced", action="store_true", help="make spans and count GenAI's metrics, send nothing")
     parser.add_argument("--events", type=int, default=0, help="of each answer; 0: it is no stream")
+    parser.add_argument("--key", choices=["named", "limited"], help="each request shows a key: a name, or limits too")
     parser.add_argument("--count", action="store_true", help="instructions, not time (needs valgrind)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=0, help=argparse.SUPPRESS)
@@ -227,7 +271,7 @@ def arguments() -> argparse.Namespace:
 def child_of(folder: str, options: argparse.Namespace, calls: int) -> list[str]:
     """The command that measures one folder."""
     path = folder if folder == BARE else str(Path(folder).resolve())
-    more = ["--traced"] if options.traced else []
+    more = [*(["--traced"] if options.traced else []), *(["--key", options.key] if options.key else [])]
     return python("bench.inside", "--child", "--calls", str(calls), "--events", str(options.events), *more, path)
 
 
@@ -291,7 +335,7 @@ def main() -> int:
     options = arguments()
     calls = max(SLICE * 20 // options.events, 2 * CALLERS) if options.events else SLICE
     if options.child:
-        uvloop.run(measured(options.folders[0], options.events, options.calls, traced=options.traced))
+        uvloop.run(measured(options.folders[0], options.events, options.calls, traced=options.traced, key=options.key))
     try:
         if options.count:
             first = 0.0

@@ -17,6 +17,7 @@ from chaos.experiment import Experiment, ExperimentError, load_experiments
 from chaos.gameday import Played, play
 from chaos.report import report
 from chaos.stages import SERVICES, ComposeStage, LocalStage, RemoteStage, Stage, published, running
+from testkit.limits_server import why_no_server
 from testkit.processes import ProcessError
 
 CONTROL = "http://127.0.0.1:8002"
@@ -98,6 +99,10 @@ class GameDay:
             options.mock_control = options.mock_control or [CONTROL]
             mocks = len(options.mock_control)
         else:
+            if reason := why_no_server():
+                for name in [name for name, experiment in self._experiments.items() if experiment.system.limits]:
+                    tell(f"left out: {name}: {reason}")
+                    del self._experiments[name]
             return
         self._where = f"{options.target}{' (containers)' if options.compose else ''}"
         for name, experiment in list(self._experiments.items()):

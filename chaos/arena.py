@@ -13,6 +13,7 @@ from chaos.load import Load, Plan
 from chaos.processes import Gateway, Mock
 from testkit import usage
 from testkit.fault_proxy import FaultProxy, Network
+from testkit.limits_server import LimitsServer
 from testkit.load import Call, now
 from testkit.otlp import Sink
 from testkit.polling import until
@@ -39,6 +40,8 @@ GATEWAY = {
     "GATEWAY_SHUTDOWN_GRACE": "5",
 }
 """As at home, only faster."""
+KEY = "key-of-the-game-day"
+"""The gateway key where it has limits."""
 HOST_NAME = "mock.chaos.test"
 SLACK = 2
 """Open files and tasks that may come and go."""
@@ -72,6 +75,7 @@ class Arena:
         proxied: whether each replica stands behind a `Proxy`.
         named: whether the (one) replica is reached by a host name; see `resolve`.
         collected: whether the gateways send their spans to a `Sink`.
+        limits: of the one key, `KEY`, that a store shares; none: there is neither.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Arena:
         proxied: bool = False,
         named: bool = False,
         collected: bool = False,
+        limits: "dict[str, int] | None" = None,
     ) -> None:
         self.seed = seed
         self._numbers = mocks, gateways
@@ -95,12 +100,14 @@ class Arena:
         self._proxied = proxied
         self._named = named
         self._collected = collected
+        self._limits = limits or {}
         self._stack = AsyncExitStack()
         self.mocks: list[Mock] = []
         self.proxies: list[FaultProxy] = []
         self.gateways: list[Gateway] = []
         self.folder: Path
         self.collector: Sink
+        self.store: LimitsServer
         self._before: list[Vitals] = []
 
     @property
@@ -244,6 +251,11 @@ class Arena:
             stack.push_async_callback(self.collector.kill)
             await self.collector.start()
             env["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collector.url
+        if self._limits:
+            self.store = LimitsServer(self.folder)
+            stack.push_async_callback(self.store.kill)
+            await self.store.start()
+            env |= {"GATEWAY_LIMITS_URL": self.store.url, "KEY": KEY}
         names = self.folder / "names.json" if self._named else None
         for number in range(gateways):
             gateway = Gateway(f"gateway-{number + 1}", self.folder, env, names=names)
@@ -256,6 +268,13 @@ class Arena:
         urls = [proxy.url for proxy in self.proxies] if self._proxied else [mock.url for mock in self.mocks]
         if self._named:
             urls = [f"http://{HOST_NAME}:{self.mock.port}"]
+        if self._limits:
+            backends = {"backend": {"urls": urls}}
+            routes = [{"model": "*", "targets": [{"backend": "backend"}]}]
+            keys = [{"name": "game-day", "key_env": "KEY", "limits": self._limits}]
+            file = self.folder / "gateway.yaml"
+            file.write_text(json.dumps({"backends": backends, "routes": routes, "keys": keys}), encoding="utf-8")
+            return {"GATEWAY_CONFIG": str(file)}
         if self._config is None:
             return {"GATEWAY_BACKEND_URLS": ",".join(urls)}
         file = self.folder / "gateway.yaml"

@@ -22,10 +22,15 @@ ACTIONS = {
     "freeze": "SIGSTOP the mock model",
     "thaw": "SIGCONT",
     "network": "the network before the mock model (`be`: good, refuses, swallows, no connect)",
+    "kill-store": "SIGKILL the store of shared limits (`system.limits`)",
+    "start-store": "start it again, empty",
+    "freeze-store": "SIGSTOP the store of shared limits",
+    "thaw-store": "SIGCONT",
     "stop-gateway": "SIGTERM the gateway, and start it again when it has ended",
 }
 SCRIPTED = frozenset({"faults", "heal", "crash"})
 """Actions that go through the mock model's control port."""
+OF_STORE = frozenset({"kill-store", "start-store", "freeze-store", "thaw-store"})
 
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Positive = Annotated[float, Meta(gt=0, le=86_400)]
@@ -67,7 +72,7 @@ class Step(Struct, frozen=True):
             return f"mock-{self.mock}: {', '.join(str(fault['kind']) for fault in self.faults)}"
         if self.do == "network":
             return f"network to mock-{self.mock}: {self.be}"
-        return self.do if self.do == "stop-gateway" else f"{self.do} mock-{self.mock}"
+        return self.do if self.do in OF_STORE | {"stop-gateway"} else f"{self.do} mock-{self.mock}"
 
 
 class Promise(Struct, frozen=True):
@@ -141,12 +146,14 @@ class System(Struct, frozen=True, kw_only=True):
     """What the experiment needs: so many mock models as replicas, and settings of gateway and mock models.
 
     `config`: the document of `GATEWAY_CONFIG`, in which `$0`, `$1`, ... stand for the mock models' urls.
+    With `limits` all calls are made with one key that has them, and a store shares them.
     """
 
     mocks: Annotated[int, Meta(ge=1, le=10)] = 1
     gateway: Variables = {}
     mock: Variables = {}
     config: dict[str, Any] = {}
+    limits: dict[str, Annotated[int, Meta(ge=1)]] = {}
 
 
 class Experiment(Struct, frozen=True, kw_only=True):
@@ -171,6 +178,8 @@ class Experiment(Struct, frozen=True, kw_only=True):
                     )
                 if step.at >= seconds:
                     raise ValueError(f"{part}[{number}].at: {step.at:g}; the experiment ends at {seconds:g}")
+        if not self.system.limits and any(step.do in OF_STORE for step in self.steps):
+            raise ValueError("system.limits: a store is there only for limits")
         for number, promise in enumerate(self.promises):
             if promise.since >= seconds:
                 raise ValueError(f"promises[{number}].since: {promise.since:g}; the experiment ends at {seconds:g}")
@@ -195,7 +204,7 @@ class Experiment(Struct, frozen=True, kw_only=True):
             mocks: how many mock models there may be.
             controls: how many of their control ports can be reached.
         """
-        if self.system.gateway or self.system.mock or self.system.config:
+        if self.system.gateway or self.system.mock or self.system.config or self.system.limits:
             return "it needs settings of its own (system)"
         missing = sorted({step.do for step in self.steps} - actions)
         if missing:

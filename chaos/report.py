@@ -34,7 +34,9 @@ svg {{ display: block; width: 100%; min-width: {WIDTH * READABLE / FONT:.0f}px; 
 """
 
 
-def report(results: "Sequence[Played]", *, chosen: int, where: str, when: str, command: str) -> str:
+def report(
+    results: "Sequence[Played]", *, chosen: int, where: str, when: str, command: str, title: str = "Game day"
+) -> str:
     """Return the page, as HTML.
 
     Args:
@@ -43,6 +45,7 @@ def report(results: "Sequence[Played]", *, chosen: int, where: str, when: str, c
         where: what was played on.
         when: date and time.
         command: repeats it all.
+        title: of the page.
     """
     passed = sum(played.passed for played in results)
     rows = "".join(
@@ -55,8 +58,8 @@ def report(results: "Sequence[Played]", *, chosen: int, where: str, when: str, c
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Game day: {passed} of {len(results)} passed</title><style>{STYLE}</style></head><body>"
-        f"<h1>Game day: {passed} of {len(results)} experiments passed</h1>{missing}"
+        f"<title>{escape(title)}: {passed} of {len(results)} passed</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(title)}: {passed} of {len(results)} experiments passed</h1>{missing}"
         f"<p class='small'>{escape(when)}; {escape(where)}; {_machine()}.<br>"
         f"Again: <code>{escape(command)}</code></p>"
         f"<table><tr><th>Experiment</th><th>Verdict</th></tr>{rows}</table>"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 
-from chaos.arena import GATEWAY, MOCK, Arena
-from chaos.experiment import ACTIONS
+from chaos.arena import GATEWAY, KEY, MOCK, Arena
+from chaos.experiment import ACTIONS, OF_STORE
 from testkit.fault_proxy import Network
+from testkit.limits_server import LimitsServer
 from testkit.processes import ProcessError, spawn
 
 if TYPE_CHECKING:
@@ -74,8 +75,15 @@ class LocalStage:
         self.settings = GATEWAY | MOCK | gateway | mock | ({"GATEWAY_CONFIG": config} if config else {})
         self.plan: dict[str, Any] = {}
         self._arena = Arena(
-            seed, mocks=system.mocks, gateway=gateway, config=config, mock=mock, proxied=experiment.proxied
+            seed,
+            mocks=system.mocks,
+            gateway=gateway,
+            config=config,
+            mock=mock,
+            proxied=experiment.proxied,
+            limits=dict(system.limits),
         )
+        self.key = KEY if system.limits else None
         self._stack = contextlib.AsyncExitStack()
 
     @property
@@ -95,6 +103,17 @@ class LocalStage:
 
     async def do(self, step: "Step") -> None:
         """Do what the step says."""
+        if step.do in OF_STORE:
+            await _do_to(self._arena.store, step.do)
+        elif step.do == "network":
+            await self._arena.proxies[step.mock - 1].be(Network(step.be))
+        elif step.do == "stop-gateway":
+            await self._arena.gateway.stop()
+            await self._arena.gateway.start()
+        else:
+            await self._do_to_mock(step)
+
+    async def _do_to_mock(self, step: "Step") -> None:
         mock = self._arena.mocks[step.mock - 1]
         if step.do == "faults":
             await mock.faults(*step.faults)
@@ -109,13 +128,8 @@ class LocalStage:
                 await mock.start()
         elif step.do == "freeze":
             mock.freeze()
-        elif step.do == "thaw":
-            mock.thaw()
-        elif step.do == "network":
-            await self._arena.proxies[step.mock - 1].be(Network(step.be))
         else:
-            await self._arena.gateway.stop()
-            await self._arena.gateway.start()
+            mock.thaw()
 
     async def revived(self, mock: int) -> None:
         """Wait until that mock model answers its own health probe."""
@@ -124,6 +138,18 @@ class LocalStage:
     def arrivals(self) -> dict[str, list[float]]:
         """Return when prompts came to each mock model, by its url, in seconds since the epoch."""
         return {mock.url: [entry["time"] for entry in mock.arrivals()] for mock in self._arena.mocks}
+
+
+async def _do_to(store: LimitsServer, action: str) -> None:
+    if action == "kill-store":
+        await store.kill()
+    elif action == "start-store":
+        if not store.running:
+            await store.start()
+    elif action == "freeze-store":
+        store.freeze()
+    else:
+        store.thaw()
 
 
 class RemoteStage:
@@ -197,7 +223,7 @@ class RemoteStage:
 class ComposeStage(RemoteStage):
     """The containers of compose.yaml. The project is the one `docker compose` finds: see `COMPOSE_PROJECT_NAME`."""
 
-    actions = frozenset(ACTIONS) - {"network"}
+    actions = frozenset(ACTIONS) - OF_STORE - {"network"}
 
     def __init__(self, url: str, controls: "Sequence[str]", session: aiohttp.ClientSession, key: str | None) -> None:
         super().__init__(url, controls, session, key)

@@ -7,12 +7,16 @@ from types import FrameType
 
 
 def main() -> int:
-    """Run the gateway, or check a configuration; return the exit code. Until it serves, signals end it at once."""
+    """Run the gateway, or one of its commands; return the exit code. Until it serves, signals end it at once."""
     end_by_signals()
     if sys.argv[1:2] == ["check"]:
         from gateway import check  # noqa: PLC0415 - a signal may come during these imports
 
         return check.main(sys.argv[2:])
+    if sys.argv[1:2] == ["why"]:
+        from gateway import why  # noqa: PLC0415 - the same
+
+        return why.main(sys.argv[2:])
     from gateway import program  # noqa: PLC0415 - the same
 
     code = program.main(sys.argv[2:] if sys.argv[1:2] == ["worker"] else [])

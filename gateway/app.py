@@ -22,6 +22,7 @@ from gateway.forwarding.charge import Charges
 from gateway.forwarding.forwarder import Forwarder
 from gateway.generation import Generations
 from gateway.health import Health
+from gateway.kept_requests import SLOW, KeptRequests
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.breaker import State
@@ -29,23 +30,33 @@ from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.reload import Reload
+from gateway.server.admin import AdminCalls
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
 from gateway.server.handlers import Handlers
 from gateway.server.in_flight import InFlight
 from gateway.server.keys import Keys
+from gateway.server.live_page import LivePage
 from gateway.server.middleware import Middleware
 from gateway.server.paths import forms_of
+from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
+from gateway.ui.snapshot import Snapshot
 from gateway.workers.metrics_of_all import as_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from aiohttp.typedefs import Handler
 
     from gateway.config import Routing
     from gateway.generation import Generation
+    from gateway.limits_store import LimitsStore
+    from gateway.policy.caller import Caller
     from gateway.policy.replica import Replica
+    from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
+    from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
     from gateway.telemetry import Telemetry
     from gateway.workers.worker import Worker
@@ -64,10 +75,15 @@ class Parts:
         reload: reads it anew.
         client: sends calls to backends.
         executor: looks into large bodies and answers.
-        day_store: keeps the limits of a day.
+        limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
+        hints: tells other instances where stored responses live; None without a store.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
+        charges: what requests count for the limits of tokens.
         handlers, middleware: of the routes.
+        admin: lets admin calls through.
+        live_page: the page for people; told to close when the server stops.
+        kept_requests: the last ones; request_calls: the handlers that explain them.
         write_timeout: seconds; of `Runner`.
         telemetry: traces, metrics, logs.
     """
@@ -137,41 +153,59 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.day_store = DayStore(settings.gateway_state_dir, self.keys.callers, limits_clock)
+        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock)
         self.health = Health(
             settings,
             generations=generations,
             client=client,
             admission=self.admission,
             telemetry=telemetry,
-            limits=self.day_store,
+            limits=self.limits,
             clock=clock,
         )
         self.model_lists = ModelLists(
             generations=generations, client=client, byte_budget=self.byte_budget, executor=self.executor, clock=clock
         )
+        self.charges = Charges(self.executor, clock)
         self.handlers = Handlers(
             settings,
             generations=generations,
             reader=RequestReader(settings, self.executor, clock),
             admission=self.admission,
             byte_budget=self.byte_budget,
-            charges=Charges(self.executor, clock),
+            charges=self.charges,
             forwarder=forwarder,
+            hints=self.hints,
             health=self.health,
             telemetry=telemetry,
             clock=clock,
             siblings=worker,
         )
+        slow = settings.gateway_trace_keep_slow
+        self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
         self.middleware = Middleware(
             generations=generations,
             admission=self.admission,
             in_flight=self.in_flight,
+            kept=self.kept_requests,
             telemetry=telemetry,
             clock=clock,
         )
+        self.admin = AdminCalls(routing.admin_key, clock=clock, hidden=self.middleware.recorded(self.handlers.hidden))
+        snapshot = Snapshot(
+            health=self.health,
+            metrics=telemetry.metrics,
+            admission=self.admission,
+            callers=lambda: generations.current.keys.callers,
+            wall_clock=wall_clock,
+        )
+        self.live_page = LivePage(
+            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+        )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
+        telemetry.metrics.watch_limits(lambda: self.limits.status == "degraded")
         if worker is not None:
             worker.answers |= {
                 "metrics": self._metrics,
@@ -193,12 +227,14 @@ class Parts:
         return self.generations.current.keys
 
     def _follow(self, generation: "Generation") -> None:
-        """Have every part that watches replicas or keys watch those of a new generation."""
+        """Have every part that knows replicas, routes or keys know those of a new generation."""
         self.health.follow(generation.pool)
         self.model_lists.follow(generation.pool)
-        self.day_store.follow(generation.keys.callers)
+        self.limits.follow(generation.keys.callers)
         self.client.follow(generation.pool.endpoints.values())
+        self.charges.follow({route.model for route in generation.pool.routes})
         self.telemetry.metrics.follow(generation)
+        self.admin.set_key(generation.routing.admin_key)
 
     def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(replica.name, old, new)
@@ -236,6 +272,21 @@ class Parts:
         self.admission.resize(max_in_flight=in_flight, max_queue=queued, max_buffered=held)
         self.byte_budget.resize(held)
         return list(map(max, shares, await self._use(None)))
+
+
+def _shared(
+    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
+    """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
+    if settings.gateway_limits_url is None:
+        return DayStore(settings.gateway_state_dir, callers, clock), None
+    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
+    from gateway.response_hints import ResponseHints  # noqa: PLC0415
+    from gateway.valkey import Valkey  # noqa: PLC0415
+
+    store = Valkey(settings.gateway_limits_url.get_secret_value())
+    limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
+    return limits, ResponseHints(store, homes, clock)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -282,6 +333,10 @@ def create_app(
         worker=worker,
     )
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
+
+    def admin(handler: "Handler") -> "Handler":
+        return unrecorded(parts.admin.guarded(handler))
+
     app = web.Application(client_max_size=settings.gateway_max_body_bytes)
     app[PARTS] = parts
     routes = [
@@ -309,8 +364,29 @@ def create_app(
     ):
         routes.append(web.get(path, unrecorded(service), expect_handler=_expect))
         routes.append(web.route("*", path, unrecorded(handlers.not_found), expect_handler=_expect))
+    for path, asked in (
+        ("/config", handlers.config),
+        ("/requests", parts.request_calls.requests),
+        ("/requests/{id:.+}", parts.request_calls.request),
+    ):
+        routes.append(web.get(path, admin(asked), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
+    page = parts.live_page
+    routes.append(web.get("/ui", unrecorded(parts.admin.guarded(page.page, signs_in=True)), expect_handler=_expect))
+    routes.append(web.route("*", "/ui", admin(handlers.not_found), expect_handler=_expect))
+    for method, path, of_page in (
+        ("GET", "/ui/live", page.live),
+        ("GET", "/ui/mock", page.mock),
+        ("POST", "/ui/mock/{action}", page.break_mock),
+    ):
+        routes.append(web.route(method, path, admin(of_page), expect_handler=_expect))
+        routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
+    login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
+    routes.append(web.post("/ui/login", login, expect_handler=_expect))
+    routes.append(web.route("*", "/ui/login", admin(handlers.not_found), expect_handler=_expect))
     routes.append(web.route("*", "/{path:(?s:.*)}", recorded(handlers.not_found), expect_handler=_expect))
     app.add_routes(routes)
+    app.on_shutdown.append(_close_live_page)
     app.cleanup_ctx.append(_running_parts)
     return app
 
@@ -327,13 +403,19 @@ def runner_of(app: web.Application) -> Runner:
     )
 
 
+async def _close_live_page(app: web.Application) -> None:
+    app[PARTS].live_page.close()
+
+
 async def _running_parts(app: web.Application) -> AsyncIterator[None]:
     """Start telemetry, client, probes, model lists, reloads; stop in reverse: what happens until then is reported."""
     parts = app[PARTS]
     async with AsyncExitStack() as stack:
         stack.callback(parts.executor.close)
         await stack.enter_async_context(parts.telemetry)
-        await stack.enter_async_context(parts.day_store)
+        await stack.enter_async_context(parts.limits)
+        if parts.hints is not None:
+            await stack.enter_async_context(parts.hints)
         await stack.enter_async_context(parts.client)
         await stack.enter_async_context(parts.health)
         await stack.enter_async_context(parts.model_lists)

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway.admin_client import NotAnswered, ask
 from gateway.config import examine
+from gateway.config_document import SECRET, document
 from gateway.settings import SettingsError, load
 
 if TYPE_CHECKING:
@@ -14,18 +15,18 @@ if TYPE_CHECKING:
 
     from gateway.config import Routing
 
-SECRET = frozenset({"api_key", "secret_headers", "digest", "tls_digest"})
-"""Fields of which only is said that they differ."""
-
 
 def main(arguments: list[str]) -> int:
     """Check a file; return 0 if it is valid, 2 if it, the other one or the environment is not."""
     parser = argparse.ArgumentParser(prog="llm-gateway check", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="as GATEWAY_CONFIG would name it")
-    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="the one in force, to compare with")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="the one in force, to compare with")
+    other.add_argument("--url", help="of a running gateway to compare with, by the key in GATEWAY_ADMIN_KEY")
     options = parser.parse_args(arguments)
     try:
         settings = load()
+        in_force = _in_force(options.url) if options.url is not None else None
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -38,29 +39,52 @@ def main(arguments: list[str]) -> int:
         for line in findings.complaints:
             print(f"wrong: {line}")  # noqa: T201
         for line in findings.unset:
-            print(f"warning: {line}; the gateway would not start without it")  # noqa: T201
+            print(f"warning: {line}; the gateway would not start without it, nor take it while it runs")  # noqa: T201
         valid = valid and not findings.complaints
         routings.append(findings.routing)
     if not valid:
         return 2
     print(f"{options.file} is valid.")  # noqa: T201
     new, *old = routings
-    if old and new is not None and old[0] is not None:
-        differences = list(changes(old[0], new))
-        for line in differences or [f"It says the same as {options.other}."]:
-            print(line)  # noqa: T201
+    if new is not None and in_force is not None:
+        _print_changes(in_force, document(new), f"generation {in_force['generation']} of {options.url}")
+        print("Secrets that are set in both are not compared.")  # noqa: T201
+    elif new is not None and old and old[0] is not None:
+        before, after = (document(each, with_secrets=True) for each in (old[0], new))
+        _print_changes(before, after, str(options.other))
     return 0
+
+
+def _print_changes(old: "Mapping[str, Any]", new: "Mapping[str, Any]", other: str) -> None:
+    for line in list(differences(old, new)) or [f"It says the same as {other}."]:
+        print(line)  # noqa: T201
+
+
+def _in_force(url: str) -> dict[str, Any]:
+    """Return the document of a running gateway. Raises: SettingsError."""
+    try:
+        found = ask(url, "/config")
+    except NotAnswered as error:
+        raise SettingsError(str(error)) from None
+    if not found.keys() >= {"generation", "backends", "routes", "keys"}:
+        raise SettingsError(f"what answers at {url} is not a gateway")
+    return found
 
 
 def changes(old: "Routing", new: "Routing") -> "Iterator[str]":
     """Yield what differs between two configurations, a line each; of secrets only that they do."""
-    yield from _of("backend", {each.name: each for each in old.backends}, {each.name: each for each in new.backends})
-    before, after = ({each.model: each for each in routing.routes} for routing in (old, new))
+    return differences(document(old, with_secrets=True), document(new, with_secrets=True))
+
+
+def differences(old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator[str]":
+    """Yield what differs between two documents, a line each. Keys without a name are of the environment."""
+    yield from _of("backend", *({each["name"]: each for each in found["backends"]} for found in (old, new)))
+    before, after = ({each["model"]: each for each in found["routes"]} for found in (old, new))
     yield from _of("route", before, after)
     kept = [[model for model in routes if model in before and model in after] for routes in (before, after)]
     if kept[0] != kept[1]:
         yield f"routes: the order is {', '.join(after)}"
-    yield from _of("key", {str(each.name): each for each in old.keys}, {str(each.name): each for each in new.keys})
+    yield from _of("key", *({each["name"]: each for each in found["keys"] if each["name"]} for found in (old, new)))
 
 
 def _of(what: str, old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator[str]":
@@ -90,14 +114,13 @@ def _item(field: str) -> str:
 
 
 def _values(value: object, where: str = "") -> "Iterator[tuple[str, object]]":
-    """Yield the values in a part of a configuration, each with the names that lead to it."""
-    if is_dataclass(value):
-        for field in fields(value):
-            if field.name != "tls":  # a context cannot be compared
-                yield from _values(getattr(value, field.name), f"{where}.{field.name}" if where else field.name)
-    elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+    """Yield the values in a part of a document, each with the names that lead to it."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _values(item, f"{where}.{name}" if where else name)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for item in value:
-            names = (getattr(item, name, None) for name in ("name", "backend", "model"))
+            names = (item.get(name) for name in ("name", "backend", "model"))
             yield from _values(item, f"{where}[{' '.join(filter(None, names))}]")
     else:
         yield where, value

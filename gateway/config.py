@@ -163,11 +163,19 @@ class KeyConfig:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """All backends and routes, of which the first that matches a model wins; and the gateway keys, none: it is open."""
+    """All that is read anew while the gateway runs.
+
+    Attributes:
+        backends: all of them.
+        routes: the first that matches a model wins.
+        keys: the gateway keys, none: it is open.
+        admin_key: of admin calls; None: there is none.
+    """
 
     backends: tuple[BackendConfig, ...]
     routes: tuple[RouteConfig, ...]
     keys: tuple[KeyConfig, ...] = ()
+    admin_key: str | None = field(default=None, repr=False)
 
 
 def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
@@ -181,11 +189,12 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
         SettingsError: the file is invalid; the message has line and key.
     """
     keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
+    admin_key = settings.gateway_admin_key.get_secret_value() if settings.gateway_admin_key is not None else None
     if settings.gateway_config is not None:
         files = files or Files()
         root = _root_of(settings.gateway_config, files)
         routing = _File(settings.gateway_config, settings, files).routing(root)
-        return routing if routing.keys else replace(routing, keys=keys)
+        return replace(routing, keys=routing.keys or keys, admin_key=admin_key)
     key = settings.gateway_backend_api_key
     api_key = key.get_secret_value() if key else None
     if api_key is not None and not _is_key(api_key):
@@ -198,6 +207,7 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
         backends=(BackendConfig("backend", replicas),),
         routes=(RouteConfig("*", (TargetConfig("backend", None),)),),
         keys=keys,
+        admin_key=admin_key,
     )
 
 

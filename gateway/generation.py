@@ -62,8 +62,10 @@ class Generations:
         self.error: str | None = None
         self.errors = 0
 
-    def follow(self, routing: "Routing") -> Generation | None:
-        """Put a configuration in force; return its generation, or None when it says what is in force already.
+    def next_pool(self, routing: "Routing") -> "Pool | None":
+        """Return the pool of a configuration, or None when it says what is in force already; nothing changes.
+
+        It may take a while, and may be called in a thread, as long as nobody follows another one meanwhile.
 
         Raises:
             SettingsError: it would open the gateway to everybody, or close it.
@@ -75,16 +77,22 @@ class Generations:
                 if before.keys.needed
                 else "it has gateway keys, and the gateway has been open since its start; restart it to close it"
             )
+        return self._pool(routing, before.pool) if routing != before.routing else None
+
+    def follow(self, routing: "Routing", pool: "Pool | None") -> Generation | None:
+        """Put a configuration in force; return its generation, or None when it says what is in force already.
+
+        Args:
+            routing: the configuration.
+            pool: of `next_pool`.
+        """
         self.error = None
-        if routing == before.routing:
+        if pool is None:
             return None
-        self.current = Generation(
-            before.number + 1,
-            routing,
-            self._pool(routing, before.pool),
-            self._keys(routing, before.keys),
-            self._clock(),
-        )
+        before = self.current
+        keys = self._keys(routing, before.keys)
+        pool.take_over()
+        self.current = Generation(before.number + 1, routing, pool, keys, self._clock())
         return self.current
 
     def refuse(self, error: str) -> None:

@@ -10,7 +10,7 @@ FORWARDED_NAMES = frozenset({"content-type", "accept", "user-agent", "idempotenc
 FORWARDED_PREFIXES = ("openai-", "anthropic-", "x-stainless-")
 PASSED_NAMES = frozenset({"content-type", "retry-after", "retry-after-ms"})
 RATE_LIMITS = "x-ratelimit-"
-PASSED_PREFIXES = ("openai-", "anthropic-", RATE_LIMITS)
+PASSED_PREFIXES = ("openai-", "anthropic-")
 KEY_ENDINGS = ("key", "token", "secret", "authorization")
 """Of names of headers that hold keys: none of them passes by its prefix."""
 GATEWAY_NAMES = frozenset(
@@ -42,15 +42,18 @@ def only(names: frozenset[str], prefixes: tuple[str, ...]) -> Callable[[str], st
 
 forwarded_as = only(FORWARDED_NAMES, FORWARDED_PREFIXES)
 """From callers to backends."""
-passed_as = only(PASSED_NAMES, PASSED_PREFIXES)
+passed_as = only(PASSED_NAMES, (*PASSED_PREFIXES, RATE_LIMITS))
 """From backends to callers."""
+passed_to_limited = only(PASSED_NAMES, PASSED_PREFIXES)
+"""From backends to callers who have limits of their own: those are told in their place."""
 
 
-def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers of a backend's answer that pass to callers: the first of each name whose value may pass."""
+def passed_headers(headers: Mapping[str, str], *, limited: bool) -> dict[str, str]:
+    """Return the headers of a backend's answer that pass to a caller: the first of each name whose value may pass."""
+    name_of = passed_to_limited if limited else passed_as
     passed: dict[str, str] = {}
     for name, value in headers.items():
-        low = passed_as(name)
+        low = name_of(name)
         if low is not None and low not in passed and _is_plain(value):
             passed[low] = value
     return passed

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.config import ProbeConfig
     from gateway.day_store import DayStore
     from gateway.generation import Generations
+    from gateway.limits_store import LimitsStore
     from gateway.policy.admission import Admission
     from gateway.policy.endpoint import Endpoint
     from gateway.policy.guard import Watch
@@ -46,7 +47,7 @@ class Health:
         client: "HttpClient",
         admission: "Admission",
         telemetry: "Telemetry",
-        limits: "DayStore",
+        limits: "DayStore | LimitsStore",
         clock: "Callable[[], float]",
     ) -> None:
         self._app_mode = settings.app_mode
@@ -153,7 +154,7 @@ class Health:
             "version": __version__,
             "app_mode": self._app_mode,
             "uptime_seconds": round(now - self._started, 3),
-            "draining": self._admission.draining,
+            "draining": self._admission.stopping,
             "in_flight": self._admission.in_flight,
             "queued": self._admission.queued,
             "config": {

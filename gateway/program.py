@@ -15,10 +15,9 @@ from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
 from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
-from gateway.telemetry.exporters import exporter_for
+from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.logs import RequestLog, setup_logs
 from gateway.telemetry.output import Output, standard_outputs, write_last
-from gateway.telemetry.tracing import Tracer
 from gateway.workers.parent import Parent
 from gateway.workers.worker import Worker
 
@@ -36,13 +35,19 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
     """
     if worker is not None:
         await worker.open()
-    tracer = Tracer(exporter_for(settings, load_otel()))
+    otel = load_otel()
+    for complaint in otel.complaints:
+        logging.getLogger("gateway").warning(complaint)
+    tracer = tracer_for(otel, exporter_for(settings, otel))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
-    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs)
+    metric_export = metric_export_for(otel, tracer.resource)
+    telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs, metric_export=metric_export)
     routing = load_routing(settings, files)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
+    if settings.gateway_limits_url is not None and settings.gateway_state_dir is not None:
+        logging.getLogger("gateway").warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
     app = create_app(settings, routing, telemetry, read=read, files=files, worker=worker)
     parts = app[PARTS]
     await listen(

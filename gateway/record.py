@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.errors import GatewayError
+    from gateway.policy.pool import Candidate
 
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
@@ -85,6 +86,8 @@ class AttemptRecord:
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
             `gave up: <why>`.
         request_id: what the backend calls it, or None.
+        passed_over: the other replicas of its backend that could not, or should not, be asked in its place, each with
+            the reason: `breaker`, `cooldown`, `full`, `avoided`.
     """
 
     number: int
@@ -110,6 +113,7 @@ class AttemptRecord:
     deadline_left: float = 0.0
     decision: str | None = None
     request_id: str | None = None
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -125,9 +129,11 @@ class Record:
         generation: the number of the configuration that holds for it.
         method, path: of the request; `path` is one of the known paths, or None.
         started: when its headers had arrived; started_ns: the same in nanoseconds since the epoch.
-        queued: seconds in the queue.
+        queued: seconds in the queue; queued_at: when they began, or None.
+        queued_for: the limit of its key that it queued for; None for a slot.
         waits: for the end of outages and cooldowns, in order.
         first_token: when the first content event arrived, or None.
+        candidates: the targets that it could go to, in order.
         operation: `gen_ai.operation.name`, or None when it is no prompt; provider: `gen_ai.provider.name`.
         model: the model it was forwarded for; route: the route's pattern.
         status, outcome: of the answer; `outcome` is `ok` or a word from a fixed set.
@@ -158,6 +164,9 @@ class Record:
     attempts: list[AttemptRecord] = field(default_factory=list)
     events: "list[tuple[float, str, Mapping[str, Any]]]" = field(default_factory=list)
     queued: float = 0.0
+    queued_at: float | None = None
+    queued_for: str | None = None
+    candidates: "tuple[Candidate, ...]" = ()
     waits: list[Wait] = field(default_factory=list)
     ended: float | None = None
     first_token: float | None = None

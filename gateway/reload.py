@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
 from watchfiles import awatch
@@ -10,12 +11,13 @@ from gateway.files import Files, inode_of, places_of, stamp_of
 from gateway.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from pathlib import Path
 
     from gateway.config import Routing
     from gateway.files import Stamp
     from gateway.generation import Generation, Generations
+    from gateway.policy.pool import Pool
 
     Read = Callable[[Files], Routing]
 
@@ -78,25 +80,19 @@ class Reload:
         """Look at the files whenever something happens where they are, and every few seconds."""
         told = False
         while self._stamps:
-            places = await asyncio.to_thread(_places, self._stamps)
             try:
-                async for _ in awatch(
-                    *places,
-                    watch_filter=None,
-                    debounce=STEP,
-                    step=STEP,
-                    rust_timeout=LOOK,
-                    yield_on_timeout=True,
-                    recursive=False,
-                ):
-                    await self._look()
-                    if await asyncio.to_thread(_places, self._stamps) != places:
-                        break
-            except (OSError, RuntimeError) as error:  # a folder that was there a moment ago, no watch is left
-                if not told and not isinstance(error, FileNotFoundError):
+                places = await asyncio.to_thread(_places, self._stamps)
+                async with aclosing(_reports(places)) as reports:
+                    async for _ in reports:
+                        await self._look()
+                        if await asyncio.to_thread(_places, self._stamps) != places:
+                            break
+            except Exception as error:  # noqa: BLE001 - no watch is left, a folder may not be read, whatever it is
+                vanished = isinstance(error, FileNotFoundError)  # a folder that was there a moment ago
+                if not told and not vanished:
                     _log.warning("the configuration is looked at every %d s, not watched: %s", LOOK // 1000, error)
                     told = True
-                await asyncio.sleep(LOOK / 1000)
+                await asyncio.sleep(STILL if vanished else LOOK / 1000)
                 await self._look()
 
     async def _look(self) -> None:
@@ -126,8 +122,8 @@ class Reload:
     async def _follow(self, files: Files, *, asked: bool) -> bool:
         """Do that with these files; return whether they are right."""
         try:
-            routing = await asyncio.to_thread(self._read, files)
-            generation = self._generations.follow(routing)
+            routing, pool = await asyncio.to_thread(self._prepare, files)
+            generation = self._generations.follow(routing, pool)
         except SettingsError as wrong:
             self._refuse(str(wrong), asked=asked)
         except Exception as defect:  # noqa: BLE001 - what is in force stays
@@ -147,6 +143,11 @@ class Reload:
             return True
         return False
 
+    def _prepare(self, files: Files) -> "tuple[Routing, Pool | None]":
+        """Read the files, and make of them what takes time: it happens off the event loop. Raises: SettingsError."""
+        routing = self._read(files)
+        return routing, self._generations.next_pool(routing)
+
     def _refuse(self, error: str, *, asked: bool) -> None:
         """Say what is wrong, once."""
         if error == self._generations.error and not asked:
@@ -155,6 +156,31 @@ class Reload:
         _log.error(
             "the new configuration is not in force, generation %d stays: %s", self._generations.current.number, error
         )
+
+
+async def _reports(places: "Iterable[Path]") -> "AsyncGenerator[None]":
+    """Yield when the watch has begun, when something has happened at these places, and every few seconds."""
+    changes = awatch(
+        *places,
+        watch_filter=None,
+        debounce=STEP,
+        step=STEP,
+        rust_timeout=LOOK,
+        yield_on_timeout=True,
+        recursive=False,
+    )
+    first = asyncio.ensure_future(anext(changes))
+    try:
+        await asyncio.sleep(0)  # it begins
+        yield
+        await first
+        yield
+        async for _ in changes:
+            yield
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await changes.aclose()
 
 
 def _now(files: "Iterable[Path]") -> "dict[Path, Stamp]":

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gateway.files import Files
 
-SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
+SECRETS = ("GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY", "GATEWAY_ADMIN_KEY", "GATEWAY_LIMITS_URL")
 """Variables that can also be given as `NAME_FILE`: the path of a file that holds the value."""
 MAY_BE_EMPTY = ("GATEWAY_PROBE_PATH",)
 """Variables for which an empty value is a value. An empty secret is an error; any other is as if it were not set."""
@@ -31,10 +31,8 @@ SAMPLERS = (
     "parentbased_traceidratio",
 )
 """Those of the SDK itself."""
-CREDENTIAL_PROVIDERS = (
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
-)
+DIGITS = 9
+"""Of a number of OpenTelemetry's at most: milliseconds of eleven days."""
 NETRC = ("~/.netrc", "~/_netrc")
 _USER_INFO = re.compile(r"[^,\n'\"]*@")
 """Everything up to the last @ of an entry: an invalid url may have its password anywhere before it."""
@@ -45,6 +43,10 @@ Commit = Literal["first_token", "first_answer", "complete"]
 COMMITS: tuple[Commit, ...] = get_args(Commit)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 A_URL = "an http:// or https:// url with a host, without query and fragment, in ASCII"
+
+A_STORE_URL = (
+    "valkey://host, valkey://user:password@host:port/0 or, with TLS, valkeys://...; redis:// and rediss:// are the same"
+)
 
 
 class SettingsError(Exception):
@@ -74,6 +76,17 @@ def check_url(url: str) -> str:
     return url
 
 
+def _check_store_url(value: SecretStr) -> SecretStr:
+    """Return the url of a Valkey or Redis. Raises: ValueError."""
+    url = value.get_secret_value()
+    parts = urlsplit(url)
+    known = parts.scheme in {"valkey", "valkeys", "redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+    database = parts.path.strip("/")
+    if not known or parts.query or parts.fragment or " " in url or not (database.isdecimal() or not database):
+        raise ValueError(A_STORE_URL)
+    return value
+
+
 def check_path(path: str) -> str:
     """Return the path of a url, or the empty text. Raises: ValueError."""
     if path and (not path.startswith("/") or not path.isascii() or not path.isprintable() or set(path) & {" ", "#"}):
@@ -92,6 +105,13 @@ def _host(value: str) -> str:
     """Return a name or an address that can be looked up. Raises: ValueError."""
     value.encode("idna")  # a UnicodeError is a ValueError
     return _printable(value)
+
+
+def _one_key(value: SecretStr | None) -> SecretStr | None:
+    """Return a single key. Raises: ValueError."""
+    if value is not None and len(value.get_secret_value().split()) != 1:
+        raise ValueError("spaces or several lines")
+    return value
 
 
 def _known_log_level(value: str) -> str:
@@ -139,7 +159,19 @@ class Settings(BaseSettings):
         Field(description="one key or several, separated by commas or lines; unset it for none"),
     ] = []
 
+    gateway_admin_key: Annotated[SecretStr | None, AfterValidator(_one_key), Field(description="one key")] = None
+
     gateway_state_dir: Path | None = None
+    gateway_limits_url: Annotated[
+        Annotated[SecretStr, AfterValidator(_check_store_url)] | None, Field(description=A_STORE_URL)
+    ] = None
+    gateway_limits_fallback_share: Annotated[
+        float, Field(gt=0, le=1, allow_inf_nan=False, description="a share, greater than 0 and at most 1")
+    ] = 0.25
+
+    gateway_ui_mock_control: Annotated[Annotated[str, AfterValidator(check_url)] | None, Field(description=A_URL)] = (
+        None
+    )
 
     gateway_request_deadline: Seconds = 600
     gateway_connect_timeout: Seconds = 1
@@ -177,8 +209,10 @@ class Settings(BaseSettings):
     ] = "/health"
     gateway_probe_interval: Seconds = 2
     gateway_probe_timeout: Seconds = 2
+    gateway_shutdown_delay: SecondsOrNone = 0
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
+    gateway_kept_requests: Annotated[int, Field(ge=0, le=10_000, description="a whole number from 0 to 10000")] = 1000
     gateway_trace_keep_slow: Annotated[
         Annotated[float, Field(gt=0)] | Literal["off"], Field(description="a number of seconds greater than 0, or off")
     ] = 10
@@ -272,23 +306,6 @@ def set_threads_of_libuv() -> None:
 
 
 @dataclass(frozen=True)
-class OtelSettings:
-    """The few `OTEL_*` variables that decide what is built; the SDK reads all others itself.
-
-    Attributes:
-        disabled: no spans at all.
-        has_endpoint: an OTLP endpoint is set.
-        protocol: `http/protobuf` or `grpc`.
-        collector: how it is reached by HTTP.
-    """
-
-    disabled: bool
-    has_endpoint: bool
-    protocol: str
-    collector: "CollectorSettings"
-
-
-@dataclass(frozen=True)
 class CollectorSettings:
     """How a collector is reached by HTTP.
 
@@ -308,6 +325,67 @@ class CollectorSettings:
     by_provider: bool = False
 
 
+@dataclass(frozen=True)
+class SpanBatches:
+    """How spans are batched: `OTEL_BSP_*`. None: the gateway's own figure.
+
+    Attributes:
+        delay: seconds between exports while less than a batch waits.
+        queue: spans that wait at most.
+        size: spans of an export at most.
+        timeout: seconds an export may take at most, beside the exporter's own time limit.
+    """
+
+    delay: float | None = None
+    queue: int | None = None
+    size: int | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """How metrics are exported by OTLP.
+
+    Attributes:
+        enabled: an endpoint for them is set.
+        protocol: `http/protobuf` or `grpc`.
+        collector: how it is reached by HTTP.
+        interval: seconds between exports.
+        timeout: seconds an export may take at most, beside the exporter's own time limit.
+        delta: whether what is counted is told since the export before, else since the start.
+    """
+
+    enabled: bool = False
+    protocol: str = "http/protobuf"
+    collector: CollectorSettings = CollectorSettings()
+    interval: float = 60.0
+    timeout: float | None = None
+    delta: bool = False
+
+
+@dataclass(frozen=True)
+class OtelSettings:
+    """The few `OTEL_*` variables that decide what is built; the SDK reads all others itself.
+
+    Attributes:
+        disabled: no spans at all.
+        has_endpoint: an OTLP endpoint is set.
+        protocol: `http/protobuf` or `grpc`.
+        collector: how it is reached by HTTP.
+        batches: how spans are batched.
+        metrics: how metrics are exported.
+        complaints: variables that are not valid, and for which their defaults stand in, as OpenTelemetry asks.
+    """
+
+    disabled: bool
+    has_endpoint: bool
+    protocol: str
+    collector: CollectorSettings
+    batches: SpanBatches = SpanBatches()
+    metrics: MetricSettings = MetricSettings()
+    complaints: tuple[str, ...] = ()
+
+
 def load_otel() -> OtelSettings:
     """Read and check `OTEL_*`.
 
@@ -315,39 +393,105 @@ def load_otel() -> OtelSettings:
         SettingsError: protocol, endpoint or sampler is invalid.
     """
     env = os.environ
-    name = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-    if not env.get(name):
-        name = "OTEL_EXPORTER_OTLP_PROTOCOL"
-    protocol = env.get(name) or "http/protobuf"
-    if protocol not in {"http/protobuf", "grpc"}:
-        raise SettingsError(f"{name}={protocol!r} is not valid: it must be http/protobuf or grpc")
-    _check_endpoints(protocol)
-    endpoint = env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    protocol = _protocol("TRACES")
+    _check_endpoint("OTEL_EXPORTER_OTLP_ENDPOINT", protocol)
+    _check_endpoint("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", protocol)
+    endpoint = _of_signal("TRACES", "ENDPOINT")
     _check_sampler(env.get("OTEL_TRACES_SAMPLER", "").lower().strip(), env.get("OTEL_TRACES_SAMPLER_ARG"))
+    off = env.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    complaints: list[str] = []
     return OtelSettings(
-        disabled=env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER") == "none",
+        disabled=off or env.get("OTEL_TRACES_EXPORTER") == "none",
         has_endpoint=endpoint is not None,
         protocol=protocol,
         collector=load_collector(endpoint or ""),
+        batches=_batches(complaints),
+        metrics=MetricSettings() if off or env.get("OTEL_METRICS_EXPORTER") == "none" else _metrics(complaints),
+        complaints=tuple(complaints),
     )
 
 
-def load_collector(endpoint: str) -> CollectorSettings:
-    """Read how a collector is reached by HTTP."""
+def _batches(complaints: list[str]) -> SpanBatches:
+    queue = _positive("OTEL_BSP_MAX_QUEUE_SIZE", complaints)
+    size = _positive("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", complaints)
+    if queue is not None and size is not None and size > queue:
+        complaints.append(
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={size} is more than OTEL_BSP_MAX_QUEUE_SIZE: {queue} is used"
+        )
+        size = queue
+    delay = _positive("OTEL_BSP_SCHEDULE_DELAY", complaints)
+    timeout = _positive("OTEL_BSP_EXPORT_TIMEOUT", complaints)
+    return SpanBatches(_seconds(delay), queue, size, _seconds(timeout))
+
+
+def _metrics(complaints: list[str]) -> MetricSettings:
+    protocol = _protocol("METRICS")
+    own = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
+    _check_endpoint(own if os.environ.get(own) else "OTEL_EXPORTER_OTLP_ENDPOINT", protocol)
+    endpoint = _of_signal("METRICS", "ENDPOINT")
+    if endpoint is None:
+        return MetricSettings()
+    name = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    temporality = os.environ.get(name, "").strip().lower() or "cumulative"
+    if temporality not in {"cumulative", "delta", "lowmemory"}:
+        complaints.append(f"{name}={temporality!r} is not valid: cumulative is used; or set delta or lowmemory")
+    interval = _positive("OTEL_METRIC_EXPORT_INTERVAL", complaints)
+    timeout = _positive("OTEL_METRIC_EXPORT_TIMEOUT", complaints)
+    return MetricSettings(
+        enabled=True,
+        protocol=protocol,
+        collector=load_collector(endpoint, "METRICS"),
+        interval=_seconds(interval) or MetricSettings.interval,
+        timeout=_seconds(timeout),
+        delta=temporality in {"delta", "lowmemory"},
+    )
+
+
+def _positive(name: str, complaints: list[str]) -> int | None:
+    """Return a whole number of at least 1; None where it is not set, or is none, which OpenTelemetry asks to bear."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if text.isascii() and text.isdecimal() and len(text) <= DIGITS and int(text) > 0:
+        return int(text)
+    complaints.append(
+        f"{name}={text!r} is not valid: the default is used; it must be a whole number from 1 to 999999999"
+    )
+    return None
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return milliseconds / 1000 if milliseconds is not None else None
+
+
+def load_collector(endpoint: str, signal: str = "TRACES") -> CollectorSettings:
+    """Read how a collector of `TRACES` or `METRICS` is reached by HTTP."""
+    providers = (f"OTEL_PYTHON_EXPORTER_OTLP_HTTP_{kind}CREDENTIAL_PROVIDER" for kind in ("", f"{signal}_"))
     return CollectorSettings(
-        certificate=_of_traces("CERTIFICATE"),
-        client_certificate=_of_traces("CLIENT_CERTIFICATE"),
-        client_key=_of_traces("CLIENT_KEY"),
+        certificate=_of_signal(signal, "CERTIFICATE"),
+        client_certificate=_of_signal(signal, "CLIENT_CERTIFICATE"),
+        client_key=_of_signal(signal, "CLIENT_KEY"),
         proxy=_proxy(endpoint),
         trusts_environment=bool(os.environ.get("NETRC")) or any(exists(expanduser(file)) for file in NETRC),  # noqa: PTH110, PTH111 - pathlib raises without a HOME
-        by_provider=any(os.environ.get(name) for name in CREDENTIAL_PROVIDERS),
+        by_provider=any(os.environ.get(name) for name in providers),
     )
 
 
-def _of_traces(name: str) -> str | None:
-    """Return a variable of the exporter, its form for traces first."""
+def _of_signal(signal: str, name: str) -> str | None:
+    """Return a variable of the exporter, its form for one signal first."""
     prefix = "OTEL_EXPORTER_OTLP_"
-    return os.environ.get(f"{prefix}TRACES_{name}") or os.environ.get(f"{prefix}{name}") or None
+    return os.environ.get(f"{prefix}{signal}_{name}") or os.environ.get(f"{prefix}{name}") or None
+
+
+def _protocol(signal: str) -> str:
+    """Return the protocol of a signal. Raises: SettingsError."""
+    name = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"
+    if not os.environ.get(name):
+        name = "OTEL_EXPORTER_OTLP_PROTOCOL"
+    protocol = os.environ.get(name) or "http/protobuf"
+    if protocol not in {"http/protobuf", "grpc"}:
+        raise SettingsError(f"{name}={protocol!r} is not valid: it must be http/protobuf or grpc")
+    return protocol
 
 
 def _proxy(endpoint: str) -> str | None:
@@ -357,12 +501,11 @@ def _proxy(endpoint: str) -> str | None:
     return proxies.get(url.scheme) or proxies.get("all")
 
 
-def _check_endpoints(protocol: str) -> None:
-    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
-        url = os.environ.get(name)
-        if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
-            shown = _USER_INFO.sub("(hidden)@", repr(url))
-            raise SettingsError(f"{name}={shown} is not valid: it must be a url that begins with http:// or https://")
+def _check_endpoint(name: str, protocol: str) -> None:
+    url = os.environ.get(name)
+    if url and protocol == "http/protobuf" and not url.lower().startswith(("http://", "https://")):
+        shown = _USER_INFO.sub("(hidden)@", repr(url))
+        raise SettingsError(f"{name}={shown} is not valid: it must be a url that begins with http:// or https://")
 
 
 def _check_sampler(sampler: str, ratio: str | None) -> None:

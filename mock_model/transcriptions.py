@@ -10,6 +10,8 @@ from mock_model.draws import fingerprint as mark_of
 from mock_model.text import Passage, Writer
 
 PLAIN = "text/plain; charset=utf-8"
+TOKENS_PER_SECOND = 10
+"""Of sound."""
 BYTES_PER_SECOND = 32_000
 """Of sound in 16 bits, mono, 16 kHz; whatever the file is."""
 
@@ -25,18 +27,24 @@ class TranscriptionRequest(msgspec.Struct):
     stream: bool | None = None
 
     def answer(self, model: str, fingerprint: str, writer: Writer) -> Answer:  # noqa: ARG002
-        """Return a text: the same for the same file, however the form's boundary reads."""
+        """Return a text: the same for the same file, however the form's boundary reads.
+
+        As at OpenAI its usage is in tokens in a stream, and where the model is one like `gpt-4o-transcribe`, else in
+        seconds.
+        """
         passage = writer.write(mark_of(self.task, self.file), 0, None)
         seconds = -(-len(self.file) // BYTES_PER_SECOND)
         count = len(passage.tokens)
+        sound = TOKENS_PER_SECOND * seconds
+        tokens = {"type": "tokens", "input_tokens": sound, "output_tokens": count, "total_tokens": sound + count}
         if self.stream:
-            return Answer(events=tuple(_events(passage)), steps=count, output_tokens=count)
-        body, media_type = self._body(passage.text, seconds)
+            return Answer(events=tuple(_events(passage, tokens)), steps=count, output_tokens=count)
+        usage = tokens if "transcribe" in model else {"type": "duration", "seconds": seconds}
+        body, media_type = self._body(passage.text, seconds, usage)
         return Answer(body=body, media_type=media_type, steps=count, output_tokens=count)
 
-    def _body(self, text: str, seconds: int) -> tuple[bytes, str]:
+    def _body(self, text: str, seconds: int, usage: dict[str, Any]) -> tuple[bytes, str]:
         """Return the answer in the form that is asked for, and its media type ("": JSON)."""
-        usage = {"type": "duration", "seconds": seconds}
         match self.response_format:
             case "text":
                 return f"{text}\n".encode(), PLAIN
@@ -60,10 +68,10 @@ class TranslationRequest(TranscriptionRequest):
     task = "translate"
 
 
-def _events(passage: Passage) -> Iterator[Event]:
+def _events(passage: Passage, usage: dict[str, Any]) -> Iterator[Event]:
     for token in passage.tokens:
         yield data_event({"type": "transcript.text.delta", "delta": token}, "token", step=True)
-    yield data_event({"type": "transcript.text.done", "text": passage.text}, "finish")
+    yield data_event({"type": "transcript.text.done", "text": passage.text, "usage": usage}, "finish")
 
 
 def _clock(seconds: int, point: str) -> str:

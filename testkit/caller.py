@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class Caller:
     async def run(self, finish: asyncio.Event) -> None:
         """Send until it is time to finish, then wait for every answer."""
         plan = self._plan
-        connector = aiohttp.TCPConnector(limit=0, force_close=not plan.keep_alive)
+        tls = ssl.create_default_context(cafile=plan.authority) if plan.authority else True
+        connector = aiohttp.TCPConnector(limit=0, force_close=not plan.keep_alive, ssl=tls)
         async with aiohttp.ClientSession(connector=connector) as self._session, asyncio.TaskGroup() as tasks:
             if plan.rate:
                 async for number, due in _ticks(plan, finish):

@@ -36,6 +36,7 @@ class Plan(msgspec.Struct, kw_only=True):
         sdk_retries: Retries of the caller, as the OpenAI SDKs make them.
         headers: Further ones.
         keep_alive: Whether connections are used again.
+        authority: The file of the authority that signed the gateways' certificate; None: one that the system knows.
         pids: Of the gateways, to measure for how long the machine kept each from running.
     """
 
@@ -58,6 +59,7 @@ class Plan(msgspec.Struct, kw_only=True):
     sdk_retries: int = 0
     headers: dict[str, str] = {}
     keep_alive: bool = False
+    authority: str | None = None
     pids: list[int] = []
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A receiver of spans by OTLP/HTTP: inside a program, or as a process of its own that counts what comes.
+"""A receiver of spans and metrics by OTLP/HTTP: inside a program, or as a process of its own that counts spans.
 
 `python -m testkit.otlp PORT FILE` writes a line for each export to FILE: the sender's name and the number of spans.
 """
@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Self
 
 from aiohttp import web
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -60,11 +64,17 @@ class Receiver:
 
     Attributes:
         delay: Seconds until it takes an export and answers.
+        answer: To exports of spans, metrics_answer: To those of metrics.
+        metrics: Exports of metrics that came, if they are kept.
     """
 
-    def __init__(self, take: Callable[[Export], None], port: int = 0) -> None:
+    def __init__(self, take: Callable[[Export], None], port: int = 0, *, keep_metrics: bool = False) -> None:
         self.port = port
         self.delay = 0.0
+        self.answer = ExportTraceServiceResponse()
+        self.metrics_answer = ExportMetricsServiceResponse()
+        self.metrics: list[ExportMetricsServiceRequest] = []
+        self._keep_metrics = keep_metrics
         self._take = take
         self._runner: web.AppRunner | None = None
 
@@ -89,6 +99,7 @@ class Receiver:
         """Listen."""
         app = web.Application(client_max_size=MAX_EXPORT)
         app.router.add_post("/{sender:.*}v1/traces", self._receive)
+        app.router.add_post("/{sender:.*}v1/metrics", self._receive_metrics)
         app.router.add_get("/", self._serves)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
         await self._runner.setup()
@@ -108,8 +119,15 @@ class Receiver:
         if self.delay:
             await asyncio.sleep(self.delay)
         self._take(Export(request.match_info["sender"].strip("/"), headers, body))
-        content = ExportTraceServiceResponse().SerializeToString()
-        return web.Response(body=content, content_type="application/x-protobuf")
+        return web.Response(body=self.answer.SerializeToString(), content_type="application/x-protobuf")
+
+    async def _receive_metrics(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if self._keep_metrics:
+            self.metrics.append(ExportMetricsServiceRequest.FromString(body))
+        return web.Response(body=self.metrics_answer.SerializeToString(), content_type="application/x-protobuf")
 
     async def _serves(self, _request: web.Request) -> web.Response:
         return web.Response()

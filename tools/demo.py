@@ -46,7 +46,7 @@ REAL_MODELS = ("GATEWAY_CONFIG", "GATEWAY_API_KEYS", "GATEWAY_BACKEND_API_KEY")
 ELSEWHERE = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULTS = {"MOCK_TTFT": "0.2", "MOCK_TOKEN_INTERVAL": "0.03", "GATEWAY_SHUTDOWN_GRACE": "5"}
 NEXT = f"""
-{bold("Try it from another terminal")} (each trace is printed here)
+{bold("Try it from another terminal")} (each trace is printed here), or in a browser at {bold("GATEWAY/ui")}
 
 {dim("# a prompt, streamed")}
 curl -N GATEWAY/v1/chat/completions -H 'content-type: application/json' \\
@@ -101,6 +101,11 @@ class System:
     def processes(self) -> tuple[MockModel | LlamaServer, Gateway]:
         """In the order of their start."""
         return self.model, self.gateway
+
+    @property
+    def page(self) -> str:
+        """Where the gateway's live page is."""
+        return f"http://localhost:{self.gateway.port}/ui"
 
     @property
     def next(self) -> str:
@@ -171,7 +176,8 @@ def system(folder: Path, endpoint: str) -> System:
         target = (LOOPBACK, model.port)
         proxy = FaultProxy(target, port=model_port, control_port=control_port, control_hosts=hosts)
         url = proxy.url
-    gateway = Gateway("gateway", folder, outer | {"GATEWAY_BACKEND_URLS": url}, port=port)
+    own = {"GATEWAY_BACKEND_URLS": url, "GATEWAY_UI_MOCK_CONTROL": f"http://{LOOPBACK}:{control_port}"}
+    gateway = Gateway("gateway", folder, outer | own, port=port)
     return System(model, proxy, gateway, name, control_port)
 
 
@@ -230,6 +236,7 @@ async def tell(parts: System, receiver: Receiver, joiner: Joiner) -> None:
             await process.start()
             seconds = dim(f"{process.name}, after {time.monotonic() - started:.1f} s")
             say(f"{green('healthy')}   {process.url}/health  {seconds}")
+        say(f"{bold('page')}      {parts.page}  {dim('live: send prompts, break the model and watch')}")
 
         trace_id = await post_prompt(gateway.url)
         if ELSEWHERE:

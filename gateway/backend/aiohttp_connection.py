@@ -363,12 +363,12 @@ class Connector(aiohttp.TCPConnector):
             connection = await self.connect(request, [], limit)
         return connection, new
 
-    def keep_only(self, keys: "AbstractSet[ConnectionKey]") -> None:
-        """Close the idle connections of all other keys, and forget what their hosts were resolved to."""
-        for key in self._conns.keys() - keys:
+    def keep_only(self, servers: "AbstractSet[tuple[str, int]]") -> None:
+        """Close the idle connections to all other hosts and ports, and forget what those were resolved to."""
+        for key in [key for key in self._conns if (key.host, key.port) not in servers]:
             for protocol, _ in self._conns.pop(key):
                 protocol.close()
-        self._names.keep_only({(key.host, key.port or 0) for key in keys})
+        self._names.keep_only(servers)
 
     async def _create_connection(
         self,

@@ -79,9 +79,9 @@ class HttpClient:
 
     def follow(self, endpoints: "Iterable[Endpoint]") -> None:
         """Keep connections, and addresses of names, for these endpoints alone; those in use end with age."""
-        requests = [request_to(URL(endpoint.base, encoded=True), _tls(endpoint)) for endpoint in endpoints]
+        servers = {(endpoint.host, endpoint.port) for endpoint in endpoints}
         for connector in (self._kept, self._fresh):
-            connector.keep_only({request.connection_key for request in requests})
+            connector.keep_only(servers)
 
     async def send(
         self,
@@ -312,9 +312,9 @@ class Exchange:
             self._reads_less = protocol
             protocol.read_less()
 
-    def passed_headers(self) -> dict[str, str]:
-        """Return the headers of the answer that pass to callers."""
-        return passed_headers(self.headers)
+    def passed_headers(self, *, limited: bool) -> dict[str, str]:
+        """Return the headers of the answer that pass to its caller, who is limited by the gateway or not."""
+        return passed_headers(self.headers, limited=limited)
 
     async def read(self) -> bytes:
         """Return the next bytes of the body, `b""` at its end.

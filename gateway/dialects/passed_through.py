@@ -1,4 +1,4 @@
-"""Calls that are passed through: of a request only the `model` is read, of a good answer nothing."""
+"""Calls that are passed through: of a request only the `model` is read, of a good answer at most its `usage`."""
 
 from collections.abc import Mapping
 

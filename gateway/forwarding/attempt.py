@@ -33,7 +33,7 @@ from gateway.executor import LARGE
 from gateway.forwarding.body_relay import BodyRelay
 from gateway.forwarding.call import WholeAnswer
 from gateway.forwarding.stream_relay import StreamRelay, held_up, no_first_token, stalled
-from gateway.headers import RATE_LIMITS, retry_after
+from gateway.headers import retry_after
 from gateway.phase_timer import PhaseTimer
 from gateway.record import MAX_MESSAGE, AttemptRecord
 
@@ -335,10 +335,11 @@ class Attempts:
                 status=exchange.status,
                 length=len(body) if is_empty or call.commit == "complete" else exchange.length,
             )
+            write = sink.write if call.charge is None else call.charge.reading(sink.write, exchange.content_type, body)
             call.share.give_back(len(body))
             del body
             if not is_empty:
-                await relay.pass_on(sink.write)
+                await relay.pass_on(write)
             await sink.end()
         finally:
             call.share.give_back_to(held)
@@ -356,6 +357,10 @@ class Attempts:
         attempt.breaker = replica.breaker.state
         attempt.budget_left = replica.budget.left()
         attempt.deadline_left = call.deadline.left()
+        if len(target.replicas) > 1:
+            model = target.model or call.model
+            others = (other for other in target.replicas if other is not replica)
+            attempt.passed_over = tuple((other.name, why) for other in others if (why := other.why_not(model)))
         attempts.append(attempt)
         return attempt
 
@@ -400,10 +405,7 @@ class Attempts:
 
 def _passed_headers(call: "Call", exchange: "Exchange") -> dict[str, str]:
     """Return the headers of an answer that pass to its caller: of rate limits only those of the caller's own key."""
-    passed = exchange.passed_headers()
-    if call.charge is not None:
-        passed = {name: value for name, value in passed.items() if not name.startswith(RATE_LIMITS)}
-    return passed
+    return exchange.passed_headers(limited=call.charge is not None)
 
 
 def _is_only_about_it(failure: BackendError) -> bool:

@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
+from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Container, Coroutine
 
     from gateway.dialects.dialect import Prompt
     from gateway.executor import Executor
@@ -38,7 +39,7 @@ class Charges:
     def __init__(self, executor: "Executor", clock: "Callable[[], float]") -> None:
         self._executor = executor
         self._clock = clock
-        self._means: dict[tuple[str, str | None], float] = {}
+        self._lengths: dict[tuple[str, str | None], AnswerLength] = {}
 
     async def begin(self, limits: "Limits", prompt: "Prompt", route: str, deadline: "Deadline") -> "Charge":
         """Return what a request is charged, yet to be taken.
@@ -53,82 +54,103 @@ class Charges:
             DeadlineExceeded: it passed before the body could be looked into.
         """
         if not limits.tokens or prompt.is_about_response:  # its tokens counted when it was made
-            return Charge(None, limits.reserve(0), prompt, route, None)
+            return Charge(limits.reserve(0))
         read = prompt.dialect.prompt_tokens
         if len(prompt.body) <= LARGE:
             tokens = read(prompt)
         else:
             with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
                 tokens = await self._executor.run(len(prompt.body), read, prompt)
-        expected = self._expected(prompt, route) if tokens is not None else 0
-        return Charge(self, limits.reserve((tokens or 0) + expected), prompt, route, tokens)
+        if tokens is None or prompt.operation == "embeddings":  # nothing of the answer is reserved
+            return Charge(limits.reserve(tokens or 0), prompt, tokens)
+        most = prompt.max_tokens
+        if most is not None and most > 0:
+            return Charge(limits.reserve(tokens + int(min(most, MOST)) * prompt.choices), prompt, tokens)
+        length = self._lengths.get((route, prompt.operation))
+        if length is None:
+            length = self._lengths[route, prompt.operation] = AnswerLength()
+        return Charge(limits.reserve(tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
 
-    def learn(self, prompt: "Prompt", route: str, tokens: int) -> None:
-        """Take in how many tokens a whole answer had to a request that gave no most."""
-        key, each = (route, prompt.operation), tokens / prompt.choices
-        mean = self._means.get(key)
-        self._means[key] = each if mean is None else mean + (each - mean) / MEMORY
+    def follow(self, routes: "Container[str]") -> None:
+        """Forget how long the answers of all other routes were."""
+        self._lengths = {key: length for key, length in self._lengths.items() if key[0] in routes}
 
-    def _expected(self, prompt: "Prompt", route: str) -> int:
-        """Return the most tokens that an answer may have, or as many as those of its route have on average."""
-        if prompt.operation == "embeddings":
-            return 0
-        each = prompt.max_tokens
-        if each is None or each <= 0:
-            each = self._means.get((route, prompt.operation), FIRST_GUESS)
-        return int(min(each, MOST)) * prompt.choices
+
+class AnswerLength:
+    """How many tokens the answers of a route have, where no most is given.
+
+    Attributes:
+        mean: of each choice, about.
+    """
+
+    __slots__ = ("_any", "mean")
+
+    def __init__(self) -> None:
+        self.mean: float = FIRST_GUESS
+        self._any = False
+
+    def learn(self, tokens: float) -> None:
+        """Take in how many a choice of a whole answer had."""
+        self.mean = self.mean + (tokens - self.mean) / MEMORY if self._any else tokens
+        self._any = True
 
 
 class Charge:
     """What one request is charged.
 
-    Attributes:
+    Args:
         reservation: what is taken of the key's limits, together with a slot.
+        prompt: the request; None where its tokens are not limited.
+        tokens: of the prompt; None where only what is reported counts.
+        length: learns from the answer; None where nothing was expected of it.
     """
 
-    __slots__ = ("_charges", "_events", "_excess", "_least", "_prompt", "_route", "_tokens", "reservation")
+    __slots__ = ("_length", "_prompt", "_relayed", "_tokens", "_usage", "reservation")
 
     def __init__(
-        self, charges: Charges | None, reservation: "Reservation", prompt: "Prompt", route: str, tokens: int | None
+        self,
+        reservation: "Reservation",
+        prompt: "Prompt | None" = None,
+        tokens: int | None = None,
+        length: AnswerLength | None = None,
     ) -> None:
-        self._charges = charges  # None where tokens are not limited
-        self._prompt = prompt
-        self._route = route
-        self._tokens = tokens  # of the prompt; None where only what is reported counts
-        self._events = 0
-        self._excess = 0
-        self._least = 0
         self.reservation = reservation
+        self._prompt = prompt
+        self._tokens = tokens
+        self._length = length
+        self._relayed: EventCount | None = None
+        self._usage: ReportedUsage | None = None
 
     def counting(self, write: "Write", first: bytes) -> "Write":
         """Return a function that writes events of a stream and counts them; `first`: those written already."""
         if self._tokens is None:
             return write
-        self._events = _events_in(first)
+        self._relayed = EventCount(write, first)
+        return self._relayed.write
 
-        def write_and_count(events: bytes) -> "Coroutine[Any, Any, None]":
-            size = len(events)
-            if self._least <= size < 2 * self._least:
-                number = 1  # two would be longer
-            else:
-                number = _events_in(events) or 1
-                self._least = min(self._least or size, size // number)
-            self._events += number
-            self._excess += size - number * self._least
-            return write(events)
+    def reading(self, write: "Write", content_type: str, first: bytes) -> "Write":
+        """Return a function that writes what is passed through and looks for its usage; `first`: written already."""
+        if self._prompt is None or not may_report(content_type):
+            return write
+        usage = self._usage = ReportedUsage(content_type)
+        usage.feed(first)
 
-        return write_and_count
+        async def write_and_read(data: bytes) -> None:
+            await write(data)
+            usage.feed(data)
+
+        return write_and_read
 
     def settle(self, call: "Call") -> None:
         """Charge what a request that has ended has used, and note it where tokens are limited."""
-        if self._charges is None:
+        if self._prompt is None:
             self.reservation.settle(0)
             return
-        tokens, source = self._used(call, self._charges)
-        self.reservation.settle(tokens)
-        call.record.charged, call.record.charged_by = tokens, source
+        record = call.record
+        record.charged, record.charged_by = self._used(call, self._prompt)
+        self.reservation.settle(record.charged)
 
-    def _used(self, call: "Call", charges: Charges) -> tuple[int, str]:
+    def _used(self, call: "Call", prompt: "Prompt") -> tuple[int, str]:
         """Return the tokens that a request has used, and where the number comes from.
 
         What failed before its answer costs nothing. The prompt counts once a caller left, or its deadline passed, while
@@ -136,28 +158,59 @@ class Charge:
         """
         record = call.record
         outcome = record.attempts[-1].outcome if record.attempts else None
+        if outcome == "ok" and self._usage is not None and (reported := self._usage.tokens) is not None:
+            return reported, REPORTED
+        if outcome != "ok" and not call.committed:
+            return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
         given, answered = record.input_tokens, record.output_tokens
-        sent = given if given is not None else self._tokens or 0
-        if outcome == "ok" and (given is not None or answered is not None):
-            if self._prompt.max_tokens is None:
-                charges.learn(self._prompt, self._route, answered or 0)
-            return sent + (answered or 0), REPORTED
-        if outcome == "ok" or call.committed:
-            relayed = max(answered or 0, self._relayed(call))
-            if outcome == "ok" and self._prompt.max_tokens is None:
-                charges.learn(self._prompt, self._route, relayed)
-            return sent + relayed, COUNTED
-        return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
+        is_reported = outcome == "ok" and (given is not None or answered is not None)
+        output = answered or 0
+        if not is_reported:
+            output = max(output, self._relayed_tokens(call, prompt))
+        if outcome == "ok" and self._length is not None:
+            self._length.learn(output / prompt.choices)
+        return (given if given is not None else self._tokens or 0) + output, REPORTED if is_reported else COUNTED
 
-    def _relayed(self, call: "Call") -> int:
-        """Return about how many tokens of the answer went to the caller.
-
-        An event is a token, or more where it is longer than the shortest.
-        """
-        if self._tokens is None or self._prompt.operation == "embeddings":
+    def _relayed_tokens(self, call: "Call", prompt: "Prompt") -> int:
+        """Return about how many tokens of the answer went to the caller."""
+        if self._tokens is None or prompt.operation == "embeddings":
             return 0
         if call.answer is not None:
             return len(call.answer.body) // BYTES_OF_A_TOKEN
+        return self._relayed.tokens if self._relayed is not None else 0
+
+
+class EventCount:
+    """Counts the events of a stream on their way to the caller.
+
+    Args:
+        write: writes them.
+        first: those written already.
+    """
+
+    __slots__ = ("_events", "_excess", "_least", "_write")
+
+    def __init__(self, write: "Write", first: bytes) -> None:
+        self._write = write
+        self._events = _events_in(first)
+        self._excess = 0
+        self._least = 0
+
+    def write(self, events: bytes) -> "Coroutine[Any, Any, None]":
+        """Count events, and write them."""
+        size = len(events)
+        if self._least <= size < 2 * self._least:
+            number = 1  # two would be longer
+        else:
+            number = _events_in(events) or 1
+            self._least = min(self._least or size, size // number)
+        self._events += number
+        self._excess += size - number * self._least
+        return self._write(events)
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens they are: an event is one, or more where it is longer than the shortest."""
         return max(self._events, self._excess // BYTES_OF_A_TOKEN)
 
 

@@ -85,7 +85,8 @@ class Forwarder:
         """
         reservation = call.charge.reservation if call.charge is not None else None
         if not self._admission.enter_at_once(call.caller, reservation):
-            queued_at = self._clock()
+            queued_at = call.record.queued_at = self._clock()
+            call.record.queued_for = self._admission.limit_in_the_way(call.caller, reservation)
             try:
                 await self._admission.enter(call.deadline.left_to_commit(), call.caller, reservation)
             finally:

@@ -39,7 +39,8 @@ class Admission:
     Attributes:
         in_flight: requests that have a slot.
         queued: requests that wait for one.
-        draining: whether the gateway is stopping.
+        stopping: whether the gateway is about to stop: nobody new should come, and no connection is kept.
+        draining: whether it takes no more requests.
         short: is called where all slots are taken, or the queue is full; None: nobody could give more.
         waiting: the requests with a slot that wait for a backend; they take at most half of the slots and of the bytes.
     """
@@ -54,9 +55,11 @@ class Admission:
         self._next_look: asyncio.TimerHandle | None = None
         self._slots_of: dict[str, int] = {}
         self._slots_of_one = max(1, max_in_flight // 2)
+        self._asking = 0
         self.short: Callable[[], None] | None = None
         self.in_flight = 0
         self.queued = 0
+        self.stopping = False
         self.draining = False
         self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
 
@@ -98,6 +101,13 @@ class Admission:
         self._occupy(caller)
         return True
 
+    def limit_in_the_way(self, caller: str, reservation: "Reservation | None") -> str | None:
+        """Return the limit of its key that a request waits for where there is a slot for it, or None."""
+        if reservation is None or not self._has_slot(caller):
+            return None
+        refusal = reservation.refusal(self._ahead_of(caller, reservation))
+        return refusal.limit if refusal is not None else None
+
     async def enter(self, left: float, caller: str = "", reservation: "Reservation | None" = None) -> None:
         """Take a slot, and the reservation, waiting in the queue at most `left` seconds. `leave` gives the slot back.
 
@@ -112,6 +122,11 @@ class Admission:
             return
         self._ask_for_more()
         if reservation is not None:
+            if (answer := reservation.ask()) is not None:
+                await self._wait_for(answer, left)
+                self.check(caller)
+                if self.enter_at_once(caller, reservation):
+                    return
             refusal = reservation.refusal(self._ahead_of(caller, reservation))
             if refusal is not None and refusal.wait > min(self._queue_timeout, left):
                 raise refusal
@@ -126,6 +141,19 @@ class Admission:
                 self._give_up(place)
                 raise
 
+    async def _wait_for(self, answer: "asyncio.Future[None]", left: float) -> None:
+        """Wait until it is known what other processes leave, at most as long as in the queue; `left` is checked there.
+
+        As many as may queue may wait so; the others go on with what is known.
+        """
+        if self._asking >= self._max_queue:
+            return
+        self._asking += 1
+        try:
+            await asyncio.wait([answer], timeout=min(self._queue_timeout, left))
+        finally:
+            self._asking -= 1
+
     def leave(self, caller: str = "") -> None:
         """Give the slot back: to one who waits and may have it."""
         self.in_flight -= 1
@@ -138,9 +166,13 @@ class Admission:
         if self._lines:
             self._hand_over()
 
+    def announce_stop(self) -> None:
+        """Tell whoever asks that the gateway will stop; requests are taken as ever."""
+        self.stopping = True
+
     def drain(self) -> None:
         """Refuse new and queued requests from now on; requests in flight continue."""
-        self.draining = True
+        self.stopping = self.draining = True
         self.waiting.drain()
         for line in self._lines.values():
             for place in line:
@@ -237,6 +269,11 @@ class Admission:
     def _look(self) -> None:
         self._next_look = None
         self._hand_over()
+        for line in self._lines.values():
+            for place in line:
+                refusal = place.reservation.in_vain(self._queue_timeout) if place.reservation is not None else None
+                if refusal is not None and not place.slot.done():
+                    place.slot.set_exception(refusal)
 
     def _look_no_more(self) -> None:
         if self._next_look is not None:

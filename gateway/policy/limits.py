@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING
 from gateway.errors import RateLimitExceeded
 
 if TYPE_CHECKING:
+    from asyncio import Future
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from gateway.config import LimitsConfig
+    from gateway.policy.allotment import Allotment
 
 SLOTS = 60
 """Parts of a window: seconds of a minute, 24 minutes of a day."""
 MINUTE, DAY = 60, 86_400
 """Seconds."""
+SOON = 0.2
+"""Seconds until a request that other processes hold up is looked at again."""
 
 
 class Window:
@@ -35,29 +39,58 @@ class Window:
         shown: the limit as text.
         used: in all slots that are remembered; what is added to it is used in the present one.
         began: the instant at which the present slot began.
+        most: what may be used here; less than the limit where it is shared with other processes (`allotment.py`).
+        leased: what was used here and is forgotten may not be used again until it is granted.
+        elsewhere: what other processes have used, as far as is known.
+        free_at, empty_at: the instants at which all of them may use more, and have used nothing.
     """
 
-    __slots__ = ("_past", "_past_used", "_seconds", "_slot", "began", "limit", "name", "shown", "used")
+    __slots__ = (
+        "_past",
+        "_past_used",
+        "_seconds",
+        "_slot",
+        "began",
+        "elsewhere",
+        "empty_at",
+        "free_at",
+        "leased",
+        "limit",
+        "most",
+        "name",
+        "shown",
+        "used",
+    )
 
     def __init__(self, name: str, limit: int, seconds: int) -> None:
         self.name = name
-        self.set_limit(limit)
+        self.limit = limit
+        self.shown = str(limit)
         self.used = 0
         self.began = 0.0
+        self.most = limit
+        self.leased = False
+        self.elsewhere = 0
+        self.free_at = self.empty_at = 0.0
         self._seconds = seconds // SLOTS  # of a slot
         self._slot = 0  # the number of the present one
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
         self._past_used = 0
 
-    def set_limit(self, limit: int) -> None:
-        """Have this limit from now on."""
-        self.limit = limit
-        self.shown = str(limit)
+    @property
+    def seconds(self) -> int:
+        """The length of the window."""
+        return self._seconds * SLOTS
 
     @property
     def is_of_a_day(self) -> bool:
         """Whether it is worth keeping over a restart."""
-        return self._seconds * SLOTS == DAY
+        return self.seconds == DAY
+
+    @property
+    def left(self) -> int:
+        """What is left of the limit, below 0 where more was used."""
+        return self.limit - self.used - self.elsewhere
 
     def roll(self, now: float) -> float:
         """Begin the slot of an instant, and forget those that are too old; return the instant of the next one."""
@@ -66,7 +99,10 @@ class Window:
             if self.used > self._past_used:
                 self._past[self._slot] = self.used - self._past_used
             while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
-                self.used -= self._past.pop(oldest)
+                forgotten = self._past.pop(oldest)
+                self.used -= forgotten
+                if self.leased:
+                    self.most -= forgotten
             self._past_used = self.used
             self._slot = slot
             self.began = slot * self._seconds
@@ -77,10 +113,17 @@ class Window:
 
         More than the limit fits in several windows, one after the other.
         """
-        if self.used + amount <= self.limit:
+        if self.used + amount <= self.most:
             return 0.0
-        later, rest = divmod(max(amount, 1) - 1, self.limit)
-        over = self.used + rest + 1 - self.limit
+        if self.leased:
+            if amount <= self.left:
+                return SOON
+            return max(SOON, self.free_at - now, self._own_wait(amount, self.limit, now))
+        return self._own_wait(amount, self.most, now)
+
+    def _own_wait(self, amount: int, most: int, now: float) -> float:
+        later, rest = divmod(max(amount, 1) - 1, most)
+        over = self.used + rest + 1 - most
         wait = later * (SLOTS + 1) * self._seconds + 0.0
         for slot, used in self.slots().items() if over > 0 else ():
             over -= used
@@ -99,10 +142,12 @@ class Window:
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
         if self.used > self._past_used:
-            return self._end(self._slot) - now
-        if not self.used:
-            return 0.0
-        return self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
+            own = self._end(self._slot) - now
+        elif not self.used:
+            own = 0.0
+        else:
+            own = self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
+        return max(own, self.empty_at - now) if self.elsewhere else own
 
     def slots(self) -> dict[int, int]:
         """Return what was used in each slot, by its number since the epoch, the oldest first."""
@@ -133,20 +178,33 @@ class Limits:
         clock: seconds since the epoch; it never goes back.
 
     Attributes:
-        requests, tokens: the windows of each; most_in_flight: requests at once, or None for any number.
+        requests, tokens: the windows of each; max_in_flight: requests at once, or None for any number.
+        most_in_flight: those that may be here; fewer where other processes have the rest.
         in_flight: requests at once now.
         touched: something was used since somebody last set this to False.
+        allotment: the part of them that this process holds; None where they are its own.
     """
 
-    __slots__ = ("_rolls_at", "clock", "in_flight", "most_in_flight", "requests", "tokens", "touched")
+    __slots__ = (
+        "_rolls_at",
+        "allotment",
+        "clock",
+        "in_flight",
+        "max_in_flight",
+        "most_in_flight",
+        "requests",
+        "tokens",
+        "touched",
+    )
 
     def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]") -> None:
         self.clock = clock
         self.requests = _windows("requests", config.requests_per_minute, config.requests_per_day)
         self.tokens = _windows("tokens", config.tokens_per_minute, config.tokens_per_day)
-        self.most_in_flight = config.max_in_flight
+        self.max_in_flight = self.most_in_flight = config.max_in_flight
         self.in_flight = 0
         self.touched = False
+        self.allotment: Allotment | None = None
         self._rolls_at = 0.0
 
     def change(self, config: "LimitsConfig") -> None:
@@ -155,13 +213,17 @@ class Limits:
 
         def kept(windows: tuple[Window, ...]) -> tuple[Window, ...]:
             for window in windows:
-                if window.name in known:
-                    known[window.name].set_limit(window.limit)
+                if (old := known.get(window.name)) is not None:
+                    old.limit, old.shown = window.limit, window.shown
+                    if self.allotment is None:
+                        old.most = window.limit
             return tuple(known.get(window.name, window) for window in windows)
 
         self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
         self.tokens = kept(_windows("tokens", config.tokens_per_minute, config.tokens_per_day))
-        self.most_in_flight = config.max_in_flight
+        self.max_in_flight = config.max_in_flight
+        if self.allotment is None:
+            self.most_in_flight = config.max_in_flight
         self._rolls_at = 0.0
 
     def look(self) -> float:
@@ -176,8 +238,8 @@ class Limits:
         self.look()
         for window in (*self.requests, *self.tokens):
             yield window.name, window.limit, window.used
-        if self.most_in_flight is not None:
-            yield "max_in_flight", self.most_in_flight, self.in_flight
+        if self.max_in_flight is not None:
+            yield "max_in_flight", self.max_in_flight, self.in_flight
 
     def reserve(self, tokens: int) -> "Reservation":
         """Return what one request needs, yet to be taken; tokens beyond a limit are cut to it."""
@@ -207,10 +269,11 @@ class Reservation:
         if limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight:
             return self._wait(now)
         for window in limits.requests:
-            if window.used >= window.limit:
+            if window.used >= window.most:
                 return self._wait(now)
         for window in limits.tokens:
-            if window.used + tokens > window.limit and (window.used or tokens <= window.limit):
+            most = window.most
+            if window.used + tokens > most and (tokens <= window.limit or window.used + window.limit > most):
                 return self._wait(now)
         for window in limits.requests:
             window.used += 1
@@ -226,8 +289,27 @@ class Reservation:
 
     def _wait(self, now: float) -> float:
         limits = self._limits
+        if limits.allotment is not None:
+            limits.allotment.lacks(self)
+            return SOON
         waits = [window.wait(1, now) for window in limits.requests]
         return max(waits + [window.wait(min(self.tokens, window.limit), now) for window in limits.tokens], default=0.0)
+
+    def ask(self) -> "Future[None] | None":
+        """Ask for what it lacks, where other processes may hold it; None where that makes no sense (now).
+
+        Returns:
+            What is done when an answer has come, or none will.
+        """
+        allotment = self._limits.allotment
+        return allotment.ask(self) if allotment is not None else None
+
+    def in_vain(self, wait: float) -> RateLimitExceeded | None:
+        """Return why it cannot be taken within so many seconds, where other processes have used what it lacks."""
+        if self._limits.allotment is None:
+            return None
+        refusal = self.refusal()
+        return refusal if refusal is not None and refusal.wait > wait else None
 
     def settle(self, tokens: int) -> None:
         """Use so many tokens in place of those reserved; the request has ended. Once, after it was taken.
@@ -274,17 +356,21 @@ class Reservation:
         waits = [each for each in waits if each[0]]
         if waits:
             wait, window = max(waits, key=itemgetter(0))
-            left = max(0, window.limit - window.used)
             needed = 1 if window in limits.requests else min(self.tokens, window.limit)
+            whose = f"Of this key's {window.name} ({window.limit})"
+            left = max(0, window.left)
+            if limits.allotment is not None and not window.leased:
+                left = max(0, window.most - window.used)
+                whose = f"Other instances cannot be asked now. {whose} this one may use {window.most} meanwhile:"
             return RateLimitExceeded(
-                f"Of this key's {window.name} ({window.limit}) {left} are left, and this request needs {needed}.",
-                limit=window.name,
-                wait=wait,
+                f"{whose} {left} are left, and this request needs {needed}.", limit=window.name, wait=wait
             )
         most = limits.most_in_flight
         if most is not None and limits.in_flight >= most:
             return RateLimitExceeded(
-                f"As many requests of this key are under way as may be ({most}).", limit="max_in_flight", wait=0.0
+                f"As many requests of this key are under way as may be ({limits.max_in_flight}).",
+                limit="max_in_flight",
+                wait=0.0,
             )
         return None
 
@@ -293,7 +379,7 @@ def tightest(windows: tuple[Window, ...]) -> Window:
     """Return the window of which the least is left."""
     least = windows[0]
     for window in windows[1:]:
-        if window.limit - window.used < least.limit - least.used:
+        if window.left < least.left:
             least = window
     return least
 

@@ -113,6 +113,13 @@ class Outage:
             self._due = math.inf
             self._over()
 
+    def go_on_from(self, other: "Outage") -> None:
+        """Be in the outage in which another one is: it is the same servers that cannot be used."""
+        self._began, self._bodies = other._began, set(other._bodies)  # noqa: SLF001 - one of its kind
+        self._interval, self._due = other._interval, other._due  # noqa: SLF001
+        self._by_500s = other._by_500s  # noqa: SLF001
+        self.number = other.number
+
     def begin_trial(self) -> float:
         """Note that a trial begins; return its name for `end_trial`."""
         now = self._clock()

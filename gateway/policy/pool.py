@@ -1,7 +1,7 @@
 """The pool: all backends and routes of one generation, and which replica is asked next."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.policy.backend import Backend
 from gateway.policy.breaker import Breaker, State
@@ -29,6 +29,15 @@ DEFAULT_MODEL = "demo-model"
 """The mock model's."""
 
 
+class Candidate(NamedTuple):
+    """What is remembered of a target: the names of its backend, model and replicas, and its weight."""
+
+    backend: str
+    model: str | None
+    weight: int | None
+    replicas: tuple[str, ...]
+
+
 class Target:
     """A backend, and the model to ask it for; None keeps the caller's.
 
@@ -39,9 +48,10 @@ class Target:
         weight: its share of the route's requests; None where the route has none.
         labels: where it has, the names by which its attempts are counted: of the route, the backend and the model.
         watch: of the route's guard; None where nobody watches.
+        candidate: what records keep of it.
     """
 
-    __slots__ = ("_rng", "backend", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
+    __slots__ = ("_rng", "backend", "candidate", "endpoints", "home", "labels", "model", "replicas", "watch", "weight")
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class Target:
         self.weight = weight
         self.labels = labels
         self.watch = watch
+        self.candidate = Candidate(home.name, model, weight, tuple(replica.name for replica in self.replicas))
         self._rng = rng
 
     def only(self, replica: Replica) -> "Target":
@@ -259,7 +270,7 @@ class _Maker:
             cooldown=Cooldown(
                 clock=clock,
                 begun=lambda model, seconds: cooldown_begun(replica.name, model, seconds),
-                changed=lambda model, over: _tell_cooldown(replica, model, over),
+                changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
             clock=clock,
@@ -299,7 +310,7 @@ class Pool:
     """All replicas and routes of one generation.
 
     What is known about a replica outlives generations, as long as its backend's name and its url stay: only how it is
-    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as one of its replicas stays.
+    asked is new. The same holds for a backend as a whole, and its waiting rooms, as long as it has the same replicas.
 
     Args:
         routing: backends and routes.
@@ -318,6 +329,7 @@ class Pool:
         models: those that routes name, in order; in place of `*` the default one and what its backends list.
         listing: the replicas whose lists of models count: those of a `*` route's targets that keep the caller's model.
         repeats: the requests that failed lately, in all generations.
+        homes: by name each backend as a whole, and how its replicas are asked.
         endpoints: how each replica of all backends is asked, in order.
         replicas: those.
         backends: those of all routes in their order, each once, as targets that keep the caller's model.
@@ -352,21 +364,27 @@ class Pool:
             released=released,
             guard_tripped=guard_tripped,
         )
-        former = before.endpoints if before is not None else {}
-        known = {replica.id: replica for replica in former}
+        self._new_home = maker.backend
+        homes = before.homes if before is not None else {}
+        self._new: set[Replica] = set()
 
         def backend(config: "BackendConfig") -> tuple[Backend, dict[Replica, Endpoint]]:
-            ids = _ids(config)
-            whole = next((known[id_].backend for id_ in ids if id_ in known), None) or maker.backend(config.name)
+            endpoints = [Endpoint(each) for each in config.replicas]
+            ids = _ids(config.name, endpoints)
+            whole, known = homes.get(config.name, (None, {}))
+            if whole is None or {replica.id for replica in known} != set(ids):
+                whole = maker.backend(config.name)
+            by_id = {replica.id: replica for replica in known}
             made: dict[Replica, Endpoint] = {}
-            for id_, each in zip(ids, config.replicas, strict=True):
-                replica = known.get(id_)
+            for id_, each in zip(ids, endpoints, strict=True):
+                replica = by_id.get(id_)
                 if replica is None:
-                    homes = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
-                    replica = maker.replica(id_, each.name, homes)
-                    replica.awaits_probe = before is not None and each.probe is not None
-                endpoint = former.get(replica)
-                made[replica] = endpoint if endpoint is not None and endpoint.config == each else Endpoint(each)
+                    own = (maker.backend(config.name), whole) if len(ids) > 1 else (whole,)
+                    replica = maker.replica(id_, each.name, own)
+                    self._new.add(replica)
+                    replica.awaits_probe = before is not None and each.config.probe is not None
+                known_as = known.get(replica)
+                made[replica] = known_as if known_as is not None and known_as.config == each.config else each
             return whole, made
 
         backends = {each.name: backend(each) for each in routing.backends}
@@ -376,26 +394,49 @@ class Pool:
             targets = (maker.target(each, config.model, guard, *backends[each.backend]) for each in config.targets)
             return Route(config.model, tuple(targets), rng, guard)
 
+        self.homes: dict[str, tuple[Backend, dict[Replica, Endpoint]]] = backends
         self.endpoints: dict[Replica, Endpoint] = {}
         for _, endpoints in backends.values():
             self.endpoints |= endpoints
         self.replicas = tuple(self.endpoints)
         self.routes = tuple(map(route, routing.routes))
-        homes = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
-        self.backends = tuple(Target(*backends[name], None, rng) for name in homes)
+        routed = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
+        self.backends = tuple(Target(*backends[name], None, rng) for name in routed)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))
         self.default_model: str
         self.models: tuple[str, ...]
         self._set_models()
-        for whole, endpoints in backends.values():
-            for replica, each in endpoints.items():
-                replica.name = each.name
-                replica.max_in_flight = each.config.max_in_flight
-                if len(endpoints) > 1 and replica.alone is whole:  # it was the only one of its backend
-                    replica.settle_in(maker.backend(whole.name), whole)
+        if before is None:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Come into force: what stays of the generation before is called and limited as this one says.
+
+        Until then nothing of that one has changed.
+        """
+        for whole, endpoints in self.homes.values():
+            for replica, endpoint in endpoints.items():
+                replica.name = endpoint.name
+                replica.max_in_flight = endpoint.config.max_in_flight
+                if replica.backend is not whole:
+                    self._move(replica, whole, endpoints)
                 replica.freed()  # more attempts at once may be allowed now
+        self._set_models()
+
+    def _move(self, replica: Replica, whole: Backend, siblings: "Collection[Replica]") -> None:
+        """Have a replica that stays speak for its backend as it is now, which other replicas have joined or left.
+
+        An outage goes on where nobody has come who may answer.
+        """
+        alone, was = replica.alone, replica.backend
+        if self._new.isdisjoint(siblings):
+            whole.outage.go_on_from(was.outage)
+        if alone is was and len(siblings) > 1:
+            alone = self._new_home(whole.name)
+            alone.outage.go_on_from(was.outage)
+        replica.settle_in(*((alone, whole) if len(siblings) > 1 else (whole,)))
 
     def route(self, model: str) -> Route | None:
         """Return the first route that matches the model, or None."""
@@ -460,12 +501,7 @@ class Pool:
         self.models = tuple(dict.fromkeys(names))
 
 
-def _tell_cooldown(replica: Replica, model: str | None, over: bool) -> None:  # noqa: FBT001 - of Cooldown.changed
-    for home in replica.homes:
-        home.cooldown_changed(model, over)
-
-
-def _ids(config: "BackendConfig") -> list[str]:
+def _ids(backend: str, endpoints: "Sequence[Endpoint]") -> list[str]:
     """Return what the replicas of a backend are known by in all generations: its name and their urls.
 
     Names of replicas do not serve: those of the others change when one in the middle goes. Nor does what user info the
@@ -473,8 +509,8 @@ def _ids(config: "BackendConfig") -> list[str]:
     """
     times: Counter[str] = Counter()
     ids = []
-    for replica in config.replicas:
-        url = Endpoint(replica).shown_url
+    for endpoint in endpoints:
+        url = endpoint.shown_url
         times[url] += 1
-        ids.append(f"{config.name} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
+        ids.append(f"{backend} {url}" + (f" {times[url]}" if times[url] > 1 else ""))
     return ids

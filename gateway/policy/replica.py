@@ -2,6 +2,7 @@
 
 from collections import deque
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from gateway.errors import ErrorAnswer
 from gateway.policy.breaker import Breaker, State
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from gateway.errors import BackendError
     from gateway.policy.backend import Backend
     from gateway.policy.cooldown import Cooldown
+    from gateway.policy.outage import Outage
     from gateway.policy.retry_budget import RetryBudget
 
 AVOIDED = 10.0
@@ -67,7 +69,6 @@ class Replica:
 
     Attributes:
         name, homes, id: see there.
-        outages: of its homes.
         max_in_flight: attempts at once, as the latest generation that has it says, or None for any number.
         in_flight: attempts under way.
         awaits_probe: it is new, and comes after all others until its first probe has ended.
@@ -92,6 +93,9 @@ class Replica:
         self.breaker = breaker
         self.cooldown = cooldown
         self.budget = budget
+        self.homes: tuple[Backend, ...] = ()
+        self._outages: tuple[Outage, ...] = ()
+        self._former: WeakSet[Backend] | None = None
         self.settle_in(*homes)
         self.bad_bodies = BadBodies(clock)
         self.clock = clock
@@ -109,9 +113,18 @@ class Replica:
         self._failed_probes: deque[float] = deque(maxlen=PROBES_TO_BE_DOWN)  # since the last good one: when
 
     def settle_in(self, *homes: "Backend") -> None:
-        """Have these homes."""
+        """Have these homes. The former ones hear of it as well, as long as requests under way are there."""
+        former = WeakSet(home for home in (*self.homes, *(self._former or ())) if home not in homes)
+        self._former = former if len(former) else None
         self.homes = homes
-        self.outages = tuple(home.outage for home in homes)
+        self._outages = tuple(home.outage for home in homes)
+
+    @property
+    def outages(self) -> "tuple[Outage, ...]":
+        """Those of its homes."""
+        if self._former is None:
+            return self._outages
+        return (*self._outages, *(home.outage for home in self._former))
 
     @property
     def alone(self) -> "Backend":
@@ -125,8 +138,13 @@ class Replica:
 
     def freed(self) -> None:
         """Let those look again who wait because as many attempts were under way as may be."""
-        for home in self.homes:
+        for home in (*self.homes, *(self._former or ())):
             home.full.wake()
+
+    def cooldown_changed(self, model: str | None, over: bool) -> None:  # noqa: FBT001 - of Cooldown.changed
+        """Tell those who wait that a cooldown has ended or changed; model None: of every model."""
+        for home in (*self.homes, *(self._former or ())):
+            home.cooldown_changed(model, over)
 
     @property
     def status(self) -> str:
@@ -148,6 +166,14 @@ class Replica:
         if self.max_in_flight is not None and self.full:
             return False
         return self.breaker.admits and self.cooldown.due(model) is None
+
+    def why_not(self, model: str) -> str | None:
+        """Return why others are asked for the model first: `breaker`, `cooldown`, `full` or `avoided`; or None."""
+        if not self.breaker.admits:
+            return "breaker"
+        if self.cooldown.due(model) is not None:
+            return "cooldown"
+        return "full" if self.full else "avoided" if self.is_avoided(model) else None
 
     def note_probe(self, probe: Probe) -> None:
         """Take a probe's result into account."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway import __version__
+from gateway.config_document import document
 from gateway.dialects.openai.stored_responses import CANCEL, RESPONSE, StoredResponses
 from gateway.dialects.table import BY_PATH
 from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, ModelNotFound, NotFound
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.policy.pool import Route, Target
     from gateway.policy.response_homes import Home
     from gateway.record import Record
+    from gateway.response_hints import ResponseHints
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Commit, Settings
     from gateway.telemetry import Telemetry
@@ -58,6 +60,7 @@ class Handlers:
         byte_budget: "ByteBudget",
         charges: "Charges",
         forwarder: "Forwarder",
+        hints: "ResponseHints | None",
         health: "Health",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
@@ -71,6 +74,7 @@ class Handlers:
         self._byte_budget = byte_budget
         self._charges = charges
         self._forwarder = forwarder
+        self._hints = hints
         self._health = health
         self._telemetry = telemetry
         self._clock = clock
@@ -93,9 +97,10 @@ class Handlers:
             prompt.describe_in(record, model=model, route=route.model)
             if self._settings.gateway_capture_content and not dialect.passes_through:
                 record.input_text = await self._reader.text_of(prompt)
+            if prompt.previous_response_id is not None and self._hints is not None:
+                await self._hints.learn(prompt.previous_response_id)
             targets = self._targets(generation, route, model, prompt, record)
-            responses = generation.pool.responses
-            remember = partial(responses.made, owner=_owner(generation, record)) if dialect.stores else None
+            remember = partial(self._made, generation, owner=_owner(generation, record)) if dialect.stores else None
             headers = forwarded_headers(request, record)
             return await self._forward(
                 request,
@@ -141,6 +146,8 @@ class Handlers:
         self._admission.check(record.caller.id)
         prompt = STORED_RESPONSES.read_call(request.method, path, response_id, query)
         record.stream = prompt.stream
+        if self._hints is not None:
+            await self._hints.learn(response_id)
         home = _home_of(generation, response_id, record, param="id")
         pinned = pool.home_target(home, home.model, None) if home is not None else None
         targets = pool.backends_for(record.caller.models)
@@ -181,13 +188,16 @@ class Handlers:
     ) -> web.StreamResponse:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
+        record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
         if caller.limits is not None:
             charge = await self._charges.begin(caller.limits, prompt, route, deadline)
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
-            writer = request[STREAM] = StreamWriter(request, record, dialect, heartbeat=heartbeat, clock=self._clock)
+            writer = request[STREAM] = StreamWriter(
+                request, record, dialect, admission=self._admission, heartbeat=heartbeat, clock=self._clock
+            )
         call = Call(
             prompt,
             deadline,
@@ -231,6 +241,14 @@ class Handlers:
         record.draw_target(first.backend, first.model or model, first.weight, self._clock(), tripped=tripped)
         return targets
 
+    def _made(
+        self, generation: "Generation", response_id: str | None, replica: str, model: str, owner: str | None
+    ) -> None:
+        """Note, and tell other instances, that a replica has made a response."""
+        generation.pool.responses.made(response_id, replica, model, owner)
+        if self._hints is not None:
+            self._hints.made(response_id, replica, model, owner)
+
     async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
         """Send an unstreamed answer as the backend gave it."""
         answer = call.answer
@@ -243,6 +261,8 @@ class Handlers:
             return web.Response(body=answer.body, status=answer.status, headers=headers)
         headers |= explaining(call.record, self._clock())
         response = web.Response(body=answer.body, status=answer.status, headers=headers)
+        if self._admission.stopping:
+            response.force_close()
         try:
             with PhaseTimer(self._clock, call.deadline.end, "The caller did not take the answer before the deadline."):
                 await response.prepare(request)
@@ -280,7 +300,7 @@ class Handlers:
                 "version": __version__,
                 "app_mode": self._settings.app_mode,
                 "model": self._generations.current.pool.default_model,
-                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics"},
+                "links": {"health": "/health", "models": "/v1/models", "metrics": "/metrics", "page": "/ui"},
             }
         )
 
@@ -291,6 +311,18 @@ class Handlers:
         document = document or self._health.document(in_full=in_full)
         return json_response(document, status=503 if document["status"] == "down" else 200)
 
+    async def config(self, _request: web.Request) -> web.Response:
+        """Answer `GET /config`, an admin call: the configuration in force, without secrets."""
+        generation = self._generations.current
+        return json_response(
+            {
+                "generation": generation.number,
+                "loaded_seconds_ago": round(self._clock() - generation.loaded_at, 3),
+                "error": self._generations.error,
+                **document(generation.routing),
+            }
+        )
+
     async def livez(self, _request: web.Request) -> web.Response:
         """Answer `GET /livez`: the process serves."""
         return json_response({"status": "ok"})
@@ -298,7 +330,7 @@ class Handlers:
     async def readyz(self, request: web.Request) -> web.Response:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
-        if self._admission.draining:
+        if self._admission.stopping:
             return unrecorded_error(GatewayDraining(), worded_by(request.path), headers)
         if not self._health.ready:
             return json_response({"status": "starting"}, status=503, headers=headers)
@@ -319,8 +351,16 @@ class Handlers:
         allowed.discard("*")  # of the routes that lead here
         if allowed:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
-        right = right_path(request.path)
-        raise NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
+        raise _nothing_at(request.path)
+
+    async def hidden(self, request: web.Request) -> web.Response:
+        """Answer an admin call of somebody who may not know of it, as a path at which there is nothing is answered."""
+        raise _nothing_at(request.path)
+
+
+def _nothing_at(path: str) -> NotFound:
+    right = right_path(path)
+    return NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

@@ -4,8 +4,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence
+    from collections.abc import Iterator, MutableSequence
 
+    from gateway.record import Record
     from gateway.server.connections import Connections
 
 POLL = 0.02
@@ -22,21 +23,25 @@ class InFlight:
 
     def __init__(self, connections: "Connections", number: "MutableSequence[int] | memoryview | None" = None) -> None:
         self._connections = connections
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: dict[asyncio.Task[object], Record] = {}
         self._cut_off: set[asyncio.Task[object]] = set()
         self._number = [0] if number is None else number
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def add(self, task: "asyncio.Task[object]") -> None:
+    def __iter__(self) -> "Iterator[Record]":
+        """Yield the records, in the order in which the requests began."""
+        return iter(self._tasks.values())
+
+    def add(self, task: "asyncio.Task[object]", record: "Record") -> None:
         """Add the task of a request that begins."""
-        self._tasks.add(task)
+        self._tasks[task] = record
         self._number[0] = len(self._tasks)
 
     def remove(self, task: "asyncio.Task[object]") -> None:
         """Remove the task of a request that has ended."""
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         self._number[0] = len(self._tasks)
         self._cut_off.discard(task)
 

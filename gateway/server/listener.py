@@ -194,11 +194,11 @@ async def listen(
     reload: "Callable[[], None]",
     take_sockets: "Callable[[], Awaitable[list[socket.socket]]] | None" = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+    """Serve until SIGTERM or SIGINT and the delay after it, then drain.
 
     Args:
         runner: of the app.
-        settings: host, port and grace.
+        settings: host, port, delay and grace.
         admission: refuses new requests while draining.
         connections: of callers.
         in_flight: the requests to wait for.
@@ -233,12 +233,29 @@ async def listen(
                 connections.limit,
             )
         await stop.wait()
+        await step_back(admission, settings.gateway_shutdown_delay, hurry)
         await drain(admission, in_flight, settings.gateway_shutdown_grace, hurry)
         connections.abort_untaken()
     finally:
         await listener.close()
         await runner.cleanup()
     _log.info("stopped")
+
+
+async def step_back(admission: "Admission", delay: float, hurry: asyncio.Event) -> None:
+    """Serve on for a while, not ready for more: whoever sends requests here goes elsewhere before any is refused.
+
+    Args:
+        admission: told that the gateway will stop.
+        delay: seconds.
+        hurry: ends the delay at once when set.
+    """
+    admission.announce_stop()
+    if delay:
+        _log.info("stopping in %g s: /readyz says so, requests are still taken", delay)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await hurry.wait()
 
 
 async def drain(admission: "Admission", in_flight: "InFlight", grace: float, hurry: asyncio.Event) -> None:

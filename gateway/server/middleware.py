@@ -20,7 +20,7 @@ from gateway.errors import (
 )
 from gateway.record import Record
 from gateway.server.paths import known_path, needs_key, worded_by
-from gateway.server.responses import error_response, explaining, unrecorded_error
+from gateway.server.responses import SERVER, error_response, explaining, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from gateway.generation import Generations
+    from gateway.kept_requests import KeptRequests
     from gateway.policy.admission import Admission
     from gateway.server.in_flight import InFlight
     from gateway.telemetry import Telemetry
@@ -49,12 +50,14 @@ class Middleware:
         generations: "Generations",
         admission: "Admission",
         in_flight: "InFlight",
+        kept: "KeptRequests",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
     ) -> None:
         self._generations = generations
         self._admission = admission
         self._in_flight = in_flight
+        self._kept = kept
         self._telemetry = telemetry
         self._clock = clock
 
@@ -73,7 +76,8 @@ class Middleware:
             allowed = error.headers["Allow"]
             failure = MethodNotAllowed(f"{request.path} allows {allowed}.")
             response = unrecorded_error(failure, worded_by(request.path), {"allow": allowed})
-        return self._closed_while_draining(response)
+        response.headers.setdefault("server", SERVER)
+        return self._closed_while_stopping(response)
 
     async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
         path = request.path
@@ -82,7 +86,7 @@ class Middleware:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a handler runs in a task")
-        self._in_flight.add(task)
+        self._in_flight.add(task, record)
         try:
             request[RECORD] = record
             generation = self._generations.current  # the handler, which begins at once, takes the same
@@ -92,19 +96,23 @@ class Middleware:
                 self._admission.check_open()
             response = await handler(request)
             if not response.prepared:
-                response.headers.update(explaining(record, self._clock()))
+                response.headers.extend(explaining(record, self._clock()))  # it has none of them yet
                 record.status = response.status
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
             response = await self._answer_error(error, request, record)
         finally:
             self._in_flight.remove(task)
             record.ended = self._clock()
+            self._kept.add(record)
             self._telemetry.finish(record)
-        return self._closed_while_draining(response)
+        return self._closed_while_stopping(response)
 
-    def _closed_while_draining(self, response: web.StreamResponse) -> web.StreamResponse:
-        """Do not keep the caller's connection while the gateway is stopping."""
-        if self._admission.draining and not response.prepared:
+    def _closed_while_stopping(self, response: web.StreamResponse) -> web.StreamResponse:
+        """Do not keep the caller's connection while the gateway is stopping.
+
+        Where headers went out before the stop, the connection serves on while requests are taken, and is closed then.
+        """
+        if self._admission.draining or (self._admission.stopping and not response.prepared):
             response.force_close()
         return response
 
@@ -121,6 +129,7 @@ class Middleware:
         record.generation = self._generations.current.number
         record.end_with(error)
         record.ended = self._clock()
+        self._kept.add(record)
         self._telemetry.finish(record)
         response = error_response(error, worded_by(request.path if request is not None else ""), record, record.ended)
         response.force_close()

@@ -1,7 +1,7 @@
 """What callers get besides a backend's own bytes: the explaining headers, and errors in the form of their dialect."""
 
-import math
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +37,10 @@ RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """The OpenAI SDKs send these and 5xx again unless told otherwise."""
 UNASKED = (BackendFull, BackendRateLimited, BackendUnavailable, GatewayDraining)
 """Nobody who could answer was asked, though others may have been."""
+OF_REQUESTS, OF_TOKENS = (
+    tuple(f"{RATE_LIMITS}{what}-{kind}" for what in ("limit", "remaining", "reset")) for kind in ("requests", "tokens")
+)
+"""The names of the headers that tell a key what it may use, what is left, and when nothing is used any more."""
 
 _encode = msgspec.json.encode
 
@@ -51,7 +55,7 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
         "server": SERVER,
     }
     if record.caller.limits is not None:
-        headers |= _rate_limits(record.caller.limits)
+        _add_rate_limits(headers, record.caller.limits)
     backend = record.backend
     if backend is not None:
         headers["x-gateway-backend"] = backend
@@ -61,16 +65,16 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
     return headers
 
 
-def _rate_limits(limits: "Limits") -> dict[str, str]:
-    """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    headers, now = {}, limits.look()
-    for kind, windows in (("requests", limits.requests), ("tokens", limits.tokens)):
+def _add_rate_limits(headers: dict[str, str], limits: "Limits") -> None:
+    """Add `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
+    now = limits.look()
+    for windows, (limit, remaining, reset) in ((limits.requests, OF_REQUESTS), (limits.tokens, OF_TOKENS)):
         if windows:
             window = tightest(windows)
-            headers[f"{RATE_LIMITS}limit-{kind}"] = window.shown
-            headers[f"{RATE_LIMITS}remaining-{kind}"] = str(max(0, window.limit - window.used))
-            headers[f"{RATE_LIMITS}reset-{kind}"] = _duration(math.ceil(window.empty_in(now)))
-    return headers
+            left = window.left
+            headers[limit] = window.shown
+            headers[remaining] = str(left) if left > 0 else "0"
+            headers[reset] = _duration(ceil(window.empty_in(now)))
 
 
 @lru_cache(maxsize=256)
@@ -83,12 +87,12 @@ def _duration(seconds: int) -> str:
 
 def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
     """Return an answer of the gateway itself."""
-    return _json(_encode(document), status, {"server": SERVER, **(headers or {})})
+    return _json(_encode(document), status, {**(headers or {})})
 
 
 def unrecorded_error(error: GatewayError, dialect: "Dialect", headers: "Mapping[str, str]") -> web.Response:
     """Return the answer to an error of a call that leaves no record."""
-    return _json(dialect.error_body(error), error.status, {"server": SERVER, **headers})
+    return _json(dialect.error_body(error), error.status, {**headers})
 
 
 def error_response(error: GatewayError, dialect: "Dialect", record: "Record", now: float) -> web.Response:
@@ -109,7 +113,7 @@ def error_response(error: GatewayError, dialect: "Dialect", record: "Record", no
 def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
     """Return `x-should-retry: false` or `Retry-After`, never both: nobody should retry on top of our retries."""
     if isinstance(error, UNASKED) or (isinstance(error, Refusal) and attempts == 0):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after or 1)))}
+        return {"retry-after": str(max(1, ceil(error.retry_after or 1)))}
     if attempts == 0 or not (error.status in RETRIED_BY_SDKS or error.status >= 500):  # noqa: PLR2004
         return {}
     if isinstance(error, ErrorAnswer) and error.retry_after is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gateway.dialects.dialect import Dialect, StreamState
     from gateway.forwarding.call import HeldUp
+    from gateway.policy.admission import Admission
     from gateway.record import Record
 
 LARGE = 16_384
@@ -41,6 +42,7 @@ class StreamWriter:
         request: of the caller.
         record: its status is set.
         dialect: words an error event.
+        admission: knows whether the gateway is stopping, and the connection not kept.
         heartbeat: seconds, or 0.
         clock: seconds, monotonic.
 
@@ -55,12 +57,14 @@ class StreamWriter:
         record: "Record",
         dialect: "Dialect",
         *,
+        admission: "Admission",
         heartbeat: float,
         clock: "Callable[[], float]",
     ) -> None:
         self._request = request
         self._record = record
         self._dialect = dialect
+        self._admission = admission
         self._heartbeat = heartbeat
         self._clock = clock
         self._response: web.StreamResponse | None = None
@@ -207,6 +211,8 @@ class StreamWriter:
             response = web.StreamResponse(status=status, headers=explained)
             if self._length is not None:
                 response.content_length = self._length
+            if self._admission.stopping:
+                response.force_close()
             try:
                 await response.prepare(self._request)
                 self._response = response

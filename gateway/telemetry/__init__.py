@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.policy.breaker import State
     from gateway.policy.guard import Trip
     from gateway.settings import Settings
+    from gateway.telemetry.metric_export import MetricExport
     from gateway.telemetry.output import Output
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
@@ -36,6 +37,7 @@ class Telemetry:
         tracer: exports spans.
         log: writes the lines of requests.
         outputs: where lines go; those they lose are counted.
+        metric_export: exports metrics; None: they are only asked for.
         clock: seconds, monotonic.
         wall_clock: nanoseconds since the epoch.
         rng: draws request ids.
@@ -48,12 +50,16 @@ class Telemetry:
         tracer: Tracer,
         log: RequestLog,
         outputs: "Iterable[Output]" = (),
+        metric_export: "MetricExport | None" = None,
         clock: "Callable[[], float]" = monotonic,
         wall_clock: "Callable[[], int]" = time_ns,
         rng: Random | None = None,
     ) -> None:
         self.metrics = Metrics(clock=clock)
         self.metrics.watch_dropped(lambda: tracer.dropped, tuple(outputs))
+        self.metrics.watch_export(lambda: self.data_points_dropped)
+        self._metric_export = metric_export
+        self._gen_ai = metric_export.gen_ai if metric_export is not None else None
         self._tracer = tracer
         self._log = log
         self._clock = clock
@@ -63,20 +69,31 @@ class Telemetry:
 
     async def __aenter__(self) -> Self:
         self._tracer.start()
+        if self._metric_export is not None:
+            self._metric_export.start(self.metrics.read)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._tracer.stop)
+        stopping = [asyncio.to_thread(self._tracer.stop)]
+        if self._metric_export is not None:
+            stopping.append(self._metric_export.stop(self.metrics.read))
+        await asyncio.gather(*stopping)
 
     @property
     def status(self) -> str:
-        """`ok`, `degraded` while the exporter fails, `off` without one."""
-        return self._tracer.status
+        """`ok`, `degraded` while an exporter fails, `off` without one."""
+        statuses = {self._tracer.status, self._metric_export.status if self._metric_export is not None else "off"}
+        return next(status for status in ("degraded", "ok", "off") if status in statuses)
 
     @property
     def spans_dropped(self) -> int:
         """Spans lost since the start."""
         return self._tracer.dropped
+
+    @property
+    def data_points_dropped(self) -> int:
+        """Data points of metrics lost since the start: not exported, or rejected by the collector."""
+        return self._metric_export.dropped if self._metric_export is not None else 0
 
     def begin(self, method: str, path: str | None, headers: "MultiMapping[str]") -> Record:
         """Return the record of a request whose headers have arrived; its trace is decided here."""
@@ -115,6 +132,8 @@ class Telemetry:
             else:
                 record.forget_texts()
             self.metrics.count(record, kept=kept and self._tracer.exports)
+            if self._gen_ai is not None:
+                self._gen_ai.count(record)
             self._log.write(record)
         except Exception:  # a defect here must not cost an answer  # noqa: BLE001
             _log.exception("telemetry failed for trace %032x", record.trace_id)

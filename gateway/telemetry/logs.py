@@ -176,6 +176,7 @@ class _Fields(msgspec.Struct, omit_defaults=True, kw_only=True):
     output_tokens: int | None = None
     key_tokens: int | None = None
     key_tokens_source: str | None = None
+    config_generation: int = 0
     request_id: str
     trace_id: str
     span_id: str
@@ -220,6 +221,7 @@ def _json_line(record: "Record", level: int) -> str:
         error=record.error_message,
         input_tokens=record.input_tokens,
         output_tokens=record.output_tokens,
+        config_generation=record.generation,
         request_id=record.request_id,
         trace_id=record.trace,
         span_id=f"{record.span_id:016x}",

@@ -1,6 +1,7 @@
 """The numbers at `/metrics`. Gauges, and what was counted of requests, are read when they are asked for."""
 
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 from operator import itemgetter
@@ -186,9 +187,27 @@ class Metrics:
             for state in State:
                 self._transitions.labels(name, state.value)
 
+    def watch_limits(self, degraded: "Callable[[], bool]") -> None:
+        """Tell whether the limits of keys can be kept beyond the process whenever the metrics are asked for."""
+        Gauge(
+            "gateway_limits_degraded",
+            "1 while the limits of keys cannot be kept beyond this process.",
+            registry=self._registry,
+        ).set_function(lambda: float(degraded()))
+
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
         self._registry.register(_Dropped(spans, outputs))
+
+    def watch_export(self, dropped: "Callable[[], int]") -> None:
+        """Read the number of lost data points whenever the metrics are asked for."""
+        self._registry.register(_DroppedPoints(dropped))
+
+    def read(self) -> "list[Metric]":
+        """Return all instruments as they are now; called on the event loop, as all that counts is."""
+        for counts in self._counted:
+            counts.pass_on()
+        return list(self._registry.collect())
 
     def _counts(self, counter: Counter, *, known_by: "KnownBy" = FIRST) -> "_Counts":
         counts = _Counts(counter, known_by)
@@ -262,6 +281,19 @@ class Metrics:
         """Count a connection of a caller that the gateway closed."""
         self._closed_connections.labels(reason).inc()
 
+    def totals(self) -> "Totals":
+        """Return what was counted since the start: of requests, attempts, keys and tokens."""
+        return Totals(
+            requests=self._requests.totals(),
+            attempts=self._attempts.totals(),
+            tokens=self._tokens.totals(),
+            key_requests=self._key_requests.totals(),
+            key_tokens=self._key_tokens.totals(),
+            key_refused=self._key_refused.totals(),
+            durations=self._duration.by_route(),
+            first_tokens=self._first_token.by_route(),
+        )
+
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics in the form that `accept` asks for, up to `max_age` seconds old, and its content type."""
         # Not the header itself: an invalid version would fail, and any other would come back in the content type.
@@ -283,6 +315,28 @@ class Metrics:
     def _pass_on(self) -> None:
         for counts in self._counted:
             counts.pass_on()
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What was counted since the start.
+
+    Attributes:
+        requests: by route, status and outcome.
+        attempts: by backend and outcome.
+        tokens: by direction.
+        key_requests, key_tokens, key_refused: by key and outcome, source, limit.
+        durations, first_tokens: by route, how many were within each of the bounds `SECONDS`, and beyond them.
+    """
+
+    requests: dict[tuple[str, ...], int]
+    attempts: dict[tuple[str, ...], int]
+    tokens: dict[tuple[str, ...], int]
+    key_requests: dict[tuple[str, ...], int]
+    key_tokens: dict[tuple[str, ...], int]
+    key_refused: dict[tuple[str, ...], int]
+    durations: dict[str, list[int]]
+    first_tokens: dict[str, list[int]]
 
 
 class _Durations:
@@ -315,6 +369,10 @@ class _Durations:
     def keep(self, known: "Container[object]") -> None:
         """Forget all but those with one of these sets of labels."""
         self._buckets = {labels: buckets for labels, buckets in self._buckets.items() if labels in known}
+
+    def by_route(self) -> dict[str, list[int]]:
+        """Return how many durations are in each bucket, by route."""
+        return {labels[0]: list(buckets.counts) for labels, buckets in self._buckets.items()}
 
     def collect(self) -> "Iterator[Metric]":
         """Called for each exposition."""
@@ -371,6 +429,16 @@ class _Counts:
                 continue
             self._counter.labels(*map(str, labels)).inc(number)
         self._waiting.clear()
+
+    def totals(self) -> dict[tuple[str, ...], int]:
+        """Return what was counted, by labels."""
+        self.pass_on()
+        (family,) = self._counter.collect()
+        return {
+            tuple(sample.labels.values()): int(sample.value)
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
 
 
 def _forget_others(counter: Counter, known: "Container[object]", known_by: "KnownBy" = FIRST) -> None:
@@ -485,6 +553,21 @@ class _Dropped:
         for output in self._outputs:
             lines.add_metric([output.name], output.dropped)
         yield lines
+
+
+class _DroppedPoints:
+    """The lost data points of metrics."""
+
+    def __init__(self, dropped: "Callable[[], int]") -> None:
+        self._dropped = dropped
+
+    def collect(self) -> "Iterator[Metric]":
+        """Called for each exposition."""
+        points = CounterMetricFamily(
+            "gateway_telemetry_dropped_data_points", "Data points of metrics that could not be exported."
+        )
+        points.add_metric([], self._dropped())
+        yield points
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

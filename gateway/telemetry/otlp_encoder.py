@@ -77,15 +77,15 @@ def _encode_shared(shared: "Shared") -> bytes:
 
 
 def _attribute(name: str, value: "Value") -> bytes:
-    """Return an attribute; short texts, floats and small counts, which nearly all are, need only a few steps."""
+    """Return an attribute; short texts, floats and counts, which nearly all are, need only a few steps."""
     if type(value) is str:
         text = value.encode("utf-8", "replace")
         if len(text) < 128:  # noqa: PLR2004
             return _before_text(name, len(text)) + text
     elif type(value) is float:
         return _before_double(name) + _double(value)
-    elif type(value) is int and 0 <= value < 128:  # noqa: PLR2004 - not a bool
-        return _before_small(name) + _SMALL[value]
+    elif type(value) is int and 0 <= value < 1 << 14:  # not a bool
+        return _before_count(name, value < 128) + _length(value)  # noqa: PLR2004
     return _field(9, _key_value(name, value))
 
 
@@ -99,9 +99,9 @@ def _before_double(name: str) -> bytes:
     return _field(9, _key_value(name, 0.0))[:-8]
 
 
-@lru_cache(maxsize=64)
-def _before_small(name: str) -> bytes:
-    return _field(9, _key_value(name, 0))[:-1]
+@lru_cache(maxsize=128)
+def _before_count(name: str, small: bool) -> bytes:  # noqa: FBT001
+    return _field(9, _key_value(name, 0))[:-1] if small else _field(9, _key_value(name, 128))[:-2]
 
 
 def _key_value(name: str, value: object) -> bytes:

@@ -8,7 +8,7 @@ its headers or its answer would hold the thread, or fill the memory. The base cl
 import asyncio
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from opentelemetry.exporter.http.transport._base import BaseHTTPResult, BaseHTTP
 from gateway.settings import CollectorSettings
 
 MAX_ANSWER = 65_536
-"""Bytes that are read of an answer, which nobody looks at, so that its connection can be kept."""
+"""Bytes that are read of an answer: what it says of rejected data is short, and its connection can be kept."""
 MAX_HEADER = 8192
 """Bytes of a header of an answer."""
 
@@ -31,7 +31,7 @@ class Result(BaseHTTPResult):
     answer_headers: Mapping[str, str] = field(default_factory=dict)
 
     def content(self) -> bytes:
-        """Return nothing: the body is not kept."""
+        """Return nothing: the body goes to `answered`."""
         return b""
 
     def headers(self) -> Mapping[str, str]:
@@ -44,13 +44,15 @@ class Transport(BaseHTTPTransport):
 
     Args:
         reached: how the collector is reached.
+        answered: called with the body of each answer 2xx.
 
     Raises:
         OSError: a certificate cannot be read.
     """
 
-    def __init__(self, reached: CollectorSettings) -> None:
+    def __init__(self, reached: CollectorSettings, answered: Callable[[bytes], None]) -> None:
         self._reached = reached
+        self._answered = answered
         self._tls = _tls(reached)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._runner.get_loop()  # its descriptors are taken at the start, not when there may be none
@@ -106,6 +108,7 @@ class Transport(BaseHTTPTransport):
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=1, ssl=self._tls),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None),
                 auto_decompress=False,
                 trust_env=self._reached.trusts_environment,
@@ -120,11 +123,13 @@ class Transport(BaseHTTPTransport):
             if 300 <= answer.status < 400:  # noqa: PLR2004
                 # The SDK takes it for a success; where it leads to has not got the spans.
                 return Result(error=RuntimeError(f"the collector redirects ({answer.status})"))
-            size = 0
+            body = b""
             async for piece in answer.content.iter_any():
-                size += len(piece)
-                if size > MAX_ANSWER:
+                body += piece
+                if len(body) > MAX_ANSWER:
                     break
+            if answer.ok and len(body) <= MAX_ANSWER and "Content-Encoding" not in answer.headers:
+                self._answered(body)
             return Result(status_code=answer.status, reason=answer.reason, answer_headers=answer.headers)
 
 

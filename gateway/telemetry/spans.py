@@ -45,6 +45,7 @@ def _server(record: "Record") -> SpanData:
             record.route,
             len(record.attempts),
             record.stop_reason,
+            record.charged_by,
         )
     span = SpanData(shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0)
     span.trace_state = record.trace_state
@@ -52,7 +53,7 @@ def _server(record: "Record") -> SpanData:
     span.end = _instant(record, record.ended if record.ended is not None else record.started)
     _describe_own(record, span)
     if record.caller.name is not None:
-        _describe_key(record, span)
+        _describe_key(record, record.caller.name, span)
     if _error_type(record.status, record.outcome) is not None and record.outcome != LEFT:
         span.status = ERROR
         span.error = record.error_message
@@ -85,16 +86,13 @@ def _describe_own(record: "Record", span: SpanData) -> None:
         span.own.append(("gen_ai.response.time_to_first_chunk", record.first_token - record.started))
 
 
-def _describe_key(record: "Record", span: SpanData) -> None:
+def _describe_key(record: "Record", name: str, span: SpanData) -> None:
     """Add whose key it is, never the key, and what of its limits was used."""
-    for name, value in (
-        ("gateway.key", record.caller.name),
-        ("gateway.key.limit", record.limit),
-        ("gateway.key.tokens", record.charged),
-        ("gateway.key.tokens_source", record.charged_by),
-    ):
-        if value is not None:
-            span.own.append((name, value))
+    span.own.append(("gateway.key", name))
+    if record.limit is not None:
+        span.own.append(("gateway.key.limit", record.limit))
+    if record.charged is not None:
+        span.own.append(("gateway.key.tokens", record.charged))
 
 
 LEFT = "client_closed_request"
@@ -147,6 +145,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     route: str | None,
     attempts: int,
     stop_reason: str | None,
+    charged_by: str | None,
 ) -> Shared:
     http = _http_attributes(method, path, status, outcome)
     attributes: list[tuple[str, Value]] = [
@@ -166,6 +165,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
         ("gen_ai.response.finish_reasons", list(finish_reasons) if finish_reasons is not None else None),
         ("gateway.route", route),
         ("gateway.retry.stop_reason", stop_reason),
+        ("gateway.key.tokens_source", charged_by),
     ):
         if value is not None:
             attributes.append((attribute, value))

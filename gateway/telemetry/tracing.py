@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from gateway import __version__
 from gateway.telemetry.otlp_encoder import Encoder
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+from gateway.telemetry.partial_success import PartialSuccess
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import SpanData
 from gateway.telemetry.spans import spans_of
@@ -65,6 +66,8 @@ class Tracer:
         exporter: takes the spans.
         interval: seconds between exports while less than a batch waits.
         max_waiting: requests whose spans wait at most; beyond that the oldest are dropped, and counted.
+        batch: requests whose spans are exported together.
+        most_spans: spans of an export at most, however many a request has; None: what a batch has.
         rng: draws ids.
         clock: seconds, monotonic.
     """
@@ -75,10 +78,14 @@ class Tracer:
         *,
         interval: float = INTERVAL,
         max_waiting: int = MAX_WAITING,
+        batch: int = BATCH,
+        most_spans: int | None = None,
         rng: Random | None = None,
         clock: "Callable[[], float]" = time.monotonic,
     ) -> None:
         self._max_waiting = max_waiting
+        self._batch = batch
+        self._most_spans = most_spans
         self._rng = rng or Random()
         self._clock = clock
         self._exporter = exporter
@@ -102,7 +109,7 @@ class Tracer:
 
     @property
     def dropped(self) -> int:
-        """Spans lost since the start: dropped while they waited, or refused by the exporter."""
+        """Spans lost since the start: dropped while they waited, not exported, or rejected by the collector."""
         return self._pushed_out + self._unsent  # one thread writes each
 
     @property
@@ -138,7 +145,7 @@ class Tracer:
         if len(waiting) >= self._max_waiting:
             self._push_out()
         waiting.append(record)
-        if len(waiting) >= BATCH:
+        if len(waiting) >= self._batch:
             self._wake.set()
 
     @property
@@ -196,7 +203,7 @@ class Tracer:
     def _export_waiting(self) -> None:
         """Export what waits. What arrives meanwhile can wait: sending a handful costs as much as sending a batch."""
         full = True
-        while full or len(self._waiting) >= BATCH:
+        while full or len(self._waiting) >= self._batch:
             full = self._export_batch()
 
     def _export_batch(self) -> bool:
@@ -207,7 +214,7 @@ class Tracer:
         encoded: list[bytes] = []
         size = 0
         try:
-            for _ in range(min(BATCH, len(self._waiting)) // CHUNK + 1):
+            for _ in range(min(self._batch, len(self._waiting)) // CHUNK + 1):
                 chunk, extra = self._next_chunk(BATCH_EXTRA - size)
                 spans += chunk
                 size += extra
@@ -217,13 +224,12 @@ class Tracer:
                     time.sleep(BREATH)
                 if size >= BATCH_EXTRA:
                     break
-            good = self._export(spans, encoded)
+            lost = self._export(spans, encoded)
         except Exception:  # whatever an exporter does, the thread goes on  # noqa: BLE001
             _log.exception("the span exporter failed")
-            good = False
-        self._failing = not good
-        if not good:
-            self._unsent += len(spans)
+            lost = len(spans)
+        self._failing = lost > 0
+        self._unsent += lost
         return size >= BATCH_EXTRA
 
     def _next_chunk(self, room: int) -> tuple[list[SpanData], int]:
@@ -258,14 +264,27 @@ class Tracer:
             _log.exception("the span exporter failed")
         self._asked_at = self._clock()
 
-    def _export(self, spans: list[SpanData], encoded: list[bytes]) -> bool:
+    def _export(self, spans: list[SpanData], encoded: list[bytes]) -> int:
+        """Export spans; return how many of them are lost."""
+        most = self._most_spans or len(spans) or 1
+        return sum(
+            self._export_at_once(spans[start : start + most], encoded[start : start + most])
+            for start in range(0, len(spans), most)
+        )
+
+    def _export_at_once(self, spans: list[SpanData], encoded: list[bytes]) -> int:
         exporter = self._exporter
-        if exporter is None or not spans:
-            return True
         if isinstance(exporter, OtlpHttpExporter):
-            return exporter.send(self._encoder.request(encoded))
-        readable = [to_readable(span, self.resource) for span in spans]
-        return exporter.export(readable) is SpanExportResult.SUCCESS
+            good = exporter.send(self._encoder.request(encoded))
+        elif exporter is not None:
+            readable = [to_readable(span, self.resource) for span in spans]
+            good = exporter.export(readable) is SpanExportResult.SUCCESS
+        else:
+            good = True
+        if not good:
+            return len(spans)
+        partial = getattr(exporter, "partial", None)  # of those by OTLP, of which gRPC's is slow to load
+        return partial.take(len(spans)) if isinstance(partial, PartialSuccess) else 0
 
 
 def _resource() -> Resource:

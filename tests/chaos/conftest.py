@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from chaos.arena import Arena
+from testkit.browser import BROWSERS, Tab, browser_tab, find_browser
 from tests.chaos.verdict import StartArena
 
 TIMEOUT = 180
@@ -38,3 +39,22 @@ async def start_arena(seed: int) -> AsyncIterator[StartArena]:
             return await stack.enter_async_context(Arena(seed, **options))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """The path of a browser."""
+    found = find_browser()
+    if found is None:
+        reason = f"none of {', '.join(BROWSERS)} is installed"
+        if os.environ.get("BROWSER_TESTS") == "require":
+            pytest.fail(f"BROWSER_TESTS=require, but {reason}")
+        pytest.skip(f"{reason}: nothing was opened in a browser")
+    return found
+
+
+@pytest.fixture
+async def tab(browser: str, tmp_path: Path) -> AsyncIterator[Tab]:
+    """A page in it."""
+    async with browser_tab(browser, tmp_path) as page:
+        yield page

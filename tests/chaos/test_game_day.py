@@ -9,23 +9,18 @@ The browser tests need Chromium or Chrome; BROWSER_TESTS=require makes its absen
 
 import asyncio
 import base64
-import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 from asyncio.subprocess import PIPE, STDOUT
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 
 from chaos.experiment import FOLDER
 from testkit import REPOSITORY
+from testkit.browser import DESK, PHONE, Tab
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import ask
 from testkit.processes import python, spawn
@@ -58,19 +53,6 @@ promises:
   - {text: nobody hangs, measure: hung, at_most: 0}
 """
 LONG = KEPT.replace("seconds: 3", "seconds: 60").replace("at: 2", "at: 50")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--remote-debugging-port=0",
-)
-PHONE, DESK = (390, 844), (1280, 900)
 LOWEST = 9.0
 """Pixels that text in a picture is high at least."""
 # How high the letters of the pictures really are, in pixels of the screen.
@@ -227,109 +209,12 @@ async def test_ctrl_c_ends_in_order_and_leaves_a_report(tmp_path: Path) -> None:
     assert text.count("<svg") == 2
 
 
-@dataclass
-class Tab:
-    """A page of a browser, driven by the DevTools protocol.
-
-    Attributes:
-        requested: the addresses it asked for.
-    """
-
-    socket: aiohttp.ClientWebSocketResponse
-    number: int = 0
-    requested: list[str] = field(default_factory=list)
-    events: list[str] = field(default_factory=list)
-
-    async def call(self, method: str, **params: Any) -> Any:  # noqa: ANN401
-        """The result of a method."""
-        self.number += 1
-        await self.socket.send_json({"id": self.number, "method": method, "params": params})
-        while True:
-            message = await self._next()
-            if message.get("id") == self.number:
-                assert "error" not in message, message
-                return message["result"]
-
-    async def open(self, page: Path, size: tuple[int, int]) -> None:
-        """Open a page in a window of that size and wait until it is there."""
-        width, height = size
-        await self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 800,
-        )
-        await self.call("Network.enable")
-        await self.call("Page.enable")
-        self.requested.clear()
-        self.events.clear()
-        await self.call("Page.navigate", url=page.as_uri())
-        while "Page.loadEventFired" not in self.events:
-            await self._next()
-
-    async def value(self, expression: str) -> Any:  # noqa: ANN401
-        """What an expression gives in the page."""
-        result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
-
-    async def _next(self) -> dict[str, Any]:
-        async with asyncio.timeout(30):
-            message: dict[str, Any] = await self.socket.receive_json()
-        self.events.append(message.get("method", ""))
-        if message.get("method") == "Network.requestWillBeSent":
-            self.requested.append(message["params"]["request"]["url"])
-        return message
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        reason = f"none of {', '.join(BROWSERS)} is installed"
-        if os.environ.get("BROWSER_TESTS") == "require":
-            pytest.fail(f"BROWSER_TESTS=require, but {reason}")
-        pytest.skip(f"{reason}: the report was not opened in a browser")
-    return found
-
-
-@pytest.fixture
-async def tab(browser: str, tmp_path: Path) -> AsyncIterator[Tab]:
-    profile = tmp_path / "profile"
-    process = await asyncio.create_subprocess_exec(
-        *(browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"), stdout=-3, stderr=-3, process_group=0
-    )
-    try:
-        async with asyncio.timeout(60), aiohttp.ClientSession() as session:
-            port = await _port(profile / "DevToolsActivePort")
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
-                pages = [page for page in await response.json() if page["type"] == "page"]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                yield Tab(socket)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def _port(file: Path) -> str:
-    """Of the browser, once it listens."""
-    while "\n" not in (text := _text(file)):  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-    return text.split("\n")[0]
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="ascii") if file.exists() else ""
-
-
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 async def test_the_report_fits_the_screen_and_can_be_read(
     played: tuple["subprocess.CompletedProcess[str]", Path], tab: Tab, size: tuple[int, int]
 ) -> None:
     page = played[1]
-    await tab.open(page, size)
+    await tab.open(page.as_uri(), size)
 
     assert await tab.value("innerWidth") == size[0]
     assert await tab.value("document.documentElement.scrollWidth <= innerWidth")
@@ -341,7 +226,7 @@ async def test_the_report_fits_the_screen_and_can_be_read(
 async def test_the_printed_report_begins_on_its_first_page(
     played: tuple["subprocess.CompletedProcess[str]", Path], tab: Tab
 ) -> None:
-    await tab.open(played[1], DESK)
+    await tab.open(played[1].as_uri(), DESK)
     sheet = {"paperWidth": 8.3, "paperHeight": 7}  # inches; lower than the first experiment
     printed = await tab.call("Page.printToPDF", printBackground=True, generateDocumentOutline=True, **sheet)
     pdf = base64.b64decode(printed["data"])

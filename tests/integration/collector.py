@@ -1,4 +1,4 @@
-"""A collector of spans in the test's own event loop: what came, decoded and as trees."""
+"""A collector of spans and metrics in the test's own event loop: what came, decoded and as trees."""
 
 from testkit.otlp import Export, Receiver
 from testkit.polling import until
@@ -15,7 +15,7 @@ class Collector(Receiver):
     """
 
     def __init__(self) -> None:
-        super().__init__(self._keep)
+        super().__init__(self._keep, keep_metrics=True)
         self.spans: list[Span] = []
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []

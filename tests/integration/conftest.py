@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -22,10 +23,12 @@ from gateway.files import Files
 from gateway.settings import Settings, load
 from gateway.telemetry import Telemetry
 from gateway.telemetry.logs import RequestLog
+from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
+from testkit.limits_server import LimitsServer, why_no_server
 from tests.integration.backends_raw import StartRaw, raw_backends
 from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock, patient
@@ -79,6 +82,19 @@ async def collector() -> AsyncIterator[Collector]:
 
 
 @pytest.fixture
+async def limits_server(tmp_path: Path) -> AsyncIterator[LimitsServer]:
+    """A Valkey or Redis for limits that instances share; LIMITS_TESTS=require makes its absence a failure."""
+    reason = why_no_server()
+    if reason is not None and os.environ.get("LIMITS_TESTS") == "require":
+        pytest.exit(f"LIMITS_TESTS=require, but {reason}", returncode=1)
+    if reason is not None:
+        pytest.skip(f"{reason}: shared limits were not tested")
+    async with LimitsServer(tmp_path) as server:
+        yield server
+        server.thaw()
+
+
+@pytest.fixture
 async def start_gateway(
     aiohttp_client: Callable[..., Awaitable[TestClient[web.Request, web.Application]]],
 ) -> StartGateway:
@@ -91,6 +107,7 @@ async def start_gateway(
         *backends: str | MockModel,
         exporter: SpanExporter | None = None,
         max_waiting: int = MAX_WAITING,
+        metric_export: MetricExport | None = None,
         **overrides: Any,  # noqa: ANN401
     ) -> Gateway:
         urls = [backend if isinstance(backend, str) else backend.url for backend in backends]
@@ -105,6 +122,7 @@ async def start_gateway(
             settings,
             tracer=Tracer(exporter, interval=0.02, max_waiting=max_waiting),
             log=RequestLog(level="INFO", as_json=True, stream=log),
+            metric_export=metric_export,
         )
         telemetry.metrics.max_age = 0.0  # what a test reads is what it has just done
 

@@ -50,7 +50,12 @@ async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
 async def test_the_demo_tells_its_story_shows_each_trace_and_leaves_nothing_running(demo: Demo) -> None:
     await demo.says("Ctrl-C stops everything.")
     assert f"healthy   http://127.0.0.1:{demo.port}/health" in demo.said
+    assert f"page      http://localhost:{demo.port}/ui" in demo.said
     assert "headers   HTTP 200" in demo.said
+    page = await ask(f"{demo.url}/ui")
+    assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    pressed = await ask(f"{demo.url}/ui/mock/heal", method="POST", body={})
+    assert pressed.json == {"faults": []}
     assert "└─ gateway: attempt 1, backend-1" in demo.said
     assert "   └─ mock-model: POST /v1/chat/completions" in demo.said
     fault = [{"kind": "status", "with": {"status": 500}, "times": 1}]

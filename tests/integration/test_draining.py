@@ -202,6 +202,86 @@ async def test_a_process_that_is_told_to_stop_finishes_what_is_under_way_and_ref
     assert gated.left == 0
 
 
+async def test_with_a_delay_nobody_is_refused_before_whoever_sends_requests_has_gone_elsewhere(
+    start_raw: StartRaw,
+) -> None:
+    backend = await start_raw(gated := Gated())
+    gated.go.set()
+    async with (
+        running(backend, GATEWAY_SHUTDOWN_DELAY=LONG) as process,
+        dial(process.url) as kept,
+        dial(process.url) as streaming,
+    ):
+        for wire in (kept, streaming):
+            await wire.send(ALIVE)
+            assert (await wire.answer()).status == 200
+        process.signal()
+        assert_draining(await process.not_ready())
+        assert (await process.health())["draining"] is True
+
+        stream = json.dumps(STREAM).encode()
+        for wire, message, body in (
+            (kept, post(), ANSWER),
+            (streaming, post(stream), ROLE + WORD + FINISH + DONE),
+        ):
+            await wire.send(message)
+            answer = await wire.answer()
+            low = {name.lower(): value for name, value in answer.headers.items()}
+            assert (answer.status, answer.body, low["connection"]) == (200, body, "close")
+            assert await is_closed(wire)
+        assert (await process.post(CHAT)).status == 200, "on a new connection, too"
+
+        gated.go.clear()
+        last = asyncio.create_task(process.post(STREAM))
+        await backend.called(4)
+        process.signal()  # a second signal ends the delay and the grace
+        assert b"gateway_draining" in (await last).body
+        assert await process.exit_code() == 0
+
+
+async def test_with_a_delay_a_large_answer_says_as_well_that_its_connection_closes(start_raw: StartRaw) -> None:
+    large = json.dumps({"choices": [], "x": "y" * 2_000_000}).encode()
+
+    async def play(call: RawCall) -> None:
+        await call.answer(large)
+
+    backend = await start_raw(play)
+    async with running(backend, GATEWAY_SHUTDOWN_DELAY=LONG) as process, dial(process.url) as kept:
+        await kept.send(ALIVE)
+        assert (await kept.answer()).status == 200
+        process.signal()
+        assert_draining(await process.not_ready())
+        await kept.send(post())
+        answer = await kept.answer()
+        low = {name.lower(): value for name, value in answer.headers.items()}
+        assert (answer.status, answer.body, low["connection"]) == (200, large, "close")
+        process.signal()
+        assert await process.exit_code() == 0
+
+
+async def test_a_stream_that_ends_while_the_gateway_drains_closes_its_connection(start_raw: StartRaw) -> None:
+    first, second = plays = [Gated(), Gated()]
+    waiting = iter(plays)
+
+    async def play(call: RawCall) -> None:
+        await next(waiting)(call)
+
+    backend = await start_raw(play)
+    async with running(backend) as process, dial(process.url) as wire, dial(process.url) as other:
+        for number, caller in enumerate((wire, other), 1):
+            await caller.send(post(json.dumps(STREAM).encode()))
+            await backend.called(number)
+        process.signal()
+        assert_draining(await process.not_ready())
+        first.go.set()
+        assert (await wire.answer()).body == ROLE + WORD + FINISH + DONE
+        assert await is_closed(wire), "its caller's next request goes to another gateway"
+        assert not second.go.is_set()
+        second.go.set()
+        assert (await other.answer()).body == ROLE + WORD + FINISH + DONE
+        assert await process.exit_code() == 0
+
+
 async def test_those_who_queue_are_refused_and_those_in_flight_are_not(start_raw: StartRaw) -> None:
     backend = await start_raw(gated := Gated())
     settings = {"GATEWAY_MAX_IN_FLIGHT": 1, "GATEWAY_QUEUE_TIMEOUT": LONG}

@@ -10,6 +10,7 @@ from random import Random, randrange
 from time import monotonic
 from typing import Any
 
+import aiohttp
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from prometheus_client.parser import text_string_to_metric_families
@@ -581,6 +582,103 @@ async def test_what_is_passed_through_counts_as_a_request_and_reserves_nothing(m
             statuses.append(response.status)
     assert statuses == [200, 200, 403, 429]
     assert (used(gateway, "requests_per_minute"), used(gateway, "tokens_per_minute")) == (2, 0)
+
+
+SOUND = b"RIFF" + b"\x00\xff" * 50_000
+
+
+def passed_through(path: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What is posted to a path: a form where it takes a sound or an image, else JSON."""
+    if path.startswith("/v1/audio/t") or path == "/v1/images/edits":
+        data = aiohttp.FormData()
+        data.add_field("image" if "images" in path else "file", SOUND, filename="a", content_type="application/binary")
+        for name, value in changes.items():
+            data.add_field(name, value)
+        return {"data": data}
+    return {"json": changes}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/audio/transcriptions", {"model": "gpt-4o-transcribe"}),
+        ("/v1/audio/transcriptions", {"model": "gpt-4o-transcribe", "stream": "true"}),
+        ("/v1/images/generations", {"model": "m", "prompt": "A cat.", "n": 10}),
+        ("/v1/images/edits", {"model": "m", "prompt": "A cat."}),
+        ("/v1/rerank", {"model": "m", "query": "cat", "documents": ["a cat", "a dog " * 10_000]}),
+        ("/v1/score", {"model": "m", "text_1": "cat", "text_2": ["a cat"] * 1_000}),
+    ],
+)
+@pytest.mark.parametrize("commit", ["first_token", "complete"])
+async def test_what_is_passed_through_is_charged_what_its_backend_reported(
+    mock: MockModel, start: Start, path: str, body: dict[str, Any], commit: str
+) -> None:
+    gateway: Gateway = await start(mock, a="limits: {tokens_per_minute: 1000000}", b="limits: {max_in_flight: 9}")
+    for name in SECRETS:
+        headers = {**key(name), "x-gateway-commit": commit}
+        async with gateway.client.post(path, headers=headers, **passed_through(path, **body)) as response:
+            answer = await Answer.of(response)
+        assert answer.status == 200
+    last = answer.json if "stream" not in body else next(e for e in reversed(answer.events) if isinstance(e, dict))
+    reported = last["usage"]["total_tokens"]
+    await until(lambda: idle(gateway))
+    assert used(gateway, "tokens_per_minute") == reported > 0
+    told = {line["key"]: (line.get("key_tokens"), line.get("key_tokens_source")) for line in await lines(gateway, 2)}
+    assert told == {"team-a": (reported, "reported"), "team-b": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/audio/transcriptions", {"model": "whisper-1"}),
+        ("/v1/audio/transcriptions", {"model": "gpt-4o-transcribe", "response_format": "text"}),
+        ("/v1/audio/speech", {"model": "m", "input": "hello", "voice": "alloy"}),
+        ("/v1/moderations", {"model": "m", "input": "hello"}),
+        ("/v1/messages/count_tokens", {"model": "m", "messages": CHAT["messages"]}),
+        ("/tokenize", {"model": "m", "prompt": "hello"}),
+    ],
+)
+async def test_what_is_passed_through_without_a_usage_in_tokens_costs_none(
+    mock: MockModel, start: Start, path: str, body: dict[str, Any]
+) -> None:
+    gateway: Gateway = await start(mock, a="limits: {tokens_per_minute: 1000000}")
+    async with gateway.client.post(path, headers=key(), **passed_through(path, **body)) as response:
+        assert (response.status, await response.read() != b"") == (200, True)
+    await until(lambda: idle(gateway))
+    assert used(gateway, "tokens_per_minute") == 0
+
+
+async def test_what_is_cut_while_it_is_passed_through_costs_no_tokens(mock: MockModel, start: Start) -> None:
+    gateway: Gateway = await start(mock, a="limits: {tokens_per_minute: 1000000}")
+    mock.set_faults([{"kind": "short_body", "with": {"bytes": 1}}])
+    body = {"model": "m", "prompt": "A cat."}
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with gateway.client.post("/v1/images/generations", json=body, headers=key()) as response:
+            await response.read()
+    await until(lambda: idle(gateway))
+    assert used(gateway, "tokens_per_minute") == 0
+
+
+async def test_a_usage_is_read_without_holding_anything_back(start_raw: StartRaw, start: Start) -> None:
+    """Each piece reaches the caller before the backend sends the next one, the usage itself too."""
+    pieces = [b'{"data":[{"b64_json":"', b"A" * 100_000, b'"}],"usage":{"input_tokens":3,', b'"output_tokens":4}', b"}"]
+    came = asyncio.Queue[bytes]()
+
+    async def play(call: RawCall) -> None:
+        length = sum(map(len, pieces))
+        await call.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % length)
+        for piece in pieces:
+            await call.send(piece)
+            assert await came.get() == piece
+
+    backend = await start_raw(play)
+    gateway: Gateway = await start(backend.url, a="limits: {tokens_per_minute: 1000000}")
+    body = {"model": "m", "prompt": "A cat."}
+    async with gateway.client.post("/v1/images/generations", json=body, headers=key()) as response:
+        for piece in pieces:
+            came.put_nowait(await response.content.readexactly(len(piece)))
+    await until(lambda: idle(gateway))
+    assert used(gateway, "tokens_per_minute") == 7
 
 
 async def test_a_stored_response_that_is_read_again_costs_its_tokens_once(mock: MockModel, start: Start) -> None:

@@ -78,6 +78,7 @@ async def test_a_request_is_one_line_that_tells_all(mock: MockModel, start_gatew
         ],
         "input_tokens": usage["prompt_tokens"],
         "output_tokens": usage["completion_tokens"],
+        "config_generation": 1,
         "request_id": "mine",
         "trace_id": TRACE,
         "span_id": f"{server.context.span_id:016x}",

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,8 @@ async def test_a_signal_before_it_listens_ends_the_process_without_a_traceback(
     assert (code, errors) == (-number, "")
 
 
-@pytest.mark.parametrize("module", ["gateway", "mock_model"])
-async def test_sighup_is_one_line_and_no_end(module: str) -> None:
-    async with running(module, **LOCAL, CONTROL_PORT="0", GATEWAY_PROBE_INTERVAL="60") as program:
+async def test_sighup_is_one_line_of_a_mock_model_and_no_end() -> None:
+    async with running("mock_model", **LOCAL, CONTROL_PORT="0") as program:
         await program.up()
         program.signal(signal.SIGHUP)
         await until(lambda: "SIGHUP is ignored" in program.errors.read_text(), "it says so", seconds=PATIENCE)
@@ -127,6 +126,50 @@ async def test_sighup_is_one_line_and_no_end(module: str) -> None:
         code, _, errors = await program.end()
     assert code == 0
     assert errors.count("SIGHUP") == 1
+
+
+async def test_sighup_has_a_gateway_read_its_configuration_and_its_keys_anew(tmp_path: Path) -> None:
+    file, keys = tmp_path / "gateway.yaml", tmp_path / "keys"
+
+    def write(model: str) -> None:
+        file.write_text(
+            'backends: {a: {url: "http://127.0.0.1:1", probe: false}}\n'
+            f"routes: [{{model: {model}, targets: [{{backend: a}}]}}]"
+        )
+
+    async def asked(key: str) -> tuple[int, bytes]:
+        async with dial(gateway.url) as wire:
+            await wire.send(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nx-api-key: %s\r\n\r\n" % key.encode())
+            answer = await wire.answer()
+            return answer.status, answer.body
+
+    write("first")
+    keys.write_text("one")
+    environment = {**LOCAL, "GATEWAY_CONFIG": str(file), "GATEWAY_API_KEYS_FILE": str(keys)}
+    async with running(**environment) as gateway:
+        await gateway.up()
+        assert b"first" in (await asked("one"))[1]
+
+        def says(words: str) -> Callable[[], bool]:
+            return lambda: words in gateway.errors.read_text()
+
+        for _ in range(2):
+            gateway.signal(signal.SIGHUP)
+        await until(says("generation 1 stays: nothing has changed"), seconds=PATIENCE)
+        write("second")
+        keys.write_text("two")
+        gateway.signal(signal.SIGHUP)
+        await until(says("generation 2 is in force: 1 backend replica(s), 1 gateway key(s)"), seconds=PATIENCE)
+        assert (await asked("one"))[0] == 401
+        assert b"second" in (await asked("two"))[1]
+        file.write_text("routes: [")
+        gateway.signal(signal.SIGHUP)
+        await until(says("the new configuration is not in force"), seconds=PATIENCE)
+        assert b"second" in (await asked("two"))[1]
+        gateway.signal(signal.SIGTERM)
+        code, _, errors = await gateway.end()
+    assert code == 0
+    assert "Traceback" not in errors
 
 
 async def test_a_second_signal_ends_the_grace(mock: MockModel) -> None:
@@ -334,7 +377,7 @@ async def test_with_an_endpoint_spans_go_there_and_no_tree_is_printed(mock: Mock
         gateway.signal(signal.SIGTERM)
         code, output, errors = await gateway.end()
     assert code == 0, errors
-    assert {seen.path for seen in recorder.seen} == {"/v1/traces"}
+    assert {"/v1/traces"} <= {seen.path for seen in recorder.seen} <= {"/v1/traces", "/v1/metrics"}
     sent = b"".join(seen.body for seen in recorder.seen)
     assert bytes.fromhex(answer.headers["x-trace-id"]) in sent
     assert SECRET.encode() not in sent

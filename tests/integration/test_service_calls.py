@@ -34,7 +34,7 @@ async def test_the_health_document_is_whole(mock: MockModel, start_gateway: Star
     assert answer.status == 200
     assert set(document) == {
         "status", "version", "app_mode", "uptime_seconds", "draining", "in_flight", "queued", "downstream", "telemetry",
-        "limits",
+        "limits", "config",
     }  # fmt: skip
     assert (document["status"], document["version"], document["app_mode"]) == ("degraded", __version__, "dev")
     assert (document["draining"], document["in_flight"], document["queued"]) == (False, 0, 0)

@@ -48,6 +48,11 @@ def home_of(answer: Answer) -> str:
     return answer.headers["x-gateway-backend"]
 
 
+def name_of(gateway: Gateway, id_: str) -> str:
+    """What the replica with this id is called."""
+    return next(replica.name for replica in gateway.parts.pool.replicas if replica.id == id_)
+
+
 def forget_all(gateway: Gateway) -> None:
     """As after a restart of the gateway."""
     homes = gateway.parts.pool.responses
@@ -97,7 +102,10 @@ async def test_a_chain_stays_where_its_first_response_was_made(
     async with gateway.sdk as sdk:
         if streamed:
             events = [event async for event in await sdk.responses.create(model="m", input="Hello", stream=True)]
-            previous, home = events[0].response.id, str(gateway.parts.pool.responses.of(events[0].response.id).replica)  # type: ignore[union-attr]
+            previous = events[0].response.id  # type: ignore[union-attr]
+            found = gateway.parts.pool.responses.of(previous)
+            assert found is not None
+            home = name_of(gateway, found.replica)
         else:
             first = await sdk.responses.with_raw_response.create(model="m", input="Hello")
             previous, home = first.parse().id, first.headers["x-gateway-backend"]
@@ -116,10 +124,10 @@ async def test_a_response_is_read_streamed_again_cancelled_and_deleted_where_it_
         last = events[-1].response  # type: ignore[union-attr]
         home = gateway.parts.pool.responses.of(last.id)
         assert home is not None
-        busy(gateway, home.replica)
+        busy(gateway, name_of(gateway, home.replica))
 
         read = await sdk.responses.with_raw_response.retrieve(last.id)
-        assert (read.parse(), read.headers["x-gateway-backend"]) == (last, home.replica)
+        assert (read.parse(), read.headers["x-gateway-backend"]) == (last, name_of(gateway, home.replica))
         again = [event async for event in await sdk.responses.retrieve(last.id, stream=True, starting_after=2)]
         assert again == events[3:]
         with pytest.raises(openai.BadRequestError, match="Cannot cancel"):
@@ -166,7 +174,7 @@ async def test_a_stream_that_is_cut_off_goes_on_by_the_id_of_its_first_event(
         last = seen[-1].sequence_number
         home = gateway.parts.pool.responses.of(response_id)
         assert home is not None
-        busy(gateway, home.replica)
+        busy(gateway, name_of(gateway, home.replica))
         rest = [event async for event in await sdk.responses.retrieve(response_id, stream=True, starting_after=last)]
     numbers = [event.sequence_number for event in (*seen, *rest)]
     assert numbers == list(range(len(numbers)))

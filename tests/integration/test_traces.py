@@ -53,6 +53,7 @@ async def test_an_answered_prompt_is_one_tree_below_its_caller(start_stack: Star
         "gen_ai.usage.input_tokens": body["usage"]["prompt_tokens"],
         "gen_ai.usage.output_tokens": body["usage"]["completion_tokens"],
         "gateway.request_id": "mine",
+        "gateway.config_generation": 1,
         "gateway.outcome": "ok",
         "gateway.route": "*",
         "gateway.attempts": 1,

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from testkit.traces import Span, read_json_spans
 
 PROJECT = "llm-gateway-test"
 SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
-BENT_BY = ("GATEWAY_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "MODEL_NAME")
+BENT_BY = ("GATEWAY_", "EDGE_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "GRAFANA_", "MODEL_NAME")
 """Variables of the caller's shell that would change the stack under test."""
 
 
@@ -61,7 +62,8 @@ def call(
 ) -> Answer:
     """One HTTP call on a connection of its own. Raises: OSError, http.client.HTTPException."""
     parts = urlsplit(url)
-    assert parts.hostname == "127.0.0.1", "load goes to published ports only"
+    assert parts.hostname is not None
+    assert ip_address(parts.hostname).is_private, "load goes to this machine and its own networks only"
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=seconds)
     started = time.monotonic()
     with contextlib.closing(connection):
@@ -86,7 +88,15 @@ class Stack:
 
     @classmethod
     def with_free_ports(cls) -> "Stack":
-        names = ("GATEWAY_PORT", "JAEGER_PORT", "MOCK_CONTROL_PORT", "PROMETHEUS_PORT")
+        names = (
+            "GATEWAY_PORT",
+            "GATEWAY_B_PORT",
+            "EDGE_PORT",
+            "JAEGER_PORT",
+            "MOCK_CONTROL_PORT",
+            "PROMETHEUS_PORT",
+            "GRAFANA_PORT",
+        )
         ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
         return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env", "VERSION": __version__})
@@ -131,8 +141,8 @@ class Stack:
         url = self.url("GATEWAY_PORT", CHAT_PATH)
         return call("POST", url, prompt() if body is None else body, named, seconds)
 
-    def gateway(self, path: str) -> Answer:
-        return call("GET", self.url("GATEWAY_PORT", path))
+    def gateway(self, path: str, **headers: str) -> Answer:
+        return call("GET", self.url("GATEWAY_PORT", path), headers=headers)
 
     def control(self, method: str, path: str, body: object = None) -> Answer:
         """Call the mock model's control API through its published port."""

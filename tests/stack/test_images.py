@@ -67,7 +67,7 @@ def test_a_change_of_the_code_reuses_the_dependencies(built_stack: Stack, servic
     assert [number for number in range(len(before)) if before[number] != after[number]] == [len(before) - 1]
 
 
-@pytest.mark.parametrize("profiles", [(), ("fallback",), ("metrics",)])
+@pytest.mark.parametrize("profiles", [(), ("fallback",), ("limits",), ("metrics",)])
 def test_compose_accepts_the_file_without_a_warning(profiles: tuple[str, ...]) -> None:
     stack = Stack.with_free_ports()
     stack.profiles = profiles

@@ -24,7 +24,7 @@ def test_the_workflow_and_the_hooks_run_what_ci_runs() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yaml").read_text(encoding="utf-8"))
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
 
-    assert own == {"check", "test", "test-3.14", "test-chaos", "test-stack", "test-real"}
+    assert own == {"check", "test", "test-3.14", "test-chaos", "test-stack", "test-real", "test-cluster"}
     assert set(workflow["jobs"]["make"]["strategy"]["matrix"]["target"]) == own
     assert {hook["entry"].removeprefix("make ") for hook in local["hooks"]} <= own
 

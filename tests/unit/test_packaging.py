@@ -45,12 +45,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_both_packages_whole_and_nothing_else(wheel: Path) -> None:
-    files = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    kinds = {".py", ".html", ".css", ".js"}
+    paths = (path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.suffix in kinds)
+    files = {path.relative_to(ROOT).as_posix() for path in paths}
     assert len(files) > 40
 
     names = set(zipfile.ZipFile(wheel).namelist())
 
-    assert {name for name in names if ".dist-info/" not in name} == files | {f"{name}/py.typed" for name in PACKAGES}
+    others = {f"{name}/py.typed" for name in PACKAGES} | {"gateway/limits_ledger.lua"}
+    assert {name for name in names if ".dist-info/" not in name} == files | others
 
 
 def test_the_wheel_has_the_version_and_the_license(wheel: Path) -> None:

@@ -139,6 +139,15 @@ def test_where_an_experiment_can_be_played(
     assert experiment.obstacle(ComposeStage.actions, 2, 1) == compose
 
 
+def test_a_store_is_there_only_for_limits_and_only_at_home(definition: Path) -> None:
+    frozen = GOOD.replace("do: kill", "do: freeze-store")
+    with pytest.raises(ExperimentError, match=r"system\.limits: a store is there only for limits"):
+        written(definition, frozen)
+    experiment = written(definition, frozen + "system: {limits: {requests_per_day: 5}}\n")
+    assert experiment.obstacle(ComposeStage.actions, 2, 1) == "it needs settings of its own (system)"
+    assert str(experiment.method[0]) == "freeze-store"
+
+
 def test_faults_need_the_control_port_of_their_mock_model(definition: Path) -> None:
     text = GOOD.replace("{at: 1, do: kill}", SCRIPT.replace("do:", "mock: 2, do:")) + "system: {mocks: 2}\n"
     experiment = written(definition, text)

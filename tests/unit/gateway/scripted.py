@@ -42,7 +42,7 @@ class GoodAnswer:
     def decode_within(self, limit: int) -> None:
         """It is plain."""
 
-    def passed_headers(self) -> dict[str, str]:
+    def passed_headers(self, *, limited: bool) -> dict[str, str]:
         return {"content-type": self.content_type}
 
     async def read_whole(self, share: Share, limit: int, each_read: Callable[[], None]) -> bytes:

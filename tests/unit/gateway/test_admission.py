@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from gateway.config import LimitsConfig
 from gateway.errors import DeadlineExceeded, GatewayDraining, GatewayError, GatewayOverloaded, RateLimitExceeded
 from gateway.policy.admission import Admission
+from gateway.policy.allotment import Allotment
 from gateway.policy.byte_budget import ByteBudget
+from gateway.policy.ledger import Ledger
 from gateway.policy.limits import Limits, Reservation
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import run, settle
@@ -689,5 +691,89 @@ def test_whatever_happens_as_much_is_taken_as_is_under_way(
         assert not gate._slots_of
         assert not gate._lines
         assert {of.in_flight for of in keys.values()} == {0}
+
+    run(story)
+
+
+class Sharing:
+    """Limits that another process shares: its ledger answers when told to."""
+
+    def __init__(self, clock: Clock, **config: int) -> None:
+        self.ledger = Ledger(clock)
+        self.limits, self.others = Limits(LimitsConfig(**config), clock), Limits(LimitsConfig(**config), clock)
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.asked = 0
+        self.ours = Allotment(self.limits, "ours", 0.25, self._ask)
+        self.theirs = Allotment(self.others, "theirs", 0.25, self._ask)
+        for each in (self.ours, self.theirs):
+            each.come_back()
+
+    def _ask(self, _: Allotment) -> "asyncio.Future[None]":
+        self.asked += 1
+        return self.answer
+
+    def exchange(self, allotment: Allotment) -> None:
+        for _ in range(2):
+            allotment.answered(self.ledger.exchange(allotment.report("epoch")))
+
+    def answers(self) -> None:
+        self.exchange(self.ours)
+        self.answer.set_result(None)
+        self.answer = asyncio.get_running_loop().create_future()
+
+
+def test_who_lacks_a_lease_waits_for_the_answer_and_those_who_ask_meanwhile_are_answered_together() -> None:
+    async def story(clock: Clock) -> None:
+        gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=3), clock()
+        tasks = [asyncio.create_task(gate.enter(LONG, "a", sharing.limits.reserve(0))) for _ in range(4)]
+        await settle()
+        assert gate.in_flight == 0
+        sharing.answers()
+        await settle()
+        assert gate.in_flight == 3
+        refused = await error_of(tasks[3])
+        assert isinstance(refused, RateLimitExceeded), "at once: the answer says that there is no more"
+        assert 50 < refused.wait < 63
+        assert clock() - began < 1
+
+    run(story)
+
+
+def test_nobody_waits_longer_for_an_answer_than_in_the_queue() -> None:
+    async def story(clock: Clock) -> None:
+        gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=3), clock()
+        with pytest.raises(RateLimitExceeded):
+            await gate.enter(LONG, "a", sharing.limits.reserve(0))
+        assert clock() - began < 2 * QUEUE_TIMEOUT + 0.1
+        began = clock()
+        with pytest.raises((RateLimitExceeded, DeadlineExceeded)):
+            await gate.enter(0.5, "a", sharing.limits.reserve(0))
+        assert clock() - began < 1.1
+        assert_empty(gate)
+
+    run(story)
+
+
+def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> None:
+    async def story(clock: Clock) -> None:
+        gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=40), clock()
+        theirs = [sharing.others.reserve(0) for _ in range(40)]
+        for each in theirs:
+            each.take()
+        sharing.exchange(sharing.theirs)
+        for each in theirs[:39]:
+            assert each.take() is None
+        sharing.exchange(sharing.ours)
+        task = asyncio.create_task(gate.enter(LONG, "a", sharing.limits.reserve(0)))
+        await settle()
+        sharing.answers()
+        await settle()
+        assert gate.queued == 1, "one is held by others"
+        assert theirs[39].take() is None
+        sharing.exchange(sharing.theirs)
+        sharing.exchange(sharing.ours)
+        assert isinstance(await error_of(task), RateLimitExceeded)
+        assert clock() - began < QUEUE_TIMEOUT / 2
+        assert_empty(gate)
 
     run(story)

@@ -109,7 +109,7 @@ def test_what_would_change_is_told_but_no_secret(
         "route late: new",
         "key team-a: limits.max_in_flight none -> 2",
         "key team-a: limits.requests_per_minute 60 -> 30",
-        "key team-a: models ('m',) -> ('m', 'n')",
+        "key team-a: models ['m'] -> ['m', 'n']",
     ]
     assert SECRET not in out
 

@@ -151,3 +151,35 @@ async def test_without_limits_of_a_day_or_a_folder_there_is_no_file(
     async with DayStore(tmp_path if folder else None, [one], clock) as store:
         assert store.status == status
     assert not (tmp_path / FILE).exists()
+
+
+async def test_a_key_that_goes_and_comes_back_has_used_what_it_used(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    first, other = caller(clock), caller(clock, "other")
+    async with DayStore(tmp_path, [first, other], clock) as store:
+        use(first, 100)
+        store.follow([other])
+        await until(lambda: [amount for *_, amount in rows(tmp_path)] == [100])
+        assert store.status == "ok"
+        store.follow([])
+        assert store.status == "off"
+        again = caller(clock)
+        store.follow([again])
+        await until(lambda: used(again) == 100)
+        use(again, 20)
+        await until(lambda: [amount for *_, amount in rows(tmp_path)] == [120])
+
+
+async def test_a_limit_that_goes_and_comes_back_has_the_same_uses(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    one = caller(clock)
+    async with DayStore(tmp_path, [one], clock) as store:
+        use(one, 100)
+        await until(lambda: [amount for *_, amount in rows(tmp_path)] == [100])
+        assert one.limits is not None
+        for config in (LimitsConfig(requests_per_minute=9), LimitsConfig(tokens_per_day=2_000)):
+            one.limits.change(config)
+            store.follow([one])
+        await until(lambda: used(one) == 100)
+        use(one, 20)
+        await until(lambda: [amount for *_, amount in rows(tmp_path)] == [120])

@@ -340,3 +340,45 @@ class OneKey(RuleBasedStateMachine):
 
 
 TestOneKey = OneKey.TestCase
+
+
+def test_limits_change_and_what_was_used_still_counts() -> None:
+    clock = clock_at()
+    of = limits(clock, requests_per_minute=2, tokens_per_minute=500)
+    under_way = took(of, 1_000)
+    assert under_way is not None
+    assert state(of) == {"requests_per_minute": (2, 1), "tokens_per_minute": (500, 500)}
+    of.change(LimitsConfig(requests_per_minute=3, tokens_per_minute=2_000, tokens_per_day=9_000, max_in_flight=1))
+    assert state(of) == {
+        "requests_per_minute": (3, 1),
+        "tokens_per_minute": (2_000, 500),
+        "tokens_per_day": (9_000, 0),
+        "max_in_flight": (1, 1),
+    }
+    assert took(of) is None
+    under_way.settle(100)
+    assert state(of) == {
+        "requests_per_minute": (3, 1),
+        "tokens_per_minute": (2_000, 100),
+        "tokens_per_day": (9_000, 0),
+        "max_in_flight": (1, 0),
+    }
+
+
+def test_what_is_given_back_goes_to_the_limits_of_which_it_was_taken() -> None:
+    of = limits(clock_at(), requests_per_minute=2)
+    under_way = took(of)
+    assert under_way is not None
+    of.change(LimitsConfig(requests_per_day=5))
+    under_way.give_back()
+    assert state(of) == {"requests_per_day": (5, 0)}
+
+
+def test_a_limit_below_what_was_used_lets_nothing_through_until_it_is_forgotten() -> None:
+    clock = clock_at()
+    of = limits(clock, tokens_per_minute=1_000)
+    assert took(of, 900) is not None
+    of.change(LimitsConfig(tokens_per_minute=100))
+    assert took(of, 1) is None
+    clock.forward(MINUTE + 1)
+    assert took(of, 1) is not None

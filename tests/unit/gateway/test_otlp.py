@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -35,6 +34,7 @@ from gateway.settings import CollectorSettings, SettingsError, load, load_collec
 from gateway.telemetry.exporters import exporter_for
 from gateway.telemetry.otlp_encoder import Encoder
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+from gateway.telemetry.otlp_grpc import OtlpGrpcExporter
 from gateway.telemetry.otlp_transport import Transport
 from gateway.telemetry.sdk_spans import SCOPE, to_readable
 from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, UNSET, Shared, SpanData, Value
@@ -354,7 +354,7 @@ def test_half_a_surrogate_costs_a_letter_and_not_the_batch() -> None:
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
             "prod",
-            GrpcExporter,
+            OtlpGrpcExporter,
         ),
         (
             {

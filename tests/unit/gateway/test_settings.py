@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, CollectorSettings, OtelSettings, Settings, SettingsError, load, load_otel, unknown
+from gateway.settings import (
+    SECRETS,
+    CollectorSettings,
+    MetricSettings,
+    OtelSettings,
+    Settings,
+    SettingsError,
+    SpanBatches,
+    load,
+    load_otel,
+    unknown,
+)
 
 WRONG = [
     ("PORT", "x", "a whole number"),
@@ -18,6 +29,7 @@ WRONG = [
     *(("GATEWAY_BACKEND_URLS", f"http://host/a{odd}b", "ASCII") for odd in ("\r\n", "\x7f", "\u00e4", "\udcff")),
     ("GATEWAY_BACKEND_URLS", "http://b\u00fccher.example", "ASCII"),
     ("GATEWAY_BACKEND_URLS", "localhost:8001", "http://"),
+    ("GATEWAY_UI_MOCK_CONTROL", "localhost:8002", "http://"),
     ("GATEWAY_BACKEND_URLS", "ftp://host", "http://"),
     ("GATEWAY_BACKEND_URLS", "http://", "host"),
     ("GATEWAY_BACKEND_URLS", "http://:8001", "host"),
@@ -34,12 +46,17 @@ WRONG = [
     ("GATEWAY_BACKEND_URLS", "http://a, nonsense", "http://"),
     ("GATEWAY_BACKEND_URLS", " , ", "one"),
     ("GATEWAY_API_KEYS", ",\n,", "one"),
+    ("GATEWAY_ADMIN_KEY", "two words", "one key"),
+    ("GATEWAY_KEPT_REQUESTS", "-1", "0 to 10000"),
+    ("GATEWAY_KEPT_REQUESTS", "10001", "0 to 10000"),
     ("GATEWAY_STREAM_COMMIT", "last_token", "first_token, first_answer or complete"),
     ("GATEWAY_CAPTURE_CONTENT", "maybe", "true or false"),
     ("GATEWAY_TRACE_KEEP_SLOW", "never", "off"),
     ("GATEWAY_TRACE_KEEP_SLOW", "0", "greater than 0"),
     ("GATEWAY_TRACE_KEEP_SLOW", "nan", "greater than 0"),
     ("GATEWAY_RETRY_BUDGET", "-0.1", "0"),
+    ("GATEWAY_LIMITS_URL", "http://store", "valkey://"),
+    *(("GATEWAY_LIMITS_FALLBACK_SHARE", value, "at most 1") for value in ("0", "1.1", "nan")),
     *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("health", "/a b", "/ä", "/a#b", "http://h/health")),
     *(("GATEWAY_PROBE_PATH", path, "begins with '/'") for path in ("/a\r\nx: y", "/a\tb", "/\udcff", " /a", "\n")),
 ]
@@ -50,7 +67,15 @@ POSITIVE = [
     "KEEPALIVE_TIMEOUT",
 ]
 NOT_NEGATIVE = [
-    *("HEARTBEAT", "BACKOFF_INITIAL", "BACKOFF_MAX", "RETRY_AFTER_MAX", "RETRY_BUDGET", "SHUTDOWN_GRACE"),
+    *(
+        "HEARTBEAT",
+        "BACKOFF_INITIAL",
+        "BACKOFF_MAX",
+        "RETRY_AFTER_MAX",
+        "RETRY_BUDGET",
+        "SHUTDOWN_DELAY",
+        "SHUTDOWN_GRACE",
+    ),
     "OUTAGE_WAIT",
 ]
 AT_LEAST_ONE = [
@@ -156,6 +181,7 @@ def test_without_an_environment_the_defaults_are_those_of_the_contract() -> None
         "probe_path": "/health",
         "probe_interval": 2,
         "probe_timeout": 2,
+        "shutdown_delay": 0,
         "shutdown_grace": 20,
         "capture_content": False,
         "trace_keep_slow": 10,
@@ -188,12 +214,34 @@ def test_lists_are_split_at_commas_and_lines(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("name", "field"), [(name, name.lower()) for name in SECRETS])
 def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
     file = tmp_path / "secret"
-    file.write_text("s3cret\n")
+    secret = "valkey://:s3cret@store" if name == "GATEWAY_LIMITS_URL" else "s3cret"
+    file.write_text(f"{secret}\n")
     monkeypatch.setenv(f"{name}_FILE", str(file))
 
     value = getattr(load(), field)
     value = value[0] if isinstance(value, list) else value
-    assert value.get_secret_value() == "s3cret"
+    assert value.get_secret_value() == secret
+
+
+@pytest.mark.parametrize(
+    "url", ["valkey://store", "valkeys://store:6380", "redis://:s3cret@store/3", "rediss://user:s3cret@[::1]:6379/0"]
+)
+def test_the_url_of_a_store_may_be_that_of_a_valkey_or_a_redis(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("GATEWAY_LIMITS_URL", url)
+    setting = load().gateway_limits_url
+    assert setting is not None
+    assert setting.get_secret_value() == url
+    assert "s3cret" not in repr(load())
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://s3cret@store", "valkey://", "s3cret", "valkey://a:s3cret", "valkey://a/s3cret", "valkey://a?s3cret=1"],
+)
+def test_another_url_of_a_store_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    line = complaint(monkeypatch, "GATEWAY_LIMITS_URL", url)
+    assert line.startswith("GATEWAY_LIMITS_URL=(hidden) is not valid: it must be valkey://host, ")
+    assert "s3cret" not in line
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -293,7 +341,13 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         ({}, OtelSettings(disabled=False, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings())),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"},
-            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+            OtelSettings(
+                disabled=False,
+                has_endpoint=True,
+                protocol="http/protobuf",
+                collector=CollectorSettings(),
+                metrics=MetricSettings(enabled=True),
+            ),
         ),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
@@ -310,6 +364,43 @@ def test_a_directory_is_no_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         (
             {"OTEL_TRACES_EXPORTER": "none"},
             OtelSettings(disabled=True, has_endpoint=False, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_METRICS_EXPORTER": "none"},
+            OtelSettings(disabled=False, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "true"},
+            OtelSettings(disabled=True, has_endpoint=True, protocol="http/protobuf", collector=CollectorSettings()),
+        ),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "c:4317",
+                "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE": "ca",
+                "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "Delta",
+                "OTEL_METRIC_EXPORT_INTERVAL": "5000",
+                "OTEL_METRIC_EXPORT_TIMEOUT": "1500",
+                "OTEL_BSP_SCHEDULE_DELAY": "250",
+                "OTEL_BSP_MAX_QUEUE_SIZE": "100",
+                "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "50",
+                "OTEL_BSP_EXPORT_TIMEOUT": "2000",
+            },
+            OtelSettings(
+                disabled=False,
+                has_endpoint=False,
+                protocol="http/protobuf",
+                collector=CollectorSettings(),
+                batches=SpanBatches(delay=0.25, queue=100, size=50, timeout=2.0),
+                metrics=MetricSettings(
+                    enabled=True,
+                    protocol="grpc",
+                    collector=CollectorSettings(certificate="ca"),
+                    interval=5.0,
+                    timeout=1.5,
+                    delta=True,
+                ),
+            ),
         ),
     ],
 )
@@ -377,7 +468,46 @@ def test_what_opentelemetry_takes_is_taken(monkeypatch: pytest.MonkeyPatch, vari
     load_otel()
 
 
-@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "1e3", "many", "\u0663", "9" * 10, "9" * 10_000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OTEL_BSP_SCHEDULE_DELAY",
+        "OTEL_BSP_MAX_QUEUE_SIZE",
+        "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        "OTEL_BSP_EXPORT_TIMEOUT",
+        "OTEL_METRIC_EXPORT_INTERVAL",
+        "OTEL_METRIC_EXPORT_TIMEOUT",
+    ],
+)
+def test_a_number_that_opentelemetry_does_not_take_is_told_and_the_default_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")
+    usual = load_otel()
+    monkeypatch.setenv(name, value)
+    found = load_otel()
+
+    (complaint,) = found.complaints
+    assert complaint.startswith(f"{name}={value!r} is not valid")
+    assert (found.batches, found.metrics) == (usual.batches, usual.metrics)
+
+
+def test_a_batch_is_no_larger_than_the_queue_and_an_unknown_temporality_is_cumulative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "11")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "sometimes")
+    found = load_otel()
+
+    assert found.batches.size == 10
+    assert not found.metrics.delta
+    assert len(found.complaints) == 2
+
+
+@pytest.mark.parametrize("name", [f"OTEL_EXPORTER_OTLP_{signal}PROTOCOL" for signal in ("", "TRACES_", "METRICS_")])
 def test_an_unknown_protocol_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "http/json")
     with pytest.raises(SettingsError) as wrong:

@@ -1,0 +1,182 @@
+{{- define "llm-gateway.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "llm-gateway.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains (include "llm-gateway.name" .) .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "llm-gateway.name" .) | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* What selects the pods of a component: (list $ "gateway") */}}
+{{- define "llm-gateway.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "llm-gateway.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{/* The labels of an object of a component: (list $ "gateway") */}}
+{{- define "llm-gateway.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "llm-gateway.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- with $root.Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* The labels of a component's pods; no version, so that a new chart alone restarts nothing: (list $ "gateway") */}}
+{{- define "llm-gateway.podLabels" -}}
+{{- $root := index . 0 -}}
+{{ include "llm-gateway.selector" . }}
+{{- with $root.Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* An image: (list $ .Values.image) */}}
+{{- define "llm-gateway.image" -}}
+{{- $root := index . 0 }}{{ $image := index . 1 -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ default $root.Chart.AppVersion $image.tag }}
+{{- end }}
+{{- end }}
+
+{{- define "llm-gateway.serviceAccount" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "llm-gateway.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "llm-gateway.configMap" -}}
+{{- default (printf "%s-routes" (include "llm-gateway.fullname" .)) .Values.existingConfigMap }}
+{{- end }}
+
+{{/* GATEWAY_CONFIG: the user's, else one whose only backend is the mock model. */}}
+{{- define "llm-gateway.config" -}}
+{{- if .Values.config -}}
+{{ toYaml .Values.config }}
+{{- else -}}
+backends:
+  mock-model: {url: "http://{{ include "llm-gateway.fullname" . }}-mock-model:8001"}
+routes:
+  - {model: "*", targets: [{backend: mock-model}]}
+{{- end }}
+{{- end }}
+
+{{- define "llm-gateway.otlpEndpoint" -}}
+{{- if .Values.telemetry.endpoint }}
+{{- .Values.telemetry.endpoint }}
+{{- else if .Values.collector.enabled }}
+{{- printf "http://%s-collector:4318" (include "llm-gateway.fullname" .) }}
+{{- end }}
+{{- end }}
+
+{{/* The variables that are files, as "NAME NAME ...". */}}
+{{- define "llm-gateway.secretNames" -}}
+{{- $names := keys .Values.secrets.create }}
+{{- range .Values.secrets.existing }}{{ $names = concat $names .keys }}{{ end }}
+{{- $names | sortAlpha | join " " }}
+{{- end }}
+
+{{/* Seconds until the kubelet kills the pod, less those before the drain, less 5 for the last answers and spans. */}}
+{{- define "llm-gateway.shutdownGrace" -}}
+{{- with .Values.shutdown }}{{ sub .gracePeriodSeconds (add .preStopSeconds .delaySeconds 5) }}{{ end }}
+{{- end }}
+
+{{/* Bytes of a quantity of memory. */}}
+{{- define "llm-gateway.bytes" -}}
+{{- $text := toString . -}}
+{{- $number := regexFind "^[0-9]+" $text | int64 -}}
+{{- $factors := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 -}}
+{{- mul $number (get $factors (trimPrefix (toString $number) $text) | default 1) -}}
+{{- end }}
+
+{{/* Complaints about values that are each right and do not fit together. */}}
+{{- define "llm-gateway.check" -}}
+{{- if not (or .Values.config .Values.existingConfigMap .Values.mockModel.enabled) }}
+{{- fail "No backend: set `config` (backends and routes), `existingConfigMap`, or `mockModel.enabled: true` for a try-out." }}
+{{- end }}
+{{- if and .Values.config .Values.existingConfigMap }}
+{{- fail "Both `config` and `existingConfigMap` are set: set only one of them." }}
+{{- end }}
+{{- if lt (int64 (include "llm-gateway.shutdownGrace" .)) 5 }}
+{{- fail "`shutdown.gracePeriodSeconds` must be at least 10 s above the sum of the other two: requests in flight need time to end." }}
+{{- end }}
+{{- $names := splitList " " (include "llm-gateway.secretNames" .) }}
+{{- if ne (len $names) (len (uniq $names)) }}
+{{- fail "A variable comes twice in `secrets`." }}
+{{- end }}
+{{- range $name, $value := .Values.settings }}
+{{- if has $name (list "GATEWAY_CONFIG" "GATEWAY_SHUTDOWN_DELAY" "GATEWAY_SHUTDOWN_GRACE" "GATEWAY_BACKEND_URLS" "HOST" "PORT") }}
+{{- fail (printf "`settings.%s` is the chart's: set `config` or `shutdown` in its place." $name) }}
+{{- end }}
+{{- if has $name $names }}
+{{- fail (printf "`%s` stands in `settings` and in `secrets`: set only one of them." $name) }}
+{{- end }}
+{{- end }}
+{{- with dig "limits" "memory" "" .Values.resources }}
+{{- $buffered := int64 (default 268435456 (get $.Values.settings "GATEWAY_MAX_BUFFERED_BYTES")) }}
+{{- if lt (int64 (include "llm-gateway.bytes" .)) (mul 3 $buffered) }}
+{{- fail (printf "`resources.limits.memory` (%v) must be at least three times `settings.GATEWAY_MAX_BUFFERED_BYTES` (%d bytes; without it 268435456)." . $buffered) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
+{{- fail "`ingress.hosts` is empty." }}
+{{- end }}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
+{{- fail "`httpRoute.parentRefs` is empty: name the Gateway." }}
+{{- end }}
+{{- end }}
+
+{{/* A setting as text: Helm reads numbers as floats, and would write 33554432 as 3.3554432e+07. */}}
+{{- define "llm-gateway.plain" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{ int64 . }}{{- else -}}{{ . }}{{- end -}}
+{{- end }}
+
+{{/* The egress rule for the cluster's DNS. */}}
+{{- define "llm-gateway.dns" -}}
+- to: [{namespaceSelector: {}}, {ipBlock: {cidr: 169.254.20.10/32}}] # NodeLocal DNSCache
+  ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}]
+{{- end }}
+
+{{/* The port of a url. */}}
+{{- define "llm-gateway.portOf" -}}
+{{- $parts := urlParse . -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $parts.host) | default (ternary "443" "80" (eq $parts.scheme "https")) -}}
+{{- end }}
+
+{{- define "llm-gateway.collectorConfig" -}}
+extensions:
+  health_check: {endpoint: "0.0.0.0:13133"}
+receivers:
+  otlp: {protocols: {http: {endpoint: "0.0.0.0:4318"}}}
+processors:
+  memory_limiter: {check_interval: 1s, limit_percentage: 80, spike_limit_percentage: 20}
+exporters:
+  {{- if .Values.collector.exportTo }}
+  otlp_http:
+    endpoint: {{ .Values.collector.exportTo }}
+    timeout: 5s
+    retry_on_failure: {initial_interval: 1s, max_interval: 5s, max_elapsed_time: 120s}
+    sending_queue: {sizer: items, queue_size: 20000, batch: {flush_timeout: 200ms, min_size: 512, max_size: 2048}}
+  {{- else }}
+  debug: {verbosity: detailed}
+  {{- end }}
+service:
+  extensions: [health_check]
+  telemetry: {metrics: {level: none}}
+  pipelines:
+    traces: {receivers: [otlp], processors: [memory_limiter], exporters: [{{ ternary "otlp_http" "debug" (ne .Values.collector.exportTo "") }}]}
+{{- end }}

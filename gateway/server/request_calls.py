@@ -1,0 +1,141 @@
+"""`GET /requests`: what became of the last requests, and why."""
+
+import math
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from gateway.errors import InvalidRequest, NotFound
+from gateway.explanation import explanation, summary
+from gateway.kept_requests import has_id
+from gateway.server.responses import json_response
+from gateway.summary import IN_FLIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aiohttp import web
+
+    from gateway.kept_requests import KeptRequests
+    from gateway.record import Record
+    from gateway.server.in_flight import InFlight
+
+    Fits = Callable[[Record], bool]
+
+FILTERS = frozenset({"outcome", "route", "model", "backend", "caller", "slower_than", "since", "limit", "before"})
+LIMIT, MAX_LIMIT = 50, 500
+"""Requests of one answer: where none are asked for, and at most."""
+
+
+class RequestCalls:
+    """The handlers.
+
+    Args:
+        kept: the requests that have ended.
+        in_flight: those under way.
+        clock: of records.
+    """
+
+    def __init__(self, kept: "KeptRequests", in_flight: "InFlight", clock: "Callable[[], float]") -> None:
+        self._kept = kept
+        self._in_flight = in_flight
+        self._clock = clock
+
+    async def requests(self, request: "web.Request") -> "web.Response":
+        """Answer `GET /requests`: those that fit the filters, the newest first. Raises: InvalidRequest."""
+        asked = _filters(request)
+        limit = _number(asked, "limit", LIMIT, most=MAX_LIMIT)
+        before = _number(asked, "before", 0, most=1 << 62) or None
+        fits, now = _fitting(asked), self._clock()
+        if asked.get("outcome") == IN_FLIGHT:
+            under_way = list(islice(filter(fits, reversed(list(self._in_flight))), limit))
+            return self._listed(under_way, None, now)
+        found = list(islice((kept for kept in self._kept.newest(before) if fits(kept.record)), limit + 1))
+        after = str(found[limit - 1].number) if len(found) > limit else None
+        return self._listed([kept.record for kept in found[:limit]], after, now)
+
+    async def request(self, request: "web.Request") -> "web.Response":
+        """Answer `GET /requests/{id}`: by request id or trace id, the newest that has it. Raises: NotFound."""
+        id_ = request.match_info["id"]
+        found = [record for record in self._in_flight if has_id(record, id_)][::-1] + self._kept.find(id_)
+        if not found:
+            raise NotFound(f"No request with this id is under way or among the {len(self._kept)} that are kept.")
+        now = self._clock()
+        others = [{"request_id": each.request_id, "trace_id": each.trace} for each in found[1:MAX_LIMIT]]
+        return json_response(explanation(found[0], now) | {"others_with_this_id": others})
+
+    def _listed(self, records: "Iterable[Record]", after: str | None, now: float) -> "web.Response":
+        documents = [summary(record, now) for record in records]
+        return json_response({"requests": documents, "next": after, "kept": len(self._kept)})
+
+
+def _filters(request: "web.Request") -> dict[str, str]:
+    """Return the filters that are set. Raises: InvalidRequest."""
+    query = request.query
+    for name in query:
+        if name not in FILTERS:
+            known = ", ".join(sorted(FILTERS))
+            raise InvalidRequest(f"There is no such filter; there are {known}.", param=name[:64])
+        if len(query.getall(name)) > 1:
+            raise InvalidRequest(f"{name} is there more than once.", param=name)
+    return {name: value for name, value in query.items() if value}
+
+
+def _fitting(asked: dict[str, str]) -> "Fits":
+    """Return a function that says whether a request fits the filters. Raises: InvalidRequest."""
+    tests: list[Fits] = []
+    if (outcome := asked.get("outcome")) is not None and outcome != IN_FLIGHT:
+        tests.append(lambda record: record.outcome == outcome)
+    if (route := asked.get("route")) is not None:
+        tests.append(lambda record: record.route == route)
+    if (model := asked.get("model")) is not None:
+        tests.append(lambda record: model in {record.model, *(attempt.model for attempt in record.attempts)})
+    if (backend := asked.get("backend")) is not None:
+        tests.append(lambda record: _was_asked(record, backend))
+    if (caller := asked.get("caller")) is not None:
+        tests.append(lambda record: record.caller.shown == caller)
+    if "slower_than" in asked:
+        least = _seconds(asked["slower_than"], "slower_than")
+        tests.append(lambda record: record.seconds(math.inf) > least)
+    if "since" in asked:
+        since = _instant(asked["since"])
+        tests.append(lambda record: record.started_ns >= since)
+    return lambda record: all(test(record) for test in tests)
+
+
+def _was_asked(record: "Record", backend: str) -> bool:
+    """Return whether an attempt went to a replica, or to a backend, of this name."""
+    names = {backend}
+    for candidate in record.candidates:
+        if candidate.backend == backend:
+            names.update(candidate.replicas)
+    return any(attempt.backend in names for attempt in record.attempts)
+
+
+def _number(asked: dict[str, str], name: str, default: int, *, most: int) -> int:
+    value = asked.get(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdigit() and len(value) < 20 and 1 <= int(value) <= most):  # noqa: PLR2004
+        raise InvalidRequest(f"{name} must be a whole number from 1 to {most}.", param=name)
+    return int(value)
+
+
+def _seconds(value: str, name: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise InvalidRequest(f"{name} must be a number of seconds, 0 or more.", param=name)
+    return seconds
+
+
+def _instant(value: str) -> int:
+    """Return an instant in nanoseconds since the epoch; in UTC, unless it says another zone."""
+    try:
+        instant = datetime.fromisoformat(value.replace(" ", "+") if "T" in value else value)
+        nanoseconds = int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp() * 1e9)
+    except (ValueError, OverflowError):
+        raise InvalidRequest("since must be a time such as 2026-11-29T20:00:00Z.", param="since") from None
+    return nanoseconds

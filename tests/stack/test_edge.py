@@ -1,0 +1,174 @@
+"""The proxies of deploy/proxy in front of two gateways: Caddy as in the profile `edge`, HAProxy beside it."""
+
+import asyncio
+import json
+import ssl
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+import trustme
+
+from chaos.promises import Verdict, all_good, well_formed
+from testkit import REPOSITORY
+from testkit.completions import CHAT, CHAT_PATH
+from testkit.polling import wait_for
+from testkit.ports import free_ports
+from tests.chaos.verdict import keep
+from tests.stack.engine import PROJECT, Stack, docker
+from tests.stack.load import load
+
+DELAY = 5.0
+"""Seconds in which a stopping gateway takes requests: more than the proxies need to notice, on a busy machine too."""
+GATEWAYS = ("gateway", "gateway-b")
+HAPROXY = f"{PROJECT}-haproxy"
+AUTHORITY = "/tmp/data/caddy/pki/authorities/local/root.crt"  # noqa: S108 - the container's own
+SLOW = {"kind": "drip", "with": {"bytes": 100, "interval": 0.5}, "match": {"stream": True}}
+"""A stream takes many seconds."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where a proxy listens, and the file of the authority that signed its certificate."""
+
+    url: str
+    authority: Path
+
+    def curl(self, *args: str) -> str:
+        command = ["curl", "--silent", "--show-error", "--max-time", "10", "--cacert", str(self.authority), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def ready(self) -> bool:
+        return self.curl("--output", "/dev/null", "--write-out", "%{http_code}", self.url + "/readyz") == "200"
+
+
+@pytest.fixture(scope="module")
+def edge_stack(built_stack: Stack) -> Iterator[Stack]:
+    """The stack with a second gateway and Caddy."""
+    with_edge = built_stack.with_profile("edge", GATEWAY_SHUTDOWN_DELAY=f"{DELAY:g}")
+    with_edge.compose("up", "--wait", seconds=180)
+    with_edge.steady()
+    yield with_edge
+    with_edge.compose("rm", "--stop", "--force", "edge", "gateway-b")
+    built_stack.compose("up", "--wait", seconds=180)
+
+
+@pytest.fixture(scope="module")
+def caddy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Edge:
+    authority = tmp_path_factory.mktemp("caddy") / "root.crt"
+    authority.write_text(wait_for(lambda: edge_stack.compose("exec", "-T", "edge", "cat", AUTHORITY), "a root", 20))
+    return Edge(f"https://localhost:{edge_stack.env['EDGE_PORT']}", authority)
+
+
+@pytest.fixture(scope="module")
+def haproxy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    folder = tmp_path_factory.mktemp("haproxy")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "localhost.pem")
+    for part in (folder.parent, folder):
+        part.chmod(0o755)  # another uid reads it
+    (folder / "localhost.pem").chmod(0o644)
+    (port,) = free_ports(1)
+    etc = "/usr/local/etc/haproxy"
+    docker(
+        *("run", "--detach", "--name", HAPROXY, "--network", f"{PROJECT}_outside"),
+        *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges:true", "--memory=256m"),
+        *(
+            "--publish",
+            f"127.0.0.1:{port}:8443",
+            "--env",
+            "GATEWAY_A=gateway:8000",
+            "--env",
+            "GATEWAY_B=gateway-b:8000",
+        ),
+        *("--volume", f"{REPOSITORY}/deploy/proxy/haproxy.cfg:{etc}/haproxy.cfg:ro"),
+        *("--volume", f"{folder}/localhost.pem:{etc}/certs/localhost.pem:ro"),
+        "haproxy:3.2",
+    )
+    try:
+        yield Edge(f"https://localhost:{port}", folder / "ca.pem")
+    finally:
+        print(docker("logs", "--tail=20", HAPROXY, complaints=True))  # noqa: T201
+        docker("rm", "--force", "--volumes", HAPROXY)
+
+
+@pytest.fixture(params=["caddy", "haproxy"])
+def edge(edge_stack: Stack, request: pytest.FixtureRequest) -> Edge:
+    proxy: Edge = request.getfixturevalue(request.param)
+    edge_stack.steady()
+    wait_for(proxy.ready, "the proxy answers", 20)
+    return proxy
+
+
+def test_callers_get_tls_and_http_2_and_no_metrics(edge: Edge) -> None:
+    def seen(path: str) -> str:
+        told = "%{http_version} %{http_code} %{ssl_verify_result}"
+        return edge.curl("--http2", "--output", "/dev/null", "--write-out", told, edge.url + path)
+
+    assert seen("/readyz") == "2 200 0"
+    assert seen("/metrics") == "2 404 0"
+
+
+async def test_an_event_goes_on_as_it_comes(edge_stack: Stack, edge: Edge) -> None:
+    edge_stack.script(SLOW)
+    context = ssl.create_default_context(cafile=edge.authority)
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(edge.url + CHAT_PATH, json=CHAT | {"stream": True}, ssl=context) as response,
+    ):
+        assert response.status == 200
+        assert await response.content.readany()
+        (call,) = (await asyncio.to_thread(edge_stack.control, "GET", "/journal")).json["calls"]
+        assert call["ended"] is None, "the first event was held until the stream had ended"
+        response.close()
+
+    def left() -> bool:
+        (call,) = edge_stack.control("GET", "/journal").json["calls"]
+        return bool(call["ended"] == "caller_left")
+
+    await asyncio.to_thread(wait_for, left, "the model hears that the caller has left", 20)
+
+
+def test_a_prompt_is_not_sent_again_by_the_proxy(edge_stack: Stack, edge: Edge) -> None:
+    edge_stack.script({"kind": "status", "with": {"status": 503}})
+    answer = edge.curl(
+        *("--dump-header", "-", "--output", "/dev/null", "--header", "content-type: application/json"),
+        *("--data", json.dumps(CHAT), edge.url + CHAT_PATH),
+    )
+    headers = dict(line.lower().split(": ", 1) for line in answer.splitlines() if ": " in line)
+    assert int(headers["x-gateway-attempts"]) >= 1
+    assert edge_stack.control("GET", "/journal").json["total"] == int(headers["x-gateway-attempts"])
+
+
+@pytest.mark.timeout(300, func_only=True)
+@pytest.mark.parametrize("keep_alive", [False, True], ids=["new connections", "kept connections"])
+async def test_both_gateways_are_replaced_under_open_streams_and_nobody_notices(
+    edge_stack: Stack, edge: Edge, *, keep_alive: bool
+) -> None:
+    """Each by `docker compose up --force-recreate`; callers do not retry."""
+    edge_stack.script({"kind": "drip", "with": {"bytes": 200, "interval": 0.1}, "match": {"stream": True}})
+    to = {"urls": [edge.url], "authority": str(edge.authority), "pids": [], "keep_alive": keep_alive}
+    before = {service: edge_stack.inspect(service)["Id"] for service in GATEWAYS}
+    async with load(edge_stack, 8, 60, **to) as calling:
+        await calling.until(lambda calls: len(calls) >= 10, 60)
+        for service in GATEWAYS:
+            recreate = ("up", "--detach", "--no-deps", "--force-recreate", "--wait", service)
+            await asyncio.to_thread(edge_stack.compose, *recreate)
+        sent = len(calling.calls)
+        await calling.until(lambda calls: len(calls) >= sent + 20, 60)
+    after = {service: edge_stack.inspect(service)["Id"] for service in GATEWAYS}
+    assert not set(before.values()) & set(after.values())
+    streams = [call for call in calling.calls if call.kind == "stream" and call.events]
+    keep(
+        calling.calls,
+        all_good(calling.calls, "callers of the proxy"),
+        well_formed(calling.calls),
+        Verdict("streams were open", f"{len(streams)}", len(streams) > 20),
+    )
