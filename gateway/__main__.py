@@ -17,6 +17,10 @@ def main() -> int:
         from gateway import why  # noqa: PLC0415 - the same
 
         return why.main(sys.argv[2:])
+    if sys.argv[1:2] == ["export"]:
+        from gateway import export  # noqa: PLC0415 - the same
+
+        return export.main(sys.argv[2:])
     from gateway import program  # noqa: PLC0415 - the same
 
     code = program.main(sys.argv[2:] if sys.argv[1:2] == ["worker"] else [])

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from gateway.record import TARGET_DRAWN, TARGET_SKIPPED
+from gateway.record import TARGET_DRAWN
 from gateway.summary import IN_FLIGHT, sentence
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def summary(record: "Record", now: float) -> Document:
         "route": record.route,
         "model": record.model,
         "backend": record.backend,
-        "caller": record.caller.shown,
+        "caller": record.caller.name,
         "status": record.status if ended else None,
         "outcome": record.outcome if ended else IN_FLIGHT,
         "stream": record.stream,
@@ -58,7 +58,7 @@ def explanation(record: "Record", now: float) -> Document:
             "charged": record.charged,
             "source": record.charged_by,
         },
-        "generation": getattr(record, "generation", None),
+        "generation": record.generation,
         "events": [
             {"at": _since(record, at), "name": name, **{_short(key): value for key, value in attributes.items()}}
             for at, name, attributes in record.events
@@ -117,11 +117,7 @@ def _attempt(record: "Record", attempt: "AttemptRecord") -> Document:
 
 def _targets(record: "Record") -> list[Document]:
     """Return who could have answered, in the order of the request, and why those were not asked who were not."""
-    skipped = {
-        event["gateway.backend"]: event["gateway.skip_reason"]
-        for _, name, event in record.events
-        if name == TARGET_SKIPPED
-    }
+    skipped = dict(record.skipped)
     weighted = any(name == TARGET_DRAWN for _, name, _ in record.events)
     asked = {(attempt.backend, attempt.model) for attempt in record.attempts}
     over = {name: why for attempt in record.attempts for name, why in attempt.passed_over}

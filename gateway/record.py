@@ -248,6 +248,17 @@ class Record:
         change = {"gateway.backend": backend, "gateway.breaker.from": before, "gateway.breaker.to": after}
         self.events.append((now, BREAKER_CHANGED, change))
 
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """The targets that were passed over, each with the reason: as `skip_target`, or `guard`."""
+        found: list[tuple[str, str]] = []
+        for _, name, event in self.events:
+            if name == TARGET_SKIPPED:
+                found.append((event["gateway.backend"], event["gateway.skip_reason"]))
+            elif name == TARGET_DRAWN:
+                found += [(tripped, "guard") for tripped in event.get("gateway.tripped", ())]
+        return found
+
     def describe_request(
         self,
         *,

@@ -19,7 +19,7 @@ from gateway.errors import (
     InvalidApiKey,
     RateLimitExceeded,
 )
-from gateway.record import BRIDGING, COOLDOWN, FULL, TARGET_DRAWN, TARGET_SKIPPED
+from gateway.record import BRIDGING, COOLDOWN, FULL, TARGET_DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,6 +43,7 @@ PASSED_OVER = {
         "it had as many requests under way as it may have",
         "they had as many requests under way as they may have",
     ),
+    "guard": ("its guard had taken its traffic", "their guards had taken their traffic"),
     "avoided": ("it had failed a short time before", "they had failed a short time before"),
     "descriptors": ("the gateway had no file descriptor left for a connection",) * 2,
     "ports": ("the gateway had no local port left for a connection",) * 2,
@@ -182,7 +183,7 @@ def _refused(record: "Record", took: str) -> str:
     if record.outcome == InvalidApiKey.code:
         return f"{head}: it carried no valid gateway key."
     if record.outcome == RateLimitExceeded.code:
-        whose = record.caller.shown or "its key"
+        whose = record.caller.name or "its key"
         return f"{head} after {took}{_spent(record)}: the limit {record.limit} of {whose} was used up."
     unasked = f"{head} after {took}{_spent(record)}, without an attempt"
     if record.outcome in {BackendUnavailable.code, BackendRateLimited.code}:
@@ -268,11 +269,7 @@ def _told(attempt: "AttemptRecord") -> tuple[str, str]:
 
 def _passed_over(record: "Record") -> str:
     """Return which targets and replicas were passed over, and why."""
-    skipped = [
-        (event["gateway.backend"], event["gateway.skip_reason"])
-        for _, name, event in record.events
-        if name == TARGET_SKIPPED
-    ]
+    skipped = record.skipped
     asked = {attempt.backend for attempt in record.attempts}
     skipped += [over for attempt in record.attempts for over in attempt.passed_over if over[0] not in asked]
     whom: dict[str, dict[str, None]] = {}

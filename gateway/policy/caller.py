@@ -6,10 +6,6 @@ if TYPE_CHECKING:
     from gateway.policy.limits import Limits
 
 
-KEY = "key "
-"""How the id of a key begins; no address does."""
-
-
 class Caller:
     """Who shows a key, or an address where the gateway is open.
 
@@ -29,11 +25,6 @@ class Caller:
         self.name = name
         self.limits = limits
         self.models = models
-
-    @property
-    def shown(self) -> str | None:
-        """What operators know a key by: its name, or `key N`; None for an address."""
-        return self.name or (self.id if self.id.startswith(KEY) else None)
 
     def may_use(self, model: str) -> bool:
         """Return whether the model is one of those allowed."""

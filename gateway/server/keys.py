@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gateway.config import LimitsConfig
 from gateway.errors import InvalidApiKey
-from gateway.policy.caller import KEY, Caller
+from gateway.policy.caller import Caller
 from gateway.policy.limits import Limits
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Keys:
             return known
 
         def caller(key: "KeyConfig") -> Caller:
-            id_ = f"{KEY}{key.name}" if key.name is not None else f"{KEY}of {key.digest.hex()}"
+            id_ = f"key {key.name}" if key.name is not None else f"key of {key.digest.hex()}"
             return Caller(id_, key.name, key.models, limits(id_, key.limits))
 
         self._by_digest = {key.digest: caller(key) for key in keys}

@@ -93,7 +93,7 @@ def _fitting(asked: dict[str, str]) -> "Fits":
     if (backend := asked.get("backend")) is not None:
         tests.append(lambda record: _was_asked(record, backend))
     if (caller := asked.get("caller")) is not None:
-        tests.append(lambda record: record.caller.shown == caller)
+        tests.append(lambda record: record.caller.name == caller)
     if "slower_than" in asked:
         least = _seconds(asked["slower_than"], "slower_than")
         tests.append(lambda record: record.seconds(math.inf) > least)

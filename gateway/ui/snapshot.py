@@ -61,6 +61,7 @@ class Snapshot:
         for (backend, _), number in totals.attempts.items():
             attempts[backend] += number
         callers, keys = self._callers(), _keys(totals)
+        numbers = {caller: number for number, caller in enumerate(callers, 1)}
         shown = sorted(callers, key=lambda caller: -keys.get(caller.name or "", _NOTHING)["requests"])[:MAX_CALLERS]
         return {
             "at": round(self._wall_clock(), 3),
@@ -72,7 +73,9 @@ class Snapshot:
             "seconds": SECONDS,
             "latency": _summed(totals.durations),
             "first_token": _summed(totals.first_tokens),
-            "callers": [_caller(caller, keys.get(caller.name or "", _NOTHING)) for caller in shown],
+            "callers": [
+                _caller(caller, keys.get(caller.name or "", _NOTHING), f"key {numbers[caller]}") for caller in shown
+            ],
             "callers_in_all": len(callers),
         }
 
@@ -99,10 +102,10 @@ def _keys(totals: "Totals") -> dict[str, dict[str, int]]:
     return keys
 
 
-def _caller(caller: "Caller", counts: "Mapping[str, int]") -> dict[str, Any]:
+def _caller(caller: "Caller", counts: "Mapping[str, int]", number: str) -> dict[str, Any]:
     limits: Iterable[tuple[str, int, int]] = caller.limits.state() if caller.limits is not None else ()
     return {
-        "name": caller.name or caller.id,
+        "name": caller.name or number,
         "named": caller.name is not None,
         "models": caller.models and list(caller.models[:MAX_MODELS]),
         "more_models": max(0, len(caller.models or ()) - MAX_MODELS),

@@ -17,8 +17,10 @@ from asyncio.subprocess import PIPE, STDOUT
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chaos.experiment import FOLDER
+from gateway.export import experiment_of
 from testkit import REPOSITORY
 from testkit.browser import DESK, PHONE, Tab
 from testkit.completions import CHAT, CHAT_PATH
@@ -129,6 +131,31 @@ def test_a_short_outage_is_seen_where_nobody_waits_for_its_end(tmp_path: Path, w
     assert f"  {verdict}  no caller sees the second of 503s (failures <= 0)" in done.stdout
     assert f"  {verdict}  no caller without an answer sees the restart (unanswered <= 0)" in done.stdout
     assert "  kept    every answer is well-formed" in done.stdout
+
+
+def test_an_incident_that_was_exported_is_played_again(tmp_path: Path) -> None:
+    attempts = [
+        {
+            "number": number,
+            "backend": "primary",
+            "outcome": outcome,
+            "status": status,
+            "message": "",
+            "retry_after": None,
+        }
+        for number, (outcome, status) in enumerate((("status_502", 502), ("connection_error", None), ("ok", 200)), 1)
+    ]
+    document = {
+        "trace_id": "245af912", "started": "2026-11-29T20:25:51.902Z", "outcome": "ok", "stream": True, "attempts": 3,
+        "first_token_seconds": 0.4, "attempts_made": attempts, "why": "Answered by primary at the third attempt.",
+    }  # fmt: skip
+    done, page = game_day(tmp_path, yaml.safe_dump(experiment_of(document)))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ">>> mock-1: status, reset" in done.stdout
+    assert "kept    the attempts fail as they did (failed_attempts >= 2)" in done.stdout
+    assert "kept    callers are answered, as this one was (failures <= 0)" in done.stdout
+    assert "Answered by primary at the third attempt." in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "not-guarded"])

@@ -435,7 +435,7 @@ backends: {{backend: {{url: "{mock.url}"}}}}
 routes: [{{model: "*", targets: [{{backend: backend}}]}}]
 keys: [{{name: team-a, key_env: TEAM_KEY, models: [demo-model], limits: {{requests_per_minute: 2, max_in_flight: 1}}}}]
 """
-    gateway = await start_gateway(gateway_config=config(tmp_path, text), gateway_queue_timeout=60)
+    gateway = await start_gateway(gateway_config=config(tmp_path, text), gateway_queue_timeout=20)
     key = {"authorization": f"Bearer {KEY}"}
     mock.set_faults([HANG])
     first = asyncio.create_task(gateway.chat(headers=key))

@@ -74,5 +74,5 @@ def test_of_many_callers_and_models_a_bounded_number_is_shown_and_the_rest_is_co
 
 
 def test_keys_without_a_name_are_shown_by_their_number(metrics: Metrics) -> None:
-    (caller,) = snapshot(metrics, Caller("key 0"))["callers"]
-    assert (caller["name"], caller["named"], caller["models"], caller["limits"]) == ("key 0", False, None, [])
+    (caller,) = snapshot(metrics, Caller("key of 0a"))["callers"]
+    assert (caller["name"], caller["named"], caller["models"], caller["limits"]) == ("key 1", False, None, [])
