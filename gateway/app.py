@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from random import Random
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -23,6 +23,7 @@ from gateway.forwarding.forwarder import Forwarder
 from gateway.generation import Generations
 from gateway.health import Health
 from gateway.kept_requests import SLOW, KeptRequests
+from gateway.limits_store import LimitsStore
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.breaker import State
@@ -30,6 +31,7 @@ from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.reload import Reload
+from gateway.response_hints import ResponseHints
 from gateway.server.admin import AdminCalls
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
@@ -42,7 +44,8 @@ from gateway.server.paths import forms_of
 from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
 from gateway.ui.snapshot import Snapshot
-from gateway.workers.metrics_of_all import as_json
+from gateway.workers.answers import Answers
+from gateway.workers.parent_store import HINTS, SESSIONS, ParentStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,13 +54,12 @@ if TYPE_CHECKING:
 
     from gateway.config import Routing
     from gateway.generation import Generation
-    from gateway.limits_store import LimitsStore
     from gateway.policy.caller import Caller
     from gateway.policy.replica import Replica
     from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
-    from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
+    from gateway.store import Store
     from gateway.telemetry import Telemetry
     from gateway.workers.worker import Worker
 
@@ -153,7 +155,7 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock)
+        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock, worker)
         self.health = Health(
             settings,
             generations=generations,
@@ -183,7 +185,7 @@ class Parts:
         )
         slow = settings.gateway_trace_keep_slow
         self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
-        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock, worker)
         self.middleware = Middleware(
             generations=generations,
             admission=self.admission,
@@ -192,7 +194,12 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
-        self.admin = AdminCalls(routing.admin_key, clock=clock, hidden=self.middleware.recorded(self.handlers.hidden))
+        self.admin = AdminCalls(
+            routing.admin_key,
+            clock=clock,
+            hidden=self.middleware.recorded(self.handlers.hidden),
+            siblings=ParentStore(worker, SESSIONS) if worker is not None else None,
+        )
         snapshot = Snapshot(
             health=self.health,
             metrics=telemetry.metrics,
@@ -201,19 +208,17 @@ class Parts:
             wall_clock=wall_clock,
         )
         self.live_page = LivePage(
-            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+            snapshot,
+            admission=self.admission,
+            mock_control=settings.gateway_ui_mock_control,
+            clock=clock,
+            siblings=worker,
         )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
         telemetry.metrics.watch_limits(lambda: self.limits.status == "degraded")
         if worker is not None:
-            worker.answers |= {
-                "metrics": self._metrics,
-                "health": self._health_document,
-                "use": self._use,
-                "shares": self._take_shares,
-                "hint": self._take_hint,
-            }
+            worker.answers = Answers(self)
             self.admission.short = self.byte_budget.short = worker.short
 
     @property
@@ -247,46 +252,26 @@ class Parts:
         if self._worker is not None:
             self._worker.tell("hint", ["cooldown", backend, model, seconds])
 
-    async def _take_hint(self, hint: list[Any]) -> None:
-        """Take in what another worker has found out about a replica."""
-        kind, name, *more = hint
-        for replica in self.pool.replicas:
-            if replica.name == name and kind == "breaker":
-                replica.breaker.hint()
-            elif replica.name == name:
-                replica.cooldown.hint(*more)
-
-    async def _metrics(self, _: Any) -> Any:  # noqa: ANN401 - JSON
-        return as_json(self.telemetry.metrics.families())
-
-    async def _health_document(self, in_full: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
-        return self.health.document(in_full=in_full)
-
-    async def _use(self, _: Any) -> list[int]:  # noqa: ANN401 - JSON
-        """Return what is used of the limits that are shared."""
-        return [self.admission.in_flight, self.admission.queued, self.byte_budget.held]
-
-    async def _take_shares(self, shares: list[int]) -> list[int]:
-        """Take this process's shares of those limits; return what it holds of them, which may be more."""
-        in_flight, queued, held = shares
-        self.admission.resize(max_in_flight=in_flight, max_queue=queued, max_buffered=held)
-        self.byte_budget.resize(held)
-        return list(map(max, shares, await self._use(None)))
-
 
 def _shared(
-    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+    settings: "Settings",
+    callers: "Sequence[Caller]",
+    homes: "ResponseHomes",
+    clock: "Callable[[], float]",
+    worker: "Worker | None",
 ) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
     """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
-    if settings.gateway_limits_url is None:
-        return DayStore(settings.gateway_state_dir, callers, clock), None
-    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
-    from gateway.response_hints import ResponseHints  # noqa: PLC0415
-    from gateway.valkey import Valkey  # noqa: PLC0415
+    url, share = settings.gateway_limits_url, settings.gateway_limits_fallback_share
+    store: Store
+    if url is not None:
+        from gateway.valkey import Valkey  # noqa: PLC0415 - few need redis-py
 
-    store = Valkey(settings.gateway_limits_url.get_secret_value())
-    limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
-    return limits, ResponseHints(store, homes, clock)
+        store = Valkey(url.get_secret_value())
+    elif worker is not None:
+        store, share = ParentStore(worker, HINTS), 1 / settings.workers
+    else:
+        return DayStore(settings.gateway_state_dir, callers, clock), None
+    return LimitsStore(store, callers, share, clock), ResponseHints(store, homes, clock)
 
 
 PARTS = web.AppKey("parts", Parts)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -68,10 +67,10 @@ def read(files: Files) -> Routing:
     return load_routing(load(files), files)
 
 
-async def run_workers(settings: Settings, files: Files, count: int) -> int:
-    """Run so many workers until told to stop; return the exit code."""
+async def run_workers(settings: Settings, files: Files) -> int:
+    """Run several workers until told to stop; return the exit code."""
     load_routing(settings, files)  # what is wrong with it is said once
-    return await Parent(settings, count).run()
+    return await Parent(settings).run()
 
 
 def main(arguments: "Sequence[str]" = ()) -> int:
@@ -96,11 +95,8 @@ def serve(worker: Worker | None) -> int:
         if worker is None:
             for name in unknown():
                 logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
-            count = settings.gateway_workers or len(os.sched_getaffinity(0))
-            if count > 1:
-                return asyncio.run(
-                    run_workers(settings, files, count)
-                )  # uvloop cannot put a process in a group of its own
+            if settings.workers > 1:
+                return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()
         uvloop.run(run(settings, files, worker))

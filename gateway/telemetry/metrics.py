@@ -16,7 +16,7 @@ from gateway import __version__
 from gateway.policy.breaker import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Sized
+    from collections.abc import Callable, Container, Iterator, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -306,11 +306,6 @@ class Metrics:
             document = encode(self._registry)
             self._documents[newer] = now, document, content_type
         return document, content_type
-
-    def families(self) -> "Iterable[Metric]":
-        """Return the metrics as they are now."""
-        self._pass_on()
-        return self._registry.collect()
 
     def _pass_on(self) -> None:
         for counts in self._counted:

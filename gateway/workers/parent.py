@@ -12,10 +12,13 @@ from gateway import __version__
 from gateway.server.listener import listening_sockets
 from gateway.workers.channel import Channel
 from gateway.workers.in_flight_count import count_in, new_count
+from gateway.workers.parent_store import KINDS, Ledgers, Values
 from gateway.workers.sharing import Sharing
 from gateway.workers.whole import Whole
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.settings import Settings
 
 BACK_WITHIN = 1.0
@@ -79,15 +82,14 @@ class Child:
 
 
 class Parent:
-    """Runs `count` workers until it is told to stop.
+    """Runs workers until it is told to stop.
 
     Each has listening sockets of its own (`SO_REUSEPORT`), among which the system spreads new connections. The parent
     opens and keeps them, and hands them over when a worker is ready to accept. So nothing is lost when one dies and the
     next is there within `BACK_WITHIN`; after that its sockets are closed, and nobody waits in a queue without an end.
 
     Args:
-        settings: host, port and grace.
-        count: of workers.
+        settings: host, port, grace, and how many workers.
         command: of a worker, without its arguments.
 
     Attributes:
@@ -97,20 +99,27 @@ class Parent:
     def __init__(
         self,
         settings: "Settings",
-        count: int,
         *,
         command: tuple[str, ...] = (sys.executable, "-m", "gateway", "worker"),
     ) -> None:
         self._host = settings.host
         self._port = settings.port
-        self._grace = settings.gateway_shutdown_grace
-        self._count = count
+        self._grace = settings.gateway_shutdown_delay + settings.gateway_shutdown_grace
+        self._count = settings.workers
         self._command = command
         self._stopping = asyncio.Event()
         self._code = 0
         self.children: list[Child] = []
         self._whole = Whole(self.children)
         self._sharing = Sharing(settings, self.children)
+        ledgers, values = Ledgers(), {kind: Values() for kind in KINDS}
+        self._answers: dict[str, Callable[[Child, Any], Any]] = {
+            "short": lambda _child, _: self._sharing.short(),
+            "hint": self._tell_others,
+            "ledgers": lambda _child, reports: ledgers.exchange(reports),
+            "publish": lambda _child, data: values[data[0]].publish(*data[1:]),
+            "look_up": lambda _child, data: values[data[0]].look_up(data[1]),
+        }
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code. Raises: OSError, the port is not available."""
@@ -195,15 +204,14 @@ class Parent:
         if what == "sockets":
             self._hand_over(child, handing)
             return self._sharing.first(child)
-        if what == "hint":
-            for other in self.children:
-                if other is not child and other.channel is not None:
-                    other.channel.tell("hint", data)
-            return None
-        if what == "short":
-            self._sharing.short()
-            return None
-        return await self._whole.answer(what, data)
+        if what in self._whole.answers:
+            return await self._whole.answers[what](data)
+        return self._answers[what](child, data)
+
+    def _tell_others(self, child: Child, data: Any) -> None:  # noqa: ANN401 - JSON
+        for other in self.children:
+            if other is not child and other.channel is not None:
+                other.channel.tell("hint", data)
 
     def _hand_over(self, child: Child, handing: socket.socket) -> None:
         """Give a worker that is ready its sockets."""

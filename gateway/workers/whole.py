@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
+from gateway.server.request_calls import limit_of
 from gateway.telemetry.metrics import MAX_AGE, OPENMETRICS
 from gateway.workers.channel import NoAnswer
 from gateway.workers.health_of_all import health_of_all
 from gateway.workers.metrics_of_all import MetricsOfAll
+from gateway.workers.page_of_all import PageOfAll
+from gateway.workers.requests_of_all import found_of_all, listed_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from prometheus_client.metrics_core import Metric
 
@@ -26,23 +29,28 @@ LOOK_EVERY = 1.0
 
 
 class Whole:
-    """Asks the workers, and answers for all of them."""
+    """Asks the workers, and answers for all of them.
+
+    Attributes:
+        answers: what gives the answer to each question of a worker, by its name.
+    """
 
     def __init__(self, children: "list[Child]", *, clock: "Callable[[], float]" = monotonic) -> None:
         self._children = children
         self._clock = clock
         self._metrics = MetricsOfAll()
         self._documents: dict[bool, tuple[float, str, str]] = {}
+        self._page = PageOfAll()
         self._deaths = 0
         self._lost = 0
 
-    async def answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
-        """Answer a worker's question. Raises: LookupError, for one that nobody knows."""
-        if what == "metrics":
-            return await self._exposition(newer=data)
-        if what == "health":
-            return await self._health(data)
-        raise LookupError(what)
+        self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
+            "metrics": self._exposition,
+            "health": self._health,
+            "snapshot": self._snapshot,
+            "listed": self._listed,
+            "found": self._found,
+        }
 
     async def watch(self) -> None:
         """Look at what the workers count, again and again."""
@@ -55,8 +63,9 @@ class Whole:
         self._deaths += 1
         self._lost += child.in_flight
         self._metrics.ended(child.number)
+        self._page.ended(child.number)
 
-    async def _exposition(self, *, newer: bool) -> list[str]:
+    async def _exposition(self, newer: bool) -> list[str]:  # noqa: FBT001 - JSON
         rendered, document, content_type = self._documents.get(newer, (float("-inf"), "", ""))
         if self._clock() - rendered >= MAX_AGE:
             present = await self._count()
@@ -82,8 +91,22 @@ class Whole:
 
     async def _health(self, in_full: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
         answers = await self._ask("health", in_full)
-        missing = [child.number for child in self._children if child.number not in answers]
-        return health_of_all(list(answers.values()), missing) if answers else None
+        return health_of_all(list(answers.values()), self._missing(answers)) if answers else None
+
+    async def _snapshot(self, _: Any) -> Any:  # noqa: ANN401 - JSON
+        answers = await self._ask("snapshot")
+        return self._page.snapshot(answers, self._missing(answers)) if answers else None
+
+    async def _listed(self, asked: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
+        answers = await self._ask("listed", asked)
+        return listed_of_all(answers.values(), limit_of(asked)) if answers else None
+
+    async def _found(self, id_: str) -> Any:  # noqa: ANN401 - JSON
+        answers = await self._ask("found", id_)
+        return found_of_all(answers.values()) if answers else None
+
+    def _missing(self, answers: "Collection[int]") -> list[int]:
+        return [child.number for child in self._children if child.number not in answers]
 
     async def _ask(self, what: str, data: Any = None) -> dict[int, Any]:  # noqa: ANN401 - JSON
         """Return the answers of all workers that give one, by number."""

@@ -12,7 +12,7 @@ from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.in_flight_count import count_in
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from gateway.workers.answers import Answers
 
 MOST_SOCKETS = 64
 """Addresses of a host."""
@@ -33,13 +33,13 @@ class Worker:
 
     Attributes:
         in_flight: holds the number of its requests in flight, which the parent reads when it dies.
-        answers: what gives the answer to each question, by its name.
+        answers: gives the answers to the parent's questions.
     """
 
     def __init__(self, number: int, questions: int, handing: int, count: int) -> None:
         self.number = number
         self.in_flight = count_in(count)
-        self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {}
+        self.answers: Answers | None = None
         self._questions = socket.socket(fileno=questions)
         self._handing = socket.socket(fileno=handing)
         self._channel = Channel(self._answer)
@@ -57,7 +57,9 @@ class Worker:
 
     async def take_sockets(self) -> list[socket.socket]:
         """Return the sockets on which this process is to accept connections. Raises: NoAnswer."""
-        await self.answers["shares"](await self._channel.ask("sockets", timeout=ANSWER_WITHIN))
+        if self.answers is None:
+            raise RuntimeError("nothing is there yet that could serve")
+        self.answers.take_shares(await self._channel.ask("sockets", timeout=ANSWER_WITHIN))
         _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
@@ -68,9 +70,9 @@ class Worker:
             self._next_word = now + BETWEEN_WORDS
             self._channel.tell("short")
 
-    async def ask(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
+    async def ask(self, what: str, data: Any = None, *, timeout: float = ANSWER_WITHIN) -> Any:  # noqa: ANN401, ASYNC109 - JSON; of one answer
         """Ask the parent. Raises: NoAnswer."""
-        return await self._channel.ask(what, data, timeout=ANSWER_WITHIN)
+        return await self._channel.ask(what, data, timeout=timeout)
 
     def tell(self, what: str, data: Any = None) -> None:  # noqa: ANN401 - JSON
         """Tell the parent."""
@@ -78,19 +80,33 @@ class Worker:
 
     async def metrics(self, accept: str) -> tuple[bytes, str] | None:
         """Return the metrics of all workers, as `Metrics.exposition` does; None if the parent does not answer."""
-        try:
-            document, content_type = await self.ask("metrics", OPENMETRICS in accept)
-        except NoAnswer:
-            return None
-        return document.encode(), content_type
+        answer = await self._of_all("metrics", OPENMETRICS in accept)
+        return None if answer is None else (answer[0].encode(), answer[1])
 
     async def health(self, *, in_full: bool) -> dict[str, Any] | None:
-        """Return the document of `/health` for all workers; None if the parent does not answer."""
+        """Return the document of `/health` for all workers, or None."""
+        return await self._of_all("health", in_full)  # type: ignore[no-any-return]
+
+    async def snapshot(self) -> dict[str, Any] | None:
+        """Return what the live page shows of all workers, or None."""
+        return await self._of_all("snapshot")  # type: ignore[no-any-return]
+
+    async def listed(self, asked: dict[str, str]) -> dict[str, Any] | None:
+        """Return the requests of all workers that fit filters, as `RequestCalls.listed` does, or None."""
+        return await self._of_all("listed", asked)  # type: ignore[no-any-return]
+
+    async def found(self, id_: str) -> dict[str, Any] | None:
+        """Return what the workers know of a request, as `RequestCalls.found` does, or None."""
+        return await self._of_all("found", id_)  # type: ignore[no-any-return]
+
+    async def _of_all(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
+        """Return what the parent says of all workers; None if it does not answer."""
         try:
-            document: dict[str, Any] | None = await self.ask("health", in_full)
+            return await self.ask(what, data)
         except NoAnswer:
             return None
-        return document
 
     async def _answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
-        return await self.answers[what](data)
+        if self.answers is None:
+            raise LookupError(what)
+        return await self.answers.to(what, data)

@@ -1,6 +1,7 @@
 """Several worker processes on one port: what one does, all are asked about, and what dies with one."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ LARGEST = {
     "gateway_event_loop_lag_seconds",
     "gateway_guard_tripped",
     "gateway_key_limit",
+    "gateway_limits_degraded",
     "gateway_workers",
 }
 """Gauges of which the largest counts, or that the parent has for itself."""
@@ -210,6 +212,83 @@ async def test_a_cooldown_is_known_to_all_workers() -> None:
         statuses += [await chat(url) for _ in range(12)]
         assert statuses == [429] * 13
         assert len(model.journal.calls) == 1
+
+
+async def test_a_limit_of_a_key_holds_for_all_workers_together(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    async with MockModel(MockSettings(port=0, control_port=0)) as model:
+        file.write_text(
+            f'backends: {{a: {{url: "{model.url}"}}}}\n'
+            'routes: [{model: "*", targets: [{backend: a}]}]\n'
+            "keys: [{name: team, key_env: TEAM, limits: {requests_per_minute: 30, tokens_per_day: 1000000}}]\n"
+        )
+        limits = {"GATEWAY_CONFIG": str(file), "TEAM": "k", "GATEWAY_QUEUE_TIMEOUT": "1"}
+        async with two_workers(model, **limits) as (_, url):
+            headers = {"authorization": "Bearer k"}
+
+            async def ask() -> tuple[int, str]:
+                async with aiohttp.request("POST", url + CHAT_PATH, json=CHAT, headers=headers) as answer:
+                    await answer.read()
+                    return answer.status, answer.headers["x-ratelimit-limit-requests"]
+
+            answers = [each for _ in range(8) for each in await asyncio.gather(*(ask() for _ in range(10)))]
+            statuses = [status for status, _ in answers]
+            assert {limit for _, limit in answers} == {"30"}
+            assert set(statuses) == {200, 429}
+            assert 27 <= statuses.count(200) <= 31
+            assert len(model.journal.calls) == statuses.count(200)
+            used = (await metrics_of(url)).only("gateway_key_limit_used", key="team", limit="requests_per_minute")
+            assert used == statuses.count(200)
+
+
+async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_good_at_all() -> None:
+    async with (
+        MockModel(MockSettings(port=0, control_port=0)) as model,
+        two_workers(model, GATEWAY_ADMIN_KEY="admin") as (gateway, url),
+    ):
+        for number in range(12):
+            headers = {"x-request-id": f"request-{number}"}
+            async with aiohttp.request("POST", url + CHAT_PATH, json=CHAT, headers=headers) as answer:
+                assert answer.status == 200
+        body = {"key": "admin"}
+        async with aiohttp.request("POST", f"{url}/ui/login", json=body) as answer:
+            assert answer.status == 204
+            session = answer.headers["set-cookie"].partition(";")[0]
+
+        async def told(path: str) -> dict[str, Any]:
+            async with aiohttp.request("GET", url + path, headers={"cookie": session}) as answer:
+                assert answer.status == 200, await answer.text()
+                document: dict[str, Any] = await answer.json()
+                return document
+
+        for _ in range(4):
+            pages, before = [], ""
+            while True:
+                page = await told(f"/requests?limit=5{before}")
+                pages.append([each["request_id"] for each in page["requests"]])
+                if page["next"] is None:
+                    break
+                before = f"&before={page['next']}"
+            assert [id_ for page in pages for id_ in page] == [f"request-{number}" for number in range(11, -1, -1)]
+            assert page["kept"] == 12
+        for number in range(12):
+            found = await told(f"/requests/request-{number}")
+            assert (found["request_id"], found["status"]) == (f"request-{number}", 200)
+        async with aiohttp.request("GET", f"{url}/requests/none", headers={"cookie": session}) as answer:
+            assert answer.status == 404
+            assert "among the 12 that are kept" in await answer.text()
+        async with aiohttp.request("GET", f"{url}/ui/live", headers={"cookie": session}) as answer:
+            async for line in answer.content:
+                if line.startswith(b"data: ") and b'"requests"' in line:
+                    snapshot = json.loads(line.removeprefix(b"data: "))
+                    break
+        assert snapshot["requests"] == {"ok": 12}
+        assert sum(snapshot["latency"]) == 12
+        assert snapshot["health"]["workers"] == BOTH["workers"]
+        os.kill(workers_of(gateway)[0], signal.SIGKILL)
+        await until_both(gateway, url)
+        for _ in range(8):  # a new worker knows the session, too
+            assert (await told("/requests?limit=1"))["kept"] <= 12
 
 
 async def test_workers_end_when_their_parent_is_killed() -> None:

@@ -14,7 +14,10 @@ from gateway.settings import load
 from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.health_of_all import health_of_all
 from gateway.workers.metrics_of_all import MetricsOfAll, as_json
+from gateway.workers.page_of_all import PageOfAll
 from gateway.workers.parent import Child
+from gateway.workers.parent_store import MOST, Values
+from gateway.workers.requests_of_all import found_of_all, listed_of_all
 from gateway.workers.sharing import Sharing
 from testkit.polling import until
 
@@ -211,3 +214,63 @@ def test_a_backend_is_down_where_it_is_so_for_all_and_no_better_than_degraded_fo
     assert health_of_all([well, well], [])["status"] == "ok"
     assert health_of_all([well], [2])["status"] == "degraded"
     assert health_of_all([well], [2])["workers"] == {"answered": 1, "missing": [2]}
+
+
+def _snapshot(number: int) -> dict[str, Any]:
+    return {
+        "at": 100.0 + number,
+        "health": _health("ok", "closed"),
+        "waiting": number,
+        "requests": {"ok": number, **({"failed": 1} if number == 3 else {})},
+        "attempts": {"b": number},
+        "tokens": {"input": number, "output": 2 * number},
+        "seconds": [1.0],
+        "latency": [number, 1],
+        "first_token": [0, number],
+        "callers": [
+            {
+                "name": "team",
+                "limits": [{"name": "requests_per_day", "limit": 9, "used": number}],
+                **dict.fromkeys(("requests", "failed", "refused", "tokens"), number),
+            }
+        ],
+        "callers_in_all": 1,
+    }
+
+
+def test_the_page_shows_sums_that_do_not_fall_when_a_worker_dies() -> None:
+    page = PageOfAll()
+    both = page.snapshot({1: _snapshot(3), 2: _snapshot(4)}, [])
+    assert (both["requests"], both["attempts"]) == ({"ok": 7, "failed": 1}, {"b": 7})
+    assert (both["latency"], both["first_token"], both["waiting"], both["at"]) == ([7, 2], [0, 7], 7, 104.0)
+    (caller,) = both["callers"]
+    assert (caller["requests"], caller["limits"][0]["used"], caller["limits"][0]["limit"]) == (7, 7, 9)
+    page.ended(1)
+    after = page.snapshot({1: _snapshot(1), 2: _snapshot(4)}, [])
+    assert (after["requests"], after["latency"]) == ({"ok": 8, "failed": 1}, [8, 3])
+    silent = page.snapshot({2: _snapshot(4)}, [1])
+    assert (silent["requests"]["ok"], silent["waiting"]) == (8, 4)
+    assert silent["health"]["workers"] == {"answered": 1, "missing": [1]}
+
+
+def test_lists_of_requests_are_put_together_by_their_ends() -> None:
+    one = {"found": [{"number": 9, "request": "i"}, {"number": 4, "request": "d"}], "more": True, "kept": 5}
+    two = {"found": [{"number": 7, "request": "g"}], "more": False, "kept": 1}
+    listed = listed_of_all([one, two], 2)
+    assert ([each["request"] for each in listed["found"]], listed["more"], listed["kept"]) == (["i", "g"], True, 6)
+    nothing: dict[str, Any] = {"number": 0, "request": None, "others": [], "kept": 2}
+    older = {"number": 1, "request": {"request_id": "a", "trace_id": "t1"}, "others": [], "kept": 3}
+    newer = {"number": 2, "request": {"request_id": "a", "trace_id": "t2"}, "others": [{"request_id": "a"}], "kept": 4}
+    found = found_of_all([older, nothing, newer])
+    assert (found["request"]["trace_id"], found["kept"]) == ("t2", 9)
+    assert found["others"] == [{"request_id": "a"}, {"request_id": "a", "trace_id": "t1"}]
+    assert found_of_all([nothing])["request"] is None
+
+
+def test_a_parent_keeps_values_for_a_time_and_not_too_many() -> None:
+    now = 0.0
+    values = Values(clock=lambda: now)
+    values.publish(10, [(str(number), "x") for number in range(MOST + 5)])
+    assert (values.look_up("4"), values.look_up("5"), values.look_up("none")) == (None, "x", None)
+    now = 10.0
+    assert values.look_up("5") is None
