@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from gateway.config import Routing
     from gateway.generation import Generation
     from gateway.policy.caller import Caller
+    from gateway.policy.guard import Trip
     from gateway.policy.replica import Replica
     from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
@@ -137,7 +138,7 @@ class Parts:
                 breaker_changed=self._breaker_changed,
                 cooldown_begun=self._cooldown_begun,
                 released=telemetry.released,
-                guard_tripped=telemetry.guard_tripped,
+                guard_tripped=self._guard_tripped,
                 before=before,
             )
 
@@ -246,6 +247,11 @@ class Parts:
         self.health.breaker_changed(replica, new)
         if self._worker is not None and new is State.OPEN:
             self._worker.tell("hint", ["breaker", replica.name])
+
+    def _guard_tripped(self, trip: "Trip") -> None:
+        self.telemetry.guard_tripped(trip)
+        if self._worker is not None:
+            self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])
 
     def _cooldown_begun(self, backend: str, model: str, seconds: float) -> None:
         self.telemetry.cooldown_begun(backend, seconds)

@@ -96,6 +96,10 @@ def serve(worker: Worker | None) -> int:
             for name in unknown():
                 logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
             if settings.workers > 1:
+                if settings.gateway_state_dir is not None and settings.gateway_limits_url is None:
+                    logging.getLogger("gateway").warning(
+                        "GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway"
+                    )
                 return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()

@@ -70,7 +70,7 @@ class Whole:
         if self._clock() - rendered >= MAX_AGE:
             present = await self._count()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
-            document = encode(_Collected([*self._metrics.families(present), *self._own(len(present))])).decode()
+            document = encode(_Collected([*self._metrics.families(present), *self.own(len(present))])).decode()
             self._documents[newer] = self._clock(), document, content_type
         return [document, content_type]
 
@@ -81,7 +81,8 @@ class Whole:
             self._metrics.take(number, families)
         return set(answers)
 
-    def _own(self, present: int) -> "Iterator[Metric]":
+    def own(self, present: int) -> "Iterator[Metric]":
+        """Yield what is known of the workers; so many answered."""
         workers = GaugeMetricFamily("gateway_workers", "Worker processes, by whether they answer.", labels=["state"])
         workers.add_metric(["answering"], present)
         workers.add_metric(["missing"], len(self._children) - present)
