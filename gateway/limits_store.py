@@ -9,14 +9,14 @@ import msgspec
 
 from gateway.policy.allotment import INTERVAL, Allotment
 from gateway.policy.ledger import SETTLES, Answer
-from gateway.valkey import StoreError
+from gateway.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gateway.policy.caller import Caller
     from gateway.policy.limits import Limits
-    from gateway.valkey import Valkey
+    from gateway.store import Store
 
 PREFIX = "llm-gateway:limits:"
 PING = 2.0
@@ -53,7 +53,7 @@ class LimitsStore:
     """
 
     def __init__(
-        self, store: "Valkey", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
+        self, store: "Store", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
     ) -> None:
         self._store = store
         self._clock = clock

@@ -24,6 +24,7 @@ from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.limits_server import LimitsServer
 from testkit.polling import until
+from testkit.ports import free_port
 from tests.integration.gateways import Gateway, StartGateway, config, get
 
 KEY = "gw-secret-of-a"
@@ -400,7 +401,7 @@ async def test_a_store_may_be_behind_tls(
 async def cluster(tmp_path: Path, store: LimitsServer) -> AsyncIterator[LimitsServer]:
     """A cluster of one node; `store`: only where there is a server."""
     del store
-    async with LimitsServer(tmp_path, "--cluster-enabled", "yes") as node:
+    async with LimitsServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", f"{free_port()}") as node:
         client = Redis(port=node.port)
         await client.execute_command(  # type: ignore[no-untyped-call]
             "CLUSTER", "ADDSLOTSRANGE", 0, 16383
