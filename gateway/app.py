@@ -257,6 +257,8 @@ class Parts:
             self._worker.tell("hint", ["breaker", replica.name])
 
     def _guard_tripped(self, trip: "Trip") -> None:
+        if not any(watch.trip is trip for route in self.pool.routes for watch in route.watches):
+            return  # of a generation before, whose last requests say nothing about this one
         self.telemetry.guard_tripped(trip)
         if self._worker is not None:
             self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])

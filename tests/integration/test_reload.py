@@ -29,6 +29,7 @@ from tests.integration.streaming import streaming
 if TYPE_CHECKING:
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
+    from testkit.http import Answer
 
 HEALTH = {"path": "/health"}
 ONE = "model: '*', targets: [{backend: a}]"
@@ -361,6 +362,45 @@ async def test_connections_of_a_replica_that_stays_are_kept_and_those_of_one_tha
         assert sum(map(len, kept.values())) == 1
         await follows(gateway, file, text(urls[1]))
         assert sum(map(len, kept.values())) == 0
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+async def test_what_fails_of_the_generation_before_trips_no_guard(
+    mock: MockModel,
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    reloaded: bool,
+) -> None:
+    waiting, fails = 0, asyncio.Event()
+
+    async def fail_when_told(_: web.Request) -> web.Response:
+        nonlocal waiting
+        waiting += 1
+        await fails.wait()
+        return web.json_response({"error": {"message": "No."}}, status=503)
+
+    app = web.Application()
+    app.router.add_post(CHAT_PATH, fail_when_told)
+    async with TestServer(app) as bad:
+        weighted = f"""
+backends: {{a: {{url: "{mock.url}"}}, b: {{url: "{bad.make_url("/")}"}}}}
+routes: [{{model: "*", targets: [{{backend: a, weight: 1}}, {{backend: b, weight: %d}}], guard: {{min_requests: 3}}}}]
+"""
+        file = config(tmp_path, weighted % 1)
+        gateway = await start_gateway(gateway_config=file, gateway_probe_path="")
+        asking: list[asyncio.Task[Answer]] = []
+        while waiting < 4 or prompts(mock) < 4:
+            asking.append(asyncio.create_task(gateway.chat()))
+            await until(lambda: waiting + prompts(mock) == len(asking))
+        if reloaded:
+            await follows(gateway, file, weighted % 2)
+        fails.set()
+        assert {(await task).status for task in asking} == {200}
+        guards = (await gateway.health())["downstream"]["guards"]
+        assert [guard["tripped"] for guard in guards] == [False, not reloaded]
+        assert ("GUARD TRIPPED" in caplog.text) is not reloaded
 
 
 async def test_names_of_replicas_move_and_what_is_known_moves_with_their_urls(
