@@ -254,7 +254,7 @@ class Parts:
         self.telemetry.breaker_changed(replica.name, old, new)
         self.health.breaker_changed(replica, new)
         if self._worker is not None and new is State.OPEN:
-            self._worker.tell("hint", ["breaker", replica.name])
+            self._worker.tell("hint", ["breaker", replica.id])
 
     def _guard_tripped(self, trip: "Trip") -> None:
         if not any(watch.trip is trip for route in self.pool.routes for watch in route.watches):
@@ -263,10 +263,10 @@ class Parts:
         if self._worker is not None:
             self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])
 
-    def _cooldown_begun(self, backend: str, model: str, seconds: float) -> None:
-        self.telemetry.cooldown_begun(backend, seconds)
+    def _cooldown_begun(self, replica: "Replica", model: str, seconds: float) -> None:
+        self.telemetry.cooldown_begun(replica.name, seconds)
         if self._worker is not None:
-            self._worker.tell("hint", ["cooldown", backend, model, seconds])
+            self._worker.tell("hint", ["cooldown", replica.id, model, seconds])
 
 
 def _valkey(url: str | None) -> "Valkey | None":

@@ -230,7 +230,7 @@ class _Maker:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, str, float], None]",
+        cooldown_begun: "Callable[[Replica, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]",
     ) -> None:
@@ -269,7 +269,7 @@ class _Maker:
             ),
             cooldown=Cooldown(
                 clock=clock,
-                begun=lambda model, seconds: cooldown_begun(replica.name, model, seconds),
+                begun=lambda model, seconds: cooldown_begun(replica, model, seconds),
                 changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
@@ -319,7 +319,7 @@ class Pool:
         rng: draws replicas.
         waiting: of all requests that wait.
         breaker_changed: called with (replica, old, new) at each change of a breaker's state.
-        cooldown_begun: called with (name of a replica, model, seconds).
+        cooldown_begun: called with (replica, model, seconds).
         released: called with (name of a backend, number) when requests that waited are released.
         guard_tripped: called when a guard takes a target's traffic.
         before: the generation before; None: there is none.
@@ -346,7 +346,7 @@ class Pool:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, str, float], None]",
+        cooldown_begun: "Callable[[Replica, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
         before: "Pool | None" = None,

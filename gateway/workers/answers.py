@@ -46,15 +46,15 @@ class Answers:
         parts = self._parts
         return [parts.admission.in_flight, parts.admission.queued, parts.byte_budget.held]
 
-    def _take_hint(self, kind: str, name: str, *more: Any) -> None:  # noqa: ANN401 - JSON
+    def _take_hint(self, kind: str, about: str, *more: Any) -> None:  # noqa: ANN401 - JSON
         """Take in what another worker has found out about a replica, or a target of a route."""
         if kind == "guard":
             for route in self._parts.pool.routes:
-                if route.model == name and route.guard is not None:
+                if route.model == about and route.guard is not None:
                     route.guard.hint(*more)
             return
         for replica in self._parts.pool.replicas:
-            if replica.name == name and kind == "breaker":
+            if replica.id == about and kind == "breaker":
                 replica.breaker.hint()
-            elif replica.name == name:
+            elif replica.id == about:
                 replica.cooldown.hint(*more)
