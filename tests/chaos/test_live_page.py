@@ -104,6 +104,43 @@ async def test_what_is_broken_on_the_page_is_seen_there_and_so_is_that_it_is_wel
     assert origins(tab) <= {gateway.url, "data:"}
 
 
+async def test_what_is_wrong_with_the_gateway_itself_stands_on_every_view(
+    tab: Tab, mock: MockModel, start_gateway: StartGateway, running: AsyncExitStack, tmp_path: Path
+) -> None:
+    canary = await running.enter_async_context(MockModel("canary", tmp_path, {}))
+    await canary.faults({"kind": "status", "with": {"status": 500}})
+    targets = "{backend: old, weight: 1}, {backend: new, model: canary, weight: 1}"
+    text = f"""
+backends: {{old: {{url: "{mock.url}"}}, new: {{url: "{canary.url}"}}}}
+routes: [{{model: "*", targets: [{targets}], guard: {{min_requests: 3}}}}]
+keys: [{{name: team-a, key_env: A_KEY, limits: {{requests_per_day: 1000}}}}]
+"""
+    file = tmp_path / "gateway.yaml"
+    file.write_text(text)
+    unheard = {"GATEWAY_LIMITS_URL": "valkey://127.0.0.1:1", "GATEWAY_LIMITS_FALLBACK_SHARE": "1"}
+    gateway = await start_gateway(GATEWAY_CONFIG=str(file), A_KEY=KEY, **unheard)
+    await tab.open(f"{gateway.url}/ui", DESK)
+    notices = "document.getElementById('notices').textContent"
+    await tab.until(f"{notices}.includes('The limits of keys cannot be kept beyond this process now')")
+    for number in range(40):
+        body = CHAT | {"messages": [{"role": "user", "content": f"text {number}"}]}
+        await ask(gateway.url + CHAT_PATH, method="POST", body=body, headers={"authorization": f"Bearer {KEY}"})
+    await tab.until(f"{notices}.includes('The guard of route * took the traffic of new (canary)')")
+    await tab.until("document.getElementById('changes').textContent.includes('new (canary) lost its traffic')")
+    assert "lost its traffic" in await tab.value("document.getElementById('guards').textContent")
+    file.write_text(text.replace("min_requests: 3", "min_requests: no"))
+    await tab.until(
+        f"{notices}.includes('The new configuration is wrong, and generation 1 stays in force: GATEWAY_CONFIG')"
+    )
+    for view in VIEWS:
+        await tab.click(f"#tab-{view}")
+        assert await tab.value("document.getElementById('notices').offsetHeight")
+    file.write_text(text + "# another one\n")
+    await tab.until(f"!{notices}.includes('configuration is wrong')")
+    assert await tab.value("new URL(document.getElementById('generation').href).pathname") == "/config"
+    assert tab.complaints == []
+
+
 async def test_a_prompt_is_answered_beside_its_explanation(
     tab: Tab, mock: MockModel, start_gateway: StartGateway
 ) -> None:
@@ -186,6 +223,8 @@ async def test_the_keyboard_is_enough(tab: Tab, start_gateway: StartGateway) -> 
 
     await tab.press("Tab")
     assert await focused() == "skip"
+    await tab.press("Tab")
+    assert await focused() == "generation"
     await tab.press("Tab")
     assert await focused() == "tab-now"
     await tab.press("ArrowRight")
