@@ -23,7 +23,7 @@ def main() -> int:
         return export.main(sys.argv[2:])
     from gateway import program  # noqa: PLC0415 - the same
 
-    code = program.main()
+    code = program.main(sys.argv[2:] if sys.argv[1:2] == ["worker"] else [])
     end_by_signals()  # the event loop has given its handlers back
     return code
 

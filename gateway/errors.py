@@ -105,7 +105,7 @@ class GatewayError(Exception):
         self.outcome = self.word or self.code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what pickles make it of again, whatever its constructor takes: see `worker.py`."""
+        """Return what pickles make it of again, whatever its constructor takes: see `side_process.py`."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.policy.allotment import INTERVAL, Allotment
 from gateway.policy.ledger import SETTLES, Answer
-from gateway.valkey import StoreError
+from gateway.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.policy.caller import Caller
     from gateway.policy.ledger import Report
     from gateway.policy.limits import Limits
-    from gateway.valkey import Valkey
+    from gateway.store import Store
 
 PREFIX = "llm-gateway:limits:"
 PING = 2.0
@@ -54,7 +54,7 @@ class LimitsStore:
     """
 
     def __init__(
-        self, store: "Valkey", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
+        self, store: "Store", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
     ) -> None:
         self._store = store
         self._clock = clock

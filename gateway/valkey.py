@@ -13,6 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from gateway.store import StoreError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
@@ -24,10 +26,6 @@ AT_ONCE = 16
 """Calls to the nodes of a cluster."""
 PORT = 6379
 LEDGER = Path(__file__).with_name("limits_ledger.lua")
-
-
-class StoreError(Exception):
-    """The store cannot be used; the message says why, without its password."""
 
 
 class Valkey:

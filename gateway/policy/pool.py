@@ -235,7 +235,7 @@ class _Maker:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]",
     ) -> None:
@@ -274,7 +274,7 @@ class _Maker:
             ),
             cooldown=Cooldown(
                 clock=clock,
-                begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
+                begun=lambda model, seconds: cooldown_begun(replica.name, model, seconds),
                 changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
@@ -324,7 +324,7 @@ class Pool:
         rng: draws replicas.
         waiting: of all requests that wait.
         breaker_changed: called with (replica, old, new) at each change of a breaker's state.
-        cooldown_begun: called with (name of a replica, seconds).
+        cooldown_begun: called with (name of a replica, model, seconds).
         released: called with (name of a backend, number) when requests that waited are released.
         guard_tripped: called when a guard takes a target's traffic.
         before: the generation before; None: there is none.
@@ -351,7 +351,7 @@ class Pool:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[str, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
         before: "Pool | None" = None,

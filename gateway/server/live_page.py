@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gateway.policy.admission import Admission
     from gateway.ui.snapshot import Snapshot
+    from gateway.workers.worker import Worker
 
 INTERVAL = 1.0
 """Seconds between two snapshots."""
@@ -43,6 +44,10 @@ class LivePage:
         admission: knows whether the gateway is stopping.
         mock_control: url of a mock model's control API, or None.
         clock: seconds, monotonic.
+        siblings: the other workers, or None.
+
+    Attributes:
+        snapshot: of this process.
     """
 
     def __init__(
@@ -52,8 +57,11 @@ class LivePage:
         admission: "Admission",
         mock_control: str | None,
         clock: "Callable[[], float]",
+        siblings: "Worker | None" = None,
     ) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
+        self._siblings = siblings
+        self._taking = asyncio.Lock()
         self._admission = admission
         self._mock = MockControl(mock_control) if mock_control is not None else None
         self._clock = clock
@@ -105,7 +113,7 @@ class LivePage:
         taken = await _taken(request, response, _event("hello", _encode(hello)))
         sent = None
         while taken and not (self._closing.is_set() or self._admission.draining):
-            event = self._next()
+            event = await self._next()
             if event is not sent:
                 taken, sent = await _taken(request, response, event), event
             with suppress(TimeoutError):
@@ -115,12 +123,14 @@ class LivePage:
             await _taken(request, response, _event("bye", b"{}"))
             response.force_close()
 
-    def _next(self) -> bytes:
+    async def _next(self) -> bytes:
         """Return the event of the latest snapshot, which is less than a second old."""
-        now = self._clock()
-        if now - self._taken_at >= INTERVAL:
-            self._latest = _event("now", _encode(self._snapshot.document()))
-            self._taken_at = now
+        async with self._taking:
+            now = self._clock()
+            if now - self._taken_at >= INTERVAL:
+                self._taken_at = now
+                document = await self._siblings.snapshot() if self._siblings else None
+                self._latest = _event("now", _encode(document or self.snapshot.document()))
         return self._latest
 
     def close(self) -> None:

@@ -301,12 +301,15 @@ class Metrics:
         now = self._clock()
         rendered, document, content_type = self._documents.get(newer, (-inf, b"", ""))
         if now - rendered >= self.max_age:
-            for counts in self._counted:
-                counts.pass_on()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
+            self._pass_on()
             document = encode(self._registry)
             self._documents[newer] = now, document, content_type
         return document, content_type
+
+    def _pass_on(self) -> None:
+        for counts in self._counted:
+            counts.pass_on()
 
 
 @dataclass(frozen=True)
