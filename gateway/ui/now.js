@@ -141,11 +141,12 @@ class Backends {
 }
 
 /** What is wrong with the gateway itself, for as long as it is; a backend's trouble is in its own row. */
-function noticesOf({config, downstream, limits, telemetry}) {
+function noticesOf({config, downstream, limits, telemetry, workers}) {
   const notices = downstream.guards.filter(({tripped}) => tripped).map((guard) =>
     `The guard of route ${guard.route} took the traffic of ${targetOf(guard)} ${ago(guard.tripped_seconds_ago)}: ${failuresOf(guard)}. It gets traffic again with the next configuration.`);
   if (config.error) notices.unshift(`The new configuration is wrong, and generation ${config.generation} stays in force: ${config.error}`);
   if (limits.status === "degraded") notices.push("The limits of keys cannot be kept beyond this process now; its log says why.");
+  if (workers?.missing.length) notices.push(`Nothing is heard of ${workers.missing.length} of its workers.`);
   if (telemetry.status === "degraded") notices.push(`Spans cannot be exported now; ${amount(telemetry.spans_dropped)} have been dropped since the start.`);
   return notices;
 }
@@ -199,7 +200,7 @@ function noteChanges(before, after) {
   const {generation, error} = after.config;
   if (before.config.generation !== generation) note(`the configuration is generation ${generation}`);
   else for (const [place, guard] of after.downstream.guards.entries()) {
-    if (guard.tripped && !before.downstream.guards[place].tripped) note(`${targetOf(guard)} lost its traffic to its guard: ${failuresOf(guard)}`, "down");
+    if (guard.tripped && !before.downstream.guards[place]?.tripped) note(`${targetOf(guard)} lost its traffic to its guard: ${failuresOf(guard)}`, "down");
   }
   if (error && before.config.error !== error) note(`a configuration was not taken: ${error}`, "down");
   if (before.limits.status !== after.limits.status) note(`limits of keys: ${after.limits.status}`, after.limits.status);
