@@ -199,7 +199,14 @@ def of_a_long_route(number: int) -> Record:
         lambda number: longest(number, attempts=4, events=4),
         lambda number: longest(number, attempts=40, events=40),
     ],
-    ids=["ordinary", "a long route", "longest names", "longest names of wide letters", "a few attempts", "forty attempts"],
+    ids=[
+        "ordinary",
+        "a long route",
+        "longest names",
+        "longest names of wide letters",
+        "a few attempts",
+        "forty attempts",
+    ],
 )
 def test_a_thousand_take_less_than_ten_megabytes(make: Callable[[int], Record]) -> None:
     gc.collect()

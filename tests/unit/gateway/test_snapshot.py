@@ -12,7 +12,8 @@ from gateway import ui
 from gateway.kept_requests import NO_FAILURE
 from gateway.policy.caller import Caller
 from gateway.record import AttemptRecord, Record
-from gateway.telemetry.metrics import SECONDS, Metrics
+from gateway.telemetry.counts import SECONDS
+from gateway.telemetry.metrics import Metrics
 from gateway.ui.snapshot import MAX_CALLERS, MAX_MODELS, Snapshot
 
 
