@@ -6,7 +6,10 @@ keyboard is enough; nothing scrolls sideways on a phone 360 px wide; the page as
 They need Chromium or Chrome; BROWSER_TESTS=require makes its absence a failure.
 """
 
+import asyncio
 import json
+import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -265,6 +268,38 @@ async def test_the_keyboard_is_enough(tab: Tab, start_gateway: StartGateway) -> 
     await tab.until("document.getElementById('answer-status').textContent.startsWith('200, complete')")
     roles = "[...document.querySelectorAll('[role=tab]')].filter(tab => tab.getAttribute('aria-selected') === 'true')"
     assert await tab.value(f"{roles}.map(tab => tab.id)") == ["tab-try"]
+
+
+async def test_the_same_prompt_as_a_command_gets_the_same_answer(
+    tab: Tab, mock: MockModel, start_gateway: StartGateway
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("found no curl: the command was not run")
+    gateway = await start_gateway(GATEWAY_API_KEYS=KEY)
+    await open_page(tab, gateway, "try")
+    await tab.until("!document.getElementById('key-row').hidden")
+    await tab.value(f"document.getElementById('gateway-key').value = '{KEY}'")
+    await tab.click("#command summary")
+    await tab.until("document.getElementById('command-text').textContent")
+    await tab.value("document.getElementById('prompt').select()")
+    await tab.click("#prompt")
+    await tab.write('It\'s $HOME \\ `id` "x" ')
+    text = await tab.until("document.getElementById('command-text').textContent")
+    assert KEY not in text
+    shell = await asyncio.create_subprocess_shell(
+        text, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"GATEWAY_KEY": KEY}
+    )
+    async with asyncio.timeout(60):
+        out, _ = await shell.communicate()
+    assert b"200 OK" in out
+    assert out.rstrip().endswith(b"data: [DONE]")
+    prompt = await tab.value("document.getElementById('prompt').value")
+    assert 'It\'s $HOME \\ `id` "x" ' in prompt
+    sent = (await mock.control("GET", "/journal")).json["calls"][-1]["fingerprint"]
+    await tab.click("#send")
+    await tab.until("document.getElementById('answer-status').textContent.startsWith('200, complete')")
+    assert (await mock.control("GET", "/journal")).json["calls"][-1]["fingerprint"] == sent
+    assert tab.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
