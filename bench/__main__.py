@@ -44,9 +44,7 @@ def arguments() -> argparse.Namespace:
         metavar="SYSTEM",
         help=", ".join(SYSTEMS).replace("%", "%%"),
     )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes of our own gateway, each with a core"
-    )
+    parser.add_argument("--workers", type=int, default=1, help="processes of our own gateway, each with a core")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
     parser.add_argument("--seconds", type=int, help="of each load, instead of the plan's")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the JSON and the chart")

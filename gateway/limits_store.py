@@ -78,7 +78,7 @@ class LimitsStore:
         keys = {}
         for caller in callers:
             if caller.limits is not None:
-                keys[caller.limits.allotment or self._new(caller.limits)] = f"{PREFIX}{caller.id}"
+                keys[caller.limits.allotment or self._new(caller.limits)] = f"{PREFIX}{caller.name}"
         for each in keys:
             if each in self._keys:
                 each.follow()

@@ -23,6 +23,7 @@ from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.limits_server import LimitsServer
 from testkit.polling import until
+from testkit.ports import free_port
 from tests.integration.gateways import Gateway, StartGateway, config, get
 
 KEY = "gw-secret-of-a"
@@ -394,7 +395,7 @@ async def test_a_store_may_be_behind_tls(
 
 
 async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: LimitsServer, start: Start) -> None:
-    async with LimitsServer(tmp_path, "--cluster-enabled", "yes") as cluster:
+    async with LimitsServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", f"{free_port()}") as cluster:
         client = Redis(port=cluster.port)
         await client.execute_command(  # type: ignore[no-untyped-call]
             "CLUSTER", "ADDSLOTSRANGE", 0, 16383
