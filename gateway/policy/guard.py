@@ -83,7 +83,7 @@ class Watch:
     @property
     def name(self) -> str:
         """For people."""
-        return self.backend if self.model is None else f"{self.backend} ({self.model})"
+        return target_name(self.backend, self.model)
 
     @property
     def counts(self) -> Counts:
@@ -201,6 +201,11 @@ class Guard:
         watch.trip = trip
         self.lost = [*self.lost, watch.name]
         return trip
+
+
+def target_name(backend: str, model: str | None) -> str:
+    """Return what people call a target, as configured; a model of None is the caller's."""
+    return backend if model is None else f"{backend} ({model})"
 
 
 def _is_higher(failed: int, asked: int, others_failed: int, others_asked: int) -> bool:

@@ -8,7 +8,7 @@ from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
-from gateway.policy.guard import Guard
+from gateway.policy.guard import Guard, target_name
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
@@ -36,6 +36,11 @@ class Candidate(NamedTuple):
     model: str | None
     weight: int | None
     replicas: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people, as the guard's watch has it."""
+        return target_name(self.backend, self.model)
 
 
 class Target:
