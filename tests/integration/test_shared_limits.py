@@ -368,7 +368,7 @@ async def test_a_store_full_of_wrong_values_shares_the_limits_all_the_same(
         await is_said(gateway, "ok")
 
 
-async def _is_a_text(redis: Redis, key: bytes) -> bool:
+async def _is_a_text(redis: Redis, key: bytes | str) -> bool:
     return await redis.type(key) == b"string"
 
 
