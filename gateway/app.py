@@ -382,7 +382,8 @@ def create_app(
         ("GET", "/ui/mock", page.mock),
         ("POST", "/ui/mock/{action}", page.break_mock),
     ):
-        routes.append(web.route(method, path, admin(of_page), expect_handler=_expect))
+        get = {"allow_head": False} if path == "/ui/live" else {}  # a stream, which has no end
+        routes.append(web.route(method, path, admin(of_page), expect_handler=_expect, **get))
         routes.append(web.route("*", path, admin(handlers.not_found), expect_handler=_expect))
     login = unrecorded(parts.admin.guarded(parts.admin.login, signs_in=True))
     routes.append(web.post("/ui/login", login, expect_handler=_expect))

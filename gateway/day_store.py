@@ -112,7 +112,9 @@ class DayStore:
                 await self._save_those(touched)
             if gone:
                 self._forget(gone)
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # what else may be wrong with it must not end the task  # noqa: BLE001
+            if not isinstance(error, (sqlite3.Error, OSError)):
+                _log.exception("the limits of a day")
             if not self._failing:
                 _log.warning(
                     "the limits of a day cannot be kept in %s: %s; they hold for this process alone meanwhile",

@@ -1,8 +1,12 @@
 """The files that a configuration is read from, and what tells that one of them has changed."""
 
-from errno import EINVAL
+import os
+from errno import EFBIG, EINVAL
 from pathlib import Path
+from stat import S_ISREG
 
+MAX_BYTES = 1 << 20
+"""Of one file: what would take minutes to read as YAML, or all memory, is none that anybody meant."""
 MAX_LINKS = 40
 """Symbolic links on the way to a file; the system follows no more (path_resolution(7))."""
 
@@ -29,9 +33,19 @@ class Files:
         """Return the content of a file. Raises: OSError, ValueError: its name cannot be one."""
         path = path.absolute()
         self.stamps.setdefault(path, stamp_of(path))
-        if self._again and path.exists() and not path.is_file():
-            raise OSError(EINVAL, "this is no regular file, and cannot be read again")
-        return path.read_bytes()
+        # Opened first and looked at then: a pipe may take the place of what was looked at before.
+        with open(path, "rb", opener=_open_at_once if self._again else None) as file:
+            if self._again and not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(EINVAL, "this is no regular file, and cannot be read again")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise OSError(EFBIG, f"it has more than {MAX_BYTES} bytes")
+        return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -5,9 +5,11 @@ local SLOTS, LIVES, FORGOTTEN, SETTLES, SCARCE = 60, 30, 600, 3, 10
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local process, number, batch, epoch, new_epoch, lost, limits = unpack(cmsgpack.unpack(ARGV[1]))
-local packed = redis.call('GET', KEYS[1])
-local ledger = packed and cmsgpack.unpack(packed)
-  or {epoch = new_epoch, created = now, settled_at = 0, processes = {}, used = {}}
+local ledger
+
+local function new_ledger()
+  return {epoch = new_epoch, created = now, settled_at = 0, processes = {}, used = {}}
+end
 
 local function keep_and_answer(settling, granted)
   local longest = 60
@@ -98,28 +100,44 @@ local function grant(asked, me, changed, settling)
   return {more, mine.portion, used, wait, empty_in, scarce}
 end
 
-if epoch ~= ledger.epoch then
-  if lost and now < ledger.created + SETTLES then
-    ledger.settled_at = ledger.created + SETTLES
+local function exchange()
+  if epoch ~= ledger.epoch then
+    if lost and now < ledger.created + SETTLES then
+      ledger.settled_at = ledger.created + SETTLES
+    end
+    return keep_and_answer(true, {})
   end
-  return keep_and_answer(true, {})
-end
-local me = ledger.processes[process] or {number = 0, batch = 0, holds = {}}
-if number <= me.number then
-  return keep_and_answer(true, {})
-end
-local changed = batch > me.batch
-ledger.processes[process] = me
-me.number, me.batch, me.seen = number, math.max(batch, me.batch), now
-for name, each in pairs(ledger.processes) do
-  if now > each.seen + FORGOTTEN then
-    ledger.processes[name] = nil
-  elseif now > each.seen + LIVES then
-    each.holds = {}
+  local me = ledger.processes[process] or {number = 0, batch = 0, holds = {}}
+  if number <= me.number then
+    return keep_and_answer(true, {})
   end
+  local changed = batch > me.batch
+  ledger.processes[process] = me
+  me.number, me.batch, me.seen = number, math.max(batch, me.batch), now
+  for name, each in pairs(ledger.processes) do
+    if now > each.seen + FORGOTTEN then
+      ledger.processes[name] = nil
+    elseif now > each.seen + LIVES then
+      each.holds = {}
+    end
+  end
+  local settling, granted = now < ledger.settled_at, {}
+  for index, asked in ipairs(limits) do
+    granted[index] = grant(asked, me, changed, settling)
+  end
+  return keep_and_answer(settling, granted)
 end
-local settling, granted = now < ledger.settled_at, {}
-for index, asked in ipairs(limits) do
-  granted[index] = grant(asked, me, changed, settling)
+
+local function exchange_with_what_is_kept()
+  local packed = redis.call('GET', KEYS[1])
+  ledger = packed and cmsgpack.unpack(packed) or new_ledger()
+  assert(type(ledger.epoch) == 'string')
+  return exchange()
 end
-return keep_and_answer(settling, granted)
+
+local done, answer = pcall(exchange_with_what_is_kept)
+if not done then  -- what is kept there is no ledger: a new one takes its place, as if there were nothing
+  ledger = new_ledger()
+  answer = exchange()
+end
+return answer

@@ -24,8 +24,9 @@ FIRST_GUESS = 256
 """Tokens of an answer to a request that gives no most, before any has been seen."""
 MEMORY = 16
 """Answers to such requests over which the mean of a route is taken, about."""
-MOST = 10**15
-"""Tokens that a request may ask for, as far as anybody reckons with them."""
+MOST = 10**12
+"""Tokens that a request may ask for or use, as far as anybody reckons with them: more than any limit. A backend may say
+anything, and neither SQLite nor the shared ledger has numbers of any size."""
 
 
 class Charges:
@@ -147,7 +148,8 @@ class Charge:
             self.reservation.settle(0)
             return
         record = call.record
-        record.charged, record.charged_by = self._used(call, self._prompt)
+        used, record.charged_by = self._used(call, self._prompt)
+        record.charged = min(used, MOST)
         self.reservation.settle(record.charged)
 
     def _used(self, call: "Call", prompt: "Prompt") -> tuple[int, str]:
@@ -168,7 +170,7 @@ class Charge:
         if not is_reported:
             output = max(output, self._relayed_tokens(call, prompt))
         if outcome == "ok" and self._length is not None:
-            self._length.learn(output / prompt.choices)
+            self._length.learn(min(output, MOST) / prompt.choices)
         return (given if given is not None else self._tokens or 0) + output, REPORTED if is_reported else COUNTED
 
     def _relayed_tokens(self, call: "Call", prompt: "Prompt") -> int:

@@ -242,6 +242,7 @@ def _check_origin(request: web.Request) -> None:
     """
     headers = request.headers
     site, navigates = headers.get("Sec-Fetch-Site"), headers.get("Sec-Fetch-Mode") == "navigate"
+    navigates = navigates and headers.get("Sec-Fetch-Dest", "document") == "document"  # a link, not a frame
     if site in {"cross-site", "same-site"} and not (navigates and request.method in SAFE):
         raise InvalidRequest("Pages of other origins may not make this call.", param="sec-fetch-site")
     if request.method in SAFE:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from gateway.backend.mock_control import ACTIONS, BY_NAME, Action, MockControl
 from gateway.errors import GatewayDraining, GatewayOverloaded, NotFound
+from gateway.server.admin import PROTECTED
 from gateway.server.responses import SERVER, json_response
 from gateway.server.stream_writer import EVENT_STREAM, UNBUFFERED
 from gateway.ui.document import Document
@@ -100,7 +101,7 @@ class LivePage:
             )
         self.viewers += 1
         try:
-            headers = {"content-type": EVENT_STREAM, "server": SERVER, **UNBUFFERED}
+            headers = {"content-type": EVENT_STREAM, "server": SERVER, **UNBUFFERED, **PROTECTED}
             response = web.StreamResponse(headers=headers)
             await response.prepare(request)
             await self._send_all(request, response)

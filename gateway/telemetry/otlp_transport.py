@@ -22,6 +22,8 @@ MAX_ANSWER = 65_536
 """Bytes that are read of an answer: what it says of rejected data is short, and its connection can be kept."""
 MAX_HEADER = 8192
 """Bytes of a header of an answer."""
+MAX_REASON = 100
+"""Characters kept of the words beside a status: they go to the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ class Transport(BaseHTTPTransport):
                     break
             if answer.ok and len(body) <= MAX_ANSWER and "Content-Encoding" not in answer.headers:
                 self._answered(body)
-            return Result(status_code=answer.status, reason=answer.reason, answer_headers=answer.headers)
+            reason = answer.reason and answer.reason[:MAX_REASON]
+            return Result(status_code=answer.status, reason=reason, answer_headers=answer.headers)
 
 
 def _tls(reached: CollectorSettings) -> ssl.SSLContext | bool:

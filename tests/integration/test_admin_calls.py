@@ -202,6 +202,10 @@ async def test_a_page_of_another_origin_reads_nothing_though_the_cookie_comes_wi
         assert (await get(gateway, "/requests", **fetch)).status == 400
     link = {"cookie": session, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert (await get(gateway, "/requests", **link)).status == 200
+    assert (await get(gateway, "/requests", **link, **{"sec-fetch-dest": "document"})).status == 200
+    for dest in ("iframe", "frame", "object", "embed"):  # stands on the page, and would hold a stream of snapshots
+        for path in ("/requests", "/ui", "/ui/live"):
+            assert (await get(gateway, path, **link, **{"sec-fetch-dest": dest})).status == 400
     own = {"cookie": session, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
     assert (await get(gateway, "/requests", **own)).status == 200
 

@@ -534,6 +534,27 @@ async def test_a_folder_that_cannot_be_used_hurts_no_request_and_shows_in_health
     assert (await gateway.health())["status"] == "ok"
 
 
+@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/embeddings", "/v1/rerank"])
+async def test_a_usage_that_no_backend_can_have_is_more_than_any_limit_and_ends_no_record_of_others(
+    recorder: Recorder, start: Start, tmp_path: Path, path: str
+) -> None:
+    most = 2**63 - 1
+    usage = {"prompt_tokens": most, "completion_tokens": most, "total_tokens": most}
+    recorder.pieces = [json.dumps({"choices": [], "usage": usage}).encode()]
+    folder, limits = tmp_path / "state", "limits: {requests_per_day: 100, tokens_per_day: 999999999999}"
+    first: Gateway = await start(recorder.url, a=limits, gateway_state_dir=folder)
+    body = CHAT | {"input": "Hello", "query": "q", "documents": ["d"]}
+    for status in (200, 429):
+        async with first.client.post(path, json=body, headers=key()) as response:
+            assert response.status == status
+    await until(lambda: idle(first))
+    tokens, requests = used(first, "tokens_per_day"), used(first, "requests_per_day")
+    assert 999_999_999_999 < tokens < 2**42
+    await first.client.close()
+    second: Gateway = await start(recorder.url, a=limits, gateway_state_dir=folder)
+    assert (used(second, "tokens_per_day"), used(second, "requests_per_day")) == (tokens, requests)
+
+
 async def test_health_says_whether_there_are_limits(mock: MockModel, start: Start) -> None:
     assert (await (await start(mock)).health())["limits"] == {"status": "off"}
     assert (await (await start(mock, b="limits: {max_in_flight: 3}")).health())["limits"] == {"status": "ok"}

@@ -15,6 +15,7 @@ import pytest
 
 from gateway.backend.mock_control import ACTIONS
 from gateway.server import live_page
+from gateway.server.admin import PROTECTED
 from gateway.server.live_page import MAX_VIEWERS
 from mock_model.serve import MockModel
 from testkit.http import Answer, Body, ask
@@ -194,6 +195,18 @@ async def test_the_stream_is_no_request_in_flight_and_leaves_no_trace(
     assert {(span.attributes or {}).get("url.path") for span in gateway.spans()} <= {"/v1/chat/completions", None}
     assert "/ui" not in await gateway.metrics()
     assert "/ui" not in gateway.log.getvalue()
+
+
+async def test_the_stream_is_for_no_cache_and_no_frame_and_has_no_head(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock)
+    async with gateway.client.get(LIVE) as response:
+        for name, value in PROTECTED.items():
+            assert response.headers[name] == value
+        response.close()
+    async with gateway.client.head(LIVE) as response:
+        assert (response.status, response.headers["allow"]) == (405, "GET")
 
 
 async def test_there_are_so_many_viewers_and_no_more(mock: MockModel, start_gateway: StartGateway) -> None:

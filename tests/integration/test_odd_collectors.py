@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
+from gateway.telemetry.otlp_transport import MAX_REASON
 
 TIMEOUT = 1.0
 """Seconds that an export may take."""
@@ -62,6 +63,16 @@ async def sent(url: str) -> tuple[bool, float]:
         return await asyncio.to_thread(exporter.send, b"x"), monotonic() - began
     finally:
         await asyncio.to_thread(exporter.shutdown)
+
+
+async def test_the_words_beside_a_status_are_cut_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 " + b"R" * 5000 + b"\r\ncontent-length: 0\r\n\r\n")
+
+    async with collector(refuse) as url:
+        assert not (await sent(url))[0]
+    assert "R" * MAX_REASON in caplog.text
+    assert "R" * (MAX_REASON + 1) not in caplog.text
 
 
 async def drip(writer: asyncio.StreamWriter, piece: bytes) -> None:

@@ -276,6 +276,20 @@ async def test_a_pipe_is_not_read_again(mock: MockModel, start_gateway: StartGat
     assert "cannot be read again" in (gateway.parts.generations.error or "")
 
 
+async def test_a_file_of_any_size_is_wrong_and_the_next_one_is_in_force(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    file = config(tmp_path, text(mock))
+    gateway = await start_gateway(gateway_config=file)
+    with file.open("ab") as more:
+        more.truncate(1 << 40)
+    await until(lambda: gateway.parts.generations.error)
+    assert "it has more than 1048576 bytes" in (gateway.parts.generations.error or "")
+    file.unlink()
+    file.write_text(text(mock, more=", headers: {x-title: app}"))
+    await until(lambda: generation(gateway) == 2)
+
+
 async def test_without_a_file_the_question_is_answered(
     mock: MockModel, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,11 +1,16 @@
 """Stored responses are found by an instance that did not make them, with a hint from the one that did."""
 
+import asyncio
+from contextlib import suppress
+from typing import Self
+
 import pytest
 from redis.asyncio import Redis
 
 from mock_model.serve import MockModel
 from testkit.limits_server import LimitsServer
 from testkit.polling import until
+from testkit.ports import LOOPBACK
 from tests.integration.gateways import Gateway, StartGateway, StartMock
 
 
@@ -66,3 +71,65 @@ async def test_without_a_hint_the_replicas_are_asked_in_turn(
         await limits_server.kill()
     async with second.client.get(f"/v1/responses/{response_id}") as response:
         assert (response.status, response.headers["x-gateway-backend"]) == (200, replica)
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b":no number\r\n", b"*1\r\n" * 50_000, b"-" + b"E" * 500_000], ids=["number", "nested", "endless line"]
+)
+async def test_a_store_that_answers_nonsense_costs_no_request_and_is_told_hints_again(
+    mocks: list[MockModel], limits_server: LimitsServer, start_gateway: StartGateway, nonsense: bytes
+) -> None:
+    async with _Between(limits_server.port) as between:
+        gateway = await start_gateway(*mocks, gateway_limits_url=f"valkey://127.0.0.1:{between.port}")
+        between.nonsense = nonsense
+        response_id, replica = await made(gateway, "Hello")
+        for asked, status in ((response_id, 200), ("resp_unknown", 404)) * 2:
+            async with gateway.client.get(f"/v1/responses/{asked}") as response:
+                assert response.status == status
+        await until(lambda: between.answered_nonsense > 1, "the store was asked again")
+        between.nonsense = b""
+        client = Redis(port=limits_server.port)
+
+        async def is_told() -> bool:
+            await made(gateway, "Hello again")
+            return bool(await client.keys("llm-gateway:responses:*"))
+
+        await until(is_told, "hints are told again", seconds=20)
+        await client.aclose()
+        async with gateway.client.get(f"/v1/responses/{response_id}") as response:
+            assert (response.status, response.headers["x-gateway-backend"]) == (200, replica)
+
+
+class _Between:
+    """Passes on what is said to a store and what it answers; while there is `nonsense`, that is the answer."""
+
+    def __init__(self, store: int) -> None:
+        self._store = store
+        self.nonsense = b""
+        self.answered_nonsense = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, LOOPBACK, 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        store_reader, store = await asyncio.open_connection(LOOPBACK, self._store)
+        back = asyncio.create_task(self._pass_on(store_reader, writer))
+        with suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                if self.nonsense:
+                    self.answered_nonsense += 1
+                    writer.write(self.nonsense)
+                else:
+                    store.write(data)
+        back.cancel()
+        writer.close()
+        store.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)

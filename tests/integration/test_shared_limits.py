@@ -333,6 +333,49 @@ async def test_a_store_that_was_emptied_is_told_what_was_used(
     await client.aclose()
 
 
+@pytest.mark.parametrize("report_epoch", ["", "before"])
+@pytest.mark.parametrize(
+    "value",
+    [b"no ledger", b"", b"\xc1", b"\x01", b"\x80", b"\x90", b"\xc0", msgpack.encode({"epoch": "before"}), None],
+    ids=["text", "empty", "invalid", "number", "map", "array", "nil", "half", "list"],
+)
+async def test_what_is_no_ledger_gives_way_to_one_and_is_in_no_other_keys_way(
+    store: LimitsServer, value: bytes | None, report_epoch: str
+) -> None:
+    async with Redis(port=store.port) as redis:
+        await (redis.set("a", value) if value is not None else redis.lpush("a", "no ledger"))
+    valkey = Valkey(store.url)
+    answers = []
+    for number, epoch in ((1, report_epoch), (2, "new")):
+        asked = [Asked("requests_per_day", 40, 86_400, 0, 0, 5, 5, [])]
+        report = msgpack.encode(Report("p", number, number, epoch, "new", bool(epoch), asked))
+        answers = await valkey.exchange([("a", report), ("b", report)])
+    for answer in answers:
+        assert msgpack.decode(answer, type=LedgerAnswer).epoch == "new"
+    await valkey.close()
+
+
+async def test_a_store_full_of_wrong_values_shares_the_limits_all_the_same(
+    mock: MockModel, store: LimitsServer, start: Start
+) -> None:
+    gateways = await start(mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=10)
+    assert [(await ask(gateway)).status for gateway in gateways] == [200, 200]
+    async with Redis(port=store.port) as redis:
+        (key,) = await redis.keys()
+        await redis.delete(key)
+        await redis.hset(key, "no", "ledger")
+        assert set(await ask_skewed(gateways, 80, 1)) == {200, 429}
+        await until(lambda: _is_a_text(redis, key))
+    await ask_skewed(gateways, 40, 1)
+    assert mock.journal.total <= 40
+    for gateway in gateways:
+        await is_said(gateway, "ok")
+
+
+async def _is_a_text(redis: Redis, key: bytes | str) -> bool:
+    return await redis.type(key) == b"string"
+
+
 async def test_an_instance_that_never_reached_the_store_uses_a_part_of_each_limit_until_it_does(
     mock: MockModel, store: LimitsServer, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

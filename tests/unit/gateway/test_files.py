@@ -1,9 +1,10 @@
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from gateway.files import Files, inode_of, places_of, stamp_of
+from gateway.files import MAX_BYTES, Files, inode_of, places_of, stamp_of
 
 
 def test_a_file_is_read_and_noted_as_it_was_before_it_was_read(tmp_path: Path) -> None:
@@ -29,6 +30,46 @@ def test_a_pipe_is_read_once_only(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be read again"):
         Files(again=True).read(pipe)
     os.close(end)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_a_moment_ago_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, said = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    monkeypatch.setattr(Path, "is_file", lambda _path: True)
+
+    def read() -> None:
+        with pytest.raises(OSError, match="cannot be read again") as raised:
+            Files(again=True).read(pipe)
+        said.append(raised)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(30)
+    assert said
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_file_of_any_size_takes_no_memory(tmp_path: Path, *, again: bool) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"a" * MAX_BYTES)
+    assert len(Files(again=again).read(file)) == MAX_BYTES
+    with file.open("ab") as more:
+        more.truncate(1 << 40)
+    with pytest.raises(OSError, match="more than 1048576 bytes"):
+        Files(again=again).read(file)
+    if not again:
+        with pytest.raises(OSError, match="more than 1048576 bytes"):
+            Files().read(Path("/dev/zero"))
+
+
+def test_a_folder_is_no_file_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for again in (False, True):
+        with pytest.raises(IsADirectoryError):
+            Files(again=again).read(tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_every_folder_on_the_way_to_a_file_is_watched(tmp_path: Path) -> None:
