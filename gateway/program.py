@@ -87,7 +87,8 @@ def serve() -> int:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2
     except OSError as error:
-        print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        where = f"{settings.host}:{settings.port}"
+        print(f"gateway: cannot listen on {where}: {error.strerror}; HOST and PORT name another", file=sys.stderr)  # noqa: T201
         return 1
     except Exception:
         logging.getLogger("gateway").critical("the gateway failed", exc_info=True)
