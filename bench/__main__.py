@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
         metavar="SYSTEM",
         help=", ".join(SYSTEMS).replace("%", "%%"),
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes of our own gateway, each with a core")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
     parser.add_argument("--seconds", type=int, help="of each load, instead of the plan's")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the JSON and the chart")
@@ -83,7 +84,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> Result:
     """Run the measures; SIGTERM ends them, and their processes."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    cores = Cores.of_this_machine()
+    cores = Cores.of_this_machine(options.workers)
     os.sched_setaffinity(0, cores.others)
     plan = QUICK if options.quick else FULL
     plan = replace(plan, rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)

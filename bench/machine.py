@@ -15,14 +15,17 @@ class Missing(BenchError):
 
 
 class Cores(NamedTuple):
-    """Which core runs what: the system under test has one of its own."""
+    """Which core runs what: the system under test has its own."""
 
     measured: frozenset[int]
     others: frozenset[int]
 
     @classmethod
-    def of_this_machine(cls) -> "Cores":
-        """Return the first core we may use, and all further ones; with a single core they share it.
+    def of_this_machine(cls, measured: int = 1) -> "Cores":
+        """Return the first cores we may use, and all further ones; where there are none, they share.
+
+        Args:
+            measured: how many the system under test has.
 
         Raises:
             BenchError: This is not Linux.
@@ -30,7 +33,7 @@ class Cores(NamedTuple):
         if not sys.platform.startswith("linux"):
             raise BenchError("the bench pins processes and reads /proc: it runs on Linux only")
         cores = sorted(os.sched_getaffinity(0))
-        return cls(frozenset(cores[:1]), frozenset(cores[1:] or cores))
+        return cls(frozenset(cores[:measured]), frozenset(cores[measured:] or cores))
 
 
 def tool(name: str, hint: str, variable: str | None = None) -> str:

@@ -28,6 +28,7 @@ class Site:
         backends: ports of the backend.
         sink: url of the OTLP sink.
         folder: its own, for its configuration and log.
+        workers: processes of our own gateway.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Site:
     backends: list[int]
     sink: str
     folder: Path
+    workers: int = 1
 
     @property
     def backend(self) -> str:
@@ -107,6 +109,7 @@ def gateway(site: Site, **env: str) -> Start:
         "PORT": str(site.port),
         "GATEWAY_BACKEND_URLS": urls,
         "GATEWAY_MAX_IN_FLIGHT": "2048",
+        "GATEWAY_WORKERS": str(site.workers),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"{site.sink}/{slug(site.name)}",
     }
     return Start(argv=python("gateway"), env=ours | env, ready="/readyz")
@@ -279,7 +282,14 @@ class Bench:
                     continue
                 folder = self.folder / f"{self._runs}-{slug(name)}"
                 folder.mkdir()
-                site = Site(name=name, port=free_port(), backends=backends, sink=sink.url, folder=folder)
+                site = Site(
+                    name=name,
+                    port=free_port(),
+                    backends=backends,
+                    sink=sink.url,
+                    folder=folder,
+                    workers=len(self.cores.measured),
+                )
                 try:
                     start = SYSTEMS[name](site)
                     process = await self.process(stack, name, start, site.port, measured=True, folder=folder)

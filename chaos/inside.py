@@ -22,6 +22,7 @@ import gateway.program as production
 if TYPE_CHECKING:
     from gateway.files import Files
     from gateway.settings import Settings
+    from gateway.workers.worker import Worker
 
 
 class FileResolver(AbstractResolver):
@@ -56,11 +57,11 @@ def main() -> int:
         vars(aiohttp)["DefaultResolver"] = lambda **_: FileResolver(Path(names))
     run = production.run
 
-    async def run_with_doors(settings: "Settings", files: "Files") -> None:
+    async def run_with_doors(settings: "Settings", files: "Files", worker: "Worker | None" = None) -> None:
         if tasks:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGUSR2, lambda: _write(Path(tasks), str(len(asyncio.all_tasks(loop)))))
-        await run(settings, files)
+        await run(settings, files, worker)
 
     production.run = run_with_doors
     return production.main()

@@ -33,11 +33,11 @@ def main(*arguments: str) -> int:
         from gateway import export  # noqa: PLC0415 - the same
 
         return export.main([*arguments[1:]])
-    if arguments:
+    if arguments and arguments[0] != "worker":  # which a gateway of several workers starts
         return refuse(arguments)
     from gateway import program  # noqa: PLC0415 - the same
 
-    code = program.main()
+    code = program.main(arguments[1:])
     end_by_signals()  # the event loop has given its handlers back
     return code
 

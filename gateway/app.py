@@ -23,12 +23,15 @@ from gateway.forwarding.forwarder import Forwarder
 from gateway.generation import Generations
 from gateway.health import Health
 from gateway.kept_requests import SLOW, KeptRequests
+from gateway.limits_store import LimitsStore
 from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
+from gateway.policy.breaker import State
 from gateway.policy.byte_budget import ByteBudget
 from gateway.policy.pool import Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.reload import Reload
+from gateway.response_hints import ResponseHints
 from gateway.server.admin import AdminCalls
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.connections import Connections, connections_allowed
@@ -41,6 +44,8 @@ from gateway.server.paths import forms_of
 from gateway.server.request_calls import RequestCalls
 from gateway.server.request_reader import RequestReader
 from gateway.ui.snapshot import Snapshot
+from gateway.workers.answers import Answers
+from gateway.workers.parent_store import HINTS, SESSIONS, ParentStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,15 +54,16 @@ if TYPE_CHECKING:
 
     from gateway.config import Routing
     from gateway.generation import Generation
-    from gateway.limits_store import LimitsStore
-    from gateway.policy.breaker import State
     from gateway.policy.caller import Caller
+    from gateway.policy.guard import Trip
     from gateway.policy.replica import Replica
     from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
-    from gateway.response_hints import ResponseHints
     from gateway.settings import Settings
+    from gateway.store import Store
     from gateway.telemetry import Telemetry
+    from gateway.valkey import Valkey
+    from gateway.workers.worker import Worker
 
 
 class Parts:
@@ -74,6 +80,7 @@ class Parts:
         client: sends calls to backends.
         executor: looks into large bodies and answers.
         limits: keeps the limits of keys beyond this process: in a store that instances share, or those of a day.
+        valkey: by which instances share limits and hints; None without one.
         hints: tells other instances where stored responses live; None without a store.
         health: probes, and the document of `/health`.
         model_lists: asks for the models of backends.
@@ -98,7 +105,9 @@ class Parts:
         clock: "Callable[[], float]",
         wall_clock: "Callable[[], float]",
         rng: Random,
+        worker: "Worker | None" = None,
     ) -> None:
+        self._worker = worker
         self.telemetry = telemetry
         self.client = client
         self.executor = Executor()
@@ -108,7 +117,7 @@ class Parts:
         )
         self.keepalive_timeout = settings.gateway_keepalive_timeout
         self.write_timeout = settings.gateway_write_timeout
-        self.in_flight = InFlight(self.connections)
+        self.in_flight = InFlight(self.connections, worker.in_flight if worker is not None else None)
         self.admission = Admission(
             max_in_flight=settings.gateway_max_in_flight,
             max_queue=settings.gateway_max_queue,
@@ -129,9 +138,9 @@ class Parts:
                 rng=rng,
                 waiting=self.admission.waiting,
                 breaker_changed=self._breaker_changed,
-                cooldown_begun=telemetry.cooldown_begun,
+                cooldown_begun=self._cooldown_begun,
                 released=telemetry.released,
-                guard_tripped=telemetry.guard_tripped,
+                guard_tripped=self._guard_tripped,
                 before=before,
             )
 
@@ -149,7 +158,9 @@ class Parts:
             retry_allowed=telemetry.metrics.retry_allowed,
             retry_refused=telemetry.metrics.retry_refused,
         )
-        self.limits, self.hints = _shared(settings, self.keys.callers, self.pool.responses, limits_clock)
+        self.valkey = _valkey(routing.limits_url)
+        store = self.valkey or (ParentStore(worker, HINTS) if worker is not None else None)
+        self.limits, self.hints = _shared(store, settings, self.keys.callers, self.pool.responses, limits_clock)
         self.health = Health(
             settings,
             generations=generations,
@@ -175,10 +186,11 @@ class Parts:
             health=self.health,
             telemetry=telemetry,
             clock=clock,
+            siblings=worker,
         )
         slow = settings.gateway_trace_keep_slow
         self.kept_requests = KeptRequests(settings.gateway_kept_requests, slow=slow if slow != "off" else SLOW)
-        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock)
+        self.request_calls = RequestCalls(self.kept_requests, self.in_flight, clock, worker)
         self.middleware = Middleware(
             generations=generations,
             admission=self.admission,
@@ -187,7 +199,12 @@ class Parts:
             telemetry=telemetry,
             clock=clock,
         )
-        self.admin = AdminCalls(routing.admin_key, clock=clock, hidden=self.middleware.recorded(self.handlers.hidden))
+        self.admin = AdminCalls(
+            routing.admin_key,
+            clock=clock,
+            hidden=self.middleware.recorded(self.handlers.hidden),
+            siblings=ParentStore(worker, SESSIONS) if worker is not None else None,
+        )
         snapshot = Snapshot(
             health=self.health,
             metrics=telemetry.metrics,
@@ -196,11 +213,19 @@ class Parts:
             wall_clock=wall_clock,
         )
         self.live_page = LivePage(
-            snapshot, admission=self.admission, mock_control=settings.gateway_ui_mock_control, clock=clock
+            snapshot,
+            admission=self.admission,
+            admits=self.admin.admits,
+            mock_control=settings.gateway_ui_mock_control,
+            clock=clock,
+            siblings=worker,
         )
         telemetry.metrics.watch(generations, self.admission, self.byte_budget, self.connections)
         self.reload = Reload(read, files=files, generations=generations, changed=self._follow)
         telemetry.metrics.watch_limits(lambda: self.limits.status == "degraded")
+        if worker is not None:
+            worker.answers = Answers(self)
+            self.admission.short = self.byte_budget.short = worker.short
 
     @property
     def pool(self) -> Pool:
@@ -216,7 +241,10 @@ class Parts:
         """Have every part that knows replicas, routes or keys know those of a new generation."""
         self.health.follow(generation.pool)
         self.model_lists.follow(generation.pool)
+        if self.valkey is not None and generation.routing.limits_url is not None:
+            self.valkey.follow(generation.routing.limits_url)
         self.limits.follow(generation.keys.callers)
+        self.admission.look_again()
         self.client.follow(generation.pool.endpoints.values())
         self.charges.follow({route.model for route in generation.pool.routes})
         self.telemetry.metrics.follow(generation)
@@ -225,21 +253,43 @@ class Parts:
     def _breaker_changed(self, replica: "Replica", old: "State", new: "State") -> None:
         self.telemetry.breaker_changed(replica.name, old, new)
         self.health.breaker_changed(replica, new)
+        if self._worker is not None and new is State.OPEN:
+            self._worker.tell("hint", ["breaker", replica.id])
+
+    def _guard_tripped(self, trip: "Trip") -> None:
+        if not any(watch.trip is trip for route in self.pool.routes for watch in route.watches):
+            return  # of a generation before, whose last requests say nothing about this one
+        self.telemetry.guard_tripped(trip)
+        if self._worker is not None:
+            self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])
+
+    def _cooldown_begun(self, replica: "Replica", model: str, seconds: float) -> None:
+        self.telemetry.cooldown_begun(replica.name, seconds)
+        if self._worker is not None:
+            self._worker.tell("hint", ["cooldown", replica.id, model, seconds])
+
+
+def _valkey(url: str | None) -> "Valkey | None":
+    if url is None:
+        return None
+    from gateway.valkey import Valkey  # noqa: PLC0415 - few need redis-py
+
+    return Valkey(url)
 
 
 def _shared(
-    settings: "Settings", callers: "Sequence[Caller]", homes: "ResponseHomes", clock: "Callable[[], float]"
+    store: "Store | None",
+    settings: "Settings",
+    callers: "Sequence[Caller]",
+    homes: "ResponseHomes",
+    clock: "Callable[[], float]",
 ) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
     """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
-    if settings.gateway_limits_url is None:
+    if store is None:
         return DayStore(settings.gateway_state_dir, callers, clock), None
-    from gateway.limits_store import LimitsStore  # noqa: PLC0415 - few need redis-py
-    from gateway.response_hints import ResponseHints  # noqa: PLC0415
-    from gateway.valkey import Valkey  # noqa: PLC0415
-
-    store = Valkey(settings.gateway_limits_url.get_secret_value())
-    limits = LimitsStore(store, callers, settings.gateway_limits_fallback_share, clock)
-    return limits, ResponseHints(store, homes, clock)
+    by_workers = isinstance(store, ParentStore)  # their number is known
+    share = 1 / settings.workers if by_workers else settings.gateway_limits_fallback_share
+    return LimitsStore(store, callers, share, clock), ResponseHints(store, homes, clock)
 
 
 PARTS = web.AppKey("parts", Parts)
@@ -256,6 +306,7 @@ def create_app(
     clock: "Callable[[], float]" = monotonic,
     wall_clock: "Callable[[], float]" = time,
     rng: Random | None = None,
+    worker: "Worker | None" = None,
 ) -> web.Application:
     """Return the gateway as an aiohttp application; `runner_of` runs it.
 
@@ -269,6 +320,7 @@ def create_app(
         clock: seconds, monotonic.
         wall_clock: seconds since the epoch, read once.
         rng: draws replicas and backoffs.
+        worker: what this process is among others, or None.
     """
     client = client or HttpClient()
     parts = Parts(
@@ -281,6 +333,7 @@ def create_app(
         clock=clock,
         wall_clock=wall_clock,
         rng=rng or Random(),
+        worker=worker,
     )
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
 

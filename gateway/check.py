@@ -83,20 +83,25 @@ def _in_force(url: str) -> dict[str, Any]:
     return found
 
 
-def changes(old: "Routing", new: "Routing") -> "Iterator[str]":
-    """Yield what differs between two configurations, a line each; of secrets only that they do."""
-    return differences(document(old, with_secrets=True), document(new, with_secrets=True))
-
-
 def differences(old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator[str]":
     """Yield what differs between two documents, a line each. Keys without a name are of the environment."""
     yield from _of("backend", *({each["name"]: each for each in found["backends"]} for found in (old, new)))
-    before, after = ({each["model"]: each for each in found["routes"]} for found in (old, new))
+    before, after = _routes(old), _routes(new)
     yield from _of("route", before, after)
     kept = [[model for model in routes if model in before and model in after] for routes in (before, after)]
     if kept[0] != kept[1]:
         yield f"routes: the order is {', '.join(after)}"
     yield from _of("key", *({each["name"]: each for each in found["keys"] if each["name"]} for found in (old, new)))
+    if bool(old["keys"]) != bool(new["keys"]):
+        yield f"keys: there are {'some' if new['keys'] else 'none'} now, which needs a restart"
+
+
+def _routes(found: "Mapping[str, Any]") -> dict[str, Any]:
+    """Return the routes by model, in order; of two for one model the first is in force."""
+    routes: dict[str, Any] = {}
+    for each in found["routes"]:
+        routes.setdefault(each["model"], each)
+    return routes
 
 
 def _of(what: str, old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Iterator[str]":
@@ -107,9 +112,12 @@ def _of(what: str, old: "Mapping[str, Any]", new: "Mapping[str, Any]") -> "Itera
             yield f"{what} {name}: new"
             continue
         before, after = dict(_values(old[name])), dict(_values(value))
-        items = [{_item(field) for field in values} for values in (before, after)]
+        items = [{_item(field): None for field in values}.keys() for values in (before, after)]
         for item in sorted(items[0] ^ items[1]):
             yield f"{what} {name}: {item} {'gone' if item in items[0] else 'new'}"
+        order = [[item for item in each if item in items[0] & items[1]] for each in items]
+        if order[0] != order[1]:
+            yield f"{what} {name}: the order is {', '.join(filter(None, items[1]))}"
         for field in sorted(before.keys() | after.keys()):
             if _item(field) not in items[0] & items[1]:
                 continue

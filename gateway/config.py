@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from pydantic import SecretStr
+
     from gateway.settings import Settings
 
 SECRET_NAMES = frozenset({"authorization", "api-key", "cookie", "x-api-key"})
@@ -170,12 +172,14 @@ class Routing:
         routes: the first that matches a model wins.
         keys: the gateway keys, none: it is open.
         admin_key: of admin calls; None: there is none.
+        limits_url: of the store by which instances share limits; None: there is none.
     """
 
     backends: tuple[BackendConfig, ...]
     routes: tuple[RouteConfig, ...]
     keys: tuple[KeyConfig, ...] = ()
     admin_key: str | None = field(default=None, repr=False)
+    limits_url: str | None = field(default=None, repr=False)
 
 
 def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
@@ -188,15 +192,14 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
     Raises:
         SettingsError: the file is invalid; the message has line and key.
     """
-    keys = tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
-    admin_key = settings.gateway_admin_key.get_secret_value() if settings.gateway_admin_key is not None else None
+    keys = _usual_keys(settings)
+    admin_key, limits_url = map(_value, (settings.gateway_admin_key, settings.gateway_limits_url))
     if settings.gateway_config is not None:
         files = files or Files()
         root = _root_of(settings.gateway_config, files)
         routing = _File(settings.gateway_config, settings, files).routing(root)
-        return replace(routing, keys=routing.keys or keys, admin_key=admin_key)
-    key = settings.gateway_backend_api_key
-    api_key = key.get_secret_value() if key else None
+        return replace(routing, keys=routing.keys or keys, admin_key=admin_key, limits_url=limits_url)
+    api_key = _value(settings.gateway_backend_api_key)
     if api_key is not None and not _is_key(api_key):
         raise SettingsError("GATEWAY_BACKEND_API_KEY=(hidden) is not valid: it must be visible ASCII characters")
     replicas = tuple(
@@ -208,6 +211,7 @@ def load_routing(settings: "Settings", files: Files | None = None) -> Routing:
         routes=(RouteConfig("*", (TargetConfig("backend", None),)),),
         keys=keys,
         admin_key=admin_key,
+        limits_url=limits_url,
     )
 
 
@@ -216,7 +220,8 @@ def examine(path: "Path", settings: "Settings") -> "Findings":
     findings = Findings(None, [], [])
     try:
         files = Files()
-        findings.routing = _File(path, settings, files, findings).routing(_root_of(path, files))
+        routing = _File(path, settings, files, findings).routing(_root_of(path, files))
+        findings.routing = replace(routing, keys=routing.keys or _usual_keys(settings))
     except SettingsError as wrong:
         findings.complaints.append(str(wrong))
     return findings
@@ -235,6 +240,11 @@ class Findings:
     routing: Routing | None
     complaints: list[str]
     unset: list[str]
+
+
+def _usual_keys(settings: "Settings") -> tuple[KeyConfig, ...]:
+    """Return the keys that hold where a file has none."""
+    return tuple(KeyConfig(None, _digest(key.get_secret_value())) for key in settings.gateway_api_keys)
 
 
 def usual_replica(settings: "Settings") -> ReplicaConfig:
@@ -725,6 +735,10 @@ class _File:
 
     def _wrong(self, node: yaml.Node, key: str, message: str) -> SettingsError:
         return SettingsError(f"GATEWAY_CONFIG={str(self._path)!r}, line {node.start_mark.line + 1}, {key}: {message}")
+
+
+def _value(secret: "SecretStr | None") -> str | None:
+    return secret.get_secret_value() if secret is not None else None
 
 
 def _digest(key: str) -> bytes:

@@ -11,7 +11,7 @@ SECRET = frozenset({"api_key", "secret_headers", "query", "digest", "tls_digest"
 """Fields that are, or may be, secrets; some servers take their key in the query."""
 SET = "(set)"
 """Stands for a secret."""
-LEFT_OUT = frozenset({"tls", "admin_key"})
+LEFT_OUT = frozenset({"tls", "admin_key", "limits_url"})
 """Fields that are not shown: a context of TLS says nothing."""
 
 

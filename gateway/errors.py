@@ -105,7 +105,7 @@ class GatewayError(Exception):
         self.outcome = self.word or self.code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what pickles make it of again, whatever its constructor takes: see `worker.py`."""
+        """Return what pickles make it of again, whatever its constructor takes: see `side_process.py`."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
@@ -495,9 +495,11 @@ class ErrorAnswer(BackendError):
         status: the backend's.
         body: the backend's body, unchanged; None when it is not JSON and an error of ours replaces it.
         headers: the headers of the backend's answer that pass to callers.
+        meaning: what it says, where that decides what follows; never in the backend's words.
     """
 
     code = "backend_invalid_response"
+    meaning: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -508,7 +510,8 @@ class ErrorAnswer(BackendError):
         retry_after: float | None = None,
     ) -> None:
         without = " without a JSON body" if body is None else ""
-        super().__init__(f"The backend answered {status}{without}.", retry_after=retry_after)
+        meaning = f" ({self.meaning})" if self.meaning else ""
+        super().__init__(f"The backend answered {status}{without}{meaning}.", retry_after=retry_after)
         self.status = status
         self.body = body
         self.headers = headers
@@ -554,16 +557,20 @@ class Exhausted(ErrorAnswer):
 class ContextTooLong(Exhausted):
     """The prompt is too long for the model."""
 
+    meaning = "the prompt is too long for the model"
+
 
 class QuotaSpent(Exhausted):
     """The account's quota is spent."""
 
+    meaning = "the account's quota is spent"
     avoided = True
 
 
 class NoSuchModel(Exhausted):
     """The replica does not know the model: another one may."""
 
+    meaning = "it has no such model"
     retried = True
     same_replica = False
     at_once_elsewhere = True
@@ -576,6 +583,7 @@ class NoSuchPath(Exhausted):
     While another replica or target can answer, this one is not asked by this path for the model for a while.
     """
 
+    meaning = "it has no such path"
     retried = True
     same_replica = False
     at_once_elsewhere = True
@@ -587,6 +595,7 @@ class NoSuchResponse(Exhausted):
     It is the answer only where every replica that may know it says so.
     """
 
+    meaning = "it has no such response"
     retried = True
     same_replica = False
     at_once_elsewhere = True

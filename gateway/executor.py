@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from gateway.errors import GatewayOverloaded
-from gateway.worker import Worker, WorkerDiedError
+from gateway.side_process import SideProcess, SideProcessDiedError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Executor:
         self._in_thread = max(at_once, in_thread)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-work")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="very-large")  # waits for the process
-        self._worker = Worker()
+        self._side_process = SideProcess()
         self._idle: asyncio.TimerHandle | None = None
 
     async def run(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -60,13 +60,13 @@ class Executor:
             return await self.run(size, work, *args, **kwargs)
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._reader, lambda: self._worker.call(work, *args, **kwargs))
-        except WorkerDiedError:
+            return await loop.run_in_executor(self._reader, lambda: self._side_process.call(work, *args, **kwargs))
+        except SideProcessDiedError:
             raise GatewayOverloaded("The gateway has too little memory. Try again shortly.", reason="memory") from None
         finally:
             if self._idle is not None:
                 self._idle.cancel()
-            self._idle = asyncio.get_running_loop().call_later(IDLE, self._reader.submit, self._worker.end)
+            self._idle = asyncio.get_running_loop().call_later(IDLE, self._reader.submit, self._side_process.end)
 
     def close(self) -> None:
         """Begin nothing further."""
@@ -74,4 +74,4 @@ class Executor:
             self._idle.cancel()
         for thread in (self._thread, self._reader):
             thread.shutdown(wait=False, cancel_futures=True)
-        self._worker.end()
+        self._side_process.end()

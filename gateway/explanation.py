@@ -125,7 +125,8 @@ def _targets(record: "Record") -> list[Document]:
     for number, candidate in enumerate(record.candidates):
         model = candidate.model or record.model or None
         names = {name for name in candidate.replicas if (name, model) in asked}
-        why_not = None if names else skipped.get(candidate.backend) or _not_needed(record, weighted=weighted)
+        kept_from = skipped.get(candidate.backend) or skipped.get(candidate.name)
+        why_not = None if names else kept_from or _not_needed(record, weighted=weighted)
         targets.append(
             {
                 "backend": candidate.backend,

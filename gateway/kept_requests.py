@@ -23,8 +23,9 @@ BYTES_EACH = 8192
 """Bytes that a kept request may take on average; beyond that fewer are kept."""
 RECORD_BYTES = 2048
 """Bytes of a record and of its place here, without attempts and texts of any length."""
-ATTEMPT_BYTES, EVENT_BYTES, PASSED_OVER_BYTES = 960, 640, 80
-"""Bytes of an attempt, of an event or a wait, and of a replica that was passed over, without such texts."""
+ATTEMPT_BYTES, EVENT_BYTES, PASSED_OVER_BYTES, CANDIDATE_BYTES = 960, 640, 80, 8
+"""Bytes of an attempt, of an event or a wait, of a replica that was passed over, and of a target of the route, without
+such texts."""
 SHORT = 256
 """Characters; names that are no longer in all are not looked at one by one: a character takes four bytes at most."""
 REASON_BYTES = 4 * MAX_REASON + 88
@@ -85,7 +86,8 @@ class KeptRequests:
             record = copy(record)  # the texts go with the spans
             record.forget_texts()
         size = size_of(record)
-        self._number += 1
+        # The instant of its end, so that what several processes keep has one order; no two have the same number.
+        self._number = max(self._number + 1, record.started_ns + int(record.seconds(0.0) * 1e9))
         self._ring_of(record).append((self._number, size, record))
         self._count += 1
         self.size += size
@@ -128,7 +130,7 @@ def has_id(record: "Record", id_: str) -> bool:
 def size_of(record: "Record") -> int:
     """Return the bytes that a request takes, at most, about."""
     attempts, reasons = record.attempts, record.finish_reasons
-    size = RECORD_BYTES + ATTEMPT_BYTES * len(attempts)
+    size = RECORD_BYTES + ATTEMPT_BYTES * len(attempts) + CANDIDATE_BYTES * len(record.candidates)
     characters = len(record.model or "") + len(record.response_id or "") + len(record.response_model or "")
     if characters < SHORT:
         size += 4 * characters

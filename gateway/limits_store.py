@@ -9,15 +9,14 @@ import msgspec
 
 from gateway.policy.allotment import INTERVAL, Allotment
 from gateway.policy.ledger import SETTLES, Answer
-from gateway.valkey import StoreError
+from gateway.store import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gateway.policy.caller import Caller
-    from gateway.policy.ledger import Report
     from gateway.policy.limits import Limits
-    from gateway.valkey import Valkey
+    from gateway.store import Store
 
 PREFIX = "llm-gateway:limits:"
 PING = 2.0
@@ -54,15 +53,15 @@ class LimitsStore:
     """
 
     def __init__(
-        self, store: "Valkey", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
+        self, store: "Store", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
     ) -> None:
         self._store = store
         self._clock = clock
-        self._process = token_hex(8)
         self._fallback_share = fallback_share
         self._well: bool | None = None
         self._settled_at: float | None = None
         self._keys: dict[Allotment, str] = {}
+        self._gone: dict[Allotment, str] = {}
         self.follow(callers)
         self._asked: dict[Allotment, None] = {}
         self._answer: asyncio.Future[None] | None = None
@@ -74,18 +73,19 @@ class LimitsStore:
         self.failures = 0
 
     def follow(self, callers: "Iterable[Caller]") -> None:
-        """Share the limits of these callers from now on; leases of others end by themselves."""
+        """Share the limits of these callers from now on; what is held for others is given back."""
         keys = {}
         for caller in callers:
-            if caller.limits is not None:
-                keys[caller.limits.allotment or self._new(caller.limits)] = f"{PREFIX}{caller.id}"
+            if caller.limits is not None:  # those without a name have none
+                keys[caller.limits.allotment or self._new(caller.limits)] = f"{PREFIX}{caller.name}"
         for each in keys:
             if each in self._keys:
                 each.follow()
+        self._gone |= {each: key for each, key in self._keys.items() if each not in keys}
         self._keys = keys
 
     def _new(self, limits: "Limits") -> Allotment:
-        allotment = Allotment(limits, self._process, self._fallback_share, self._ask)
+        allotment = Allotment(limits, token_hex(8), self._fallback_share, self._ask)
         if self._well and self._settled_at is None:
             allotment.come_back()
         return allotment
@@ -129,17 +129,23 @@ class LimitsStore:
                 except TimeoutError:
                     pass
             await self._exchange()
-        await self._give_back()
+        if self._well:
+            try:
+                await self._give_back(self._gone | self._keys)
+            except StoreError as error:
+                _log.warning("the shared limits could not be given back to %s: %s", self._store.name, error)
 
     async def _exchange(self) -> None:
         """Report the keys that are due; what was asked for is answered, or will not be."""
         answer, self._answer = self._answer, None
         asked, self._asked = self._asked, {}
+        gone, self._gone = self._gone, {}  # if the store cannot be used now, what is held of them ends by itself
         try:
             if not self._well or self._clock() >= self._asked_last + PING:
                 await self._store.ping()
                 self._asked_last = self._clock()
                 self._is_well()
+            await self._give_back(gone)
             now = self._clock()
             if self._settled_at is not None and now >= self._settled_at:
                 self._come_back()
@@ -175,15 +181,11 @@ class LimitsStore:
             if not number % WITHOUT_PAUSE:
                 await asyncio.sleep(0)
 
-    async def _give_back(self) -> None:
-        """Give back what is held: other instances need not wait for its end."""
-        leaving: list[tuple[str, Report]] = [(key, each.leave()) for each, key in self._keys.items() if each.known]
-        if not self._well or not leaving:
-            return
-        try:
-            await self._store.exchange([(key, _encode(report)) for key, report in leaving])
-        except StoreError as error:
-            _log.warning("the shared limits could not be given back to %s: %s", self._store.name, error)
+    async def _give_back(self, keys: "Mapping[Allotment, str]") -> None:
+        """Give back what is held of keys: other instances need not wait for its end. Raises: StoreError."""
+        leaving = [(key, _encode(each.leave())) for each, key in keys.items() if each.known]
+        if leaving:
+            await self._store.exchange(leaving)
 
     def _is_well(self) -> None:
         if self._well:

@@ -1,7 +1,9 @@
 """The program: settings -> telemetry -> app -> listen."""
 
+import asyncio
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -16,10 +18,23 @@ from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.logs import RequestLog, setup_logs
 from gateway.telemetry.output import Output, standard_outputs, write_last
+from gateway.workers.parent import Parent
+from gateway.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-async def run(settings: Settings, files: Files) -> None:
-    """Build the parts and serve until told to stop; `files`: those read so far."""
+async def run(settings: Settings, files: Files, worker: Worker | None = None) -> None:
+    """Build the parts and serve until told to stop.
+
+    Args:
+        settings: of the gateway.
+        files: those read so far.
+        worker: what this process is among others, or None.
+    """
+    if worker is not None:
+        await worker.open()
     otel = load_otel()
     for complaint in otel.complaints:
         logging.getLogger("gateway").warning(complaint)
@@ -34,7 +49,7 @@ async def run(settings: Settings, files: Files) -> None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
     if settings.gateway_limits_url is not None and settings.gateway_state_dir is not None:
         logging.getLogger("gateway").warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
-    app = create_app(settings, routing, telemetry, read=read, files=files)
+    app = create_app(settings, routing, telemetry, read=read, files=files, worker=worker)
     parts = app[PARTS]
     await listen(
         runner_of(app),
@@ -45,6 +60,7 @@ async def run(settings: Settings, files: Files) -> None:
         replicas=len(parts.pool.replicas),
         needs_keys=bool(routing.keys),
         reload=parts.reload.ask,
+        take_sockets=worker.take_sockets if worker is not None else None,
     )
 
 
@@ -60,29 +76,46 @@ def _warn_of(routing: Routing) -> None:
         logging.getLogger("gateway").warning(doubt)
 
 
-def main() -> int:
-    """Run the gateway; return 0 after a clean stop, 2 for a wrong setting, 1 when the port is not available."""
+async def run_workers(settings: Settings, files: Files) -> int:
+    """Run several workers until told to stop; return the exit code."""
+    load_routing(settings, files)  # what is wrong with it is said once
+    return await Parent(settings).run()
+
+
+def main(arguments: "Sequence[str]" = ()) -> int:
+    """Run the gateway, or a worker of it; return 0 after a clean stop, 2 for a wrong setting, 1 for any other failure.
+
+    Args:
+        arguments: what a parent tells a worker, else none.
+    """
     outputs = standard_outputs()
     try:
-        return serve()
+        return serve(Worker(*map(int, arguments)) if arguments else None)
     finally:
         write_last(*outputs)
 
 
-def serve() -> int:
+def serve(worker: Worker | None) -> int:
     """Serve until told to stop; return the exit code."""
     try:
         files = Files()
         settings = load(files)
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
-        for name in unknown():
-            logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
-        if lacks_its_urls(settings):
-            default = ",".join(settings.gateway_backend_urls)
-            logging.getLogger("gateway").warning("GATEWAY_BACKEND_URLS is empty: prompts go to %s", default)
+        if worker is None:
+            for name in unknown():
+                logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
+            if lacks_its_urls(settings):
+                default = ",".join(settings.gateway_backend_urls)
+                logging.getLogger("gateway").warning("GATEWAY_BACKEND_URLS is empty: prompts go to %s", default)
+            if settings.workers > 1:
+                if settings.gateway_state_dir is not None and settings.gateway_limits_url is None:
+                    logging.getLogger("gateway").warning(
+                        "GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway"
+                    )
+                return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()
-        uvloop.run(run(settings, files))
+        uvloop.run(run(settings, files, worker))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2

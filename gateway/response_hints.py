@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from gateway.policy.response_homes import MAX_HOMES, MAX_ID
-from gateway.valkey import StoreError
+from gateway.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.policy.response_homes import ResponseHomes
-    from gateway.valkey import Valkey
+    from gateway.store import Store
 
 PREFIX = "llm-gateway:responses:"
 KEPT = 3600
@@ -50,7 +50,7 @@ class ResponseHints:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, store: "Valkey", homes: "ResponseHomes", clock: "Callable[[], float]") -> None:
+    def __init__(self, store: "Store", homes: "ResponseHomes", clock: "Callable[[], float]") -> None:
         self._store = store
         self._homes = homes
         self._clock = clock

@@ -142,6 +142,8 @@ class Settings(BaseSettings):
     ] = None
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
+    gateway_workers: CountOrNone = 1
+
     gateway_backend_urls: Annotated[
         list[Annotated[str, AfterValidator(check_url)]],
         NoDecode,
@@ -211,6 +213,12 @@ class Settings(BaseSettings):
     gateway_shutdown_grace: SecondsOrNone = 20
     gateway_capture_content: Annotated[bool, Field(description="true or false")] = False
     gateway_kept_requests: Annotated[int, Field(ge=0, le=10_000, description="a whole number from 0 to 10000")] = 1000
+
+    @property
+    def workers(self) -> int:
+        """How many processes share the port."""
+        return self.gateway_workers or len(os.sched_getaffinity(0))
+
     gateway_trace_keep_slow: Annotated[
         Annotated[float, Field(gt=0)] | Literal["off"], Field(description="a number of seconds greater than 0, or off")
     ] = 10

@@ -19,7 +19,7 @@ from gateway.errors import (
     InvalidApiKey,
     RateLimitExceeded,
 )
-from gateway.record import BRIDGING, COOLDOWN, FULL, TARGET_DRAWN
+from gateway.record import BRIDGING, COOLDOWN, FULL, GUARD_TRIPPED, TARGET_DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,12 +39,12 @@ PASSED_OVER = {
         "others already waited for the end of its outage",
         "others already waited for the end of their outages",
     ),
-    "full": (
-        "it had as many requests under way as it may have",
-        "they had as many requests under way as they may have",
+    "full": ("it was full (max_in_flight)", "they were full (max_in_flight)"),
+    "guard": ("the route's guard had taken its traffic", "the route's guard had taken their traffic"),
+    "avoided": (
+        "it had failed or refused requests a short time before",
+        "they had failed or refused requests a short time before",
     ),
-    "guard": ("its guard had taken its traffic", "their guards had taken their traffic"),
-    "avoided": ("it had failed a short time before", "they had failed a short time before"),
     "descriptors": ("the gateway had no file descriptor left for a connection",) * 2,
     "ports": ("the gateway had no local port left for a connection",) * 2,
     "buffers": ("the gateway's machine had no memory left for a connection",) * 2,
@@ -56,11 +56,11 @@ NO_MORE = {
     "budget": "the retry budget was used up",
     "cooldown": "nobody else could answer in the time that a request may wait",
     "bridging": "the outage lasted longer than requests wait for its end",
-    "repeat": "a request that failed a short time before is asked only once of each replica",
+    "repeat": "each replica was asked only once, since the same request had failed a short time before",
     "no other replica": "nobody else could be asked",
     "breaker": "no circuit breaker admitted another attempt",
     "deadline": "too little of the deadline was left to try again",
-    "full": "whoever else could answer had as many requests under way as it may have",
+    "full": "whoever else could answer was full (max_in_flight)",
     "committed": "nothing can be retried at that point",
 }
 """Why no further attempt was made."""
@@ -68,7 +68,7 @@ SHED = {
     "queue_full": "every slot was taken, and the queue was full",
     "queue_timeout": "no slot became free in the time that a request may queue",
     "memory": "the gateway held as many bytes as it may, for all requests or for this caller",
-    "backend_full": "every backend that could answer had as many requests under way as it may have",
+    "backend_full": "every backend that could answer was full (max_in_flight)",
     "connections": "the gateway had no free connection",
     "descriptors": "the gateway had no file descriptor left for a connection to a backend",
     "ports": "the gateway had no local port left for a connection to a backend",
@@ -76,11 +76,25 @@ SHED = {
 }
 """Why a request was refused at admission, or no connection could be opened."""
 WAITING = {
-    BRIDGING: "for the end of an outage of {}",
-    COOLDOWN: "until {} may be asked again",
+    BRIDGING: "for the end of {}'s outage",
+    COOLDOWN: "for the end of {}'s cooldown",
     FULL: "for a free place at {}",
 }
 """What a request waits for."""
+WHY_NOT = {
+    "weight": "the draw by weight chose another",
+    "not needed": "another one answered",
+    "not yet": "it may be asked yet",
+} | {why: one for why, (one, _) in PASSED_OVER.items()}
+"""Why a target or a replica was not asked."""
+PAST = {
+    " is ": " was ",
+    " are ": " were ",
+    " has ": " had ",
+    " needs ": " needed ",
+    " cannot be asked now. Of ": " could not be asked, and of ",
+}
+"""Messages are told in the past."""
 BACKENDS_OWN = "backend_error"
 """The outcome of a request whose answer is a backend's own error."""
 OWN_ENDS = frozenset({DeadlineExceeded.code, GatewayDraining.code, InternalError.code, GatewayOverloaded.code})
@@ -105,6 +119,8 @@ def sentence(record: "Record", now: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as people say them."""
+    if 0 < seconds < 0.00095:  # noqa: PLR2004
+        return f"{seconds * 1000:.1f} ms"
     if seconds < 0.0995:  # noqa: PLR2004
         return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:  # noqa: PLR2004
@@ -123,7 +139,7 @@ def _answered(record: "Record", took: str) -> str:
     failures = _failures(record.attempts[:-1])
     if failures:
         text += f", after {failures}"
-    return _sentence(text, _drawn(record), _passed_over(record))
+    return _sentence(text, *_choice(record))
 
 
 def _failed(record: "Record", took: str) -> str:
@@ -133,7 +149,7 @@ def _failed(record: "Record", took: str) -> str:
     head = f"Failed with {record.status}{code} {after}{_spent(record)}"
     if record.failed_by is not None and record.failed_by is not record.attempt:
         head += f", with the answer of {record.failed_by.backend}"
-    return _sentence(f"{head}: {_how_it_failed(record)}", _passed_over(record))
+    return _sentence(f"{head}: {_how_it_failed(record)}", *_choice(record))
 
 
 def _broke_off(record: "Record", took: str) -> str:
@@ -142,7 +158,7 @@ def _broke_off(record: "Record", took: str) -> str:
     sent = "only heartbeats" if is_only_heartbeat else "part of the answer"
     head = f"Broke off after {took}{_spent(record)}, with {sent} already sent"
     told = "the caller got the error as the last event" if record.stream else ""
-    return _sentence(f"{head}: {_how_it_failed(record)}", told, _passed_over(record))
+    return _sentence(f"{head}: {_how_it_failed(record)}", told, *_choice(record))
 
 
 def _how_it_failed(record: "Record") -> str:
@@ -151,46 +167,62 @@ def _how_it_failed(record: "Record") -> str:
     if not failures and record.outcome not in OWN_ENDS:
         return _clause(record)
     if record.outcome in OWN_ENDS:
-        own = _own_end(record)
-        if record.attempts and record.attempt.outcome in CUT_SHORT:
-            own += f" while {record.attempt.backend} was being asked"
-        return f"{failures}, and then {own}" if failures else own
+        return f"{failures}, and then {_own_end(record)}" if failures else _own_end(record)
     why = NO_MORE.get(record.stop_reason or "")
     return f"{failures}, and {why}" if why else failures
 
 
 def _left(record: "Record", took: str) -> str:
-    head = f"The caller left after {took}"
+    head = f"The caller left after {took}{_spent(record)}, {_meanwhile(record) or _before(record)}"
     failures = _failures(record.attempts)
+    return _sentence(f"{head}, after {failures}" if failures else head, *_choice(record))
+
+
+def _meanwhile(record: "Record") -> str:
+    """Return what a request waited for when it was ended, or who was answering it; empty where it was neither."""
+    if record.waits and (not record.attempts or record.waits[-1].began > record.attempt.started):
+        return f"while the request waited {_waited_for(record.waits[-1])}"
     if not record.attempts:
-        where = "while the request was queued" if record.queued_at is not None else "before the request was forwarded"
-        if record.waits:
-            where = f"while it waited {_waited_for(record.waits[-1])}"
-    elif record.waits and record.waits[-1].began > record.attempt.started:
-        where = f"while it waited {_waited_for(record.waits[-1])}"
-    elif record.attempt.outcome in CUT_SHORT:
-        doing = "was sending its answer" if record.first_token is not None else "was being asked"
-        where = f"while {record.attempt.backend} {doing}"
-    else:
-        where = f"before it had taken the answer of {record.attempt.backend}"
-    after = f", after {failures}" if failures else ""
-    return _sentence(f"{head}{_spent(record)}, {where}{after}", _passed_over(record))
+        return "while the request was queued" if record.queued_at is not None else ""
+    if record.attempt.outcome not in CUT_SHORT:
+        return ""
+    return f"while {record.attempt.backend} {'was sending its answer' if _has_begun(record) else 'was being asked'}"
+
+
+def _before(record: "Record") -> str:
+    """Return what a request came to an end before."""
+    if not record.attempts:
+        return "before the request was forwarded"
+    if record.attempt.outcome == "ok":
+        return f"before it had taken the answer of {record.attempt.backend}"
+    return "before the request was sent again"
+
+
+def _has_begun(record: "Record") -> bool:
+    """Return whether the latest attempt has brought a part of the answer."""
+    return record.first_token is not None and record.first_token >= record.attempt.started
 
 
 def _refused(record: "Record", took: str) -> str:
     """Say why no attempt was made."""
-    head = f"Refused with {record.status} ({record.outcome})"
+    is_refusal = record.outcome not in {DeadlineExceeded.code, InternalError.code}
+    head = f"{'Refused' if is_refusal else 'Failed'} with {record.status} ({record.outcome})"
     if record.outcome == InvalidApiKey.code:
         return f"{head}: it carried no valid gateway key."
     if record.outcome == RateLimitExceeded.code:
-        whose = record.caller.name or "its key"
-        return f"{head} after {took}{_spent(record)}: the limit {record.limit} of {whose} was used up."
+        return f"{head} after {took}{_spent(record)}: {_limit(record)}."
     unasked = f"{head} after {took}{_spent(record)}, without an attempt"
     if record.outcome in {BackendUnavailable.code, BackendRateLimited.code}:
-        return _sentence(f"{unasked}: {_passed_over(record) or _clause(record)}")
+        return _sentence(f"{unasked}: {_passed_over(record) or _clause(record)}", _guard(record))
     if record.outcome in OWN_ENDS:
-        return _sentence(f"{unasked}: {_own_end(record)}", _passed_over(record))
+        return _sentence(f"{unasked}: {_own_end(record)}", *_choice(record))
     return f"{head}, and not forwarded: {_clause(record)}."
+
+
+def _limit(record: "Record") -> str:
+    """Say which limit of its key kept a request out, and what was left of it."""
+    whose = record.caller.name or "its key"
+    return _past(_clause(record)).replace("this key", whose)
 
 
 def _under_way(record: "Record", now: float) -> str:
@@ -206,7 +238,7 @@ def _under_way(record: "Record", now: float) -> str:
         return f"{head}: it has not been forwarded yet."
     attempt = record.attempt
     if attempt.ended is None:
-        if record.first_token is not None:
+        if _has_begun(record):
             doing = f"{attempt.backend} is sending its answer"
         else:
             doing = f"{attempt.backend} has been asked {duration(now - attempt.started)} ago and has not answered yet"
@@ -219,11 +251,16 @@ def _under_way(record: "Record", now: float) -> str:
 
 def _own_end(record: "Record") -> str:
     """Say how a request ended that neither a backend nor its caller ended."""
+    meanwhile = _meanwhile(record)
     if record.outcome == InternalError.code:
-        return "the gateway failed by a defect of its own, which its log has under this trace id"
+        own = "the gateway failed by a defect of its own, which its log has under this trace id"
+        return f"{own}, {meanwhile}" if meanwhile else own
     if record.outcome == GatewayOverloaded.code:
         return SHED.get(record.shed or "", "the gateway was overloaded")
-    return "the gateway was stopping" if record.outcome == GatewayDraining.code else _clause(record)
+    if not meanwhile:
+        return "the gateway was stopping" if record.outcome == GatewayDraining.code else _clause(record)
+    own = "the gateway was stopped" if record.outcome == GatewayDraining.code else "the deadline passed"
+    return f"{own} {meanwhile}"
 
 
 def _failures(attempts: "Iterable[AttemptRecord]") -> str:
@@ -234,7 +271,8 @@ def _failures(attempts: "Iterable[AttemptRecord]") -> str:
     before = None
     for who, what, times in groups[:MAX_FAILURES]:
         often = TIMES.get(times, f"{times} times")
-        text = what if times == 1 else f"{what} {often}" if what.startswith("answered") else f"{what} ({often})"
+        is_plain = what.startswith("answered") and what[-1].isdigit()
+        text = what if times == 1 else f"{what} {often}" if is_plain else f"{what} ({often})"
         if who and who == before:
             text = f"its{text[2:]}" if text.startswith("'s ") else text
         elif who:
@@ -249,7 +287,7 @@ def _failures(attempts: "Iterable[AttemptRecord]") -> str:
 
 def _told(attempt: "AttemptRecord") -> tuple[str, str]:
     """Return who failed and how: a replica and what it did; or nobody and a whole clause."""
-    name, message = attempt.backend, (attempt.message or "").rstrip(".")
+    name, message = attempt.backend, _past((attempt.message or "").rstrip("."))
     outcome = attempt.outcome or ""
     if outcome.startswith("status_") and attempt.status is not None and attempt.status < 300:  # noqa: PLR2004
         return name, f"sent an error ({outcome.removeprefix('status_')}) inside a {attempt.status}"
@@ -259,27 +297,37 @@ def _told(attempt: "AttemptRecord") -> tuple[str, str]:
         message += f" and asked to be left alone for {duration(attempt.retry_after)}"
     for subject in ("The backend", name):
         if message.startswith(f"{subject}'s "):
-            return name, "'s " + message.removeprefix(f"{subject}'s ").replace(" is ", " was ")
+            return name, message.removeprefix(subject)
         if message.startswith(f"{subject} "):
             return name, message.removeprefix(f"{subject} ")
     if message:
-        return "", _lower(message).replace("the backend's", f"{name}'s").replace(" are ", " were ")
+        return "", _lower(message).replace("the backend's", f"{name}'s")
     return name, f"failed ({outcome})"
 
 
+def _choice(record: "Record") -> tuple[str, str, str]:
+    """Return who was drawn, who was passed over, and whose traffic a guard took now, each in a clause or empty."""
+    return _drawn(record), _passed_over(record), _guard(record)
+
+
 def _passed_over(record: "Record") -> str:
-    """Return which targets and replicas were passed over, and why."""
-    skipped = record.skipped
+    """Return which targets and replicas were passed over, and why; not those that were only waited for."""
     asked = {attempt.backend for attempt in record.attempts}
+    for target in record.candidates:
+        if not asked.isdisjoint(target.replicas):
+            asked |= {target.backend, target.name}
+    told = {(wait.backend, wait.kind) for wait in record.waits}
+    skipped = [each for each in record.skipped if each not in told]
     skipped += [over for attempt in record.attempts for over in attempt.passed_over if over[0] not in asked]
-    whom: dict[str, dict[str, None]] = {}
+    whom: dict[tuple[str, bool], dict[str, None]] = {}
     for who, why in skipped:
-        whom.setdefault(why, {})[who] = None
+        whom.setdefault((why, who in asked), {})[who] = None
     parts = []
-    for why, names in whom.items():
+    for (why, was_asked), names in whom.items():
         one, several = PASSED_OVER.get(why, (why, why))
-        is_one = len(names) == 1
-        parts.append(f"{_list(names)} {'was' if is_one else 'were'} passed over because {one if is_one else several}")
+        was, reason = ("was", one) if len(names) == 1 else ("were", several)
+        first = " at first" if was_asked else ""
+        parts.append(f"{_list(names)} {was} passed over{first} because {reason}")
     return ", and ".join(parts)
 
 
@@ -287,6 +335,14 @@ def _drawn(record: "Record") -> str:
     for _, name, drawn in record.events:
         if name == TARGET_DRAWN:
             return f"{drawn['gateway.backend']} was drawn first, by its weight of {drawn['gateway.weight']}"
+    return ""
+
+
+def _guard(record: "Record") -> str:
+    """Return whose traffic the guard took with this request."""
+    for _, name, event in record.events:
+        if name == GUARD_TRIPPED:
+            return f"the route's guard took the traffic of {event['gateway.backend']} with this request"
     return ""
 
 
@@ -318,6 +374,12 @@ def _for_limit(record: "Record") -> str:
 
 def _waited_for(wait: "Wait") -> str:
     return WAITING[wait.kind].format(wait.backend)
+
+
+def _past(text: str) -> str:
+    for present, past in PAST.items():
+        text = text.replace(present, past)
+    return text
 
 
 def _ordinal(number: int) -> str:

@@ -13,6 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from gateway.store import StoreError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
@@ -24,10 +26,6 @@ AT_ONCE = 16
 """Calls to the nodes of a cluster."""
 PORT = 6379
 LEDGER = Path(__file__).with_name("limits_ledger.lua")
-
-
-class StoreError(Exception):
-    """The store cannot be used; the message says why, without its password."""
 
 
 class Valkey:
@@ -42,6 +40,18 @@ class Valkey:
     """
 
     def __init__(self, url: str) -> None:
+        self._script = LEDGER.read_text(encoding="utf-8")
+        self._sha = ""
+        self._client: Redis | RedisCluster | None = None
+        self._well = False
+        self._opening = asyncio.Lock()
+        self._url = ""
+        self.follow(url)
+
+    def follow(self, url: str) -> None:
+        """Be there from the next call on."""
+        self._has_moved = url != self._url
+        self._url = url
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or PORT
         self.name = f"{host}:{port}"
@@ -57,11 +67,6 @@ class Valkey:
             "client_name": "llm-gateway",
         }
         self._database = int(parts.path.strip("/") or 0)
-        self._script = LEDGER.read_text(encoding="utf-8")
-        self._sha = ""
-        self._client: Redis | RedisCluster | None = None
-        self._well = False
-        self._opening = asyncio.Lock()
 
     async def ping(self) -> None:
         """Find out whether it answers. Raises: StoreError."""
@@ -146,6 +151,9 @@ class Valkey:
         await pipe.execute()
 
     async def _opened(self) -> Redis | RedisCluster:
+        if self._has_moved:
+            self._has_moved = False
+            await self.close()
         if self._client is not None:
             return self._client
         client: Redis | RedisCluster = Redis(**self._options, db=self._database, protocol=2)

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from gateway.admin_client import NotAnswered, add_url, explained
-from gateway.summary import duration
+from gateway.summary import WHY_NOT, duration
 from gateway.telemetry.output import visible
 
 if TYPE_CHECKING:
@@ -71,11 +71,15 @@ def _targets(document: dict[str, Any]) -> "Iterator[str]":
     for target in document["targets"]:
         model = f" ({target['model']})" if target["model"] else ""
         if not target["tried"]:
-            yield f"{target['backend']}{model} was not asked: {target['why_not']}"
+            yield f"{target['backend']}{model} was not asked: {_why_not(target)}"
             continue
         for replica in target["replicas"]:
             if not replica["tried"]:
-                yield f"{replica['name']}{model} was not asked: {replica['why_not']}"
+                yield f"{replica['name']}{model} was not asked: {_why_not(replica)}"
+
+
+def _why_not(one: dict[str, Any]) -> str:
+    return WHY_NOT.get(one["why_not"], str(one["why_not"]))
 
 
 def _tokens(document: dict[str, Any]) -> "Iterator[str]":

@@ -74,7 +74,7 @@ def failure_of(error: Exception, endpoint: "Endpoint", *, new: bool) -> BackendE
     if isinstance(error, (aiohttp.ServerDisconnectedError, OSError)):
         begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
         if not new and not begun:  # begun: part of the answer's head came; aiohttp hands it over in place of a text
-            return StaleConnection(f"A kept-alive connection to {endpoint.name} was dead.")
+            return StaleConnection(f"A kept-alive connection to {endpoint.name} had died.")
         return ConnectionFailed(f"{endpoint.name} closed the connection before answering.")
     if isinstance(error.__cause__, LineTooLong) or "Too many headers" in str(error):
         return headers_too_large()

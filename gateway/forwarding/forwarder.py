@@ -22,6 +22,7 @@ from gateway.errors import (
 from gateway.forwarding.waits import Waits
 from gateway.policy.lease import take
 from gateway.policy.retry import Retry
+from gateway.record import COOLDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ class Forwarder:
                 await self._look_up(call)
             answered = False
             try:
-                targets = call.targets if len(call.targets) == 1 else _in_order(call)
+                targets = call.targets if len(call.targets) == 1 else self._in_order(call)
                 answered = await self._try_targets(call, targets)
             except BackendError as error:
                 failure = error
@@ -127,6 +128,17 @@ class Forwarder:
         if self._repeats.failed:
             fingerprint = await self._executor.run(len(call.prompt.body), call.fingerprint)
             call.failed_before = self._repeats.failed_by(call.caller, fingerprint)
+
+    def _in_order(self, call: "Call") -> "tuple[Target, ...]":
+        """Return the targets of a call; those that only repeat a refusal, noted, come after all others."""
+
+        def refuses(target: "Target") -> bool:
+            return target.refuses(target.model or call.model, call.prompt.path)
+
+        targets = tuple(sorted(call.targets, key=refuses))
+        for target in call.targets[: call.targets.index(targets[0])]:
+            call.record.skip_target(target.backend, "avoided", self._clock())
+        return targets
 
     async def _try_targets(
         self, call: "Call", targets: "tuple[Target, ...]", failure: BackendError | None = None
@@ -326,7 +338,9 @@ class Forwarder:
             if later and await self._try_targets(call, later, failure):
                 return
         if record.waits and (failure.outage or failure.cools) and not call.committed:
-            record.stop_reason = record.waits[-1].kind
+            kind = record.waits[-1].kind
+            is_spent = kind == COOLDOWN and call.attempts_at(waits.target) >= self._policy.max_attempts
+            record.stop_reason = "attempts" if is_spent else kind
         raise failure
 
     def _remember(self, call: "Call", failure: BackendError) -> None:
@@ -362,11 +376,6 @@ def _asked_last(call: "Call", target: "Target", model: str) -> "set[Replica]":
     """Return the replicas that lacked the path a short time ago, or failed the same request."""
     failed = call.failed_before or ()
     return {each for each in target.replicas if each.name in failed or each.lacks(call.prompt.path, model)}
-
-
-def _in_order(call: "Call") -> "tuple[Target, ...]":
-    """Return the targets of a call; those that only repeat a refusal come after all others."""
-    return tuple(sorted(call.targets, key=lambda target: target.refuses(target.model or call.model, call.prompt.path)))
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:

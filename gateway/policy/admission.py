@@ -9,6 +9,8 @@ from gateway.phase_timer import PhaseTimer
 from gateway.policy.waiting_room import WaitingLimit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.policy.limits import Reservation
 
 LEAST_WAIT = 0.001
@@ -39,6 +41,7 @@ class Admission:
         queued: requests that wait for one.
         stopping: whether the gateway is about to stop: nobody new should come, and no connection is kept.
         draining: whether it takes no more requests.
+        short: is called where all slots are taken, or the queue is full; None: nobody could give more.
         waiting: the requests with a slot that wait for a backend; they take at most half of the slots and of the bytes.
     """
 
@@ -53,11 +56,21 @@ class Admission:
         self._slots_of: dict[str, int] = {}
         self._slots_of_one = max(1, max_in_flight // 2)
         self._asking = 0
+        self.short: Callable[[], None] | None = None
         self.in_flight = 0
         self.queued = 0
         self.stopping = False
         self.draining = False
         self.waiting = WaitingLimit(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
+
+    def resize(self, *, max_in_flight: int, max_queue: int, max_buffered: int) -> None:
+        """Have other limits from now on; what is under way and who waits stays."""
+        self._max_in_flight = max_in_flight
+        self._max_queue = max_queue
+        self._slots_of_one = max(1, max_in_flight // 2)
+        self.waiting.resize(max_requests=max(1, max_in_flight // 2), max_bytes=max_buffered // 2)
+        if self._lines:
+            self._hand_over()
 
     def check_open(self) -> None:
         """Refuse a request while the gateway is stopping. Raises: GatewayDraining."""
@@ -73,6 +86,7 @@ class Admission:
         """
         self.check_open()
         if self.queued >= self._max_queue and not self._has_slot(caller) and self._longest_line(caller) is None:
+            self._ask_for_more()
             raise self._queue_full()
 
     def enter_at_once(self, caller: str = "", reservation: "Reservation | None" = None) -> bool:
@@ -106,6 +120,7 @@ class Admission:
         self.check(caller)
         if self.enter_at_once(caller, reservation):
             return
+        self._ask_for_more()
         if reservation is not None:
             if (answer := reservation.ask()) is not None:
                 await self._wait_for(answer, left)
@@ -151,6 +166,12 @@ class Admission:
         if self._lines:
             self._hand_over()
 
+    def look_again(self) -> None:
+        """Let those who wait for a limit of their key go on where it has changed."""
+        if self._lines:
+            self._look_no_more()
+            self._hand_over()
+
     def announce_stop(self) -> None:
         """Tell whoever asks that the gateway will stop; requests are taken as ever."""
         self.stopping = True
@@ -166,6 +187,10 @@ class Admission:
         self._lines.clear()
         self.queued = 0
         self._look_no_more()
+
+    def _ask_for_more(self) -> None:
+        if self.short is not None and (self.in_flight >= self._max_in_flight or self.queued >= self._max_queue):
+            self.short()
 
     def _has_slot(self, caller: str) -> bool:
         """Return whether a slot is free that the caller may have."""

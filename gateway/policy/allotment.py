@@ -42,6 +42,7 @@ class _Windowed:
         self.window = window
         self.name, self.seconds = window.name, window.seconds
         self.share: int | None = None
+        self.share_of = 1
         self.scarce = False
         self.changes: list[tuple[int, int]] = []
         """Those of the batch that is on its way, by our own slots."""
@@ -110,7 +111,7 @@ class _Windowed:
         window = self.window
         window.most = granted.more + (window.most if window.leased else used)
         window.leased = True
-        self.share = window.most + granted.portion
+        self.share, self.share_of = window.most + granted.portion, self.limit
         self.told(granted, now)
 
     def told(self, granted: "Granted", now: float) -> None:
@@ -143,6 +144,7 @@ class _InFlight:
     def __init__(self, limits: "Limits") -> None:
         self._limits = limits
         self.share: int | None = None
+        self.share_of = 1
         self.scarce = False
         self.changes: list[tuple[int, int]] = []
         self._peak = 0.0
@@ -185,21 +187,26 @@ class _InFlight:
 
     def granted(self, granted: "Granted", now: float, *, used: int) -> None:
         leased = self._limits.allotment is not None and self._limits.allotment.leased
-        self._limits.most_in_flight = granted.more + (self.most if leased else used)
-        self.share = self.most + granted.portion
+        most = granted.more + (self.most if leased else used)
+        self._may_be(most)
+        self.share, self.share_of = most + granted.portion, self.limit
         self.told(granted, now)
 
     def told(self, granted: "Granted", _now: float) -> None:
         self.scarce = granted.scarce
 
     def give_back(self, keep: int) -> None:
-        self._limits.most_in_flight = self.used + keep
+        self._may_be(self.used + keep)
 
     def lease(self) -> None:
-        self._limits.most_in_flight = self.used
+        self._may_be(self.used)
 
     def go_on_with(self, most: int) -> None:
-        self._limits.most_in_flight = most
+        self._may_be(most)
+
+    def _may_be(self, most: int) -> None:
+        if self._limits.max_in_flight is not None:  # else the limit has gone since the ledger was asked
+            self._limits.most_in_flight = most
 
 
 class Allotment:
@@ -251,8 +258,6 @@ class Allotment:
         if self._limits.max_in_flight is not None:
             self._parts += in_flight or [_InFlight(self._limits)]
         for part in self._parts:
-            if part.share is not None:
-                part.share = min(part.share, part.limit)
             if part not in before and self.leased:
                 part.lease()
             elif not self.leased:
@@ -314,8 +319,8 @@ class Allotment:
                 need = part.need(self._lacking)
                 want = min(part.limit, need + part.target(kept=kept))
                 keep = min(keep, want)
-            if self.leased:
-                part.give_back(min(keep, part.free))
+            if self.leased:  # more may have been used than was held: that is the ledger's from here on
+                part.give_back(max(0, min(keep, part.free)))
             shift = ledger_shift(self._offset, part.seconds) if part.seconds else 0
             changes = [(slot + shift, by) for slot, by in part.changes]
             asked.append(Asked(part.name, part.limit, part.seconds, part.held, keep, want, need, changes))
@@ -379,8 +384,11 @@ class Allotment:
             part.go_on_with(self._share(part))
 
     def _share(self, part: _Windowed | _InFlight) -> int:
+        """Return it; of a limit that has changed since it was granted it is the same part."""
         lost = self._limits.look() > self._answered_at + LIVES
-        return max(1, int(part.limit * self._fallback) if part.share is None or lost else part.share)
+        if part.share is None or lost:
+            return max(1, int(part.limit * self._fallback))
+        return max(1, part.share * part.limit // part.share_of)
 
     def catch_up(self) -> None:
         """Report what was used without the ledger, and go on with the share until `come_back`: others report, too."""

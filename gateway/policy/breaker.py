@@ -149,6 +149,11 @@ class Breaker:
         if ticket.generation == self._generation and ticket.trial:
             self._trial_out = False
 
+    def hint(self) -> None:
+        """Open at the next failure: somebody else's breaker of the same replica has opened. A success forgets it."""
+        if self._state is State.CLOSED:
+            self.consecutive_failures = max(self.consecutive_failures, self._limit - 1)
+
     def record_probe(self, *, good: bool) -> None:
         """Take a probe's result into account."""
         if self.state is not State.OPEN:

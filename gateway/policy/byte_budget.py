@@ -1,8 +1,11 @@
 """The bytes held for all requests together: their bodies, and answers that wait to be sent."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from gateway.errors import GatewayOverloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class ByteBudget:
@@ -11,14 +14,29 @@ class ByteBudget:
     Attributes:
         held: bytes held now.
         of_one: those of each caller.
+        ample: bytes up to which there is enough.
+        short: is called where there is not; None: nobody could give more.
     """
 
-    __slots__ = ("held", "limit", "of_one")
+    __slots__ = ("ample", "held", "limit", "of_one", "short")
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit = self.ample = limit
+        self.short: Callable[[], None] | None = None
         self.held = 0
         self.of_one: dict[str, int] = {}
+
+    def resize(self, limit: int) -> None:
+        """Have another limit from now on, which others give and take: more is asked for before it is reached."""
+        self.limit = limit
+        self.ample = limit * 3 // 4
+
+    def scarce(self, size: int) -> None:
+        """Ask for more, and refuse what is too much now. Raises: GatewayOverloaded."""
+        if self.short is not None:
+            self.short()
+        if self.held + size > self.limit:
+            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
 
     def share(self, caller: str = "") -> "Share":
         """Return an empty share for one request. A caller without a name is nobody in particular, and has no half."""
@@ -48,8 +66,8 @@ class Share:
             GatewayOverloaded: all requests together, or the caller's, would hold more than they may.
         """
         budget, caller = self._budget, self._caller
-        if budget.held + size > budget.limit:
-            raise GatewayOverloaded("The gateway holds as many bytes as it may. Try again shortly.", reason="memory")
+        if budget.held + size > budget.ample:
+            budget.scarce(size)
         if caller:
             of_one = budget.of_one.get(caller, 0) + size
             if of_one > budget.limit // 2:

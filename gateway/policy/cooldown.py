@@ -105,13 +105,21 @@ class Cooldown:
             pause.until = max(pause.until, now + min(LONGEST, seconds))
         self._by_model.pop(model, None)
         self._by_model[model] = pause  # the latest is the last one to be forgotten
-        if len(self._by_model) > MAX_MODELS:
-            del self._by_model[next(iter(self._by_model))]
+        self._bound()
         if others:  # a second model: the limit is not by model
             whole = self._whole = self._whole or _Pause(now)
             whole.began, whole.until, whole.trial_at = now, max(whole.until, pause.until), None
         self._begun(model, pause.until - now)
         self._changed(None if others else model, False)
+
+    def hint(self, model: str, seconds: float) -> None:
+        """Cool as long as somebody else does who asked the same replica, unless it is for longer already."""
+        now = self._clock()
+        if (self.due(model) or now) < now + seconds:
+            pause = self._by_model[model] = self._by_model.get(model) or _Pause(now)
+            pause.began, pause.until, pause.trial_at = now, now + seconds, None
+            self._bound()
+            self._changed(model, False)
 
     def succeed(self, model: str, asked_at: float) -> None:
         """End the cooldown: an attempt that began after it was answered."""
@@ -133,6 +141,10 @@ class Cooldown:
         for pause in self._pauses(model, self._clock()):
             pause.trial_at = None
         self._changed(model, False)
+
+    def _bound(self) -> None:
+        if len(self._by_model) > MAX_MODELS:
+            del self._by_model[next(iter(self._by_model))]
 
     def _pauses(self, model: str, now: float) -> list[_Pause]:
         """Return the pauses that concern the model; what has long ended is forgotten."""

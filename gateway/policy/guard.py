@@ -83,7 +83,7 @@ class Watch:
     @property
     def name(self) -> str:
         """For people."""
-        return self.backend if self.model is None else f"{self.backend} ({self.model})"
+        return target_name(self.backend, self.model)
 
     @property
     def counts(self) -> Counts:
@@ -171,6 +171,13 @@ class Guard:
         """Return the number of the present part of the window."""
         return int(self._clock() * SLICES / self._window)
 
+    def hint(self, target: str, error_rate: float, requests: int) -> None:
+        """Take a target's traffic as somebody else's guard of the same route has, unless it is the last one's."""
+        for watch in self.watches:
+            others = any(other.trip is None for other in self.watches if other is not watch)
+            if watch.name == target and watch.trip is None and others:
+                self._take(watch, error_rate, requests)
+
     def judge(self, watch: Watch) -> bool:
         """Return whether a target loses its traffic now."""
         if watch.trip is not None:
@@ -185,12 +192,20 @@ class Guard:
             return False
         if failed > self._max_error_rate * asked and not _is_higher(seen.first_failed, seen.first, failed, asked):
             return False
-        watch.trip = Trip(
-            self._route, watch.name, rate, seen.requests, self._window, self._max_error_rate, self._clock()
-        )
-        self.lost = [*self.lost, watch.name]
-        self._tripped(watch.trip)
+        self._tripped(self._take(watch, rate, seen.requests))
         return True
+
+    def _take(self, watch: Watch, rate: float, requests: int) -> Trip:
+        """Take a target's traffic."""
+        trip = Trip(self._route, watch.name, rate, requests, self._window, self._max_error_rate, self._clock())
+        watch.trip = trip
+        self.lost = [*self.lost, watch.name]
+        return trip
+
+
+def target_name(backend: str, model: str | None) -> str:
+    """Return what people call a target, as configured; a model of None is the caller's."""
+    return backend if model is None else f"{backend} ({model})"
 
 
 def _is_higher(failed: int, asked: int, others_failed: int, others_asked: int) -> bool:

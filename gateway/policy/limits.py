@@ -106,6 +106,8 @@ class Window:
             self._past_used = self.used
             self._slot = slot
             self.began = slot * self._seconds
+            if now >= self.empty_at:
+                self.elsewhere = 0  # nobody has told of it since
         return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
@@ -222,7 +224,7 @@ class Limits:
         self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
         self.tokens = kept(_windows("tokens", config.tokens_per_minute, config.tokens_per_day))
         self.max_in_flight = config.max_in_flight
-        if self.allotment is None:
+        if self.allotment is None or config.max_in_flight is None:
             self.most_in_flight = config.max_in_flight
         self._rolls_at = 0.0
 
@@ -234,7 +236,7 @@ class Limits:
         return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
-        """Yield each limit that is set: its name, what may be used, and what is used now."""
+        """Yield each limit that is set: its name, what may be used, and what is used now, by this process."""
         self.look()
         for window in (*self.requests, *self.tokens):
             yield window.name, window.limit, window.used

@@ -8,7 +8,7 @@ from gateway.policy.breaker import Breaker, State
 from gateway.policy.cooldown import Cooldown
 from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
-from gateway.policy.guard import Guard
+from gateway.policy.guard import Guard, target_name
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
@@ -36,6 +36,11 @@ class Candidate(NamedTuple):
     model: str | None
     weight: int | None
     replicas: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people, as the guard's watch has it."""
+        return target_name(self.backend, self.model)
 
 
 class Target:
@@ -230,7 +235,7 @@ class _Maker:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[Replica, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]",
     ) -> None:
@@ -269,7 +274,7 @@ class _Maker:
             ),
             cooldown=Cooldown(
                 clock=clock,
-                begun=lambda _model, seconds: cooldown_begun(replica.name, seconds),
+                begun=lambda model, seconds: cooldown_begun(replica, model, seconds),
                 changed=lambda model, over: replica.cooldown_changed(model, over),  # noqa: PLW0108 - it is not there yet
             ),
             budget=RetryBudget(ratio=settings.gateway_retry_budget, floor=settings.gateway_retry_floor, clock=clock),
@@ -319,7 +324,7 @@ class Pool:
         rng: draws replicas.
         waiting: of all requests that wait.
         breaker_changed: called with (replica, old, new) at each change of a breaker's state.
-        cooldown_begun: called with (name of a replica, seconds).
+        cooldown_begun: called with (replica, model, seconds).
         released: called with (name of a backend, number) when requests that waited are released.
         guard_tripped: called when a guard takes a target's traffic.
         before: the generation before; None: there is none.
@@ -346,7 +351,7 @@ class Pool:
         rng: "Random",
         waiting: "WaitingLimit",
         breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[str, float], None]",
+        cooldown_begun: "Callable[[Replica, str, float], None]",
         released: "Callable[[str, int], None]",
         guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
         before: "Pool | None" = None,

@@ -48,6 +48,11 @@ class WaitingLimit:
     def __len__(self) -> int:
         return self._requests
 
+    def resize(self, *, max_requests: int, max_bytes: int) -> None:
+        """Have other limits from now on; who waits stays."""
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+
     def takes(self, size: int) -> bool:
         """Return whether one more request, which holds `size` bytes, may wait."""
         return not self._draining and self._requests < self._max_requests and self._bytes + size <= self._max_bytes

@@ -4,6 +4,7 @@ import logging
 import re
 from asyncio import timeout
 from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
@@ -26,15 +27,20 @@ from gateway.errors import (
 )
 from gateway.server.paths import worded_by
 from gateway.server.responses import CHALLENGE, CHALLENGE_AGAIN, unrecorded_error
+from gateway.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp.typedefs import Handler
 
+    from gateway.store import Store
+
 COOKIE = "llm-gateway-admin"
 SESSION_SECONDS = 12 * 60 * 60
 """How long a session lasts."""
+LOOK_UP_SECONDS = 1.0
+"""How long other workers may take to say whether they know one."""
 MAX_SESSIONS = 64
 """Sessions at once; beyond them the oldest one ends."""
 MAX_BODY = 4096
@@ -65,9 +71,18 @@ class AdminCalls:
         key: the admin key, or None.
         clock: seconds, monotonic.
         hidden: answers those who may not know that there are such calls, as a path that does not exist is answered.
+        siblings: knows the sessions that began at other workers; None: there are none.
     """
 
-    def __init__(self, key: str | None, *, clock: "Callable[[], float]", hidden: "Handler") -> None:
+    def __init__(
+        self,
+        key: str | None,
+        *,
+        clock: "Callable[[], float]",
+        hidden: "Handler",
+        siblings: "Store | None" = None,
+    ) -> None:
+        self._siblings = siblings
         self._clock = clock
         self._hidden = hidden
         self._digest: bytes | None = None
@@ -85,6 +100,14 @@ class AdminCalls:
         """Wrap the handler of an admin call; one that `signs_in` asks for the key in its body itself."""
         return partial(self._answer, handler=handler, signs_in=signs_in)
 
+    async def admits(self, request: web.Request) -> bool:
+        """Return whether a call that was let through still would be: keys change, and sessions end."""
+        try:
+            await self._check_key(request)
+        except InvalidApiKey:
+            return False
+        return True
+
     async def login(self, request: web.Request) -> web.Response:
         """Answer `POST /ui/login`: a session for who sends `{"key": ...}`.
 
@@ -101,6 +124,9 @@ class AdminCalls:
         self._sessions[_digest(session)] = self._clock() + SESSION_SECONDS
         if len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
+        if self._siblings is not None:
+            with suppress(StoreError):
+                await self._siblings.publish([(self._name_of(session), b"")], SESSION_SECONDS)
         response = web.Response(status=204)
         response.set_cookie(
             COOKIE,
@@ -119,7 +145,7 @@ class AdminCalls:
             return await self._hidden(request)
         try:
             if not signs_in:
-                self._check_key(request)
+                await self._check_key(request)
             _check_origin(request)
             response = await handler(request)
         except GatewayError as error:
@@ -134,7 +160,7 @@ class AdminCalls:
                 response.headers.setdefault(name, value)
         return response
 
-    def _check_key(self, request: web.Request) -> None:
+    async def _check_key(self, request: web.Request) -> None:
         """Check that the key or a session comes with a call, where there is a key. Raises: InvalidApiKey."""
         if self._digest is None:
             return
@@ -145,8 +171,20 @@ class AdminCalls:
             return
         session = request.cookies.get(COOKIE)
         # Looked up by digest: the time it takes says nothing about the sessions there are.
-        if session is None or self._sessions.get(_digest(session), 0.0) <= self._clock():
+        if session is None or not (self._is_known(session) or await self._is_known_elsewhere(session)):
             raise _wrong_key(shown=False)
+
+    def _is_known(self, session: str) -> bool:
+        return self._sessions.get(_digest(session), 0.0) > self._clock()
+
+    async def _is_known_elsewhere(self, session: str) -> bool:
+        if self._siblings is None:
+            return False
+        return await self._siblings.look_up(self._name_of(session), LOOK_UP_SECONDS) is not None
+
+    def _name_of(self, session: str) -> str:
+        """Return the name of a session among those of all workers; with another admin key it has another."""
+        return f"{(self._digest or b'').hex()}{_digest(session).hex()}"
 
     async def _body(self, request: web.Request) -> bytes:
         """Return the body of a call. Raises: RequestTooLarge, RequestTimeout, InvalidRequest."""

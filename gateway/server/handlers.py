@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gateway.server.request_reader import RequestReader
     from gateway.settings import Commit, Settings
     from gateway.telemetry import Telemetry
+    from gateway.workers.worker import Worker
 
 STORED_RESPONSES = StoredResponses()
 SMALL_ANSWER = 65_536
@@ -63,7 +64,9 @@ class Handlers:
         health: "Health",
         telemetry: "Telemetry",
         clock: "Callable[[], float]",
+        siblings: "Worker | None",
     ) -> None:
+        self._siblings = siblings
         self._settings = settings
         self._generations = generations
         self._reader = reader
@@ -162,7 +165,7 @@ class Handlers:
                 deadline,
                 share,
                 commit=commit,
-                model="",  # no model is asked: cooldowns of generation are others'
+                model="",  # no model is asked: cooldowns of models are others'
                 route="",
                 targets=targets,
                 headers=headers,
@@ -303,7 +306,9 @@ class Handlers:
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer `GET /health` from memory."""
-        document = self._health.document(in_full=self._generations.current.keys.fit(request))
+        in_full = self._generations.current.keys.fit(request)
+        document = await self._siblings.health(in_full=in_full) if self._siblings else None
+        document = document or self._health.document(in_full=in_full)
         return json_response(document, status=503 if document["status"] == "down" else 200)
 
     async def config(self, _request: web.Request) -> web.Response:
@@ -333,7 +338,9 @@ class Handlers:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Answer `GET /metrics`: Prometheus text, or OpenMetrics when `Accept` asks for it."""
-        body, content_type = self._telemetry.metrics.exposition(request.headers.get("Accept", ""))
+        accept = request.headers.get("Accept", "")
+        of_all = await self._siblings.metrics(accept) if self._siblings else None
+        body, content_type = of_all or self._telemetry.metrics.exposition(accept)
         return web.Response(body=body, headers={"content-type": content_type})
 
     async def not_found(self, request: web.Request) -> web.Response:

@@ -4,7 +4,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableSequence
 
     from gateway.record import Record
     from gateway.server.connections import Connections
@@ -14,12 +14,18 @@ POLL = 0.02
 
 
 class InFlight:
-    """The tasks of requests. `connections`: those their answers go out on."""
+    """The tasks of requests.
 
-    def __init__(self, connections: "Connections") -> None:
+    Args:
+        connections: those their answers go out on.
+        number: holds how many there are, for whoever watches.
+    """
+
+    def __init__(self, connections: "Connections", number: "MutableSequence[int] | memoryview | None" = None) -> None:
         self._connections = connections
         self._tasks: dict[asyncio.Task[object], Record] = {}
         self._cut_off: set[asyncio.Task[object]] = set()
+        self._number = [0] if number is None else number
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -31,10 +37,12 @@ class InFlight:
     def add(self, task: "asyncio.Task[object]", record: "Record") -> None:
         """Add the task of a request that begins."""
         self._tasks[task] = record
+        self._number[0] = len(self._tasks)
 
     def remove(self, task: "asyncio.Task[object]") -> None:
         """Remove the task of a request that has ended."""
         self._tasks.pop(task, None)
+        self._number[0] = len(self._tasks)
         self._cut_off.discard(task)
 
     def was_cut_off(self, task: "asyncio.Task[object]") -> bool:

@@ -14,7 +14,7 @@ from gateway import __version__
 from gateway.server.aiohttp_protocol import LAST_ANSWERS, Protocol, Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from gateway.policy.admission import Admission
     from gateway.server.connections import Connections
@@ -62,9 +62,9 @@ class Listener:
         host, port = self._sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def start(self, host: str, port: int) -> None:
-        """Listen on each address of a host. Raises: OSError, where the port is not available on one of them."""
-        self._sockets = listening_sockets(host, port)
+    def start(self, sockets: list[socket.socket]) -> None:
+        """Accept from sockets that listen, and close them in the end."""
+        self._sockets = sockets
         for listening in self._sockets:
             self._accept_from(listening)
 
@@ -138,22 +138,27 @@ def somebody_waits(listening: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def listening_sockets(host: str, port: int) -> list[socket.socket]:
+def listening_sockets(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Return a socket that listens on each address of a host; at `::` one for IPv4 too.
 
     An address of a name that this machine does not have, as `localhost` in IPv6, is left out if there is another.
+
+    Args:
+        host: an address, or a name.
+        port: 0 for any that is free.
+        shared: whether others like these may listen there too; the system spreads new connections over them.
 
     Raises:
         OSError: the host is unknown, or the port is not available on one of its addresses.
     """
     if host == EVERYWHERE:
-        return [listening_socket((host, port), socket.AF_INET6, dualstack_ipv6=True)]
+        return [listening_socket((host, port), socket.AF_INET6, shared=shared, dualstack_ipv6=True)]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
         try:
-            sockets.append(listening_socket(address, family))
+            sockets.append(listening_socket(address, family, shared=shared))
         except OSError as error:
             if error.errno in {EADDRNOTAVAIL, EAFNOSUPPORT}:
                 absent = error
@@ -166,9 +171,13 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def listening_socket(address: "tuple[object, ...]", family: int, *, dualstack_ipv6: bool = False) -> socket.socket:
+def listening_socket(
+    address: "tuple[object, ...]", family: int, *, shared: bool, dualstack_ipv6: bool = False
+) -> socket.socket:
     """Return a socket that listens on an address. Raises: OSError."""
-    listening = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dualstack_ipv6)
+    listening = socket.create_server(
+        address, family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=dualstack_ipv6
+    )
     listening.setblocking(False)
     return listening
 
@@ -183,6 +192,7 @@ async def listen(
     replicas: int,
     needs_keys: bool,
     reload: "Callable[[], None]",
+    take_sockets: "Callable[[], Awaitable[list[socket.socket]]] | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT and the delay after it, then drain.
 
@@ -195,6 +205,7 @@ async def listen(
         replicas: how many there are, for the log.
         needs_keys: whether the gateway asks for keys, for the log.
         reload: called on SIGHUP.
+        take_sockets: gives the sockets that listen; None: they are opened here.
 
     Raises:
         OSError: the port is not available.
@@ -208,7 +219,7 @@ async def listen(
     await runner.setup()
     listener = Listener(runner, connections)
     try:
-        listener.start(settings.host, settings.port)
+        listener.start(await take_sockets() if take_sockets else listening_sockets(settings.host, settings.port))
         keys = "gateway keys are required" if needs_keys else "no gateway keys: open to everybody"
         gc.collect()
         gc.freeze()

@@ -15,10 +15,11 @@ from gateway.server.stream_writer import EVENT_STREAM, UNBUFFERED
 from gateway.ui.document import Document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from gateway.policy.admission import Admission
     from gateway.ui.snapshot import Snapshot
+    from gateway.workers.worker import Worker
 
 INTERVAL = 1.0
 """Seconds between two snapshots."""
@@ -41,8 +42,13 @@ class LivePage:
     Args:
         snapshot: what is shown.
         admission: knows whether the gateway is stopping.
+        admits: whether who has opened a stream may still look.
         mock_control: url of a mock model's control API, or None.
         clock: seconds, monotonic.
+        siblings: the other workers, or None.
+
+    Attributes:
+        snapshot: of this process.
     """
 
     def __init__(
@@ -50,11 +56,16 @@ class LivePage:
         snapshot: "Snapshot",
         *,
         admission: "Admission",
+        admits: "Callable[[web.Request], Awaitable[bool]]",
         mock_control: str | None,
         clock: "Callable[[], float]",
+        siblings: "Worker | None" = None,
     ) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
+        self._siblings = siblings
+        self._taking = asyncio.Lock()
         self._admission = admission
+        self._admits = admits
         self._mock = MockControl(mock_control) if mock_control is not None else None
         self._clock = clock
         self._document = Document()
@@ -100,12 +111,14 @@ class LivePage:
         return response
 
     async def _send_all(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Send snapshots until the gateway stops or the viewer is too slow."""
+        """Send snapshots until the gateway stops, the viewer is too slow, or may look no more."""
         hello = {"interval": INTERVAL, "mock": [_shown(action) for action in ACTIONS] if self._mock else []}
         taken = await _taken(request, response, _event("hello", _encode(hello)))
         sent = None
         while taken and not (self._closing.is_set() or self._admission.draining):
-            event = self._next()
+            if not await self._admits(request):
+                return
+            event = await self._next()
             if event is not sent:
                 taken, sent = await _taken(request, response, event), event
             with suppress(TimeoutError):
@@ -115,12 +128,14 @@ class LivePage:
             await _taken(request, response, _event("bye", b"{}"))
             response.force_close()
 
-    def _next(self) -> bytes:
+    async def _next(self) -> bytes:
         """Return the event of the latest snapshot, which is less than a second old."""
-        now = self._clock()
-        if now - self._taken_at >= INTERVAL:
-            self._latest = _event("now", _encode(self._snapshot.document()))
-            self._taken_at = now
+        async with self._taking:
+            now = self._clock()
+            if now - self._taken_at >= INTERVAL:
+                self._taken_at = now
+                document = await self._siblings.snapshot() if self._siblings else None
+                self._latest = _event("now", _encode(document or self.snapshot.document()))
         return self._latest
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gateway.errors import InvalidRequest, NotFound
 from gateway.explanation import explanation, summary
@@ -12,13 +12,14 @@ from gateway.server.responses import json_response
 from gateway.summary import IN_FLIGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from aiohttp import web
 
     from gateway.kept_requests import KeptRequests
     from gateway.record import Record
     from gateway.server.in_flight import InFlight
+    from gateway.workers.worker import Worker
 
     Fits = Callable[[Record], bool]
 
@@ -34,9 +35,17 @@ class RequestCalls:
         kept: the requests that have ended.
         in_flight: those under way.
         clock: of records.
+        siblings: the other workers, or None.
     """
 
-    def __init__(self, kept: "KeptRequests", in_flight: "InFlight", clock: "Callable[[], float]") -> None:
+    def __init__(
+        self,
+        kept: "KeptRequests",
+        in_flight: "InFlight",
+        clock: "Callable[[], float]",
+        siblings: "Worker | None" = None,
+    ) -> None:
+        self._siblings = siblings
         self._kept = kept
         self._in_flight = in_flight
         self._clock = clock
@@ -44,29 +53,52 @@ class RequestCalls:
     async def requests(self, request: "web.Request") -> "web.Response":
         """Answer `GET /requests`: those that fit the filters, the newest first. Raises: InvalidRequest."""
         asked = _filters(request)
-        limit = _number(asked, "limit", LIMIT, most=MAX_LIMIT)
+        listed = await self._siblings.listed(asked) if self._siblings else None
+        listed = listed or self.listed(asked)
+        found = listed["found"]
+        after = str(found[-1]["number"]) if listed["more"] else None
+        documents = [each["request"] for each in found]
+        return json_response({"requests": documents, "next": after, "kept": listed["kept"]})
+
+    def listed(self, asked: dict[str, str]) -> dict[str, Any]:
+        """Return those that fit the filters, each with its number, and whether there are more, and how many are kept.
+
+        Raises:
+            InvalidRequest: a filter is wrong.
+        """
+        limit = limit_of(asked)
         before = _number(asked, "before", 0, most=1 << 62) or None
         fits, now = _fitting(asked), self._clock()
         if asked.get("outcome") == IN_FLIGHT:
-            under_way = list(islice(filter(fits, reversed(list(self._in_flight))), limit))
-            return self._listed(under_way, None, now)
-        found = list(islice((kept for kept in self._kept.newest(before) if fits(kept.record)), limit + 1))
-        after = str(found[limit - 1].number) if len(found) > limit else None
-        return self._listed([kept.record for kept in found[:limit]], after, now)
+            under_way = islice(filter(fits, reversed(list(self._in_flight))), limit)
+            found = [(record.started_ns, record) for record in under_way]
+        else:
+            kept = (each for each in self._kept.newest(before) if fits(each.record))
+            found = [(each.number, each.record) for each in islice(kept, limit + 1)]
+        listed = [{"number": number, "request": summary(record, now)} for number, record in found[:limit]]
+        return {"found": listed, "more": len(found) > limit, "kept": len(self._kept)}
 
     async def request(self, request: "web.Request") -> "web.Response":
         """Answer `GET /requests/{id}`: by request id or trace id, the newest that has it. Raises: NotFound."""
         id_ = request.match_info["id"]
-        found = [record for record in self._in_flight if has_id(record, id_)][::-1] + self._kept.find(id_)
-        if not found:
-            raise NotFound(f"No request with this id is under way or among the {len(self._kept)} that are kept.")
-        now = self._clock()
-        others = [{"request_id": each.request_id, "trace_id": each.trace} for each in found[1:MAX_LIMIT]]
-        return json_response(explanation(found[0], now) | {"others_with_this_id": others})
+        found = await self._siblings.found(id_) if self._siblings else None
+        found = found or self.found(id_)
+        if found["request"] is None:
+            raise NotFound(f"No request with this id is under way or among the {found['kept']} that are kept.")
+        return json_response(found["request"] | {"others_with_this_id": found["others"][:MAX_LIMIT]})
 
-    def _listed(self, records: "Iterable[Record]", after: str | None, now: float) -> "web.Response":
-        documents = [summary(record, now) for record in records]
-        return json_response({"requests": documents, "next": after, "kept": len(self._kept)})
+    def found(self, id_: str) -> dict[str, Any]:
+        """Return what is known of the newest request with this id, or None; the ids of others; how many are kept."""
+        found = [record for record in self._in_flight if has_id(record, id_)][::-1] + self._kept.find(id_)
+        others = [{"request_id": each.request_id, "trace_id": each.trace} for each in found[1:MAX_LIMIT]]
+        request = explanation(found[0], self._clock()) if found else None
+        number = found[0].started_ns if found else 0
+        return {"number": number, "request": request, "others": others, "kept": len(self._kept)}
+
+
+def limit_of(asked: dict[str, str]) -> int:
+    """Return how many requests are asked for. Raises: InvalidRequest."""
+    return _number(asked, "limit", LIMIT, most=MAX_LIMIT)
 
 
 def _filters(request: "web.Request") -> dict[str, str]:

@@ -1,22 +1,21 @@
-"""The numbers at `/metrics`. Gauges, and what was counted of requests, are read when they are asked for."""
+"""The numbers at `/metrics`: which there are, what counts for them, and the document. Read when they are asked for."""
 
-from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate
 from math import inf
 from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
 from gateway.policy.breaker import State
+from gateway.telemetry.counts import EVERY, FIRST, Counts, Durations, forget_others
+from gateway.telemetry.gauges import Configuration, Dropped, DroppedPoints, Keys, Parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence, Sized
+    from collections.abc import Callable, Container, Sequence, Sized
 
     from prometheus_client.metrics_core import Metric
 
@@ -24,14 +23,9 @@ if TYPE_CHECKING:
     from gateway.policy.admission import Admission
     from gateway.policy.byte_budget import ByteBudget
     from gateway.record import Record
+    from gateway.telemetry.counts import KnownBy
     from gateway.telemetry.output import Output
 
-    KnownBy = Callable[[tuple[object, ...]], object]
-
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Bucket bounds of durations."""
-STATUS_VALUES = {"ok": 0, "degraded": 1, "down": 2}
-BREAKER_VALUES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 SHED_REASONS = (
     "queue_full",
     "queue_timeout",
@@ -50,20 +44,8 @@ MAX_AGE = 1.0
 OPENMETRICS = "application/openmetrics-text"
 TARGET = ("route", "backend", "model")
 """A target of a route with weights, by its configured names; where it names no model, that of the route."""
-FIRST: "KnownBy" = itemgetter(0)
-"""The label by which somebody is known, in most metrics."""
 OTHER = "other"
 """The `route` of a call to an unknown path."""
-
-
-class _Every:
-    """Holds every name: there is no configuration yet."""
-
-    def __contains__(self, _name: object) -> bool:
-        return True
-
-
-EVERY = _Every()
 
 
 class Metrics:
@@ -80,21 +62,21 @@ class Metrics:
         self.max_age = MAX_AGE
         self._clock = clock
         self._documents: dict[bool, tuple[float, bytes, str]] = {}
-        self._counted: list[_Counts] = []
+        self._counted: list[Counts] = []
         self._backends: Container[str] = EVERY
         self._registry = registry = CollectorRegistry()
         self._requests = self._counts(
             Counter("gateway_requests", "Requests answered.", ["route", "status", "outcome"], registry=registry)
         )
-        self._duration = _Durations(
+        self._duration = Durations(
             "gateway_request_duration_seconds", "From a request's headers to the end of its answer.", registry
         )
-        self._first_token = _Durations(
+        self._first_token = Durations(
             "gateway_time_to_first_token_seconds",
             "From a streamed request's headers to its first content event.",
             registry,
         )
-        self._queue_wait = _Durations(
+        self._queue_wait = Durations(
             "gateway_queue_wait_seconds", "Time in the queue of requests that had to wait.", registry, labels=()
         )
         self._attempts = self._counts(
@@ -109,10 +91,10 @@ class Metrics:
             ),
             known_by=itemgetter(slice(len(TARGET))),
         )
-        self._target_duration = _Durations(
+        self._target_duration = Durations(
             "gateway_target_duration_seconds", "Good attempts at it, to the end of the answer.", registry, labels=TARGET
         )
-        self._target_first_token = _Durations(
+        self._target_first_token = Durations(
             "gateway_target_first_token_seconds", "Good streams of it, to the first content.", registry, labels=TARGET
         )
         self._allowed = Counter("gateway_retries_allowed", "Retries that were sent.", ["backend"], registry=registry)
@@ -161,9 +143,9 @@ class Metrics:
         self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
     ) -> None:
         """Read gauges from these parts whenever the metrics are asked for."""
-        self._registry.register(_Configuration(generations))
-        self._registry.register(_Parts(generations, admission, byte_budget, connections))
-        self._registry.register(_Keys(generations))
+        self._registry.register(Configuration(generations))
+        self._registry.register(Parts(generations, admission, byte_budget, connections))
+        self._registry.register(Keys(generations))
         self.follow(generations.current)
 
     def follow(self, generation: "Generation") -> None:
@@ -173,7 +155,7 @@ class Metrics:
         targets = {target.labels for route in generation.pool.routes for target in route.targets if target.labels}
         self._backends = backends
         for counter in (self._allowed, self._refused, self._transitions):
-            _forget_others(counter, backends)
+            forget_others(counter, backends)
         self._attempts.keep(backends)
         for counts in (self._key_requests, self._key_tokens, self._key_refused):
             counts.keep(keys)
@@ -197,11 +179,11 @@ class Metrics:
 
     def watch_dropped(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
         """Read the numbers of lost spans and of lost lines whenever the metrics are asked for."""
-        self._registry.register(_Dropped(spans, outputs))
+        self._registry.register(Dropped(spans, outputs))
 
     def watch_export(self, dropped: "Callable[[], int]") -> None:
         """Read the number of lost data points whenever the metrics are asked for."""
-        self._registry.register(_DroppedPoints(dropped))
+        self._registry.register(DroppedPoints(dropped))
 
     def read(self) -> "list[Metric]":
         """Return all instruments as they are now; called on the event loop, as all that counts is."""
@@ -209,8 +191,8 @@ class Metrics:
             counts.pass_on()
         return list(self._registry.collect())
 
-    def _counts(self, counter: Counter, *, known_by: "KnownBy" = FIRST) -> "_Counts":
-        counts = _Counts(counter, known_by)
+    def _counts(self, counter: Counter, *, known_by: "KnownBy" = FIRST) -> "Counts":
+        counts = Counts(counter, known_by)
         self._counted.append(counts)
         return counts
 
@@ -301,12 +283,15 @@ class Metrics:
         now = self._clock()
         rendered, document, content_type = self._documents.get(newer, (-inf, b"", ""))
         if now - rendered >= self.max_age:
-            for counts in self._counted:
-                counts.pass_on()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
+            self._pass_on()
             document = encode(self._registry)
             self._documents[newer] = now, document, content_type
         return document, content_type
+
+    def _pass_on(self) -> None:
+        for counts in self._counted:
+            counts.pass_on()
 
 
 @dataclass(frozen=True)
@@ -329,240 +314,3 @@ class Totals:
     key_refused: dict[tuple[str, ...], int]
     durations: dict[str, list[int]]
     first_tokens: dict[str, list[int]]
-
-
-class _Durations:
-    """A histogram in seconds, by labels or of all; the latest duration in each bucket leads to its trace.
-
-    prometheus-client's own checks each exemplar and locks at each call, which costs more than all else that is counted
-    of a request.
-    """
-
-    def __init__(
-        self, name: str, text: str, registry: CollectorRegistry, *, labels: tuple[str, ...] = ("route",)
-    ) -> None:
-        self._name = name
-        self._text = text
-        self._labels = labels
-        self._buckets: dict[tuple[str, ...], _Buckets] = {} if labels else {(): _Buckets()}
-        registry.register(self)
-
-    def observe(self, labels: tuple[str, ...], seconds: float, trace_id: int | None) -> None:
-        """Count a duration; `trace_id` None: its trace cannot be looked up."""
-        buckets = self._buckets.get(labels)
-        if buckets is None:
-            buckets = self._buckets[labels] = _Buckets()
-        place = bisect_left(SECONDS, seconds)
-        buckets.counts[place] += 1
-        buckets.sum += seconds
-        if trace_id is not None:
-            buckets.latest[place] = seconds, trace_id
-
-    def keep(self, known: "Container[object]") -> None:
-        """Forget all but those with one of these sets of labels."""
-        self._buckets = {labels: buckets for labels, buckets in self._buckets.items() if labels in known}
-
-    def by_route(self) -> dict[str, list[int]]:
-        """Return how many durations are in each bucket, by route."""
-        return {labels[0]: list(buckets.counts) for labels, buckets in self._buckets.items()}
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, buckets in self._buckets.items():
-            family.add_metric(labels, list(buckets.cumulative()), buckets.sum)
-        yield family
-
-
-class _Buckets:
-    """What one route has come to: durations by bucket, their sum, and the latest one of each with its trace."""
-
-    __slots__ = ("counts", "latest", "sum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(SECONDS) + 1)
-        self.sum = 0.0
-        self.latest: dict[int, tuple[float, int]] = {}
-
-    def cumulative(self) -> "Iterator[tuple[str, float] | tuple[str, float, Exemplar]]":
-        """Yield each bound with the number of durations up to it, and its exemplar."""
-        for place, (bound, number) in enumerate(zip((*SECONDS, inf), accumulate(self.counts), strict=True)):
-            name = "+Inf" if bound == inf else str(bound)
-            if place in self.latest:
-                seconds, trace_id = self.latest[place]
-                yield name, number, Exemplar({"trace_id": f"{trace_id:032x}"}, seconds)
-            else:
-                yield name, number
-
-
-class _Counts:
-    """A counter by its labels. What is counted waits here until somebody asks: prometheus-client locks at each call."""
-
-    def __init__(self, counter: Counter, known_by: "KnownBy") -> None:
-        self._counter = counter
-        self._known_by = known_by
-        self._waiting: dict[tuple[object, ...], int] = {}
-        self._known: Container[object] = EVERY
-
-    def add(self, *labels: object, by: int = 1) -> None:
-        """Count."""
-        self._waiting[labels] = self._waiting.get(labels, 0) + by
-
-    def keep(self, known: "Container[object]") -> None:
-        """Count only those who are known by one of these, and forget all others."""
-        self._known = known
-        self.pass_on()
-        _forget_others(self._counter, known, self._known_by)
-
-    def pass_on(self) -> None:
-        """Add what waits to the counter."""
-        for labels, number in self._waiting.items():
-            if self._known_by(labels) not in self._known:
-                continue
-            self._counter.labels(*map(str, labels)).inc(number)
-        self._waiting.clear()
-
-    def totals(self) -> dict[tuple[str, ...], int]:
-        """Return what was counted, by labels."""
-        self.pass_on()
-        (family,) = self._counter.collect()
-        return {
-            tuple(sample.labels.values()): int(sample.value)
-            for sample in family.samples
-            if sample.name.endswith("_total")
-        }
-
-
-def _forget_others(counter: Counter, known: "Container[object]", known_by: "KnownBy" = FIRST) -> None:
-    """Forget what a counter has of those who are known by none of these."""
-    (family,) = counter.collect()
-    labels = {tuple(sample.labels.values()) for sample in family.samples}
-    for each in labels:
-        if known_by(each) not in known:
-            counter.remove(*each)
-
-
-class _Configuration:
-    """The generation in force, and how many could not follow."""
-
-    def __init__(self, generations: "Generations") -> None:
-        self._generations = generations
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        number = self._generations.current.number
-        yield _gauge("gateway_config_generation", "The configuration in force, counted from the start.", number)
-        errors = CounterMetricFamily("gateway_config_errors", "Configurations that were wrong.")
-        errors.add_metric([], self._generations.errors)
-        yield errors
-
-
-class _Parts:
-    """Gauges that the parts know."""
-
-    def __init__(
-        self, generations: "Generations", admission: "Admission", byte_budget: "ByteBudget", connections: "Sized"
-    ) -> None:
-        self._generations = generations
-        self._admission = admission
-        self._byte_budget = byte_budget
-        self._connections = connections
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        breakers = GaugeMetricFamily("gateway_breaker_state", "0 closed, 1 half open, 2 open.", labels=["backend"])
-        probes = GaugeMetricFamily("gateway_backend_probe_ok", "Whether the last probe was good.", labels=["backend"])
-        cooling = GaugeMetricFamily(
-            "gateway_backend_cooling", "1 while a replica has asked to be left alone.", labels=["backend"]
-        )
-        statuses = GaugeMetricFamily(
-            "gateway_backend_status", "As in /health: 0 ok, 1 degraded, 2 down.", labels=["backend"]
-        )
-        flying = GaugeMetricFamily("gateway_backend_in_flight", "Attempts under way.", labels=["backend"])
-        tripped: dict[tuple[str, str], bool] = {}
-        for route in self._generations.current.pool.routes:
-            for watch in route.watches:
-                place = route.model, watch.backend  # which may be there twice, for two models
-                tripped[place] = tripped.get(place, False) or watch.trip is not None
-        guards = GaugeMetricFamily(
-            "gateway_guard_tripped", "1 where a guard has taken a target's traffic.", labels=["route", "backend"]
-        )
-        for place, has_tripped in tripped.items():
-            guards.add_metric(place, int(has_tripped))
-        for replica in self._generations.current.pool.replicas:
-            breakers.add_metric([replica.name], BREAKER_VALUES[replica.breaker.state])
-            cooling.add_metric([replica.name], int(replica.cooldown.left is not None))
-            flying.add_metric([replica.name], replica.in_flight)
-            statuses.add_metric([replica.name], STATUS_VALUES[replica.status])
-            if replica.probe is not None:
-                probes.add_metric([replica.name], int(replica.probe.ok))
-        yield breakers
-        yield cooling
-        yield probes
-        yield statuses
-        yield flying
-        yield guards
-        yield _gauge("gateway_open_connections", "Connections of callers.", len(self._connections))
-        yield _gauge("gateway_in_flight_requests", "Requests with a slot.", self._admission.in_flight)
-        yield _gauge("gateway_queued_requests", "Requests that wait for a slot.", self._admission.queued)
-        yield _gauge("gateway_waiting_requests", "Requests that wait for a backend.", len(self._admission.waiting))
-        yield _gauge("gateway_buffered_bytes", "Bytes of bodies and answers held.", self._byte_budget.held)
-
-
-class _Keys:
-    """The limits of keys, and what is used of them."""
-
-    def __init__(self, generations: "Generations") -> None:
-        self._generations = generations
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        limits = GaugeMetricFamily("gateway_key_limit", "What a key may use, by limit.", labels=["key", "limit"])
-        used = GaugeMetricFamily("gateway_key_limit_used", "What of it is used now.", labels=["key", "limit"])
-        for caller in self._generations.current.keys.callers:
-            for name, most, now in caller.limits.state() if caller.limits is not None else ():
-                limits.add_metric([str(caller.name), name], most)
-                used.add_metric([str(caller.name), name], now)
-        yield limits
-        yield used
-
-
-class _Dropped:
-    """The lost spans and lines."""
-
-    def __init__(self, spans: "Callable[[], int]", outputs: "Sequence[Output]") -> None:
-        self._spans = spans
-        self._outputs = outputs
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        spans = CounterMetricFamily("gateway_telemetry_dropped_spans", "Spans that could not be exported.")
-        spans.add_metric([], self._spans())
-        yield spans
-        lines = CounterMetricFamily(
-            "gateway_log_lines_dropped", "Lines of the logs that could not be written.", labels=["stream"]
-        )
-        for output in self._outputs:
-            lines.add_metric([output.name], output.dropped)
-        yield lines
-
-
-class _DroppedPoints:
-    """The lost data points of metrics."""
-
-    def __init__(self, dropped: "Callable[[], int]") -> None:
-        self._dropped = dropped
-
-    def collect(self) -> "Iterator[Metric]":
-        """Called for each exposition."""
-        points = CounterMetricFamily(
-            "gateway_telemetry_dropped_data_points", "Data points of metrics that could not be exported."
-        )
-        points.add_metric([], self._dropped())
-        yield points
-
-
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text)
-    family.add_metric([], value)
-    return family

@@ -81,12 +81,17 @@ function facts(pairs) {
     make("div", {class: String(value).length > 80 ? "whole" : null}, make("dt", {}, name), make("dd", {}, value)));
 }
 
-/** Return good, backend, gateway, left or waiting: whose doing an outcome is. The words are those of the gateway's metrics. */
+/** The outcomes that are the caller's own doing: it left, is beyond its limits, or its request is wrong. */
+const CALLERS_OWN = new Set(["client_closed_request", "headers_too_large", "invalid_api_key", "invalid_json", "invalid_request",
+  "method_not_allowed", "model_not_allowed", "model_not_found", "not_found", "rate_limit_exceeded", "request_timeout",
+  "request_too_large", "unsupported_media_type"]);
+
+/** Return good, backend, gateway, caller or waiting: whose doing an outcome is. The words are those of the gateway's metrics. */
 function doing(outcome) {
   if (outcome === "ok") return "good";
   if (outcome === "in_flight") return "waiting";
-  if (outcome === "client_closed_request") return "left";
+  if (CALLERS_OWN.has(outcome)) return "caller";
   return outcome.startsWith("backend_") && outcome !== "backend_unavailable" ? "backend" : "gateway";
 }
 
-const DOINGS = {good: "good", backend: "backend's error", gateway: "gateway's error", left: "left"};
+const DOINGS = {good: "good", backend: "backend's error", gateway: "gateway's error", caller: "caller's own"};

@@ -23,7 +23,7 @@ function takeSnapshot(snapshot) {
 const sum = (counts) => Object.values(counts).reduce((all, number) => all + number, 0);
 
 function byDoing(outcomes) {
-  const counts = {good: 0, backend: 0, gateway: 0, left: 0};
+  const counts = {good: 0, backend: 0, gateway: 0, caller: 0};
   for (const [outcome, number] of Object.entries(outcomes)) counts[doing(outcome)] += number;
   return Object.values(counts);
 }
@@ -140,6 +140,39 @@ class Backends {
   }
 }
 
+/** What is wrong with the gateway itself, for as long as it is; a backend's trouble is in its own row. */
+function noticesOf({config, downstream, limits, telemetry, workers}) {
+  const notices = downstream.guards.filter(({tripped}) => tripped).map((guard) =>
+    `The guard of route ${guard.route} took the traffic of ${targetOf(guard)} ${ago(guard.tripped_seconds_ago)}: ${failuresOf(guard)}. It gets traffic again with the next configuration.`);
+  if (config.error) notices.unshift(`The new configuration is wrong, and generation ${config.generation} stays in force: ${config.error}`);
+  if (limits.status === "degraded") notices.push("The limits of keys cannot be kept beyond this process now; its log says why.");
+  if (workers?.missing.length) notices.push(`Nothing is heard of ${workers.missing.length} of its workers.`);
+  if (telemetry.status === "degraded") notices.push(`Spans cannot be exported now; ${amount(telemetry.spans_dropped)} have been dropped since the start.`);
+  return notices;
+}
+
+const targetOf = ({backend, model}) => (model ? `${backend} (${model})` : backend);
+const failuresOf = (guard) => `${(guard.error_rate * 100).toFixed(1)} % of ${amount(guard.requests)} requests had failed`;
+
+function drawNotices(health) {
+  const place = byId("notices"), notices = noticesOf(health);
+  while (place.children.length > notices.length) place.lastChild.remove();
+  while (place.children.length < notices.length) place.append(make("li"));
+  notices.forEach((text, number) => say(place.children[number], text));
+}
+
+/** The targets that a guard watches; where none does there is no table. */
+function drawGuards(guards) {
+  byId("guards").replaceChildren(...(guards.length ? [make("h2", {}, "Guards"), table([
+    {head: "Route", cell: ({route}) => route},
+    {head: "Target", cell: (guard) => make("strong", {}, targetOf(guard))},
+    {head: "Requests", label: "requests", kind: "number", cell: ({requests}) => amount(requests)},
+    {head: "Failed", label: "failed", kind: "number", cell: (guard) => `${(guard.error_rate * 100).toFixed(1)} %`},
+    {head: "", always: true, cell: (guard) => (guard.tripped
+      ? make("span", {class: "down"}, `lost its traffic ${ago(guard.tripped_seconds_ago)}`) : make("span", {class: "ok"}, "has its traffic"))},
+  ], guards, "Targets with a weight, as the guards of their routes see them")] : []));
+}
+
 function nextTry(backend) {
   if (backend.breaker === "half_open") return "one request tries it";
   if (backend.retry_in_seconds !== null) return `is tried again in ${backend.retry_in_seconds.toFixed(1)} s`;
@@ -164,9 +197,15 @@ function noteChanges(before, after) {
     if (was.probe.ok !== false && backend.probe.ok === false) note(`${backend.name}: a probe failed`);
     if (was.probe.ok === false && backend.probe.ok) note(`${backend.name}: probes are good again`);
   }
-  const generation = after.config?.generation;
-  if (before.config && before.config.generation !== generation) note(`the configuration is generation ${generation}`);
-  if (after.config?.error && before.config?.error !== after.config.error) note(`a configuration was not taken: ${after.config.error}`);
+  const {generation, error} = after.config;
+  if (before.config.generation !== generation) note(`the configuration is generation ${generation}`);
+  else for (const [place, guard] of after.downstream.guards.entries()) {
+    if (guard.tripped && !before.downstream.guards[place]?.tripped) note(`${targetOf(guard)} lost its traffic to its guard: ${failuresOf(guard)}`, "down");
+  }
+  if (error && before.config.error !== error) note(`a configuration was not taken: ${error}`, "down");
+  if (before.limits.status !== after.limits.status) note(`limits of keys: ${after.limits.status}`, after.limits.status);
+  if (before.telemetry.status !== after.telemetry.status) note(`telemetry: ${after.telemetry.status}`, after.telemetry.status);
+  if (after.draining && !before.draining) note("the gateway is stopping");
 }
 
 function note(text, kind = null) {

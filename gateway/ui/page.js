@@ -38,11 +38,15 @@ function draw(snapshot) {
   const {health} = snapshot, status = byId("status");
   status.className = `pill ${health.draining ? "degraded" : health.status}`;
   say(status, health.draining ? "stopping" : health.status);
-  say(byId("about"), [`version ${health.version}`, `up for ${duration(health.uptime_seconds)}`, health.config && `generation ${health.config.generation}`].filter(Boolean).join(" · "));
+  say(byId("about"), `version ${health.version} · up for ${duration(health.uptime_seconds)} · configuration`);
+  say(byId("generation"), `generation ${health.config.generation}`);
+  byId("generation").hidden = false;
+  drawNotices(health);
   document.title = `${health.status === "ok" ? "" : `${health.status} · `}LLM gateway`;
   if (view === "now") {
     drawNow();
     backendLists[0].draw(health.downstream.backends);
+    drawGuards(health.downstream.guards);
   }
   if (view === "try") backendLists[1].draw(health.downstream.backends);
   if (view === "callers" && snapshot.callers) drawCallers(snapshot);

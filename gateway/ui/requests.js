@@ -8,12 +8,13 @@ let shownTotal = null;
 /** Return the id by which a request is asked for: `.` and `..`, which a caller may choose, cannot stand in a path. */
 const idOf = (request) => (/^\.{1,2}$/.test(request.request_id) ? request.trace_id : request.request_id);
 
-function outcomeOf(request) {
-  const kind = doing(request.outcome);
+function markOf({outcome}) {
   const mark = make("i", {class: "dot"});
-  mark.style.color = `var(--${kind})`;
-  return make("span", {}, mark, `${request.status || ""} ${request.outcome}`.trim());
+  mark.style.color = `var(--${doing(outcome)})`;
+  return mark;
 }
+
+const outcomeOf = (request) => make("span", {}, markOf(request), `${request.status || ""} ${request.outcome}`.trim());
 
 const COLUMNS = [
   {head: "Time", kind: "brief", cell: (request) => make("a", {href: requestLink(idOf(request)), "data-id": idOf(request)}, instant(new Date(request.started)))},
@@ -106,7 +107,7 @@ function colourOf({kind, end, outcome}) {
   if (kind === "backoff") return "unknown";
   if (kind !== "attempt" || end === null) return "waiting";
   if (!outcome || outcome === "ok") return "good";
-  return outcome === "cancelled" ? "left" : "gateway";
+  return outcome === "cancelled" ? "caller" : "gateway";
 }
 
 const TARGETS = [
@@ -147,7 +148,7 @@ function explain(request) {
   const {timeline = [], targets = [], attempts_made: attempts = [], events: notes = [], tokens = {}} = request;
   const counted = tokens.input === null && tokens.output === null ? null : `${amount(tokens.input)} / ${amount(tokens.output)}`;
   const parts = [
-    make("p", {}, outcomeOf(request), ". ", request.why),
+    make("p", {}, markOf(request), request.why),
     make("h3", {}, "Step by step"),
     timeline.length ? waterfall(timeline, request.seconds) : make("p", {class: "small"}, "Nothing was asked and nothing waited for."),
     make("dl", {class: "facts"}, facts([

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from gateway.dialects.table import BY_PATH
-from gateway.telemetry.metrics import SECONDS
+from gateway.telemetry.counts import SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -22,12 +22,27 @@ async function loadModels() {
   }
 }
 
-function promptRequest(signal) {
+/** Return what the form asks for: the headers, without a key, and the body. */
+function promptOf() {
   const body = {messages: [{role: "user", content: byId("prompt").value}], stream: byId("stream").checked, max_tokens: Number(byId("max-tokens").value)};
   if (byId("model").value.trim()) body.model = byId("model").value.trim();
-  const headers = {"content-type": "application/json", "x-request-timeout": byId("timeout").value, ...keyHeader()};
+  const headers = {"content-type": "application/json", "x-request-timeout": byId("timeout").value};
   if (byId("commit").value) headers["x-gateway-commit"] = byId("commit").value;
-  return fetch("/v1/chat/completions", {method: "POST", headers, body: JSON.stringify(body), signal, cache: "no-store"});
+  return {headers, body: JSON.stringify(body)};
+}
+
+function promptRequest(signal) {
+  const {headers, body} = promptOf();
+  return fetch("/v1/chat/completions", {method: "POST", headers: {...headers, ...keyHeader()}, body, signal, cache: "no-store"});
+}
+
+/** Show the command that sends the same; the key stays out of it. */
+function showCommand() {
+  if (!byId("command").open) return;
+  const {headers, body} = promptOf(), quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const lines = [`curl -iN ${location.origin}/v1/chat/completions`, ...Object.entries(headers).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`)];
+  if (!byId("key-row").hidden) lines.push('-H "authorization: Bearer $GATEWAY_KEY"');
+  say(byId("command-text"), [...lines, `-d ${quoted(body)}`].join(" \\\n  "));
 }
 
 async function send() {
@@ -132,6 +147,8 @@ byId("prompt-form").addEventListener("submit", (event) => {
 byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("prompt-form").requestSubmit();
 });
+byId("prompt-form").addEventListener("input", showCommand);
+byId("command").addEventListener("toggle", showCommand);
 byId("stop").addEventListener("click", () => sending?.abort());
 byId("keep-sending").addEventListener("change", ({target}) => keepSending(target.checked));
 byId("gateway-key").addEventListener("change", loadModels);

@@ -6,7 +6,10 @@ keyboard is enough; nothing scrolls sideways on a phone 360 px wide; the page as
 They need Chromium or Chrome; BROWSER_TESTS=require makes its absence a failure.
 """
 
+import asyncio
 import json
+import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -104,6 +107,43 @@ async def test_what_is_broken_on_the_page_is_seen_there_and_so_is_that_it_is_wel
     assert origins(tab) <= {gateway.url, "data:"}
 
 
+async def test_what_is_wrong_with_the_gateway_itself_stands_on_every_view(
+    tab: Tab, mock: MockModel, start_gateway: StartGateway, running: AsyncExitStack, tmp_path: Path
+) -> None:
+    canary = await running.enter_async_context(MockModel("canary", tmp_path, {}))
+    await canary.faults({"kind": "status", "with": {"status": 500}})
+    targets = "{backend: old, weight: 1}, {backend: new, model: canary, weight: 1}"
+    text = f"""
+backends: {{old: {{url: "{mock.url}"}}, new: {{url: "{canary.url}"}}}}
+routes: [{{model: "*", targets: [{targets}], guard: {{min_requests: 3}}}}]
+keys: [{{name: team-a, key_env: A_KEY, limits: {{requests_per_day: 1000}}}}]
+"""
+    file = tmp_path / "gateway.yaml"
+    file.write_text(text)
+    unheard = {"GATEWAY_LIMITS_URL": "valkey://127.0.0.1:1", "GATEWAY_LIMITS_FALLBACK_SHARE": "1"}
+    gateway = await start_gateway(GATEWAY_CONFIG=str(file), A_KEY=KEY, **unheard)
+    await tab.open(f"{gateway.url}/ui", DESK)
+    notices = "document.getElementById('notices').textContent"
+    await tab.until(f"{notices}.includes('The limits of keys cannot be kept beyond this process now')")
+    for number in range(40):
+        body = CHAT | {"messages": [{"role": "user", "content": f"text {number}"}]}
+        await ask(gateway.url + CHAT_PATH, method="POST", body=body, headers={"authorization": f"Bearer {KEY}"})
+    await tab.until(f"{notices}.includes('The guard of route * took the traffic of new (canary)')")
+    await tab.until("document.getElementById('changes').textContent.includes('new (canary) lost its traffic')")
+    assert "lost its traffic" in await tab.value("document.getElementById('guards').textContent")
+    file.write_text(text.replace("min_requests: 3", "min_requests: no"))
+    await tab.until(
+        f"{notices}.includes('The new configuration is wrong, and generation 1 stays in force: GATEWAY_CONFIG')"
+    )
+    for view in VIEWS:
+        await tab.click(f"#tab-{view}")
+        assert await tab.value("document.getElementById('notices').offsetHeight")
+    file.write_text(text + "# another one\n")
+    await tab.until(f"!{notices}.includes('configuration is wrong')")
+    assert await tab.value("new URL(document.getElementById('generation').href).pathname") == "/config"
+    assert tab.complaints == []
+
+
 async def test_a_prompt_is_answered_beside_its_explanation(
     tab: Tab, mock: MockModel, start_gateway: StartGateway
 ) -> None:
@@ -187,6 +227,8 @@ async def test_the_keyboard_is_enough(tab: Tab, start_gateway: StartGateway) -> 
     await tab.press("Tab")
     assert await focused() == "skip"
     await tab.press("Tab")
+    assert await focused() == "generation"
+    await tab.press("Tab")
     assert await focused() == "tab-now"
     await tab.press("ArrowRight")
     assert await focused() == "tab-requests"
@@ -226,6 +268,38 @@ async def test_the_keyboard_is_enough(tab: Tab, start_gateway: StartGateway) -> 
     await tab.until("document.getElementById('answer-status').textContent.startsWith('200, complete')")
     roles = "[...document.querySelectorAll('[role=tab]')].filter(tab => tab.getAttribute('aria-selected') === 'true')"
     assert await tab.value(f"{roles}.map(tab => tab.id)") == ["tab-try"]
+
+
+async def test_the_same_prompt_as_a_command_gets_the_same_answer(
+    tab: Tab, mock: MockModel, start_gateway: StartGateway
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("found no curl: the command was not run")
+    gateway = await start_gateway(GATEWAY_API_KEYS=KEY)
+    await open_page(tab, gateway, "try")
+    await tab.until("!document.getElementById('key-row').hidden")
+    await tab.value(f"document.getElementById('gateway-key').value = '{KEY}'")
+    await tab.click("#command summary")
+    await tab.until("document.getElementById('command-text').textContent")
+    await tab.value("document.getElementById('prompt').select()")
+    await tab.click("#prompt")
+    await tab.write('It\'s $HOME \\ `id` "x" ')
+    text = await tab.until("document.getElementById('command-text').textContent")
+    assert KEY not in text
+    shell = await asyncio.create_subprocess_shell(
+        text, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"GATEWAY_KEY": KEY}
+    )
+    async with asyncio.timeout(60):
+        out, _ = await shell.communicate()
+    assert b"200 OK" in out
+    assert out.rstrip().endswith(b"data: [DONE]")
+    prompt = await tab.value("document.getElementById('prompt').value")
+    assert 'It\'s $HOME \\ `id` "x" ' in prompt
+    sent = (await mock.control("GET", "/journal")).json["calls"][-1]["fingerprint"]
+    await tab.click("#send")
+    await tab.until("document.getElementById('answer-status').textContent.startsWith('200, complete')")
+    assert (await mock.control("GET", "/journal")).json["calls"][-1]["fingerprint"] == sent
+    assert tab.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -17,7 +17,7 @@ from yarl import URL
 
 from gateway.app import PARTS, Parts, runner_of
 from gateway.server.aiohttp_protocol import Runner
-from gateway.server.listener import Listener
+from gateway.server.listener import Listener, listening_sockets
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
@@ -48,7 +48,7 @@ class GatewayServer(BaseTestServer):
         self.runner = runner = await self._make_runner()
         await runner.setup()
         self._listener = Listener(runner, self.app[PARTS].connections)
-        self._listener.start(self.host, 0)
+        self._listener.start(listening_sockets(self.host, 0))
         self._root = URL(self._listener.url)
         self.port = self._root.port
 

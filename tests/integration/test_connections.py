@@ -296,7 +296,7 @@ def test_all_that_wait_are_accepted_in_a_few_turns_of_the_event_loop() -> None:
         )
         await runner.setup()
         listener = Listener(runner, connections)
-        listener.start("127.0.0.1", 0)
+        listener.start(listening_sockets("127.0.0.1", 0))
         port = int(listener.url.rpartition(":")[2])
         with ExitStack() as stack:
             for _ in range(callers):

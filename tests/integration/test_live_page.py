@@ -156,14 +156,14 @@ async def test_all_who_look_see_the_same_snapshot_and_nobody_costs_nothing(
 ) -> None:
     gateway = await start_gateway(mock)
     page, taken = gateway.parts.live_page, 0
-    take = page._snapshot.document
+    take = page.snapshot.document
 
     def counted() -> dict[str, Any]:
         nonlocal taken
         taken += 1
         return take()
 
-    monkeypatch.setattr(page._snapshot, "document", counted)
+    monkeypatch.setattr(page.snapshot, "document", counted)
     monkeypatch.setattr(live_page, "INTERVAL", 1000.0)
     async with watching(gateway) as first, watching(gateway) as second:
         assert await document(first) == await document(second)
@@ -235,7 +235,7 @@ async def test_who_does_not_take_a_snapshot_in_time_is_cut_off(
     gateway = await start_gateway(mock)
     page = gateway.parts.live_page
     monkeypatch.setattr(live_page, "SLOW", 0.3)
-    monkeypatch.setattr(page._snapshot, "document", lambda: {"at": "x" * 20_000_000})
+    monkeypatch.setattr(page.snapshot, "document", lambda: {"at": "x" * 20_000_000})
     async with dial(gateway.url) as wire:
         await wire.send(b"GET /ui/live HTTP/1.1\r\nhost: localhost\r\n\r\n")
         await until(lambda: page.viewers == 1)

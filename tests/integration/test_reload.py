@@ -29,6 +29,7 @@ from tests.integration.streaming import streaming
 if TYPE_CHECKING:
     from gateway.policy.pool import Pool
     from gateway.policy.replica import Replica
+    from testkit.http import Answer
 
 HEALTH = {"path": "/health"}
 ONE = "model: '*', targets: [{backend: a}]"
@@ -363,6 +364,45 @@ async def test_connections_of_a_replica_that_stays_are_kept_and_those_of_one_tha
         assert sum(map(len, kept.values())) == 0
 
 
+@pytest.mark.parametrize("reloaded", [False, True])
+async def test_what_fails_of_the_generation_before_trips_no_guard(
+    mock: MockModel,
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    reloaded: bool,
+) -> None:
+    waiting, fails = 0, asyncio.Event()
+
+    async def fail_when_told(_: web.Request) -> web.Response:
+        nonlocal waiting
+        waiting += 1
+        await fails.wait()
+        return web.json_response({"error": {"message": "No."}}, status=503)
+
+    app = web.Application()
+    app.router.add_post(CHAT_PATH, fail_when_told)
+    async with TestServer(app) as bad:
+        weighted = f"""
+backends: {{a: {{url: "{mock.url}"}}, b: {{url: "{bad.make_url("/")}"}}}}
+routes: [{{model: "*", targets: [{{backend: a, weight: 1}}, {{backend: b, weight: %d}}], guard: {{min_requests: 3}}}}]
+"""
+        file = config(tmp_path, weighted % 1)
+        gateway = await start_gateway(gateway_config=file, gateway_probe_path="")
+        asking: list[asyncio.Task[Answer]] = []
+        while waiting < 4 or prompts(mock) < 4:
+            asking.append(asyncio.create_task(gateway.chat()))
+            await until(lambda: waiting + prompts(mock) == len(asking))
+        if reloaded:
+            await follows(gateway, file, weighted % 2)
+        fails.set()
+        assert {(await task).status for task in asking} == {200}
+        guards = (await gateway.health())["downstream"]["guards"]
+        assert [guard["tripped"] for guard in guards] == [False, not reloaded]
+        assert ("GUARD TRIPPED" in caplog.text) is not reloaded
+
+
 async def test_names_of_replicas_move_and_what_is_known_moves_with_their_urls(
     start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
@@ -522,6 +562,24 @@ async def test_a_key_s_file_is_read_anew_and_what_was_used_still_counts(
     assert prompts(mock) == 4
 
 
+@pytest.mark.parametrize("limits", ["max_in_flight: %d", "requests_per_minute: %d"])
+async def test_who_waits_for_a_limit_goes_on_when_it_is_raised(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: str
+) -> None:
+    monkeypatch.setenv("TEAM_KEY", "t")
+    keys = f"keys: [{{name: team, key_env: TEAM_KEY, limits: {{{limits}}}}}]"
+    file = config(tmp_path, text(mock, keys=keys % 1))
+    gateway = await start_gateway(gateway_config=file, gateway_queue_timeout=120)
+    mock.set_faults([{"kind": "hang_before_headers"}])
+    asking = [asyncio.create_task(gateway.chat(headers={"x-api-key": "t"})) for _ in range(2)]
+    await until(lambda: (prompts(mock), gateway.parts.admission.queued) == (1, 1))
+    await follows(gateway, file, text(mock, keys=keys % 2))
+    await until(lambda: prompts(mock) == 2)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+
+
 async def test_a_request_of_a_key_that_goes_ends_well(
     slow_mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,6 +732,29 @@ async def test_an_admin_key_s_file_is_read_anew(
     await until(lambda: generation(gateway) == 2)
     assert (await get(gateway, "/config", authorization="Bearer old")).status == 401
     assert (await get(gateway, "/config", authorization="Bearer new")).status == 200
+
+
+async def test_another_admin_key_ends_the_live_pages_that_are_open(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "admin"
+    secret.write_text("old")
+    monkeypatch.setenv("GATEWAY_ADMIN_KEY_FILE", str(secret))
+    gateway = await start_gateway(mock)
+    async with gateway.client.post("/ui/login", json={"key": "old"}) as signed_in:
+        session = f"llm-gateway-admin={signed_in.cookies['llm-gateway-admin'].value}"
+    gateway.client.session.cookie_jar.clear()
+    for headers in ({"cookie": session}, {"authorization": "Bearer old"}):
+        async with gateway.client.get("/ui/live", headers=headers) as page, asyncio.timeout(30):
+            assert page.status == 200
+            assert await page.content.readuntil(b"event: now")
+            secret.write_text("new")
+            while await page.content.readany():
+                pass
+        assert (await get(gateway, "/ui/live", **headers)).status == 401
+        number = generation(gateway)
+        secret.write_text("old")
+        await until(lambda number=number: generation(gateway) > number)  # type: ignore[misc]
 
 
 async def test_check_tells_what_would_change_against_a_running_gateway(

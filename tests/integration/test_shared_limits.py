@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.limits_server import LimitsServer
 from testkit.polling import until
+from testkit.ports import free_port
 from tests.integration.gateways import Gateway, StartGateway, config, get
 
 KEY = "gw-secret-of-a"
@@ -31,6 +33,7 @@ SKEW, EVEN = (85, 5, 5, 5), (25, 25, 25, 25)
 """Percent of the requests that each instance gets."""
 TOKENS = len(json.dumps(CHAT | {"max_tokens": 80})) // 4 + 80
 """That a chat with at most 80 tokens reserves."""
+DOCS = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 Start = Callable[..., Any]
 
@@ -47,7 +50,7 @@ def start(start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.Monke
 
     async def start_sharing(
         mock: MockModel,
-        store: LimitsServer | str,
+        store: LimitsServer | str | None,
         count: int,
         limits: str,
         **settings: Any,  # noqa: ANN401
@@ -59,9 +62,10 @@ routes: [{{model: "*", targets: [{{backend: backend}}]}}]
 keys:
   - {{name: team-a, key_env: TEAM_A_KEY, limits: {{{limits}}}}}
 """
-        url = store if isinstance(store, str) else store.url
+        if store is not None:  # else the environment has it
+            settings["gateway_limits_url"] = store if isinstance(store, str) else store.url
         file = config(tmp_path, text)
-        return [await start_gateway(gateway_config=file, gateway_limits_url=url, **settings) for _ in range(count)]
+        return [await start_gateway(gateway_config=file, **settings) for _ in range(count)]
 
     return start_sharing
 
@@ -393,9 +397,12 @@ async def test_a_store_may_be_behind_tls(
         assert (await ask(gateway)).status == 200
 
 
-async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: LimitsServer, start: Start) -> None:
-    async with LimitsServer(tmp_path, "--cluster-enabled", "yes") as cluster:
-        client = Redis(port=cluster.port)
+@pytest.fixture
+async def cluster(tmp_path: Path, store: LimitsServer) -> AsyncIterator[LimitsServer]:
+    """A cluster of one node; `store`: only where there is a server."""
+    del store
+    async with LimitsServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", f"{free_port()}") as node:
+        client = Redis(port=node.port)
         await client.execute_command(  # type: ignore[no-untyped-call]
             "CLUSTER", "ADDSLOTSRANGE", 0, 16383
         )
@@ -405,11 +412,101 @@ async def test_a_cluster_is_a_store_too(mock: MockModel, tmp_path: Path, store: 
 
         await until(is_up, "the cluster", seconds=20)
         await client.aclose()
-        gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=5)
-        for gateway in gateways:
-            await is_said(gateway, "ok")
-        await ask_skewed(gateways, 60, 1)
-        assert 36 <= mock.journal.total <= 40
+        yield node
+
+
+async def test_a_cluster_is_a_store_too(mock: MockModel, cluster: LimitsServer, start: Start) -> None:
+    gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=5)
+    for gateway in gateways:
+        await is_said(gateway, "ok")
+    await ask_skewed(gateways, 60, 1)
+    assert 36 <= mock.journal.total <= 40
+
+
+@pytest.mark.parametrize("in_cluster", [False, True], ids=["alone", "cluster"])
+async def test_a_user_needs_no_more_than_the_docs_say(
+    mock: MockModel, store: LimitsServer, cluster: LimitsServer, start: Start, *, in_cluster: bool
+) -> None:
+    found = re.search(r"A user needs `([^`]*)`, of a cluster also `([^`]*)`", DOCS)
+    assert found is not None
+    rules, server = (f"{found[1]} {found[2]}", cluster) if in_cluster else (found[1], store)
+    client = Redis(port=server.port)
+    await client.execute_command(  # type: ignore[no-untyped-call]
+        "ACL", "SETUSER", "gateway", "on", ">secret", *rules.split()
+    )
+    (gateway,) = await start(mock, f"valkey://gateway:secret@127.0.0.1:{server.port}", 1, "requests_per_day: 40")
+    await is_said(gateway, "ok")
+    assert (
+        await gateway.chat(path="/v1/responses", input="hi", headers={"authorization": f"Bearer {KEY}"})
+    ).status == 200
+
+    async def has_hint_and_ledger() -> bool:
+        keys = await client.keys("llm-gateway:*")
+        return sorted(key.split(b":")[1] for key in keys if isinstance(key, bytes)) == [b"limits", b"responses"]
+
+    await until(has_hint_and_ledger)
+    await client.aclose()
+
+
+async def test_a_key_may_lose_its_limits_and_have_them_again(
+    mock: MockModel, store: LimitsServer, start: Start, tmp_path: Path
+) -> None:
+    (gateway,) = await start(mock, store, 1, "requests_per_day: 40", gateway_queue_timeout=1)
+    for _ in range(10):
+        assert (await ask(gateway)).status == 200
+    limited = (tmp_path / "gateway.yaml").read_text()
+
+    async def follows(text: str) -> None:
+        generations = gateway.parts.generations
+        number = generations.current.number
+        config(tmp_path, text)
+        await until(lambda: generations.current.number > number, lambda: str(generations.error))
+
+    limits = gateway.parts.limits
+    assert isinstance(limits, LimitsStore)
+    reported = limits.exchanges + 2
+    await until(lambda: limits.exchanges >= reported)
+    await follows(limited.replace("limits: {requests_per_day: 40}", ""))
+    for _ in range(3):
+        assert "x-ratelimit-limit-requests" not in (await ask(gateway)).headers
+    await follows(limited)
+
+    async def remembered() -> bool:
+        answer = await ask(gateway)
+        return int(answer.headers["x-ratelimit-remaining-requests"]) < 30
+
+    await until(remembered, "what was used before counts")
+    await ask_skewed([gateway], 60, 1)
+    assert mock.journal.total == 40 + 3
+
+
+async def test_the_file_with_the_store_s_password_is_read_anew(
+    mock: MockModel, store: LimitsServer, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def url(password: str) -> str:
+        return f"valkey://:{password}@127.0.0.1:{store.port}"
+
+    client = Redis(port=store.port)
+    await client.config_set("requirepass", "old")
+    secret = tmp_path / "store"
+    secret.write_text(url("old"))
+    monkeypatch.setenv("GATEWAY_LIMITS_URL_FILE", str(secret))
+    (gateway,) = await start(mock, None, 1, "requests_per_day: 40")
+    await is_said(gateway, "ok")
+    await client.aclose()
+    client = Redis(port=store.port, password="old")
+    await client.config_set("requirepass", "new")
+    secret.write_text(url("new"))
+    await until(lambda: gateway.parts.generations.current.number == 2)
+    await client.client_kill_filter(_type="normal", skipme=True)
+    await is_said(gateway, "ok")
+    assert isinstance(gateway.parts.limits, LimitsStore)
+    failures = gateway.parts.limits.failures
+    assert (await ask(gateway)).status == 200
+    reported = gateway.parts.limits.exchanges + 2
+    await until(lambda: gateway.parts.limits.exchanges >= reported)
+    assert gateway.parts.limits.failures == failures
+    await client.aclose()
 
 
 async def test_what_an_instance_holds_is_given_back_when_it_stops(

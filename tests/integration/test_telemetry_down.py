@@ -312,7 +312,7 @@ async def test_requests_are_not_kept_when_their_spans_are_lost(
         gc.collect()
         return sum(isinstance(one, Record) and id(one) not in before for one in gc.get_objects())
 
-    gateway = await start_gateway(mock, exporter=exporter_to(refusing))
+    gateway = await start_gateway(mock, exporter=exporter_to(refusing), gateway_kept_requests=0)
     await all_is_well(gateway, mock)
     assert kept()
     await lost(gateway, 40)

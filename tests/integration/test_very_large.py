@@ -146,7 +146,7 @@ async def test_when_the_reading_process_is_killed_one_request_is_asked_to_come_a
     gateway = await start_gateway(recorder.url)
     path, body = BODIES[0]
     assert (await send(gateway, post(body, path=path))).status == 200
-    worker = gateway.parts.executor._worker
+    worker = gateway.parts.executor._side_process
     started = worker._started
     assert worker.pid is not None
 

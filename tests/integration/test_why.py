@@ -188,7 +188,7 @@ TIMEOUT = "504 (backend_timeout)"
         (
             [fault("malformed_event", after_events=4)],
             GOOD,
-            f"{BROKE_OFF}: backend-1 sent an event whose data is not JSON, and {TOLD}.",
+            f"{BROKE_OFF}: backend-1 sent an event whose data was not JSON, and {TOLD}.",
         ),
         (
             [fault("error_event", after_events=4)],
@@ -352,12 +352,12 @@ async def test_waits_for_the_end_of_an_outage_and_of_a_cooldown_are_told(
     text = await why(gateway, await gateway.chat())
     assert text == (
         "Answered by backend-1 at the fifth attempt, in T "
-        "(T waiting for the end of an outage of backend, T in backoff), after backend-1 answered 503 four times."
+        "(T waiting for the end of backend's outage, T in backoff), after backend-1 answered 503 four times."
     )
     mock.set_faults([fault("status", 1, status=429, headers={"retry-after-ms": "50"})])
     text = await why(gateway, await gateway.chat(user="another"))
     assert text == (
-        "Answered by backend-1 at the second attempt, in T (T waiting until backend may be asked again), "
+        "Answered by backend-1 at the second attempt, in T (T waiting for the end of backend's cooldown), "
         "after backend-1 answered 429 and asked to be left alone for T."
     )
     mock.set_faults([fault("status", status=429, headers={"retry-after": "60"})])
@@ -365,6 +365,58 @@ async def test_waits_for_the_end_of_an_outage_and_of_a_cooldown_are_told(
     assert await why(gateway, await gateway.chat(user="a fourth")) == (
         "Refused with 429 (backend_rate_limited) after T, without an attempt: "
         "backend was passed over because it had asked to be left alone."
+    )
+
+
+async def test_a_target_that_only_repeats_a_refusal_comes_last_which_is_told(
+    start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    first, second = await start_mock(), await start_mock()
+    backends = {"first": f'url: "{first.url}"', "second": f'url: "{second.url}"'}
+    file = routes(tmp_path, "{backend: first}, {backend: second}", **backends)
+    gateway = await start_gateway(gateway_config=file, gateway_max_attempts=1)
+    first.set_faults([fault("status", status=429, body={"error": {"code": "insufficient_quota"}})])
+    assert await why(gateway, await gateway.chat()) == (
+        "Answered by second at the second attempt, in T, after first answered 429 (the account's quota was spent)."
+    )
+    answer = await gateway.chat()
+    reason = "because it had failed or refused requests a short time before"
+    assert await why(gateway, answer) == (
+        f"Answered by second at the first attempt, in T; first was passed over {reason}."
+    )
+    found = await document(gateway, answer.headers["x-request-id"])
+    assert [(each["backend"], each["why_not"]) for each in found["targets"]] == [("first", "avoided"), ("second", None)]
+    second.set_faults([fault("status", status=502)])
+    text = await why(gateway, await gateway.chat())
+    assert text.endswith(f"; first was passed over at first {reason}."), text
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "meaning"),
+    [
+        (400, {"code": "context_length_exceeded"}, "the prompt was too long for the model"),
+        (404, {"code": "model_not_found", "type": "invalid_request_error"}, "it had no such model"),
+        (404, None, "it had no such path"),
+        (402, {"message": "Payment required"}, "the account's quota was spent"),
+    ],
+    ids=["context", "model", "path", "quota"],
+)
+async def test_what_an_error_answer_means_is_told_where_that_decided_what_followed(
+    mock: MockModel, start_gateway: StartGateway, status: int, error: dict[str, str] | None, meaning: str
+) -> None:
+    gateway = await start_gateway(mock)
+    mock.set_faults([fault("status", status=status, body={"error": error} if error else {"detail": "x"})])
+    assert f": backend-1 answered {status} ({meaning}), and " in await why(gateway, await gateway.chat())
+
+
+async def test_a_cooldown_that_used_up_the_attempts_is_not_said_to_last_too_long(
+    mock: MockModel, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(mock, gateway_max_attempts=2)
+    mock.set_faults([fault("status", status=429, headers={"retry-after-ms": "20"})])
+    assert await why(gateway, await gateway.chat()) == (
+        "Failed with 429 after 2 attempts in T (T waiting for the end of backend's cooldown): "
+        f"backend-1 answered 429 and asked to be left alone for T (twice), and {TWICE}."
     )
 
 
@@ -402,8 +454,7 @@ async def test_the_queue_a_full_gateway_and_a_full_backend_are_told(
     await mock.called(before + 1)
     assert await why(gateway, await gateway.chat()) == (
         "Refused with 503 (gateway_overloaded) after T (T waiting for a free place at small), without an attempt: "
-        "every backend that could answer had as many requests under way as it may have; "
-        "small was passed over because it had as many requests under way as it may have."
+        "every backend that could answer was full (max_in_flight)."
     )
     await mock.reset()
     await first
@@ -417,12 +468,12 @@ async def test_the_deadline_is_told_wherever_it_passed(mock: MockModel, start_ga
     await mock.called(2)
     queued = await gateway.chat(headers={"x-request-timeout": "0.1"})
     assert await why(gateway, queued) == (
-        "Refused with 504 (deadline_exceeded) after T (T in the queue), without an attempt: "
-        "the deadline passed while the request waited in the queue."
+        "Failed with 504 (deadline_exceeded) after T (T in the queue), without an attempt: "
+        "the deadline passed while the request was queued."
     )
     assert await why(gateway, await first) == (
         "Failed with 504 (deadline_exceeded) after 2 attempts in T (T in backoff): backend-1 answered 502, "
-        "and then the deadline passed before the answer was complete while backend-1 was being asked."
+        "and then the deadline passed while backend-1 was being asked."
     )
 
 
@@ -454,7 +505,8 @@ keys: [{{name: team-a, key_env: TEAM_KEY, models: [demo-model], limits: {{reques
     assert (found["caller"], found["limit"]) == ("team-a", "max_in_flight")
     third = await gateway.chat(headers=key)
     assert await why(gateway, third) == (
-        "Refused with 429 (rate_limit_exceeded) after T: the limit requests_per_minute of team-a was used up."
+        "Refused with 429 (rate_limit_exceeded) after T: "
+        "of team-a's requests_per_minute (2) 0 were left, and this request needed 1."
     )
     other = await gateway.chat(headers=key, model="gpt-9")
     assert (await why(gateway, other)).startswith(
@@ -513,6 +565,15 @@ async def test_a_caller_who_left_is_told(start_mock: StartMock, start_gateway: S
     mock.set_faults([])
     text = await leave("streaming", stream=True)
     assert text == "The caller left after T (first token after T), while backend-1 was sending its answer."
+    gateway = await start_gateway(mock, gateway_backoff_initial=60, gateway_backoff_max=60)
+    mock.set_faults([fault("status", status=502)])
+    async with dial(gateway.url) as caller:
+        await caller.send(post(headers={"x-request-id": "in-backoff"}))
+        await until(lambda: any(each.attempts and each.attempt.ended for each in gateway.parts.in_flight))
+    await until(lambda: bool(gateway.parts.kept_requests.find("in-backoff")))
+    assert DURATION.sub("T", (await document(gateway, "in-backoff"))["why"]) == (
+        "The caller left after T, before the request was sent again, after backend-1 answered 502."
+    )
 
 
 async def test_a_stop_is_told(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -523,7 +584,7 @@ async def test_a_stop_is_told(mock: MockModel, start_gateway: StartGateway) -> N
     gateway.parts.in_flight.cut_off()
     assert await why(gateway, await task) == (
         "Failed with 503 (gateway_draining) at the first attempt, in T: "
-        "the gateway was stopping while backend-1 was being asked."
+        "the gateway was stopped while backend-1 was being asked."
     )
     gateway.parts.admission.drain()
     assert await why(gateway, await gateway.chat()) == (

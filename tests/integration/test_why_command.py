@@ -1,15 +1,17 @@
 """`llm-gateway why ID`: the explanation as text for a terminal."""
 
 import asyncio
+import json
 import os
 from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import pytest
 
 from gateway.admin_client import NotAnswered, ask
 from mock_model.serve import MockModel
 from testkit.processes import python, spawn
-from tests.integration.gateways import REFUSED, StartGateway
+from tests.integration.gateways import REFUSED, StartGateway, config
 
 ADMIN = "admin-key-of-the-tests"
 
@@ -43,6 +45,19 @@ async def test_the_text_tells_the_sentence_and_a_waterfall(mock: MockModel, star
         assert all(line.startswith("|") and line[31] == "|" for line in waterfall)
         assert [set(line[1:31]) - {" "} for line in waterfall] == [{"#"}, {"."}, {"#"}]
         assert tokens[0].startswith("tokens: ")
+
+
+async def test_who_was_not_asked_is_told_with_the_reason(
+    mock: MockModel, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    backends = {"first": {"url": mock.url}, "second": {"url": mock.url}}
+    route = {"model": "*", "targets": [{"backend": "first"}, {"backend": "second", "model": "small"}]}
+    gateway = await start_gateway(
+        gateway_config=config(tmp_path, json.dumps({"backends": backends, "routes": [route]}))
+    )
+    answer = await gateway.chat()
+    _, out, _ = await command("why", answer.headers["x-request-id"], "--url", gateway.url)
+    assert "\nsecond (small) was not asked: another one answered\n" in out
 
 
 async def test_the_admin_key_comes_from_the_environment(mock: MockModel, start_gateway: StartGateway) -> None:

@@ -170,8 +170,8 @@ def test_metrics_by_otlp_are_genai_s_alone_and_nothing_is_counted_twice(metrics_
     assert dropped == [0]
 
 
-OF_LIMITS = {"Time in the queue", "Limits of keys"}
-"""Panels that show something only of a gateway that is full or has keys with limits."""
+OF_LIMITS = {"Time in the queue", "Limits of keys", "Guards"}
+"""Panels that show something only of a gateway that is full, or has keys with limits or a guard."""
 
 
 def without_a_number(stack: Stack, panels: Callable[[str], bool]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from testkit.dashboard import panels
 from tests.unit.test_docs import anchors, metric_names
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,12 @@ def test_every_runbook_is_an_alert_s_and_says_what_to_do() -> None:
     for name, text in runbooks().items():
         for part in ("**Means:**", "**Look at:**", "**Do:**"):
             assert part in text, f"{name}: {part}"
+
+
+def test_the_panels_that_runbooks_name_are_there() -> None:
+    named = {name for text in runbooks().values() for name in re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text)}
+    assert len(named) > 4
+    assert named <= {panel["title"] for panel in panels()}
 
 
 def test_every_metric_in_an_alert_is_there() -> None:

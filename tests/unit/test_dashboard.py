@@ -28,8 +28,19 @@ GRAFANA = ROOT / "otel" / "grafana"
 UNITS = {value for name, value in vars(units).items() if name[0].isupper() and isinstance(value, str)}
 
 
+class Compose(yaml.SafeLoader):
+    """Reads the tag with which Compose replaces what another service has."""
+
+
+def _in_place(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list[Any]:
+    return list(loader.construct_sequence(node))
+
+
+Compose.add_constructor("!override", _in_place)
+
+
 def read(file: Path) -> Any:  # noqa: ANN401
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=Compose)  # noqa: S506 - it is a safe one
 
 
 def lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:  # noqa: ANN401

@@ -18,6 +18,7 @@ from gateway.settings import SECRETS, Settings, load
 from gateway.telemetry import Telemetry, spans
 from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.tracing import Tracer
+from gateway.workers.whole import Whole
 from mock_model.faults import KINDS
 from mock_model.settings import Settings as MockSettings
 
@@ -55,7 +56,7 @@ def metric_names() -> Iterator[str]:
     telemetry = Telemetry(settings, tracer=Tracer(None), log=RequestLog(level="INFO", as_json=True))
     create_app(settings, load_routing(settings), telemetry)
     text = telemetry.metrics.exposition("")[0].decode()
-    for family in text_string_to_metric_families(text):
+    for family in (*text_string_to_metric_families(text), *Whole([]).own(0)):
         yield f"{family.name}_total" if family.type == "counter" else family.name
 
 

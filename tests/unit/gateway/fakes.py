@@ -94,7 +94,7 @@ def pool_of(
         rng=rng,
         waiting=waiting if waiting is not None else WaitingLimit(max_requests=1000, max_bytes=1 << 30),
         breaker_changed=ignore,
-        cooldown_begun=lambda _backend, _seconds: None,
+        cooldown_begun=lambda _backend, _model, _seconds: None,
         released=lambda _backend, _number: None,
         before=before,
     )

@@ -376,6 +376,70 @@ def test_limits_may_change_while_they_are_shared() -> None:
     assert world.used(60) == 40
 
 
+@pytest.mark.parametrize("answer", ["in time", "late"])
+def test_a_limit_of_requests_in_flight_that_has_gone_holds_nobody_up(answer: str) -> None:
+    world = World(count=1, requests_per_minute=100, max_in_flight=2)
+    (process,) = world.processes
+    assert process.ask_and_take()
+    report = process.allotment.report("")
+    if answer == "in time":
+        process.allotment.answered(world.ledger.exchange(report))
+    process.limits.change(LimitsConfig(requests_per_minute=100))
+    process.allotment.follow()
+    if answer == "late":
+        process.allotment.answered(world.ledger.exchange(report))
+    assert process.limits.most_in_flight is None
+    assert [process.ask_and_take() for _ in range(20)] == [True] * 20
+
+
+@pytest.mark.parametrize("limit", [40, 1000])
+def test_without_the_ledger_the_shares_of_a_limit_that_changes_are_together_the_new_one(limit: int) -> None:
+    world = World(requests_per_day=100, max_in_flight=20)
+    for each in [*world.processes, *world.processes]:
+        each.ask_and_take()
+        each.exchange()
+    for each in world.processes:
+        each.allotment.go_on()
+        each.limits.change(LimitsConfig(requests_per_day=limit, max_in_flight=limit // 5))
+        each.allotment.follow()
+    assert 0.8 * limit <= sum(each.limits.requests[0].most for each in world.processes) <= limit
+    assert sum(each.limits.most_in_flight or 0 for each in world.processes) <= limit // 5
+
+
+@pytest.mark.parametrize("reserved", [0, 10])
+def test_who_has_used_more_than_was_left_may_use_the_whole_limit_again_when_that_is_forgotten(reserved: int) -> None:
+    world = World(count=2, tokens_per_minute=1000)
+    process, other = world.processes
+    process.exchange()
+    other.exchange()
+    reservation = process.limits.reserve(reserved)
+    if reservation.take() is not None:
+        process.exchange()
+        assert reservation.take() is None
+    reservation.settle(30_000)
+    for _ in range(MINUTE * 2):
+        world.clock.forward(1)
+        for each in world.processes:
+            each.exchange()
+    assert process.ask_and_take(reserved)
+    process.exchange()
+    assert process.ask_and_take(1000 - reserved)
+
+
+def test_what_others_have_used_is_forgotten_by_who_has_heard_nothing_since() -> None:
+    world = World(count=2, requests_per_minute=100)
+    process, other = world.processes
+    assert all(each.ask_and_take() for each in (process, other, other, other))
+    for each in (other, process, process):
+        world.clock.forward(INTERVAL)
+        each.exchange()
+    window = process.limits.requests[0]
+    assert (window.used, window.elsewhere, window.left) == (1, 3, 96)
+    world.clock.forward(MINUTE + 2)
+    process.limits.look()
+    assert (window.used, window.elsewhere, window.left) == (0, 0, 100)
+
+
 def test_what_is_refused_without_the_ledger_is_not_remembered() -> None:
     world = World(count=1, requests_per_day=4)
     (process,) = world.processes

@@ -324,6 +324,23 @@ def test_every_change_is_told_once_and_in_order() -> None:
     ]
 
 
+def test_after_a_hint_the_next_failure_opens_it_unless_a_success_comes_first() -> None:
+    clock = Clock()
+    breaker = make(clock)
+    breaker.hint()
+    assert breaker.admits
+    fail(breaker)
+    assert breaker.state is State.OPEN
+    left = breaker.retry_in
+    breaker.hint()
+    assert breaker.retry_in == left
+    other = make(clock)
+    other.hint()
+    other.record_success(admitted(other))
+    fail(other, FAILURES - 1)
+    assert other.state is State.CLOSED
+
+
 class BreakerRules(RuleBasedStateMachine):
     """Any order of attempts, ends, probes and time, against the plainest model of the rules.
 

@@ -126,6 +126,41 @@ def test_what_would_change_is_told_but_no_secret(
     assert SECRET not in out
 
 
+def test_the_order_of_fallbacks_is_told_and_so_is_the_route_in_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backends = 'backends: {a: {url: "http://a"}, b: {url: "http://b"}, c: {url: "http://c"}}\n'
+    route = "{model: m, targets: [{backend: a}, {backend: b}]}"
+    old = written(tmp_path, f"{backends}routes: [{route}]", "old.yaml")
+    for routes, told in {
+        "{model: m, targets: [{backend: b}, {backend: c}, {backend: a}]}": [
+            "route m: targets[c] new",
+            "route m: the order is targets[b], targets[c], targets[a]",
+        ],
+        "{model: m, targets: [{backend: a}, {backend: c}, {backend: b}]}": ["route m: targets[c] new"],
+        f"{route}, {{model: m, targets: [{{backend: c}}]}}": [f"It says the same as {old}."],
+    }.items():
+        assert check.main([written(tmp_path, f"{backends}routes: [{routes}]"), old]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == told
+
+
+def test_what_a_running_gateway_would_refuse_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = 'backends: {a: {url: "http://a"}}\nroutes: [{model: m, targets: [{backend: a}]}]\n'
+    new = written(tmp_path, without)
+    old = written(tmp_path, f"{without}keys: [{{name: t, key_sha256: '{'0' * 64}'}}]", "old.yaml")
+    for files, told in {
+        (new, old): ["key t: gone", "keys: there are none now, which needs a restart"],
+        (old, new): ["key t: new", "keys: there are some now, which needs a restart"],
+    }.items():
+        assert check.main([*files]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == told
+    monkeypatch.setenv("GATEWAY_API_KEYS", "of the environment")
+    assert check.main([new, old]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["key t: gone"]
+
+
 @pytest.mark.usefixtures("secrets")
 def test_a_part_that_appears_or_goes_is_told_value_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_guard = FILE.replace("small, weight: 1}]", "small, weight: 1}], guard: {window: 30}")

@@ -179,3 +179,24 @@ def test_whatever_happens_nobody_is_admitted_too_early_and_everybody_in_the_end(
     clock.forward(LONGEST + 1)
     assert [of.due(model) for model in ("m", "n", "o")] == [None] * 3
     assert of.left is None
+
+
+def test_a_hint_cools_as_long_as_the_other_does_and_never_shortens_a_cooldown() -> None:
+    clock = Clock()
+    begun: list[float] = []
+    of = Cooldown(clock=clock, begun=lambda _model, seconds: begun.append(seconds))
+    of.hint("m", 20)
+    assert of.due("m") == clock() + 20
+    of.hint("m", 5)
+    assert of.due("m") == clock() + 20
+    of.hint("m", 30)
+    assert of.due("m") == clock() + 30
+    assert begun == []  # or two that hint to each other would never stop
+    clock.now += 30
+    assert of.due("m") is None
+    assert of.take("m")
+    of.succeed("m", clock())
+    assert not of.take("m")
+    for number in range(MAX_MODELS + 10):
+        of.hint(str(number), 1)
+    assert of.due("0") is None

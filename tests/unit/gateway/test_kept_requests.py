@@ -9,6 +9,7 @@ import pytest
 
 from gateway.kept_requests import ORDINARY, KeptRequests, size_of
 from gateway.policy.caller import NOBODY, Caller
+from gateway.policy.pool import Candidate
 from gateway.record import AttemptRecord, Record, Wait
 
 KNOWN = Caller("key team-a", "team-a")
@@ -34,7 +35,8 @@ def test_the_newest_come_first_and_the_oldest_goes() -> None:
     for number in range(25):
         kept.add(record(number))
     assert numbers(kept) == list(range(24, 14, -1))
-    assert [each.number for each in kept.newest(before=18)] == [17, 16]
+    third = list(kept.newest())[2]
+    assert [each.record.trace_id - 1 for each in kept.newest(before=third.number)][:2] == [21, 20]
     assert len(kept) == 10
 
 
@@ -178,16 +180,33 @@ def ordinary(number: int) -> Record:
     return made
 
 
+MANY = [Candidate("primary", None, None, ("primary-1",))] * 2000
+
+
+def of_a_long_route(number: int) -> Record:
+    made = ordinary(number)
+    made.candidates = tuple(MANY)
+    return made
+
+
 @pytest.mark.parametrize(
     "make",
     [
         ordinary,
+        of_a_long_route,
         lambda number: longest(number, letter="x"),
         longest,
         lambda number: longest(number, attempts=4, events=4),
         lambda number: longest(number, attempts=40, events=40),
     ],
-    ids=["ordinary", "longest names", "longest names of wide letters", "a few attempts", "forty attempts"],
+    ids=[
+        "ordinary",
+        "a long route",
+        "longest names",
+        "longest names of wide letters",
+        "a few attempts",
+        "forty attempts",
+    ],
 )
 def test_a_thousand_take_less_than_ten_megabytes(make: Callable[[int], Record]) -> None:
     gc.collect()

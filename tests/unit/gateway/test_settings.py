@@ -87,7 +87,7 @@ AT_LEAST_ONE = [
     "MAX_ANSWER_BYTES",
     "MAX_BUFFERED_BYTES",
 ]
-AT_LEAST_NONE = ["RETRY_FLOOR", "MAX_QUEUE"]
+AT_LEAST_NONE = ["RETRY_FLOOR", "MAX_QUEUE", "WORKERS"]
 WRONG += [(f"GATEWAY_{name}", value, "") for name in POSITIVE for value in ("0", "-1", "nan", "inf", "1s", "1,5")]
 WRONG += [(f"GATEWAY_{name}", value, "") for name in NOT_NEGATIVE for value in ("-1", "nan", "inf", "many")]
 WRONG += [(f"GATEWAY_{name}", value, "") for name in AT_LEAST_ONE for value in ("0", "-1", "1.5", "nan", "many")]

@@ -1,14 +1,19 @@
 """What the live page is sent stays small, however much there is."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from gateway import ui
+from gateway.kept_requests import NO_FAILURE
 from gateway.policy.caller import Caller
 from gateway.record import AttemptRecord, Record
-from gateway.telemetry.metrics import SECONDS, Metrics
+from gateway.telemetry.counts import SECONDS
+from gateway.telemetry.metrics import Metrics
 from gateway.ui.snapshot import MAX_CALLERS, MAX_MODELS, Snapshot
 
 
@@ -76,3 +81,9 @@ def test_of_many_callers_and_models_a_bounded_number_is_shown_and_the_rest_is_co
 def test_keys_without_a_name_are_shown_by_their_number(metrics: Metrics) -> None:
     (caller,) = snapshot(metrics, Caller("key of 0a"))["callers"]
     assert (caller["name"], caller["named"], caller["models"], caller["limits"]) == ("key 1", False, None, [])
+
+
+def test_the_page_and_the_gateway_agree_on_what_is_the_callers_own_doing() -> None:
+    script = (Path(ui.__file__).parent / "elements.js").read_text(encoding="utf-8")
+    (names,) = re.findall(r"CALLERS_OWN = new Set\(\[(.*?)\]\)", script, re.DOTALL)
+    assert set(json.loads(f"[{names}]")) == NO_FAILURE - {"ok"}

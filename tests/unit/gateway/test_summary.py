@@ -3,7 +3,9 @@
 import pytest
 
 from gateway.errors import GatewayError
+from gateway.explanation import explanation
 from gateway.policy.caller import Caller
+from gateway.policy.pool import Candidate
 from gateway.record import AttemptRecord, Record, Wait
 from gateway.summary import NO_MORE, PASSED_OVER, SHED, WAITING, duration, sentence
 
@@ -32,6 +34,7 @@ def answered(number: int, status: int, name: str = "primary-1") -> AttemptRecord
     ("seconds", "text"),
     [
         (0.0, "0 ms"),
+        (0.0003, "0.3 ms"),
         (0.0123, "12 ms"),
         (0.0994, "99 ms"),
         (0.0996, "0.1 s"),
@@ -53,7 +56,9 @@ def test_seconds_are_said_as_people_say_them(seconds: float, text: str) -> None:
         ("The backend answered 502.", "primary-1 answered 502"),
         ("The backend's answer is not JSON.", "primary-1's answer was not JSON"),
         ("primary-1 did not accept a connection within 1 s.", "primary-1 did not accept a connection within 1 s"),
-        ("A kept-alive connection to primary-1 was dead.", "a kept-alive connection to primary-1 was dead"),
+        ("A kept-alive connection to primary-1 had died.", "a kept-alive connection to primary-1 had died"),
+        ("The backend's answer has a content-encoding.", "primary-1's answer had a content-encoding"),
+        ("The backend sent an event whose data is not JSON.", "primary-1 sent an event whose data was not JSON"),
         ("The host name of primary-1 could not be resolved.", "the host name of primary-1 could not be resolved"),
         ("The TLS handshake with primary-1 failed: X.", "the TLS handshake with primary-1 failed: X"),
         (
@@ -129,7 +134,48 @@ def test_each_wait_is_told_during_and_after_it(kind: str) -> None:
         f"Under way for 2 s: it waits {WAITING[kind].format('primary')}; so far primary-1 answered 503."
     )
     made.ended, made.outcome = 102.0, "client_closed_request"
-    assert f", while it waited {WAITING[kind].format('primary')}, after primary-1 answered 503." in sentence(made, 0.0)
+    assert f", while the request waited {WAITING[kind].format('primary')}, after primary-1 answered 503." in sentence(
+        made, 0.0
+    )
+
+
+@pytest.mark.parametrize(("outcome", "what"), [("deadline_exceeded", "the deadline passed"),
+                                                ("gateway_draining", "the gateway was stopped")])  # fmt: skip
+def test_what_a_request_was_doing_when_it_was_ended_is_told(outcome: str, what: str) -> None:
+    made = record(503, outcome, answered(1, 502), attempt(2, "cancelled", name="spare"))
+    assert sentence(made, 0.0).endswith(f": primary-1 answered 502, and then {what} while spare was being asked.")
+    made.first_token = made.attempt.started + 0.01
+    assert sentence(made, 0.0).endswith(f" and then {what} while spare was sending its answer.")
+    made.attempts.pop()
+    made.waits = [Wait("bridging", "primary", 100.2, 100.4)]
+    assert sentence(made, 0.0).endswith(f" {what} while the request waited for the end of primary's outage.")
+    made.attempts, made.waits, made.queued_at = [], [], 100.0
+    assert sentence(made, 0.0).endswith(f", without an attempt: {what} while the request was queued.")
+
+
+def test_what_was_left_of_a_limit_is_told_also_where_other_instances_could_not_be_asked() -> None:
+    made = record(429, "rate_limit_exceeded")
+    made.limit = "requests_per_minute"
+    left = "this key's requests_per_minute (60) this one may use 15 meanwhile: 0 are left, and this request needs 1."
+    made.error_message = f"Other instances cannot be asked now. Of {left}"
+    assert sentence(made, 0.0) == (
+        "Refused with 429 (rate_limit_exceeded) after 0.5 s: other instances could not be asked, and of team-a's "
+        "requests_per_minute (60) this one may use 15 meanwhile: 0 were left, and this request needed 1."
+    )
+
+
+def test_a_guard_is_told_by_whom_it_kept_from_the_draw_and_by_whom_it_took_the_traffic() -> None:
+    made = record(200, "ok", attempt(1, "ok", name="old"))
+    made.draw_target("old", "demo-model", 9, 100.0, tripped=["new (canary)"])
+    made.candidates = (Candidate("old", None, 9, ("old",)), Candidate("new", "canary", 1, ("new",)))
+    why = "because the route's guard had taken its traffic"
+    assert sentence(made, 0.0).endswith(f"by its weight of 9; new (canary) was passed over {why}.")
+    assert explanation(made, 0.0)["targets"][1]["why_not"] == "guard"
+    made.attempts = [answered(1, 502, "old"), attempt(2, "ok", name="new")]
+    assert sentence(made, 0.0).endswith(f"; new (canary) was passed over at first {why}.")
+    made.events.clear()
+    made.note_guard("new", 100.0)
+    assert sentence(made, 0.0).endswith("; the route's guard took the traffic of new with this request.")
 
 
 def test_an_answer_that_is_not_the_latest_ones_is_told() -> None:

@@ -36,11 +36,11 @@ PR_SET_PDEATHSIG = 1
 _size = Struct("!Q")
 
 
-class WorkerDiedError(Exception):
+class SideProcessDiedError(Exception):
     """The process ended in the middle of its work: killed, or out of memory."""
 
 
-class Worker:
+class SideProcess:
     """Does work in the process, one at a time; the calls of this class block.
 
     They belong into one thread, which the process does not outlive.
@@ -60,7 +60,7 @@ class Worker:
         Where no process can be started, it is done here.
 
         Raises:
-            WorkerDiedError: the process died; the next call starts another.
+            SideProcessDiedError: the process died; the next call starts another.
             Exception: what `work` raises.
         """
         try:
@@ -76,7 +76,7 @@ class Worker:
             result, error = _receive(cast("IO[bytes]", process.stdout), texts)
         except (OSError, EOFError):
             self.end()
-            raise WorkerDiedError from None
+            raise SideProcessDiedError from None
         finally:
             watchdog.cancel()
         if error is not None:
@@ -100,7 +100,7 @@ class Worker:
             self.end()
         if self._process is None:
             # With our own path: another gateway may lie in the working directory.
-            program = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import main; main()"
+            program = f"import sys; sys.path[:] = {sys.path!r}; from gateway.side_process import main; main()"
             pipe = subprocess.PIPE
             command = [sys.executable, *_interpreter_options(), "-c", program]
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)  # noqa: S603

@@ -17,7 +17,7 @@ from weakref import WeakSet
 import msgspec
 import pytest
 
-from gateway import worker as worker_module
+from gateway import side_process as module
 from gateway.dialects.answer_fields import describe, raise_error_inside
 from gateway.dialects.dialect import Prompt
 from gateway.dialects.json_text import NO_JSON, check
@@ -25,7 +25,7 @@ from gateway.dialects.openai.chat import CHAT, OpenAIChat
 from gateway.dialects.openai.choices import ChoicesState
 from gateway.errors import ErrorInside, ErrorWords, GatewayError, GatewayOverloaded, InvalidRequest
 from gateway.executor import Executor
-from gateway.worker import LONG, Worker, WorkerDiedError, _receive, _send, _serve
+from gateway.side_process import LONG, SideProcess, SideProcessDiedError, _receive, _send, _serve
 from testkit.polling import until
 
 CHATS = OpenAIChat()
@@ -34,8 +34,8 @@ BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}],"n":2,"stream"
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    worker = Worker()
+def worker() -> Iterator[SideProcess]:
+    worker = SideProcess()
     yield worker
     worker.end()
 
@@ -101,7 +101,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_work_is_done_in_one_process_that_is_not_ours(worker: Worker) -> None:
+def test_work_is_done_in_one_process_that_is_not_ours(worker: SideProcess) -> None:
     (first, text), (second, _) = worker.call(where), worker.call(where)
 
     assert first == second == worker.pid
@@ -109,14 +109,14 @@ def test_work_is_done_in_one_process_that_is_not_ours(worker: Worker) -> None:
     assert text == LONG_TEXT
 
 
-def test_a_long_text_does_not_come_back(worker: Worker) -> None:
+def test_a_long_text_does_not_come_back(worker: SideProcess) -> None:
     length, texts = worker.call(length_and_itself, LONG_TEXT)
 
     assert length == len(LONG_TEXT)
     assert all(text is LONG_TEXT for text in texts)
 
 
-def test_a_prompt_is_as_it_was_read_here(worker: Worker) -> None:
+def test_a_prompt_is_as_it_was_read_here(worker: SideProcess) -> None:
     here, there = CHATS.read_request(CHAT, BODY), worker.call(CHATS.read_request, CHAT, BODY)
 
     assert there.body is BODY
@@ -125,7 +125,7 @@ def test_a_prompt_is_as_it_was_read_here(worker: Worker) -> None:
         assert getattr(here, field) == getattr(there, field), field
 
 
-def test_every_error_comes_out_as_it_was_raised(worker: Worker) -> None:
+def test_every_error_comes_out_as_it_was_raised(worker: SideProcess) -> None:
     for number, kind in enumerate(kinds(GatewayError)):
         error = kind.__new__(kind, "what happened")
         error.__dict__.update(message="what happened", param=f"p{number}", retry_after=1.5, outcome="word")
@@ -138,7 +138,7 @@ def test_every_error_comes_out_as_it_was_raised(worker: Worker) -> None:
         assert str(raised.value) == "what happened"
 
 
-def test_errors_of_requests_and_answers_come_out_whole(worker: Worker) -> None:
+def test_errors_of_requests_and_answers_come_out_whole(worker: SideProcess) -> None:
     with pytest.raises(InvalidRequest) as wrong:
         worker.call(CHATS.read_request, CHAT, BODY.replace(b'"n":2', b'"n":0'))
     assert wrong.value.param == "n"
@@ -170,14 +170,14 @@ def test_nothing_of_a_work_that_fails_is_held_where_it_was_done() -> None:
         assert "in refuse" in "".join(error.__notes__)
 
 
-def test_nothing_of_a_work_that_fails_is_held_where_it_was_asked_for(worker: Worker) -> None:
+def test_nothing_of_a_work_that_fails_is_held_where_it_was_asked_for(worker: SideProcess) -> None:
     with without_collector():
         with suppress(InvalidRequest):
             worker.call(refuse, Held())
         assert not Held.seen
 
 
-def test_what_comes_back_is_small_however_large_the_text(worker: Worker) -> None:
+def test_what_comes_back_is_small_however_large_the_text(worker: SideProcess) -> None:
     answer = b'{"id":"%b","model":"m","choices":[%b]}' % (LONG_TEXT, b",".join([b'{"finish_reason":"stop"}'] * 9000))
     described = worker.call(describe, CHATS, "application/json", answer)
     event = b'{"model":"m","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":"stop"}]}' % LONG_TEXT
@@ -190,9 +190,9 @@ def test_what_comes_back_is_small_however_large_the_text(worker: Worker) -> None
     assert len(ChoicesState.abridged(event)) <= LONG + 1000
 
 
-def test_a_death_costs_one_call_and_the_next_one_gets_another_process(worker: Worker) -> None:
+def test_a_death_costs_one_call_and_the_next_one_gets_another_process(worker: SideProcess) -> None:
     first = worker.call(where)[0]
-    with pytest.raises(WorkerDiedError):
+    with pytest.raises(SideProcessDiedError):
         worker.call(die)
     second = worker.call(where)[0]
     os.kill(second, signal.SIGKILL)
@@ -201,13 +201,15 @@ def test_a_death_costs_one_call_and_the_next_one_gets_another_process(worker: Wo
     assert len({first, second, worker.call(where)[0]}) == 3
 
 
-def test_where_no_process_can_be_started_work_is_done_here(monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
+def test_where_no_process_can_be_started_work_is_done_here(
+    monkeypatch: pytest.MonkeyPatch, worker: SideProcess
+) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
 
     assert worker.call(where)[0] == os.getpid()
 
 
-def test_the_process_ends_when_the_one_that_asks_is_gone(worker: Worker) -> None:
+def test_the_process_ends_when_the_one_that_asks_is_gone(worker: SideProcess) -> None:
     worker.call(where)
     process = worker._process
     assert process is not None
@@ -217,7 +219,7 @@ def test_the_process_ends_when_the_one_that_asks_is_gone(worker: Worker) -> None
     assert process.wait(20) == 0
 
 
-ASK = f"import sys; sys.path[:] = {sys.path!r}; from gateway.worker import Worker; worker = Worker(); "
+ASK = f"import sys; sys.path[:] = {sys.path!r}; from gateway.side_process import SideProcess; worker = SideProcess(); "
 
 
 @pytest.mark.parametrize("options", [[], ["-I"], ["-E"], ["-s"], ["-S"], ["-P"], ["-B"], ["-O"], ["-OO"], ["-E", "-O"]])
@@ -257,7 +259,7 @@ def state_of(process: int) -> str:
         return "X"
 
 
-def test_signals_to_the_whole_group_do_not_end_it(worker: Worker) -> None:
+def test_signals_to_the_whole_group_do_not_end_it(worker: SideProcess) -> None:
     process = worker.call(where)[0]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(process, number)
@@ -308,7 +310,7 @@ async def test_an_idle_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_what_is_merely_large_does_not_wait_for_what_is_very_large() -> None:
     executor = Executor(at_once=1, in_thread=10)
     stuck = threading.Event()
-    executor._worker.call = lambda *_: stuck.wait()  # type: ignore[assignment, method-assign]
+    executor._side_process.call = lambda *_: stuck.wait()  # type: ignore[assignment, method-assign]
     try:
         very_large = asyncio.create_task(executor.read(11, where))
         await asyncio.sleep(0)
@@ -321,12 +323,12 @@ async def test_what_is_merely_large_does_not_wait_for_what_is_very_large() -> No
         executor.close()
 
 
-def test_a_process_that_is_stuck_is_killed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "LONGEST", 0.5)
+def test_a_process_that_is_stuck_is_killed(worker: SideProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.call(where)
     assert worker.pid is not None
+    monkeypatch.setattr(module, "LONGEST", 0.5)
     os.kill(worker.pid, signal.SIGSTOP)
-    with pytest.raises(WorkerDiedError):
+    with pytest.raises(SideProcessDiedError):
         worker.call(where)
     monkeypatch.undo()
     assert worker.call(where)[1] == LONG_TEXT

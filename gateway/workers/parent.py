@@ -1,0 +1,225 @@
+"""The parent of workers: opens the port for each, starts them, starts anew what dies, and hands signals on."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from gateway import __version__
+from gateway.server.listener import listening_sockets
+from gateway.workers.channel import Channel
+from gateway.workers.in_flight_count import count_in, new_count
+from gateway.workers.parent_store import KINDS, Ledgers, Values
+from gateway.workers.sharing import Sharing
+from gateway.workers.whole import Whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.settings import Settings
+
+BACK_WITHIN = 1.0
+"""Seconds after a worker's death for which callers wait for the next one; then its place at the port is closed."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before a worker that died is started anew: the first time, and at most; doubled each time."""
+HEALTHY_AFTER = 30.0
+"""Seconds after which a worker is one that works: its next death is a first one."""
+LAST_WORDS = 10.0
+"""Seconds beyond the grace until a worker that does not end is killed."""
+WRONG_SETTINGS = 2
+"""The exit code of a worker whose settings are wrong: another one would fail as well."""
+BY_SIGNAL = 128
+"""What shells add to a signal's number, as an exit code."""
+
+_log = logging.getLogger("gateway")
+
+
+class Child:
+    """A place for a worker: its sockets at the port, its process, the channel to it.
+
+    Attributes:
+        number: 1, 2, ...
+        sockets: that listen for it; empty while its place is closed.
+        channel: to its process; None while there is none.
+        serves: it has taken its sockets.
+        count_descriptor: of the memory in which it keeps up the number of its requests in flight.
+    """
+
+    def __init__(self, number: int, sockets: list[socket.socket]) -> None:
+        self.number = number
+        self.sockets = sockets
+        self.channel: Channel | None = None
+        self.process: asyncio.subprocess.Process | None = None
+        self.serves = False
+        self.count_descriptor = new_count()
+        self._count = count_in(self.count_descriptor)
+        self.deaths = 0
+        self.closing: asyncio.TimerHandle | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight; when its process has died, those that died with it."""
+        return int(self._count[0])
+
+    def forget_in_flight(self) -> None:
+        """Begin anew with none."""
+        self._count[0] = 0
+
+    def close_place(self) -> None:
+        """Close its place at the port: new connections go to the others, and those that wait are reset."""
+        for listening in self.sockets:
+            listening.close()
+        self.sockets = []
+
+    def send(self, number: int) -> None:
+        """Send its process a signal."""
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+class Parent:
+    """Runs workers until it is told to stop.
+
+    Each has listening sockets of its own (`SO_REUSEPORT`), among which the system spreads new connections. The parent
+    opens and keeps them, and hands them over when a worker is ready to accept. So nothing is lost when one dies and the
+    next is there within `BACK_WITHIN`; after that its sockets are closed, and nobody waits in a queue without an end.
+
+    Args:
+        settings: host, port, grace, and how many workers.
+        command: of a worker, without its arguments.
+
+    Attributes:
+        children: the workers' places.
+    """
+
+    def __init__(
+        self,
+        settings: "Settings",
+        *,
+        command: tuple[str, ...] = (sys.executable, "-m", "gateway", "worker"),
+    ) -> None:
+        self._host = settings.host
+        self._port = settings.port
+        self._grace = settings.gateway_shutdown_delay + settings.gateway_shutdown_grace
+        self._count = settings.workers
+        self._command = command
+        self._stopping = asyncio.Event()
+        self._code = 0
+        self.children: list[Child] = []
+        self._whole = Whole(self.children)
+        self._sharing = Sharing(settings, self.children)
+        ledgers, values = Ledgers(), {kind: Values() for kind in KINDS}
+        self._answers: dict[str, Callable[[Child, Any], Any]] = {
+            "short": lambda _child, _: self._sharing.short(),
+            "hint": self._tell_others,
+            "ledgers": lambda _child, reports: ledgers.exchange(reports),
+            "publish": lambda _child, data: values[data[0]].publish(*data[1:]),
+            "look_up": lambda _child, data: values[data[0]].look_up(data[1]),
+        }
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; return the exit code. Raises: OSError, the port is not available."""
+        for free in listening_sockets(self._host, self._port):  # fails where somebody else has it; theirs would not
+            self._port = free.getsockname()[1]
+            free.close()
+        self.children += [Child(number, self._open_place()) for number in range(1, self._count + 1)]
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGHUP, self._hand_on, signal.SIGHUP)
+        _log.info("gateway %s runs %d workers on port %d", __version__, self._count, self._port)
+        watching = loop.create_task(self._whole.watch())
+        await asyncio.gather(*map(self._keep_alive, self.children))
+        watching.cancel()
+        return self._code
+
+    def _open_place(self) -> list[socket.socket]:
+        return listening_sockets(self._host, self._port, shared=True)
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Tell the workers to stop; a second time they do at once."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            for child in self.children:
+                child.close_place()  # each worker's own copies stay open
+            asyncio.get_running_loop().call_later(self._grace + LAST_WORDS, self._hand_on, signal.SIGKILL)
+        self._hand_on(number)
+
+    def _hand_on(self, number: signal.Signals) -> None:
+        for child in self.children:
+            child.send(number)
+
+    async def _keep_alive(self, child: Child) -> None:
+        """Run one worker after the other in a place, until the stop."""
+        loop = asyncio.get_running_loop()
+        while not self._stopping.is_set():
+            began = loop.time()
+            code = await self._run_worker(child)
+            if self._stopping.is_set():
+                self._code = self._code or code
+                return
+            if code == WRONG_SETTINGS:
+                self._code = code  # it said what is wrong
+                self._stop(signal.SIGTERM)
+                return
+            child.deaths = 1 if loop.time() - began >= HEALTHY_AFTER else child.deaths + 1
+            if child.deaths == 1:
+                _log.error("worker %d ended with code %d; a new one is started", child.number, code)
+            if child.closing is None:
+                child.closing = loop.call_later(BACK_WITHIN, child.close_place)
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (child.deaths - 1))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause if child.deaths > 1 else 0)
+
+    async def _run_worker(self, child: Child) -> int:
+        """Start a worker, and wait for its end; return its exit code."""
+        questions, its_questions = socket.socketpair(socket.AF_UNIX)
+        handing, its_handing = socket.socketpair(socket.AF_UNIX)
+        with its_questions, its_handing, handing:
+            child.forget_in_flight()
+            ends = its_questions.fileno(), its_handing.fileno(), child.count_descriptor
+            arguments = (str(child.number), *map(str, ends))
+            child.process = await asyncio.create_subprocess_exec(
+                *self._command, *arguments, pass_fds=ends, process_group=0
+            )
+            its_questions.close()
+            its_handing.close()
+            channel = child.channel = Channel(lambda what, data: self._answer_to(child, handing, what, data))
+            await channel.open(questions)
+            if self._stopping.is_set():  # the signal came before there was a process
+                child.send(signal.SIGTERM)
+            code = await child.process.wait()
+        child.channel, child.serves = None, False
+        channel.close()
+        self._sharing.ended(child)
+        if not self._stopping.is_set():
+            self._whole.ended(child)
+        return code if code >= 0 else BY_SIGNAL - code
+
+    async def _answer_to(self, child: Child, handing: socket.socket, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+        if what == "sockets":
+            self._hand_over(child, handing)
+            return self._sharing.first(child)
+        if what in self._whole.answers:
+            return await self._whole.answers[what](data)
+        return self._answers[what](child, data)
+
+    def _tell_others(self, child: Child, data: Any) -> None:  # noqa: ANN401 - JSON
+        for other in self.children:
+            if other is not child and other.channel is not None:
+                other.channel.tell("hint", data)
+
+    def _hand_over(self, child: Child, handing: socket.socket) -> None:
+        """Give a worker that is ready its sockets."""
+        if child.closing is not None:
+            child.closing.cancel()
+            child.closing = None
+        if not child.sockets and not self._stopping.is_set():
+            child.sockets = self._open_place()
+        if child.sockets:
+            socket.send_fds(handing, [b"\0"], [listening.fileno() for listening in child.sockets])
+            child.serves = True

@@ -1,0 +1,112 @@
+"""A worker's side: its channel to the parent, and the sockets it is given."""
+
+import asyncio
+import os
+import signal
+import socket
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gateway.telemetry.metrics import OPENMETRICS
+from gateway.workers.channel import Channel, NoAnswer
+from gateway.workers.in_flight_count import count_in
+
+if TYPE_CHECKING:
+    from gateway.workers.answers import Answers
+
+MOST_SOCKETS = 64
+"""Addresses of a host."""
+BETWEEN_WORDS = 0.02
+"""Seconds between two that say the same."""
+ANSWER_WITHIN = 2.0
+"""Seconds that the parent may take for an answer."""
+
+
+class Worker:
+    """What a process is among its siblings.
+
+    Args:
+        number: 1, 2, ...
+        questions: the file descriptor of its end of the channel to the parent.
+        handing: that of the socket on which it is given others.
+        count: that of the memory that holds the number of its requests in flight.
+
+    Attributes:
+        in_flight: holds the number of its requests in flight, which the parent reads when it dies.
+        answers: gives the answers to the parent's questions.
+    """
+
+    def __init__(self, number: int, questions: int, handing: int, count: int) -> None:
+        self.number = number
+        self.in_flight = count_in(count)
+        self.answers: Answers | None = None
+        self._questions = socket.socket(fileno=questions)
+        self._handing = socket.socket(fileno=handing)
+        self._channel = Channel(self._answer)
+        self._next_word = 0.0
+
+    async def open(self) -> None:
+        """Open the channel. Should the parent die, this process stops as it does at SIGTERM."""
+        self._handing.setblocking(False)
+        await self._channel.open(self._questions)
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        await self._channel.closed.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def take_sockets(self) -> list[socket.socket]:
+        """Return the sockets on which this process is to accept connections. Raises: NoAnswer."""
+        if self.answers is None:
+            raise RuntimeError("nothing is there yet that could serve")
+        self.answers.take_shares(await self._channel.ask("sockets", timeout=ANSWER_WITHIN))
+        _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
+        return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+    def short(self) -> None:
+        """Tell the parent that this process needs more of what is shared, now and then."""
+        now = monotonic()
+        if now >= self._next_word:
+            self._next_word = now + BETWEEN_WORDS
+            self._channel.tell("short")
+
+    async def ask(self, what: str, data: Any = None, *, timeout: float = ANSWER_WITHIN) -> Any:  # noqa: ANN401, ASYNC109 - JSON; of one answer
+        """Ask the parent. Raises: NoAnswer."""
+        return await self._channel.ask(what, data, timeout=timeout)
+
+    def tell(self, what: str, data: Any = None) -> None:  # noqa: ANN401 - JSON
+        """Tell the parent."""
+        self._channel.tell(what, data)
+
+    async def metrics(self, accept: str) -> tuple[bytes, str] | None:
+        """Return the metrics of all workers, as `Metrics.exposition` does; None if the parent does not answer."""
+        answer = await self._of_all("metrics", OPENMETRICS in accept)
+        return None if answer is None else (answer[0].encode(), answer[1])
+
+    async def health(self, *, in_full: bool) -> dict[str, Any] | None:
+        """Return the document of `/health` for all workers, or None."""
+        return await self._of_all("health", in_full)  # type: ignore[no-any-return]
+
+    async def snapshot(self) -> dict[str, Any] | None:
+        """Return what the live page shows of all workers, or None."""
+        return await self._of_all("snapshot")  # type: ignore[no-any-return]
+
+    async def listed(self, asked: dict[str, str]) -> dict[str, Any] | None:
+        """Return the requests of all workers that fit filters, as `RequestCalls.listed` does, or None."""
+        return await self._of_all("listed", asked)  # type: ignore[no-any-return]
+
+    async def found(self, id_: str) -> dict[str, Any] | None:
+        """Return what the workers know of a request, as `RequestCalls.found` does, or None."""
+        return await self._of_all("found", id_)  # type: ignore[no-any-return]
+
+    async def _of_all(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
+        """Return what the parent says of all workers; None if it does not answer."""
+        try:
+            return await self.ask(what, data)
+        except NoAnswer:
+            return None
+
+    async def _answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+        if self.answers is None:
+            raise LookupError(what)
+        return await self.answers.to(what, data)
