@@ -74,6 +74,8 @@ def _document(status: int, body: bytes) -> dict[str, Any]:
         return document
     error = document.get("error") if isinstance(document, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
+    if status == http.client.UNAUTHORIZED:
+        message = f"{message} It is read from GATEWAY_ADMIN_KEY, or from the file that GATEWAY_ADMIN_KEY_FILE names."
     if status == http.client.NOT_FOUND and "nothing at this path" in str(message):
         message = "it takes no such calls from here; if it has an admin key, set GATEWAY_ADMIN_KEY"
     raise NotAnswered(f"the gateway answered {status}: {message or 'what came is not its answer'}")

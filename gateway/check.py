@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from gateway.admin_client import NotAnswered, ask
 from gateway.config import examine
 from gateway.config_document import SECRET, document
+from gateway.server.paths import call_at_the_end
 from gateway.settings import SettingsError, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from gateway.config import Routing
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +41,8 @@ def main(arguments: list[str]) -> int:
             print(f"wrong: {line}")  # noqa: T201
         for line in findings.unset:
             print(f"warning: {line}; the gateway would not start without it, nor take it while it runs")  # noqa: T201
+        for line in doubts(findings.routing):
+            print(f"warning: {line}")  # noqa: T201
         valid = valid and not findings.complaints
         routings.append(findings.routing)
     if not valid:
@@ -51,6 +56,15 @@ def main(arguments: list[str]) -> int:
         before, after = (document(each, with_secrets=True) for each in (old[0], new))
         _print_changes(before, after, str(options.other))
     return 0
+
+
+def doubts(routing: "Routing | None") -> "Iterator[str]":
+    """Yield what may be in a configuration and is hardly meant, a line each."""
+    for backend in routing.backends if routing is not None else ():
+        for replica in backend.replicas:
+            call = call_at_the_end(replica.url)
+            if call is not None:
+                yield f"the url of {replica.name} ends with {call}, which follows it for each call: leave {call} out"
 
 
 def _print_changes(old: "Mapping[str, Any]", new: "Mapping[str, Any]", other: str) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from gateway.app import PARTS, create_app, runner_of
+from gateway.check import doubts
 from gateway.config import Routing, load_routing
 from gateway.files import Files
 from gateway.server.connections import raise_open_files
 from gateway.server.listener import listen
-from gateway.settings import Settings, SettingsError, load, load_otel, set_threads_of_libuv, unknown
+from gateway.settings import Settings, SettingsError, lacks_its_urls, load, load_otel, set_threads_of_libuv, unknown
 from gateway.telemetry import Telemetry
 from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.logs import RequestLog, setup_logs
@@ -43,6 +44,7 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
     metric_export = metric_export_for(otel, tracer.resource)
     telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs, metric_export=metric_export)
     routing = load_routing(settings, files)
+    _warn_of(routing)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
     if settings.gateway_limits_url is not None and settings.gateway_state_dir is not None:
@@ -64,7 +66,14 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
 
 def read(files: Files) -> Routing:
     """Read backends, routes and keys anew, with all secrets. Raises: SettingsError."""
-    return load_routing(load(files), files)
+    routing = load_routing(load(files), files)
+    _warn_of(routing)
+    return routing
+
+
+def _warn_of(routing: Routing) -> None:
+    for doubt in doubts(routing):
+        logging.getLogger("gateway").warning(doubt)
 
 
 async def run_workers(settings: Settings, files: Files) -> int:
@@ -95,6 +104,9 @@ def serve(worker: Worker | None) -> int:
         if worker is None:
             for name in unknown():
                 logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
+            if lacks_its_urls(settings):
+                default = ",".join(settings.gateway_backend_urls)
+                logging.getLogger("gateway").warning("GATEWAY_BACKEND_URLS is empty: prompts go to %s", default)
             if settings.workers > 1:
                 if settings.gateway_state_dir is not None and settings.gateway_limits_url is None:
                     logging.getLogger("gateway").warning(
@@ -108,7 +120,8 @@ def serve(worker: Worker | None) -> int:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - before any log is set up
         return 2
     except OSError as error:
-        print(f"gateway: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        where = f"{settings.host}:{settings.port}"
+        print(f"gateway: cannot listen on {where}: {error.strerror}; HOST and PORT name another", file=sys.stderr)  # noqa: T201
         return 1
     except Exception:
         logging.getLogger("gateway").critical("the gateway failed", exc_info=True)

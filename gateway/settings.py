@@ -302,6 +302,11 @@ def unknown() -> list[str]:
     return sorted(name for name in os.environ if name.startswith("GATEWAY_") and name not in known)
 
 
+def lacks_its_urls(settings: Settings) -> bool:
+    """Return whether the urls are given but empty, as of a variable of the shell that is not set, and needed."""
+    return os.environ.get("GATEWAY_BACKEND_URLS") == "" and settings.gateway_config is None
+
+
 def set_threads_of_libuv() -> None:
     """Have more threads for name look-ups, unless the environment says how many; call it before the loop starts.
 

@@ -5,6 +5,20 @@ import signal
 import sys
 from types import FrameType
 
+USAGE = "usage: mock-model   run the mock model; its settings are environment variables: docs/mock-model.md"
+
+
+def command() -> int:
+    """Do what the command line says; return the exit code."""
+    arguments = sys.argv[1:]
+    if not arguments:
+        return main()
+    if arguments[0] in {"-h", "--help"}:
+        print(USAGE)  # noqa: T201
+        return 0
+    print(f"mock-model: it takes no arguments, and {arguments[0]!r} is one\n{USAGE}", file=sys.stderr)  # noqa: T201
+    return 2
+
 
 def main() -> int:
     """Run the mock model; return its exit code. Until it serves, SIGTERM and SIGINT end it at once."""
@@ -31,4 +45,4 @@ def _end(number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

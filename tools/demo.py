@@ -68,6 +68,9 @@ curl -X PUT CONTROL/faults -d '[{{"kind": "cut", "with": {{"after_events": 5, "h
 {dim("# let nobody listen for 3 s: the same curl waits for the model and still gets its answer")}
 curl -X PUT CONTROL/faults -d '[{{"kind": "refuse", "with": {{"seconds": 3}}, "times": 1}}]'
 
+{dim("# why a request went as it did, by the x-trace-id of its answer: that of the trees here")}
+.venv/bin/python -m gateway why TRACE --url GATEWAY
+
 {dim("# how the gateway sees the model, and its metrics")}
 curl GATEWAY/health
 curl GATEWAY/metrics

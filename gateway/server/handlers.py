@@ -15,7 +15,7 @@ from gateway.forwarding.attempt import NO_CONTENT
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
 from gateway.server.middleware import RECORD, STREAM
-from gateway.server.paths import CANONICAL, right_path, worded_by
+from gateway.server.paths import CANONICAL, near_path, right_path, worded_by
 from gateway.server.request_reader import form_boundary, forwarded_headers
 from gateway.server.responses import explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
@@ -360,7 +360,12 @@ class Handlers:
 
 def _nothing_at(path: str) -> NotFound:
     right = right_path(path)
-    return NotFound() if right is None else NotFound(f"There is nothing at this path; the right one is {right}.")
+    if right is not None:
+        return NotFound(f"There is nothing at this path; the right one is {right}.")
+    near = near_path(path)
+    if near is not None:
+        return NotFound(f"There is nothing at this path. Is {near} meant? GET / says where to look.")
+    return NotFound()
 
 
 def _home_of(generation: "Generation", response_id: str, record: "Record", *, param: str) -> "Home | None":

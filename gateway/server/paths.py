@@ -1,5 +1,7 @@
 """Which call a path stands for: with or without `/v1`, and the right path for one that is nearly right."""
 
+from difflib import get_close_matches
+
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.model_list import MODELS
 from gateway.dialects.openai.responses import RESPONSES
@@ -20,6 +22,10 @@ CANONICAL = {form: path for path in (*BY_PATH, MODELS) for form in forms_of(path
 """The path that records know, for each form of it."""
 MAX_PARTS = max(path.count("/") for path in BY_PATH)
 """Of the path of a call."""
+LONGEST_NEAR = 100
+"""Characters of a path that is compared with those that are known, which takes the longer the longer it is."""
+NEAR = 0.85
+"""How alike two paths are, from 0 to 1, of which one may be meant by the other."""
 _BELOW_RESPONSES = tuple(f"{form}/" for form in forms_of(RESPONSES))
 _BELOW_MODELS = tuple(f"{form}/" for form in forms_of(MODELS))
 
@@ -43,6 +49,20 @@ def right_path(path: str) -> str | None:
     """Return the path that was meant where slashes, letter case or a second `/v1` are wrong, or None."""
     straight = "/" + "/".join(_parts(path))
     return straight if straight in SERVICE else known_path(straight)
+
+
+def near_path(path: str) -> str | None:
+    """Return the path that may have been meant by one at which there is nothing: the most alike, or None."""
+    if len(path) > LONGEST_NEAR:
+        return None
+    found = get_close_matches(path.lower(), (CANONICAL.keys() | SERVICE) - {"/"}, n=1, cutoff=NEAR)
+    return CANONICAL.get(found[0], found[0]) if found else None
+
+
+def call_at_the_end(base: str) -> str | None:
+    """Return the path of the call with which a backend's url ends, without `/v1`; None for a base url."""
+    calls = (path.removeprefix("/v1") for path in (*BY_PATH, MODELS))
+    return max((call for call in calls if base.rstrip("/").endswith(call)), key=len, default=None)
 
 
 def worded_by(path: str) -> Dialect:

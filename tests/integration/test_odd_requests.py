@@ -231,6 +231,35 @@ async def test_a_near_miss_names_the_right_path(
     assert 'gateway_requests_total{outcome="not_found",route="other",status="404"} 1.0' in metrics
 
 
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/chat/completion", "/v1/chat/completions"),
+        ("/v1/Chat/Completion/", "/v1/chat/completions"),
+        ("/openai/v1/chat/completions", "/v1/chat/completions"),
+        ("/v2/chat/completions", "/v1/chat/completions"),
+        ("/v1/message", "/v1/messages"),
+        ("/v1/model", "/v1/models"),
+        ("/healthz", "/health"),
+        ("/metric", "/metrics"),
+        ("/request", None),
+        ("/confi", None),
+        ("/v1/foo", None),
+        ("/v1/chat/completions" + "s" * 100, None),
+    ],
+)
+async def test_a_path_that_is_like_a_known_one_is_answered_by_a_question(
+    recorder: Recorder, start_gateway: StartGateway, path: str, near: str | None
+) -> None:
+    gateway = await start_gateway(recorder.url)
+    answer = await send(gateway, post(path=path))
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+    middle = f"Is {near} meant?" if near else "Prompts go to /v1/chat/completions;"
+    assert answer.error["message"] == f"There is nothing at this path. {middle} GET / says where to look."
+    assert recorder.seen == []
+
+
 @pytest.mark.parametrize("path", [b"/v1/chat%2Fcompletions", b"/v1/chat%2fcompletions", b"/v1//chat/completions"])
 async def test_a_path_that_only_looks_like_one_of_ours_is_unknown(
     recorder: Recorder, start_gateway: StartGateway, path: bytes

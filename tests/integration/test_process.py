@@ -11,12 +11,15 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
+from gateway import __main__ as gateway_main
 from gateway.__main__ import main
+from mock_model import __main__ as mock_model_main
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.exposition import Exposition
@@ -70,6 +73,39 @@ async def test_the_start_says_whether_keys_are_needed_wherever_they_are_configur
             gateway.signal(signal.SIGTERM)
             _, output, errors = await gateway.end()
         assert words in output + errors
+
+
+@pytest.mark.parametrize("program", [gateway_main, mock_model_main])
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("-h", 0), ("--port", 2), ("chekc", 2)])
+@pytest.mark.usefixtures("pytests_own")
+def test_a_command_line_that_is_wrong_starts_nothing_and_says_what_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: ModuleType, argument: str, code: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", argument])
+    assert program.command() == code
+    output, errors = capsys.readouterr()
+    assert "usage: " in (errors if code else output)
+    assert (output if code else errors) == ""
+    if code:
+        assert repr(argument) in errors
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"GATEWAY_BACKEND_URLS": "http://127.0.0.1:1/v1/chat/completions"},
+            "the url of backend-1 ends with /chat/completions",
+        ),
+        ({"GATEWAY_BACKEND_URLS": ""}, "GATEWAY_BACKEND_URLS is empty: prompts go to http://127.0.0.1:8001"),
+    ],
+)
+async def test_urls_that_are_hardly_meant_are_told_at_the_start(environment: dict[str, str], words: str) -> None:
+    async with running(**LOCAL, **environment) as gateway:
+        await gateway.up()
+        gateway.signal(signal.SIGTERM)
+        _, _, errors = await gateway.end()
+    assert errors.count(words) == 1, errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -61,6 +61,18 @@ def test_secrets_that_are_not_set_here_are_warnings(tmp_path: Path, capsys: pyte
     assert last.endswith("is valid.")
 
 
+@pytest.mark.parametrize("call", ["/chat/completions", "/completions/", "/messages", "/models", "/audio/speech"])
+def test_a_url_of_a_call_in_place_of_a_base_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    urls = f'["http://a:1/v1", "http://user:s3cret@a:1/v1{call}"]'
+    path = written(tmp_path, f"backends: {{a: {{urls: {urls}}}}}\nroutes: [{{model: m, targets: [{{backend: a}}]}}]")
+    assert check.main([path]) == 0
+    warning, last = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"warning: the url of a-2 ends with {call.rstrip('/')}, ")
+    assert last == f"{path} is valid."
+
+
 def test_all_that_is_wrong_is_told_with_line_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, WRONG)
     assert check.main([path]) == 2
