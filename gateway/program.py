@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -24,6 +25,10 @@ from gateway.workers.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gateway.settings import OtelSettings
+
+_log = logging.getLogger("gateway")
+
 
 async def run(settings: Settings, files: Files, worker: Worker | None = None) -> None:
     """Build the parts and serve until told to stop.
@@ -36,19 +41,15 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
     if worker is not None:
         await worker.open()
     otel = load_otel()
-    for complaint in otel.complaints:
-        logging.getLogger("gateway").warning(complaint)
     tracer = tracer_for(otel, exporter_for(settings, otel))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
     outputs = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Output)]
     metric_export = metric_export_for(otel, tracer.resource)
     telemetry = Telemetry(settings, tracer=tracer, log=log, outputs=outputs, metric_export=metric_export)
     routing = load_routing(settings, files)
-    _warn_of(routing)
-    if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
-        logging.getLogger("gateway").warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
-    if settings.gateway_limits_url is not None and settings.gateway_state_dir is not None:
-        logging.getLogger("gateway").warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
+    if worker is None:
+        _warn(settings, otel, routing)
+    read = partial(_read, aloud=worker is None or worker.number == 1)
     app = create_app(settings, routing, telemetry, read=read, files=files, worker=worker)
     parts = app[PARTS]
     await listen(
@@ -64,22 +65,35 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
     )
 
 
-def read(files: Files) -> Routing:
-    """Read backends, routes and keys anew, with all secrets. Raises: SettingsError."""
+def _read(files: Files, *, aloud: bool) -> Routing:
+    """Read backends, routes and keys anew, with all secrets; `aloud`: say what looks wrong. Raises: SettingsError."""
     routing = load_routing(load(files), files)
-    _warn_of(routing)
+    for doubt in doubts(routing) if aloud else ():
+        _log.warning(doubt)
     return routing
-
-
-def _warn_of(routing: Routing) -> None:
-    for doubt in doubts(routing):
-        logging.getLogger("gateway").warning(doubt)
 
 
 async def run_workers(settings: Settings, files: Files) -> int:
     """Run several workers until told to stop; return the exit code."""
-    load_routing(settings, files)  # what is wrong with it is said once
+    _warn(settings, load_otel(), load_routing(settings, files))  # what is wrong is said once
     return await Parent(settings).run()
+
+
+def _warn(settings: Settings, otel: "OtelSettings", routing: Routing) -> None:
+    """Say what looks wrong, or is not used."""
+    for name in unknown():
+        _log.warning("%s is not a setting of the gateway", name)
+    if lacks_its_urls(settings):
+        default = ",".join(settings.gateway_backend_urls)
+        _log.warning("GATEWAY_BACKEND_URLS is empty: prompts go to %s", default)
+    for complaint in (*otel.complaints, *doubts(routing)):
+        _log.warning(complaint)
+    if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
+        _log.warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
+    if settings.gateway_state_dir is not None and settings.gateway_limits_url is not None:
+        _log.warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
+    elif settings.gateway_state_dir is not None and settings.workers > 1:
+        _log.warning("GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway")
 
 
 def main(arguments: "Sequence[str]" = ()) -> int:
@@ -101,18 +115,8 @@ def serve(worker: Worker | None) -> int:
         files = Files()
         settings = load(files)
         setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
-        if worker is None:
-            for name in unknown():
-                logging.getLogger("gateway").warning("%s is not a setting of the gateway", name)
-            if lacks_its_urls(settings):
-                default = ",".join(settings.gateway_backend_urls)
-                logging.getLogger("gateway").warning("GATEWAY_BACKEND_URLS is empty: prompts go to %s", default)
-            if settings.workers > 1:
-                if settings.gateway_state_dir is not None and settings.gateway_limits_url is None:
-                    logging.getLogger("gateway").warning(
-                        "GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway"
-                    )
-                return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
+        if worker is None and settings.workers > 1:
+            return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
         raise_open_files()
         uvloop.run(run(settings, files, worker))

@@ -335,6 +335,16 @@ async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
     assert errors.count("nowhere.yaml") == 1
 
 
+async def test_warnings_at_the_start_are_said_once(tmp_path: Path) -> None:
+    async with MockModel(MockSettings(port=0, control_port=0)) as model:
+        doubtful = {"GATEWAY_STATE_DIR": str(tmp_path), "GATEWAY_NO_SUCH": "1"}
+        async with two_workers(model, **doubtful) as (gateway, _):
+            gateway.signal(signal.SIGTERM)
+            _, _, errors = await gateway.end()
+    assert errors.count("GATEWAY_NO_SUCH is not a setting") == 1
+    assert errors.count("GATEWAY_STATE_DIR is not used by several workers") == 1
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_port_that_another_gateway_has_is_an_error(workers: str) -> None:
     async with running(**LOCAL) as first:
