@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from chaos.promises import Verdict, at_least, at_most
-from gateway.settings import Settings
 from testkit.load import Call, good, now
 from testkit.polling import wait_for
 from tests.cluster.cluster import FULLNAME, NAMESPACE, RELEASE, RESTART_KUBELET, TAGS, Release, kubectl, run
@@ -56,6 +55,20 @@ async def test_a_new_image_and_back(release: Release, rollouts: Rollouts) -> Non
     await rollouts.play("A new image", "helm upgrade to another image of the gateway.", update)
     assert not before & release.names()
     await rollouts.play("Back to the old image", "kubectl rollout undo.", undo)
+
+
+async def test_two_workers_and_back(release: Release, rollouts: Rollouts) -> None:
+    def update(mark: Mark) -> None:
+        release.upgrade("--set", "workers=2,resources.limits.memory=896Mi")
+        mark("helm upgrade")
+        release.rolled_out()
+        for pod in release.names():
+            assert release.health(pod)["workers"] == {"answered": 2, "missing": []}
+        kubectl("rollout", "undo", f"deployment/{FULLNAME}")
+        mark("rollout undo")
+        release.rolled_out()
+
+    await rollouts.play("Two workers", "helm upgrade to two workers for each pod, and kubectl rollout undo.", update)
 
 
 async def test_pods_are_evicted_one_after_the_other(release: Release, rollouts: Rollouts) -> None:
@@ -191,8 +204,6 @@ RENAMED = {"model": "renamed", "targets": [{"backend": "mock-model", "model": "d
 
 
 async def test_routes_change_without_a_restart(release: Release, rollouts: Rollouts) -> None:
-    if "config" not in release.health(min(release.names())):
-        pytest.skip("this gateway reads its configuration at its start only")
     changed = ROUTES | {"routes": [RENAMED, *ROUTES["routes"]]}
 
     def change(mark: Mark) -> None:
@@ -216,7 +227,6 @@ async def test_routes_change_without_a_restart(release: Release, rollouts: Rollo
 KEY = "a-made-up-key-of-the-load"
 
 
-@pytest.mark.skipif("gateway_limits_url" not in Settings.model_fields, reason="this gateway shares no limits")
 async def test_valkey_is_killed_and_comes_back(release: Release, rollouts: Rollouts) -> None:
     limits = {"requests_per_minute": 1_000_000, "tokens_per_minute": 1_000_000_000}
     config = ROUTES | {"keys": [{"name": "load", "key_env": "LOAD_KEY", "limits": limits}]}
