@@ -132,6 +132,11 @@ async def test_the_collector_is_gone(release: Release, rollouts: Rollouts) -> No
     await rollouts.play("No collector", "It is scaled to nothing and back; traces come again.", take_away)
 
 
+def restarts(pod: str) -> int:
+    """How often a pod's container was started anew."""
+    return int(kubectl("get", "pod", pod, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"))
+
+
 KILL = """
 import os
 for number in filter(str.isdigit, os.listdir("/proc")):
@@ -173,10 +178,6 @@ async def test_a_killed_gateway_costs_only_what_it_held(release: Release, rollou
         moments.append(now())
         mark("restarted")
         release.settled()
-
-    def restarts(pod: str) -> int:
-        path = "jsonpath={.status.containerStatuses[0].restartCount}"
-        return int(kubectl("get", "pod", pod, "-o", path))
 
     def judge(calls: Sequence[Call]) -> list[Verdict]:
         failed = [call for call in calls if call.outcome != "ok"]
@@ -237,19 +238,24 @@ async def test_valkey_is_killed_and_comes_back(release: Release, rollouts: Rollo
     release.rolled_out()
     valkey = f"statefulset/{FULLNAME}-valkey"
     kubectl("rollout", "status", valkey, "--timeout=120s")
-    status = partial(release.limits_status, KEY)
-    assert status() == "ok"
+
+    def all_say(status: str) -> bool:
+        pods = release.names()
+        return len(pods) == 2 and {release.health(pod)["limits"]["status"] for pod in pods} == {status}
+
+    assert all_say("ok")
 
     def kill(mark: Mark) -> None:
         kubectl("scale", valkey, "--replicas=0")
         kubectl("delete", "pod", f"{FULLNAME}-valkey-0", "--grace-period=0", "--force", "--ignore-not-found")
         mark("valkey killed")
-        wait_for(lambda: status() == "degraded", "a gateway has noticed", 60, 0.5)
+        wait_for(lambda: all_say("degraded"), "both gateways have noticed", 60, 0.5)
+        mark("both gateways have noticed")
         assert release.ask(KEY).status == 200
         kubectl("scale", valkey, "--replicas=1")
         kubectl("rollout", "status", valkey, "--timeout=120s")
         mark("valkey back")
-        wait_for(lambda: status() == "ok", "limits are shared again", 60, 0.5)
+        wait_for(lambda: all_say("ok"), "both share limits again", 60, 0.5)
 
     await rollouts.play("No Valkey", "It is killed and comes back empty.", kill, key=KEY)
 
@@ -259,10 +265,23 @@ async def test_the_kubelet_restarts(release: Release, rollouts: Rollouts) -> Non
     if not command:
         pytest.skip(f"{RESTART_KUBELET} names no command: the kubelet was not restarted")
 
-    def restart(mark: Mark) -> None:
-        before = release.names()
-        subprocess.run(shlex.split(command), check=True, timeout=200)  # noqa: S603
-        mark("kubelet restarted")
-        wait_for(lambda: release.names() == before, "the same pods are ready", 120, 0.5)
+    def starts() -> set[str]:
+        """The events of a kubelet that starts, as the cluster has them."""
+        chosen = "involvedObject.kind=Node,reason=Starting,source=kubelet"
+        return set(run("kubectl", "get", "events", "-n", "default", "--field-selector", chosen, "-o", "name").split())
 
-    await rollouts.play("A restarted kubelet", "Pods live on without it.", restart)
+    def restart(mark: Mark) -> None:
+        before, started = release.names(), starts()
+        subprocess.run(shlex.split(command), check=True, timeout=200)  # noqa: S603
+        wait_for(lambda: starts() - started, "the kubelet says that it starts", 60, 0.5)
+        mark("kubelet restarted")
+        kubectl("scale", f"deployment/{FULLNAME}", "--replicas=3")
+        release.settled(3)
+        mark("it has started a third pod")
+        assert before < release.names()
+        assert [restarts(pod) for pod in before] == [0, 0], "it has left the others alone"
+        kubectl("scale", f"deployment/{FULLNAME}", "--replicas=2")
+        release.settled()
+
+    story = "Pods live on without it; then it starts a third one, and ends one of three."
+    await rollouts.play("A restarted kubelet", story, restart)

@@ -226,6 +226,26 @@ def test_a_store_of_limits_of_your_own_is_named_by_a_file() -> None:
     assert text.count("made-up:password") == 1
 
 
+def test_the_notes_warn_of_limits_that_pods_do_not_share(tmp_path: Path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    text = (chart / "templates" / "NOTES.txt").read_text()  # `helm template` does not show it
+    (chart / "templates" / "_notes.tpl").write_text('{{ define "notes" }}' + text + "{{ end }}")
+    (chart / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
+
+    def notes(*args: str) -> str:
+        values = ("-f", str(CHART / "ci" / "production-values.yaml"), *args)
+        done = helm("template", "llm", str(chart), "--show-only", "templates/notes.yaml", *values)
+        assert done.returncode == 0, done.stderr
+        return str(yaml.safe_load(done.stdout)["notes"])
+
+    warning = "WARNING: the limits of keys are each pod's own"
+    alone = ("--set", "valkey.enabled=false")
+    assert warning not in notes()
+    assert warning in notes(*alone)
+    assert warning not in notes(*alone, "--set", "secrets.create.GATEWAY_LIMITS_URL=valkey://made-up")
+
+
 def test_numbers_of_settings_stay_as_they_are_written() -> None:
     assert environment(example("production"))["GATEWAY_MAX_BODY_BYTES"] == "33554432"
     text = render(*TRY_OUT, "--set", "settings.GATEWAY_HEARTBEAT=0.5,settings.GATEWAY_CAPTURE_CONTENT=false")

@@ -95,6 +95,13 @@ routes:
 {{- with .Values.shutdown }}{{ sub .gracePeriodSeconds (add .preStopSeconds .delaySeconds 5) }}{{ end }}
 {{- end }}
 
+{{/* The variables that the user sets, whichever way, as a list in YAML. */}}
+{{- define "llm-gateway.chosenVariables" -}}
+{{- $names := concat (splitList " " (include "llm-gateway.secretNames" .) | compact) (keys .Values.settings) }}
+{{- range .Values.extraEnv }}{{ $names = append $names .name }}{{ end }}
+{{- toYaml $names }}
+{{- end }}
+
 {{/* Variables that only the chart sets, and what to do in place of setting them. */}}
 {{- define "llm-gateway.ownVariables" -}}
 GATEWAY_CONFIG: set `config`
@@ -133,8 +140,7 @@ GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- if ne (len $names) (len (uniq $names)) }}
 {{- fail "A variable comes twice in `secrets`." }}
 {{- end }}
-{{- $chosen := concat $names (keys .Values.settings) }}
-{{- range .Values.extraEnv }}{{ $chosen = append $chosen .name }}{{ end }}
+{{- $chosen := include "llm-gateway.chosenVariables" . | fromYamlArray }}
 {{- range $name, $advice := include "llm-gateway.ownVariables" . | fromYaml }}
 {{- if has $name $chosen }}
 {{- fail (printf "`%s` is the chart's: %s." $name $advice) }}
