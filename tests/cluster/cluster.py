@@ -171,11 +171,6 @@ class Release:
         document: dict[str, Any] = json.loads(kubectl("get", "--raw", path))
         return document
 
-    def limits_status(self, key: str) -> str:
-        """Whether limits are shared, as one of the gateways says."""
-        answer = call("GET", self.url + "/health", headers={"authorization": f"Bearer {key}"})
-        return str(answer.json["limits"]["status"])
-
     def models(self) -> list[dict[str, Any]]:
         """The models that callers can ask for."""
         found: list[dict[str, Any]] = call("GET", self.url + "/v1/models").json["data"]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from chaos.promises import Verdict, at_least, at_most
-from gateway.settings import Settings
 from testkit.load import Call, good, now
 from testkit.polling import wait_for
 from tests.cluster.cluster import FULLNAME, NAMESPACE, RELEASE, RESTART_KUBELET, TAGS, Release, kubectl, run
@@ -56,6 +55,20 @@ async def test_a_new_image_and_back(release: Release, rollouts: Rollouts) -> Non
     await rollouts.play("A new image", "helm upgrade to another image of the gateway.", update)
     assert not before & release.names()
     await rollouts.play("Back to the old image", "kubectl rollout undo.", undo)
+
+
+async def test_two_workers_and_back(release: Release, rollouts: Rollouts) -> None:
+    def update(mark: Mark) -> None:
+        release.upgrade("--set", "workers=2,resources.limits.memory=896Mi")
+        mark("helm upgrade")
+        release.rolled_out()
+        for pod in release.names():
+            assert release.health(pod)["workers"] == {"answered": 2, "missing": []}
+        kubectl("rollout", "undo", f"deployment/{FULLNAME}")
+        mark("rollout undo")
+        release.rolled_out()
+
+    await rollouts.play("Two workers", "helm upgrade to two workers for each pod, and kubectl rollout undo.", update)
 
 
 async def test_pods_are_evicted_one_after_the_other(release: Release, rollouts: Rollouts) -> None:
@@ -119,6 +132,11 @@ async def test_the_collector_is_gone(release: Release, rollouts: Rollouts) -> No
     await rollouts.play("No collector", "It is scaled to nothing and back; traces come again.", take_away)
 
 
+def restarts(pod: str) -> int:
+    """How often a pod's container was started anew."""
+    return int(kubectl("get", "pod", pod, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"))
+
+
 KILL = """
 import os
 for number in filter(str.isdigit, os.listdir("/proc")):
@@ -161,10 +179,6 @@ async def test_a_killed_gateway_costs_only_what_it_held(release: Release, rollou
         mark("restarted")
         release.settled()
 
-    def restarts(pod: str) -> int:
-        path = "jsonpath={.status.containerStatuses[0].restartCount}"
-        return int(kubectl("get", "pod", pod, "-o", path))
-
     def judge(calls: Sequence[Call]) -> list[Verdict]:
         failed = [call for call in calls if call.outcome != "ok"]
         broken = [call for call in failed if call.outcome != "refused"]
@@ -191,8 +205,6 @@ RENAMED = {"model": "renamed", "targets": [{"backend": "mock-model", "model": "d
 
 
 async def test_routes_change_without_a_restart(release: Release, rollouts: Rollouts) -> None:
-    if "config" not in release.health(min(release.names())):
-        pytest.skip("this gateway reads its configuration at its start only")
     changed = ROUTES | {"routes": [RENAMED, *ROUTES["routes"]]}
 
     def change(mark: Mark) -> None:
@@ -216,7 +228,6 @@ async def test_routes_change_without_a_restart(release: Release, rollouts: Rollo
 KEY = "a-made-up-key-of-the-load"
 
 
-@pytest.mark.skipif("gateway_limits_url" not in Settings.model_fields, reason="this gateway shares no limits")
 async def test_valkey_is_killed_and_comes_back(release: Release, rollouts: Rollouts) -> None:
     limits = {"requests_per_minute": 1_000_000, "tokens_per_minute": 1_000_000_000}
     config = ROUTES | {"keys": [{"name": "load", "key_env": "LOAD_KEY", "limits": limits}]}
@@ -227,19 +238,24 @@ async def test_valkey_is_killed_and_comes_back(release: Release, rollouts: Rollo
     release.rolled_out()
     valkey = f"statefulset/{FULLNAME}-valkey"
     kubectl("rollout", "status", valkey, "--timeout=120s")
-    status = partial(release.limits_status, KEY)
-    assert status() == "ok"
+
+    def all_say(status: str) -> bool:
+        pods = release.names()
+        return len(pods) == 2 and {release.health(pod)["limits"]["status"] for pod in pods} == {status}
+
+    assert all_say("ok")
 
     def kill(mark: Mark) -> None:
         kubectl("scale", valkey, "--replicas=0")
         kubectl("delete", "pod", f"{FULLNAME}-valkey-0", "--grace-period=0", "--force", "--ignore-not-found")
         mark("valkey killed")
-        wait_for(lambda: status() == "degraded", "a gateway has noticed", 60, 0.5)
+        wait_for(lambda: all_say("degraded"), "both gateways have noticed", 60, 0.5)
+        mark("both gateways have noticed")
         assert release.ask(KEY).status == 200
         kubectl("scale", valkey, "--replicas=1")
         kubectl("rollout", "status", valkey, "--timeout=120s")
         mark("valkey back")
-        wait_for(lambda: status() == "ok", "limits are shared again", 60, 0.5)
+        wait_for(lambda: all_say("ok"), "both share limits again", 60, 0.5)
 
     await rollouts.play("No Valkey", "It is killed and comes back empty.", kill, key=KEY)
 
@@ -249,10 +265,23 @@ async def test_the_kubelet_restarts(release: Release, rollouts: Rollouts) -> Non
     if not command:
         pytest.skip(f"{RESTART_KUBELET} names no command: the kubelet was not restarted")
 
-    def restart(mark: Mark) -> None:
-        before = release.names()
-        subprocess.run(shlex.split(command), check=True, timeout=200)  # noqa: S603
-        mark("kubelet restarted")
-        wait_for(lambda: release.names() == before, "the same pods are ready", 120, 0.5)
+    def starts() -> set[str]:
+        """The events of a kubelet that starts, as the cluster has them."""
+        chosen = "involvedObject.kind=Node,reason=Starting,source=kubelet"
+        return set(run("kubectl", "get", "events", "-n", "default", "--field-selector", chosen, "-o", "name").split())
 
-    await rollouts.play("A restarted kubelet", "Pods live on without it.", restart)
+    def restart(mark: Mark) -> None:
+        before, started = release.names(), starts()
+        subprocess.run(shlex.split(command), check=True, timeout=200)  # noqa: S603
+        wait_for(lambda: starts() - started, "the kubelet says that it starts", 60, 0.5)
+        mark("kubelet restarted")
+        kubectl("scale", f"deployment/{FULLNAME}", "--replicas=3")
+        release.settled(3)
+        mark("it has started a third pod")
+        assert before < release.names()
+        assert [restarts(pod) for pod in before] == [0, 0], "it has left the others alone"
+        kubectl("scale", f"deployment/{FULLNAME}", "--replicas=2")
+        release.settled()
+
+    story = "Pods live on without it; then it starts a third one, and ends one of three."
+    await rollouts.play("A restarted kubelet", story, restart)

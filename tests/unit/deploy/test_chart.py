@@ -113,11 +113,19 @@ def test_every_value_is_in_the_schema_and_every_property_in_the_values() -> None
         (("--set-json", 'config={"backends":{"a":{"url":"http://a"}}}'), "missing property 'routes'"),
         (("--set-json", 'secrets.existing=[{"secret":"s","keys":["lower"]}]'), "secrets/existing/0/keys/0"),
         (("--set-json", 'secrets.existing=[{"secret":"s","keys":["A","A"]}]'), "twice"),
-        (("--set", "settings.GATEWAY_SHUTDOWN_GRACE=5"), "is the chart's: set `config` or `shutdown`"),
+        (("--set", "settings.GATEWAY_SHUTDOWN_GRACE=5"), "is the chart's: set `shutdown`"),
+        (("--set", "settings.GATEWAY_WORKERS=2"), "is the chart's: set `workers`"),
+        (("--set-json", 'extraEnv=[{"name":"GATEWAY_WORKERS","value":"2"}]'), "is the chart's: set `workers`"),
+        (("--set", "workers=0"), "workers"),
+        (("--set", "workers=2"), "`resources.limits.memory` (768Mi) must be at least 939524096 bytes"),
+        (
+            ("--set", "valkey.enabled=true,secrets.create.GATEWAY_LIMITS_URL=valkey://v"),
+            "leave it out, or set `valkey.enabled` to false",
+        ),
         (("--set", "settings.PRIMARY_KEY=k,secrets.create.PRIMARY_KEY=k"), "set only one of them"),
         (("--set", "shutdown.gracePeriodSeconds=20"), "at least 10 s above the sum of the other two"),
-        (("--set", "settings.GATEWAY_MAX_BUFFERED_BYTES=536870912"), "at least three times"),
-        (("--set", "resources.limits.memory=512Mi"), "at least three times"),
+        (("--set", "settings.GATEWAY_MAX_BUFFERED_BYTES=536870912"), "three times `settings.GATEWAY_MAX_BUFFERED"),
+        (("--set", "resources.limits.memory=512Mi"), "three times `settings.GATEWAY_MAX_BUFFERED"),
         (("--set", "ingress.enabled=true"), "`ingress.hosts` is empty"),
         (("--set", "httpRoute.enabled=true"), "`httpRoute.parentRefs` is empty"),
         (
@@ -203,6 +211,39 @@ def test_the_gateway_takes_what_the_chart_gives_it(name: str, tmp_path: Path, mo
     settings = load()
     assert settings.gateway_shutdown_grace == 100
     assert load_routing(settings).routes
+
+
+def test_a_pod_has_one_worker_or_as_many_as_are_asked_for() -> None:
+    assert environment(render(*TRY_OUT))["GATEWAY_WORKERS"] == "1"
+    text = render(*TRY_OUT, "--set", "workers=4,resources.limits.memory=1Gi")
+    assert environment(text)["GATEWAY_WORKERS"] == "4"
+
+
+def test_a_store_of_limits_of_your_own_is_named_by_a_file() -> None:
+    text = render(*TRY_OUT, "--set", "secrets.create.GATEWAY_LIMITS_URL=valkeys://made-up:password@host")
+    assert environment(text)["GATEWAY_LIMITS_URL_FILE"] == "/etc/gateway/secrets/GATEWAY_LIMITS_URL"
+    assert "GATEWAY_LIMITS_URL" not in environment(text)
+    assert text.count("made-up:password") == 1
+
+
+def test_the_notes_warn_of_limits_that_pods_do_not_share(tmp_path: Path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    text = (chart / "templates" / "NOTES.txt").read_text()  # `helm template` does not show it
+    (chart / "templates" / "_notes.tpl").write_text('{{ define "notes" }}' + text + "{{ end }}")
+    (chart / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
+
+    def notes(*args: str) -> str:
+        values = ("-f", str(CHART / "ci" / "production-values.yaml"), *args)
+        done = helm("template", "llm", str(chart), "--show-only", "templates/notes.yaml", *values)
+        assert done.returncode == 0, done.stderr
+        return str(yaml.safe_load(done.stdout)["notes"])
+
+    warning = "WARNING: the limits of keys are each pod's own"
+    alone = ("--set", "valkey.enabled=false")
+    assert warning not in notes()
+    assert warning in notes(*alone)
+    assert warning not in notes(*alone, "--set", "secrets.create.GATEWAY_LIMITS_URL=valkey://made-up")
 
 
 def test_numbers_of_settings_stay_as_they_are_written() -> None:

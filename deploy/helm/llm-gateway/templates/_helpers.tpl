@@ -95,6 +95,28 @@ routes:
 {{- with .Values.shutdown }}{{ sub .gracePeriodSeconds (add .preStopSeconds .delaySeconds 5) }}{{ end }}
 {{- end }}
 
+{{/* The variables that the user sets, whichever way, as a list in YAML. */}}
+{{- define "llm-gateway.chosenVariables" -}}
+{{- $names := concat (splitList " " (include "llm-gateway.secretNames" .) | compact) (keys .Values.settings) }}
+{{- range .Values.extraEnv }}{{ $names = append $names .name }}{{ end }}
+{{- toYaml $names }}
+{{- end }}
+
+{{/* Variables that only the chart sets, and what to do in place of setting them. */}}
+{{- define "llm-gateway.ownVariables" -}}
+GATEWAY_CONFIG: set `config`
+GATEWAY_BACKEND_URLS: set `config`
+GATEWAY_WORKERS: set `workers`
+GATEWAY_SHUTDOWN_DELAY: set `shutdown`
+GATEWAY_SHUTDOWN_GRACE: set `shutdown`
+HOST: set `service`
+PORT: set `service`
+{{- if .Values.valkey.enabled }}
+GATEWAY_LIMITS_URL: leave it out, or set `valkey.enabled` to false
+GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
+{{- end }}
+{{- end }}
+
 {{/* Bytes of a quantity of memory. */}}
 {{- define "llm-gateway.bytes" -}}
 {{- $text := toString . -}}
@@ -118,18 +140,23 @@ routes:
 {{- if ne (len $names) (len (uniq $names)) }}
 {{- fail "A variable comes twice in `secrets`." }}
 {{- end }}
-{{- range $name, $value := .Values.settings }}
-{{- if has $name (list "GATEWAY_CONFIG" "GATEWAY_SHUTDOWN_DELAY" "GATEWAY_SHUTDOWN_GRACE" "GATEWAY_BACKEND_URLS" "HOST" "PORT") }}
-{{- fail (printf "`settings.%s` is the chart's: set `config` or `shutdown` in its place." $name) }}
+{{- $chosen := include "llm-gateway.chosenVariables" . | fromYamlArray }}
+{{- range $name, $advice := include "llm-gateway.ownVariables" . | fromYaml }}
+{{- if has $name $chosen }}
+{{- fail (printf "`%s` is the chart's: %s." $name $advice) }}
 {{- end }}
+{{- end }}
+{{- range $name, $value := .Values.settings }}
 {{- if has $name $names }}
 {{- fail (printf "`%s` stands in `settings` and in `secrets`: set only one of them." $name) }}
 {{- end }}
 {{- end }}
 {{- with dig "limits" "memory" "" .Values.resources }}
 {{- $buffered := int64 (default 268435456 (get $.Values.settings "GATEWAY_MAX_BUFFERED_BYTES")) }}
-{{- if lt (int64 (include "llm-gateway.bytes" .)) (mul 3 $buffered) }}
-{{- fail (printf "`resources.limits.memory` (%v) must be at least three times `settings.GATEWAY_MAX_BUFFERED_BYTES` (%d bytes; without it 268435456)." . $buffered) }}
+{{- $least := mul 3 $buffered }}
+{{- if gt (int64 $.Values.workers) 1 }}{{ $least = add $least (mul 67108864 $.Values.workers) }}{{ end }}
+{{- if lt (int64 (include "llm-gateway.bytes" .)) $least }}
+{{- fail (printf "`resources.limits.memory` (%v) must be at least %d bytes: three times `settings.GATEWAY_MAX_BUFFERED_BYTES` (%d; without it 268435456), and 64Mi for each of several `workers`." . $least $buffered) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
