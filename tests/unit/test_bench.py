@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,8 +11,10 @@ from bench.backend import HEAD, LAST, ROLE, content_event
 from bench.caller import Caller, Lost, Spec, Tally
 from bench.http import Incoming
 from bench.load import Sample
+from bench.machine import BenchError
 from bench.report import Figures, goals
 from bench.systems import BARE, GATEWAY
+from bench.workers import Cost, Run, cost, counts_in
 from testkit import REPOSITORY
 from testkit.processes import python
 
@@ -78,3 +81,25 @@ def test_the_way_inside_the_process_is_measured(folder: str, events: str) -> Non
     assert done.returncode == 0, done.stderr
     assert all(float(line) > 0 for line in done.stdout.split()), done.stdout
     assert len(done.stdout.split()) == 2, done.stdout
+
+
+def test_what_a_call_takes_is_told_from_what_is_spent_each_second() -> None:
+    def run(calls: int, seconds: float) -> Run:
+        return Run(int(5_000_000 + 800_000 * calls + 14_000_000 * seconds), calls, seconds)
+
+    found = cost(run(100, 4), run(3000, 22), run(90, 31))
+
+    assert found == pytest.approx(Cost(call=800_000, second=14_000_000))
+
+
+def test_runs_that_do_not_differ_tell_nothing() -> None:
+    same = Run(5_000_000, 100, 4)
+    with pytest.raises(BenchError, match="--seconds"):
+        cost(same, same, same)
+
+
+def test_a_process_that_was_killed_has_no_count(tmp_path: Path) -> None:
+    (tmp_path / "count.1").write_text("==1== Cachegrind\n==1== \n==1== I   refs:      2,656,629,104\n")
+    (tmp_path / "count.2").write_text("==2== Cachegrind\n==2== Command: python -m gateway worker 1\n")
+
+    assert counts_in(tmp_path) == [2_656_629_104]
