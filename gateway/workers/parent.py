@@ -45,6 +45,7 @@ class Child:
         sockets: that listen for it; empty while its place is closed.
         channel: to its process; None while there is none.
         serves: it has taken its sockets.
+        silent_looks: times in a row that it has not answered.
         count_descriptor: of the memory in which it keeps up the number of its requests in flight.
     """
 
@@ -54,6 +55,7 @@ class Child:
         self.channel: Channel | None = None
         self.process: asyncio.subprocess.Process | None = None
         self.serves = False
+        self.silent_looks = 0
         self.count_descriptor = new_count()
         self._count = count_in(self.count_descriptor)
         self.deaths = 0
@@ -222,4 +224,4 @@ class Parent:
             child.sockets = self._open_place()
         if child.sockets:
             socket.send_fds(handing, [b"\0"], [listening.fileno() for listening in child.sockets])
-            child.serves = True
+            child.serves, child.silent_looks = True, 0

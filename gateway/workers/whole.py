@@ -1,6 +1,8 @@
 """The parent's answers to what is asked of any worker about all of them."""
 
 import asyncio
+import logging
+import signal
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,11 @@ ANSWER_WITHIN = 0.5
 """Seconds that a worker may take; then the others speak without it."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the workers count, so that little is lost when one dies."""
+
+SILENT_LOOKS = 20
+"""Looks in a row without an answer, about half a minute, after which a worker hangs: it is killed, and another begins."""
+
+_log = logging.getLogger("gateway")
 
 
 class Whole:
@@ -56,7 +63,19 @@ class Whole:
         """Look at what the workers count, again and again."""
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            await self._count()
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at what the workers count, and end those that hang: their callers would wait for nothing."""
+        asked = [child for child in self._children if child.serves]
+        present = await self._count()
+        for child in asked:
+            child.silent_looks = 0 if child.number in present else child.silent_looks + 1
+            if child.silent_looks == SILENT_LOOKS:
+                _log.error(
+                    "worker %d hangs: it has not answered %d times in a row, and is killed", child.number, SILENT_LOOKS
+                )
+                child.send(signal.SIGKILL)
 
     def ended(self, child: "Child") -> None:
         """Note that a worker has died, and what died with it."""

@@ -1,6 +1,7 @@
 """What workers share, and what they say as one."""
 
 import asyncio
+import signal
 import socket
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from gateway.workers.parent import Child
 from gateway.workers.parent_store import MOST, Values
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 from gateway.workers.sharing import Sharing
+from gateway.workers.whole import SILENT_LOOKS, Whole
 from testkit.polling import until
 
 USES = st.lists(st.integers(0, 200), min_size=1, max_size=16)
@@ -125,6 +127,39 @@ async def test_shares_move_to_the_worker_that_needs_them_and_never_exceed_the_wh
     sharing.short()
     await until(lambda: not sharing.moving, "shares have moved")
     assert (busy.shares[0], idle.shares[0]) == (50, 50)
+
+
+class _Silent:
+    """A worker that hangs, or not."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        self.hangs = hangs
+
+    async def ask(self, what: str, data: Any = None, *, timeout: float) -> Any:  # noqa: ANN401, ASYNC109
+        assert (what, data, timeout > 0) == ("metrics", None, True)
+        if self.hangs:
+            raise NoAnswer
+        return []
+
+
+async def test_a_worker_that_does_not_answer_many_times_in_a_row_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    children, workers = [Child(1, []), Child(2, [])], (_Silent(hangs=False), _Silent(hangs=True))
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(Child, "send", lambda child, number: sent.append((child.number, number)))
+    for child, worker in zip(children, workers, strict=True):
+        child.channel, child.serves = cast("Channel", worker), True
+    whole = Whole(children)
+    for _ in range(SILENT_LOOKS - 1):
+        await whole.look()
+    workers[1].hangs = False
+    await whole.look()
+    workers[1].hangs = True
+    for _ in range(SILENT_LOOKS - 1):
+        await whole.look()
+    assert sent == []
+    await whole.look()
+    await whole.look()
+    assert sent == [(2, signal.SIGKILL)]
 
 
 def _families(requests: int, in_flight: int, probe: int, seconds: float) -> Any:  # noqa: ANN401
