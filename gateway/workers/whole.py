@@ -30,7 +30,7 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at what the workers count, so that little is lost when one dies."""
 
 SILENT_LOOKS = 20
-"""Looks in a row without an answer, about half a minute, after which a worker hangs: it is killed, and another begins."""
+"""Looks in a row without an answer, about half a minute, after which a worker hangs: it is killed, another begins."""
 
 _log = logging.getLogger("gateway")
 
