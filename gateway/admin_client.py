@@ -2,11 +2,13 @@
 
 import http.client
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from gateway.files import Files
 from gateway.settings import SettingsError, check_url, secret
+from gateway.telemetry.output import visible
 
 if TYPE_CHECKING:
     import argparse
@@ -22,8 +24,9 @@ class NotAnswered(Exception):
     """The gateway gave no answer, or none that helps; the message is one line for people."""
 
 
-def add_url(parser: "argparse.ArgumentParser") -> None:
-    """Add the option that says where the gateway is."""
+def add_request(parser: "argparse.ArgumentParser") -> None:
+    """Add the arguments that say which request is meant, and of which gateway."""
+    parser.add_argument("id", metavar="ID", help="x-request-id or x-trace-id of the answer")
     parser.add_argument(
         "--url",
         default=DEFAULT_URL,
@@ -31,9 +34,16 @@ def add_url(parser: "argparse.ArgumentParser") -> None:
     )
 
 
-def explained(url: str, id_: str) -> dict[str, Any]:
-    """Return what the gateway says of a kept request, by its request id or trace id. Raises: NotAnswered."""
-    return ask(url, f"/requests/{quote(id_, safe='')}")
+def explained(command: str, url: str, id_: str) -> dict[str, Any] | None:
+    """Return what the gateway says of a kept request, by its request id or trace id.
+
+    None where it says nothing; then people have been told why, as by this command.
+    """
+    try:
+        return ask(url, f"/requests/{quote(id_, safe='')}")
+    except NotAnswered as error:
+        print(f"{command}: {visible(str(error))}", file=sys.stderr)  # noqa: T201
+        return None
 
 
 def ask(url: str, path: str) -> dict[str, Any]:

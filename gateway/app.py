@@ -28,7 +28,7 @@ from gateway.model_lists import ModelLists
 from gateway.policy.admission import Admission
 from gateway.policy.breaker import State
 from gateway.policy.byte_budget import ByteBudget
-from gateway.policy.pool import Pool
+from gateway.policy.pool import Maker, Pool
 from gateway.policy.retry import RetryPolicy
 from gateway.reload import Reload
 from gateway.response_hints import ResponseHints
@@ -48,16 +48,14 @@ from gateway.workers.answers import Answers
 from gateway.workers.parent_store import HINTS, SESSIONS, ParentStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from aiohttp.typedefs import Handler
 
     from gateway.config import Routing
     from gateway.generation import Generation
-    from gateway.policy.caller import Caller
     from gateway.policy.guard import Trip
     from gateway.policy.replica import Replica
-    from gateway.policy.response_homes import ResponseHomes
     from gateway.reload import Read
     from gateway.settings import Settings
     from gateway.store import Store
@@ -130,19 +128,19 @@ class Parts:
         def limits_clock() -> float:
             return epoch + clock()
 
+        maker = Maker(
+            settings,
+            clock=clock,
+            rng=rng,
+            waiting=self.admission.waiting,
+            breaker_changed=self._breaker_changed,
+            cooldown_begun=self._cooldown_begun,
+            released=telemetry.released,
+            guard_tripped=self._guard_tripped,
+        )
+
         def pool(routing: "Routing", before: Pool | None) -> Pool:
-            return Pool(
-                routing,
-                settings,
-                clock=clock,
-                rng=rng,
-                waiting=self.admission.waiting,
-                breaker_changed=self._breaker_changed,
-                cooldown_begun=self._cooldown_begun,
-                released=telemetry.released,
-                guard_tripped=self._guard_tripped,
-                before=before,
-            )
+            return Pool(routing, maker, before)
 
         def keys(routing: "Routing", before: Keys | None) -> Keys:
             return Keys(routing.keys, limits_clock, before)
@@ -159,8 +157,13 @@ class Parts:
             retry_refused=telemetry.metrics.retry_refused,
         )
         self.valkey = _valkey(routing.limits_url)
-        store = self.valkey or (ParentStore(worker, HINTS) if worker is not None else None)
-        self.limits, self.hints = _shared(store, settings, self.keys.callers, self.pool.responses, limits_clock)
+        store, share = _store(self.valkey, worker, settings)
+        self.hints = ResponseHints(store, self.pool.responses, limits_clock) if store is not None else None
+        self.limits: DayStore | LimitsStore
+        if store is None:
+            self.limits = DayStore(settings.gateway_state_dir, self.keys.callers, limits_clock)
+        else:
+            self.limits = LimitsStore(store, self.keys.callers, share, limits_clock)
         self.health = Health(
             settings,
             generations=generations,
@@ -277,19 +280,13 @@ def _valkey(url: str | None) -> "Valkey | None":
     return Valkey(url)
 
 
-def _shared(
-    store: "Store | None",
-    settings: "Settings",
-    callers: "Sequence[Caller]",
-    homes: "ResponseHomes",
-    clock: "Callable[[], float]",
-) -> "tuple[DayStore | LimitsStore, ResponseHints | None]":
-    """Return what keeps the limits of keys beyond this process, and what tells others where responses live."""
-    if store is None:
-        return DayStore(settings.gateway_state_dir, callers, clock), None
-    by_workers = isinstance(store, ParentStore)  # their number is known
-    share = 1 / settings.workers if by_workers else settings.gateway_limits_fallback_share
-    return LimitsStore(store, callers, share, clock), ResponseHints(store, homes, clock)
+def _store(valkey: "Valkey | None", worker: "Worker | None", settings: "Settings") -> "tuple[Store | None, float]":
+    """Return what several processes share, and the part of a limit that each may use where it has never answered."""
+    if valkey is not None:
+        return valkey, settings.gateway_limits_fallback_share
+    if worker is not None:
+        return ParentStore(worker, HINTS), 1 / settings.workers
+    return None, 1.0
 
 
 PARTS = web.AppKey("parts", Parts)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from gateway.admin_client import NotAnswered, add_url, explained
+from gateway.admin_client import add_request, explained
 from gateway.telemetry.output import visible
 
 Fault = dict[str, Any]
@@ -28,14 +28,11 @@ GOOD_STATUS = 300
 def main(arguments: list[str]) -> int:
     """Write both files; return 0, or 1 when the gateway does not say, or nothing failed at a backend."""
     parser = argparse.ArgumentParser(prog="llm-gateway export", description=__doc__)
-    parser.add_argument("id", metavar="ID", help="x-request-id or x-trace-id of the answer")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where the files go (.)")
-    add_url(parser)
+    add_request(parser)
     options = parser.parse_args(arguments)
-    try:
-        document = explained(options.url, options.id)
-    except NotAnswered as error:
-        print(f"export: {visible(str(error))}", file=sys.stderr)  # noqa: T201
+    document = explained("export", options.url, options.id)
+    if document is None:
         return 1
     scripts = scripts_of(document)
     if not scripts:

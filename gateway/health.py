@@ -14,7 +14,7 @@ from gateway.replica_tasks import ReplicaTasks
 from gateway.stalls import stalled_since, stalls_of_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gateway.backend.client import HttpClient
     from gateway.config import ProbeConfig
@@ -141,16 +141,10 @@ class Health:
             _backend(replica, endpoint, now, in_full=in_full) for replica, endpoint in generation.pool.endpoints.items()
         ]
         guards = [_guard(route.model, watch, now) for route in generation.pool.routes for watch in route.watches]
-        states = [backend["status"] for backend in backends]
-        downstream = "ok"
-        if all(state == "down" for state in states):
-            downstream = "down"
-        elif any(state != "ok" for state in states) or any(guard["tripped"] for guard in guards):
-            downstream = "degraded"
+        downstream = downstream_status(backends, guards)
         telemetry, limits = self._telemetry.status, self._limits.status
-        status = "degraded" if downstream == "ok" and "degraded" in {telemetry, limits} else downstream
         return {
-            "status": status,
+            "status": whole_status(downstream, degraded="degraded" in {telemetry, limits}),
             "version": __version__,
             "app_mode": self._app_mode,
             "uptime_seconds": round(now - self._started, 3),
@@ -166,6 +160,20 @@ class Health:
             "telemetry": {"status": telemetry, "spans_dropped": self._telemetry.spans_dropped},
             "limits": {"status": limits},
         }
+
+
+def downstream_status(backends: "Sequence[Mapping[str, Any]]", guards: "Iterable[Mapping[str, Any]]") -> str:
+    """Return how all backends are together: `down` only where each is."""
+    states = [backend["status"] for backend in backends]
+    if all(state == "down" for state in states):
+        return "down"
+    is_well = all(state == "ok" for state in states) and not any(guard["tripped"] for guard in guards)
+    return "ok" if is_well else "degraded"
+
+
+def whole_status(downstream: str, *, degraded: bool) -> str:
+    """Return how the gateway is; `degraded`: something else than a backend is not well."""
+    return "degraded" if degraded and downstream == "ok" else downstream
 
 
 def _backend(replica: "Replica", endpoint: "Endpoint", now: float, *, in_full: bool) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """`llm-gateway why ID`: what became of a request, and why, as text."""
 
 import argparse
-import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from gateway.admin_client import NotAnswered, add_url, explained
+from gateway.admin_client import add_request, explained
 from gateway.summary import WHY_NOT, duration
 from gateway.telemetry.output import visible
 
@@ -21,13 +20,10 @@ MARKS = {"attempt": "#"}
 def main(arguments: list[str]) -> int:
     """Print why a request went as it did; return 0, or 1 when the gateway does not say."""
     parser = argparse.ArgumentParser(prog="llm-gateway why", description=__doc__)
-    parser.add_argument("id", metavar="ID", help="x-request-id or x-trace-id of the answer")
-    add_url(parser)
+    add_request(parser)
     options = parser.parse_args(arguments)
-    try:
-        document = explained(options.url, options.id)
-    except NotAnswered as error:
-        print(f"why: {visible(str(error))}", file=sys.stderr)  # noqa: T201
+    document = explained("why", options.url, options.id)
+    if document is None:
         return 1
     for line in lines_of(document):
         print(visible(line))  # noqa: T201

@@ -224,8 +224,22 @@ class Route:
         return (drawn, *(target for target in targets if target is not drawn))
 
 
-class _Maker:
-    """Makes the parts of a pool. Args: as those of `Pool`."""
+class Maker:
+    """Makes the parts of pools, one generation after the other.
+
+    Args:
+        settings: of breakers, budgets and outages.
+        clock: seconds, monotonic.
+        rng: draws replicas.
+        waiting: of all requests that wait.
+        breaker_changed: called with (replica, old, new) at each change of a breaker's state.
+        cooldown_begun: called with (replica, model, seconds).
+        released: called with (name of a backend, number) when requests that waited are released.
+        guard_tripped: called when a guard takes a target's traffic.
+
+    Attributes:
+        model_name: the model of a request that names none, as configured; None: it is not.
+    """
 
     def __init__(
         self,
@@ -237,8 +251,9 @@ class _Maker:
         breaker_changed: "Callable[[Replica, State, State], None]",
         cooldown_begun: "Callable[[Replica, str, float], None]",
         released: "Callable[[str, int], None]",
-        guard_tripped: "Callable[[Trip], None]",
+        guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
     ) -> None:
+        self.model_name = settings.model_name
         self._settings = settings
         self._clock = clock
         self._rng = rng
@@ -284,7 +299,29 @@ class _Maker:
         )
         return replica
 
-    def guard(self, config: "RouteConfig") -> Guard | None:
+    def repeats(self) -> Repeats:
+        """Return a new memory of the requests that failed lately."""
+        return Repeats(self._clock)
+
+    def route(
+        self, config: "RouteConfig", backends: "Mapping[str, tuple[Backend, Mapping[Replica, Endpoint]]]"
+    ) -> Route:
+        """Return a route over backends; its guard watches the targets that are to get traffic."""
+        guard = self._guard(config)
+
+        def target(each: "TargetConfig") -> Target:
+            labels = (config.model, each.backend, each.model or config.model) if each.weight is not None else None
+            watch = guard.watch(each.backend, each.model) if guard is not None and each.weight else None
+            home, endpoints = backends[each.backend]
+            return Target(home, endpoints, each.model, self._rng, each.weight, labels=labels, watch=watch)
+
+        return Route(config.model, tuple(map(target, config.targets)), self._rng, guard)
+
+    def whole(self, home: Backend, endpoints: "Mapping[Replica, Endpoint]") -> Target:
+        """Return all of a backend as a target that keeps the caller's model."""
+        return Target(home, endpoints, None, self._rng)
+
+    def _guard(self, config: "RouteConfig") -> Guard | None:
         """Return a new guard, where a route has one."""
         if config.guard is None:
             return None
@@ -297,19 +334,6 @@ class _Maker:
             tripped=self._guard_tripped,
         )
 
-    def target(
-        self,
-        config: "TargetConfig",
-        route: str,
-        guard: Guard | None,
-        home: Backend,
-        endpoints: "Mapping[Replica, Endpoint]",
-    ) -> Target:
-        """Return a target of a route, watched by its guard if it is to get traffic."""
-        labels = (route, config.backend, config.model or route) if config.weight is not None else None
-        watch = guard.watch(config.backend, config.model) if guard is not None and config.weight else None
-        return Target(home, endpoints, config.model, self._rng, config.weight, labels=labels, watch=watch)
-
 
 class Pool:
     """All replicas and routes of one generation.
@@ -319,14 +343,7 @@ class Pool:
 
     Args:
         routing: backends and routes.
-        settings: of breakers, budgets and outages.
-        clock: seconds, monotonic.
-        rng: draws replicas.
-        waiting: of all requests that wait.
-        breaker_changed: called with (replica, old, new) at each change of a breaker's state.
-        cooldown_begun: called with (replica, model, seconds).
-        released: called with (name of a backend, number) when requests that waited are released.
-        guard_tripped: called when a guard takes a target's traffic.
+        maker: of their parts.
         before: the generation before; None: there is none.
 
     Attributes:
@@ -342,33 +359,10 @@ class Pool:
         routes: the first one that matches wins.
     """
 
-    def __init__(
-        self,
-        routing: "Routing",
-        settings: "Settings",
-        *,
-        clock: "Callable[[], float]",
-        rng: "Random",
-        waiting: "WaitingLimit",
-        breaker_changed: "Callable[[Replica, State, State], None]",
-        cooldown_begun: "Callable[[Replica, str, float], None]",
-        released: "Callable[[str, int], None]",
-        guard_tripped: "Callable[[Trip], None]" = lambda _trip: None,
-        before: "Pool | None" = None,
-    ) -> None:
-        self._model_name = settings.model_name
-        self.repeats: Repeats = before.repeats if before is not None else Repeats(clock)
+    def __init__(self, routing: "Routing", maker: Maker, before: "Pool | None" = None) -> None:
+        self._model_name = maker.model_name
+        self.repeats: Repeats = before.repeats if before is not None else maker.repeats()
         self.responses: ResponseHomes = before.responses if before is not None else ResponseHomes()
-        maker = _Maker(
-            settings,
-            clock=clock,
-            rng=rng,
-            waiting=waiting,
-            breaker_changed=breaker_changed,
-            cooldown_begun=cooldown_begun,
-            released=released,
-            guard_tripped=guard_tripped,
-        )
         self._new_home = maker.backend
         homes = before.homes if before is not None else {}
         self._new: set[Replica] = set()
@@ -394,19 +388,14 @@ class Pool:
 
         backends = {each.name: backend(each) for each in routing.backends}
 
-        def route(config: "RouteConfig") -> Route:
-            guard = maker.guard(config)
-            targets = (maker.target(each, config.model, guard, *backends[each.backend]) for each in config.targets)
-            return Route(config.model, tuple(targets), rng, guard)
-
         self.homes: dict[str, tuple[Backend, dict[Replica, Endpoint]]] = backends
         self.endpoints: dict[Replica, Endpoint] = {}
         for _, endpoints in backends.values():
             self.endpoints |= endpoints
         self.replicas = tuple(self.endpoints)
-        self.routes = tuple(map(route, routing.routes))
+        self.routes = tuple(maker.route(each, backends) for each in routing.routes)
         routed = dict.fromkeys(target.backend for route in self.routes for target in route.targets)
-        self.backends = tuple(Target(*backends[name], None, rng) for name in routed)
+        self.backends = tuple(maker.whole(*backends[name]) for name in routed)
         for_all = [target for route in self.routes if route.model == ANY for target in route.targets]
         asked = (replica for target in for_all if target.model is None for replica in target.replicas)
         self.listing = tuple(dict.fromkeys(asked))

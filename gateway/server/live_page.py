@@ -82,7 +82,6 @@ class LivePage:
             "content-security-policy": self._document.policy,
             "cross-origin-opener-policy": "same-origin",
             "referrer-policy": "no-referrer",
-            "server": SERVER,
         }
         return web.Response(body=self._document.body, headers=headers)
 

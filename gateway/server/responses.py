@@ -87,12 +87,12 @@ def _duration(seconds: int) -> str:
 
 def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
     """Return an answer of the gateway itself."""
-    return _json(_encode(document), status, {**(headers or {})})
+    return _json(_encode(document), status, headers or {})
 
 
 def unrecorded_error(error: GatewayError, dialect: "Dialect", headers: "Mapping[str, str]") -> web.Response:
     """Return the answer to an error of a call that leaves no record."""
-    return _json(dialect.error_body(error), error.status, {**headers})
+    return _json(dialect.error_body(error), error.status, headers)
 
 
 def error_response(error: GatewayError, dialect: "Dialect", record: "Record", now: float) -> web.Response:
@@ -121,6 +121,5 @@ def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
     return {"x-should-retry": "false"}
 
 
-def _json(body: bytes, status: int, headers: dict[str, str]) -> web.Response:
-    headers.setdefault("content-type", "application/json")
-    return web.Response(body=body, status=status, headers=headers)
+def _json(body: bytes, status: int, headers: "Mapping[str, str]") -> web.Response:
+    return web.Response(body=body, status=status, headers={"content-type": "application/json", **headers})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
 
+from gateway.telemetry.export_thread import end_export
 from gateway.telemetry.gen_ai_metrics import GenAiMetrics
 from gateway.telemetry.readings import Reading, metric_of, readings_of, since
 from gateway.telemetry.sdk_spans import SCOPE
@@ -25,10 +26,6 @@ INTERVAL = 60.0
 """Seconds between exports: OpenTelemetry's default."""
 AGAIN = 5.0
 """Seconds after which an export that failed is followed by another, if that is sooner: `/health` shows the failure."""
-LAST_EXPORT = 2.0
-"""Seconds the last export may take when the gateway stops."""
-LAST_STEP = 0.2
-"""Seconds that the exporter may take to shut down, and then the thread to end."""
 
 _log = logging.getLogger("gateway")
 
@@ -117,7 +114,7 @@ class MetricExport:
         self._reading = asyncio.get_running_loop().create_task(self._read_at_intervals(read), name="metric-export")
 
     async def stop(self, read: "Callable[[], list[Family]]") -> None:
-        """Export what has been counted since, for at most `LAST_EXPORT` seconds."""
+        """Export what has been counted since, for a short time."""
         if self._reading is None:
             return
         self._reading.cancel()
@@ -126,16 +123,7 @@ class MetricExport:
         self._stopping = True
         self._read(read)
         self._wake.set()
-        await asyncio.to_thread(self._end)
-
-    def _end(self) -> None:
-        self._thread.join(LAST_EXPORT)
-        if self._thread.is_alive():
-            _log.warning("the last metrics could not be exported within %g s", LAST_EXPORT)
-        shutdown = threading.Thread(target=self._exporter.shutdown, daemon=True)
-        shutdown.start()
-        for thread in (shutdown, self._thread):
-            thread.join(LAST_STEP)
+        await asyncio.to_thread(end_export, self._thread, self._exporter.shutdown, "metrics")
 
     async def _read_at_intervals(self, read: "Callable[[], list[Family]]") -> None:
         due = time.monotonic() + self._interval

@@ -7,6 +7,7 @@ asserts that it exists and is the one that is used.
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.exporter.otlp.proto.http import metric_exporter
@@ -51,11 +52,7 @@ class OtlpHttpExporter(OTLPSpanExporter):
         longest: float | None = None,
     ) -> None:
         self.partial = PartialSuccess(ExportTraceServiceResponse, "spans")
-        transport = _transport(reached, self.partial.decode)
-        if transport is None:
-            super().__init__(endpoint, timeout=timeout)
-        else:
-            super().__init__(endpoint, timeout=timeout, _transport=transport)
+        super().__init__(endpoint, timeout=timeout, **_transport(reached, self.partial.decode))
         _limit(self, longest)
 
     def send(self, body: bytes) -> bool:
@@ -76,11 +73,7 @@ class OtlpHttpMetricExporter(OTLPMetricExporter):
         longest: float | None = None,
     ) -> None:
         self.partial = PartialSuccess(ExportMetricsServiceResponse, "data_points")
-        transport = _transport(reached, self.partial.decode)
-        if transport is None:
-            super().__init__(endpoint, timeout=timeout)
-        else:
-            super().__init__(endpoint, timeout=timeout, _transport=transport)
+        super().__init__(endpoint, timeout=timeout, **_transport(reached, self.partial.decode))
         _limit(self, longest)
         self._client._logger = _SILENT  # noqa: SLF001 - each failure would be a line; `MetricExport` tells of the first
 
@@ -103,9 +96,9 @@ _SILENT = logging.getLogger(f"{metric_exporter.__name__}.silent")
 _SILENT.disabled = True
 
 
-def _transport(reached: CollectorSettings, answered: Callable[[bytes], None]) -> Transport | None:
-    """Return our transport; None where a plugin of the SDK logs in, and the SDK's own must be used."""
-    return None if reached.by_provider else Transport(reached, answered)
+def _transport(reached: CollectorSettings, answered: Callable[[bytes], None]) -> dict[str, Any]:
+    """Return our transport as an argument; none where a plugin of the SDK logs in, and the SDK's own must be used."""
+    return {} if reached.by_provider else {"_transport": Transport(reached, answered)}
 
 
 def _limit(exporter: OTLPSpanExporter | OTLPMetricExporter, longest: float | None) -> None:

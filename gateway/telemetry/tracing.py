@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from gateway import __version__
+from gateway.telemetry.export_thread import end_export
 from gateway.telemetry.otlp_encoder import Encoder
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.partial_success import PartialSuccess
@@ -47,10 +48,6 @@ BREATH = 0.001
 """Seconds between two chunks."""
 INTERVAL = 0.5
 """Seconds between exports while less than a batch waits."""
-LAST_EXPORT = 2.0
-"""Seconds the last export may take when the gateway stops."""
-LAST_STEP = 0.2
-"""Seconds that the exporter may take to shut down, and then the thread to end."""
 ASK_AGAIN = 2.0
 """Seconds between two empty exports that check whether a failing collector is back, while no spans wait."""
 RECENT = 10.0
@@ -178,18 +175,12 @@ class Tracer:
             self._thread.start()
 
     def stop(self) -> None:
-        """Export what waits, for at most `LAST_EXPORT` seconds: a dead collector cannot delay the stop."""
+        """Export what waits, for a short time: a dead collector cannot delay the stop."""
         if self._thread is None or self._exporter is None:
             return
         self._stopping = True
         self._wake.set()
-        self._thread.join(LAST_EXPORT)
-        if self._thread.is_alive():
-            _log.warning("the last spans could not be exported within %g s", LAST_EXPORT)
-        shutdown = threading.Thread(target=self._exporter.shutdown, daemon=True)
-        shutdown.start()
-        for thread in (shutdown, self._thread):
-            thread.join(LAST_STEP)
+        end_export(self._thread, self._exporter.shutdown, "spans")
 
     def _run(self) -> None:
         while not self._stopping:

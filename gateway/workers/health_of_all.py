@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gateway.health import downstream_status, whole_status
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,14 +30,12 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
     guards = [
         max(same, key=_guard_rank) for same in zip(*(each["downstream"]["guards"] for each in documents), strict=False)
     ]
-    downstream = _whole([each["status"] for each in backends])
-    if downstream == "ok" and any(each["tripped"] for each in guards):
-        downstream = "degraded"
+    downstream = downstream_status(backends, guards)
     telemetry = _worst(STATUSES, [each["telemetry"]["status"] for each in documents])
     limits = _worst(STATUSES, [each["limits"]["status"] for each in documents])
-    poor = missing or "degraded" in {telemetry, limits} or any(each["status"] == "degraded" for each in documents)
+    degraded = bool(missing) or "degraded" in {telemetry, limits, *(each["status"] for each in documents)}
     return first | {
-        "status": "degraded" if downstream == "ok" and poor else downstream,
+        "status": whole_status(downstream, degraded=degraded),
         "uptime_seconds": max(each["uptime_seconds"] for each in documents),
         "draining": any(each["draining"] for each in documents),
         "in_flight": sum(each["in_flight"] for each in documents),
@@ -81,12 +81,6 @@ def _backend_of_all(same: "Sequence[Document]") -> Document:
         "last_error": error,
         "probe": probe,
     }
-
-
-def _whole(statuses: "Sequence[str]") -> str:
-    if all(status == "down" for status in statuses):
-        return "down"
-    return "ok" if all(status == "ok" for status in statuses) else "degraded"
 
 
 def _worst(order: "Sequence[str]", values: "Sequence[str]") -> str:

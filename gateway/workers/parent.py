@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import __version__
 from gateway.server.listener import listening_sockets
-from gateway.workers.channel import Channel
+from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.in_flight_count import count_in, new_count
 from gateway.workers.parent_store import KINDS, Ledgers, Values
 from gateway.workers.sharing import Sharing
@@ -25,6 +25,8 @@ BACK_WITHIN = 1.0
 """Seconds after a worker's death for which callers wait for the next one; then its place at the port is closed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before a worker that died is started anew: the first time, and at most; doubled each time."""
+ANSWER_WITHIN = 0.5
+"""Seconds that a worker may take for an answer; then the others speak without it, and its shares stay as they are."""
 HEALTHY_AFTER = 30.0
 """Seconds after which a worker is one that works: its next death is a first one."""
 LAST_WORDS = 10.0
@@ -75,6 +77,15 @@ class Child:
         for listening in self.sockets:
             listening.close()
         self.sockets = []
+
+    async def ask(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
+        """Return its answer to a question; None where it gives none in time."""
+        if self.channel is None:
+            return None
+        try:
+            return await self.channel.ask(what, data, timeout=ANSWER_WITHIN)
+        except NoAnswer:
+            return None
 
     def send(self, number: int) -> None:
         """Send its process a signal."""

@@ -4,7 +4,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from gateway.policy.shares import LEAST, divided
-from gateway.workers.channel import NoAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
 
 PAUSE = 0.05
 """Seconds between two moves."""
-ANSWER_WITHIN = 0.5
-"""Seconds that a worker may take; then its share stays as it is."""
 
 Shares = list[int]
 """Of requests in flight, of places in the queue, of bytes held."""
@@ -114,15 +111,6 @@ class Sharing:
         ]
 
     async def _ask_all(self, questions: "Iterable[tuple[Child, str, Any]]") -> "dict[Child, Shares]":
-        asked = [(child, _ask(child, what, data)) for child, what, data in questions]
+        asked = [(child, child.ask(what, data)) for child, what, data in questions]
         answers = await asyncio.gather(*(answer for _, answer in asked))
         return {child: answer for (child, _), answer in zip(asked, answers, strict=True) if answer is not None}
-
-
-async def _ask(child: "Child", what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
-    if child.channel is None:
-        return None
-    try:
-        return await child.channel.ask(what, data, timeout=ANSWER_WITHIN)
-    except NoAnswer:
-        return None

@@ -11,7 +11,6 @@ from prometheus_client.exposition import choose_encoder
 
 from gateway.server.request_calls import limit_of
 from gateway.telemetry.metrics import MAX_AGE, OPENMETRICS
-from gateway.workers.channel import NoAnswer
 from gateway.workers.health_of_all import health_of_all
 from gateway.workers.metrics_of_all import MetricsOfAll
 from gateway.workers.page_of_all import PageOfAll
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from gateway.workers.parent import Child
 
-ANSWER_WITHIN = 0.5
-"""Seconds that a worker may take; then the others speak without it."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the workers count, so that little is lost when one dies."""
 
@@ -131,7 +128,7 @@ class Whole:
     async def _ask(self, what: str, data: Any = None) -> dict[int, Any]:  # noqa: ANN401 - JSON
         """Return the answers of all workers that give one, by number."""
         children = [child for child in self._children if child.channel is not None and child.serves]
-        answers = await asyncio.gather(*(_ask(child, what, data) for child in children))
+        answers = await asyncio.gather(*(child.ask(what, data) for child in children))
         return {child.number: answer for child, answer in zip(children, answers, strict=True) if answer is not None}
 
 
@@ -143,12 +140,3 @@ class _Collected:
 
     def collect(self) -> "list[Metric]":
         return self._metrics
-
-
-async def _ask(child: "Child", what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
-    if child.channel is None:
-        return None
-    try:
-        return await child.channel.ask(what, data, timeout=ANSWER_WITHIN)
-    except NoAnswer:
-        return None

@@ -1,7 +1,6 @@
 """One release for all tests here: installed at the first, left as it was after each, removed after the last."""
 
 import contextlib
-import os
 import subprocess
 import time
 from collections.abc import Generator, Iterator
@@ -13,6 +12,7 @@ from chaos.report import report
 from testkit import REPOSITORY
 from tests.cluster.cluster import Release, bring_images, kubectl, remove, run, why_no_cluster
 from tests.cluster.rollouts import Rollouts
+from tests.suites import mark, need, skip_as_one
 
 HERE = Path(__file__).parent
 REPORT = REPOSITORY / "rollout-report.html"
@@ -20,19 +20,14 @@ COMMAND = "make test-cluster"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(420, func_only=True))
+    mark(items, HERE, "cluster", 420)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the state of the pods with a failed test, and all skips for want of a cluster as one line."""
     result = yield
-    if result.skipped and isinstance(result.longrepr, tuple):
-        result.longrepr = __file__, 0, result.longrepr[2]
+    skip_as_one(result, __file__)
     if result.failed and "release" in getattr(item, "funcargs", {}):
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             result.sections.append(("kubectl get pods", kubectl("get", "pods", "-o", "wide")))
@@ -43,12 +38,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    reason = why_no_cluster()
-    if reason is None:
-        return
-    if os.environ.get("CLUSTER_TESTS") == "require":
-        pytest.exit(f"CLUSTER_TESTS=require, but {reason}", returncode=1)
-    pytest.skip(f"{reason}: the chart was not tried on a cluster")
+    need(why_no_cluster(), "CLUSTER_TESTS", "the chart was not tried on a cluster")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -34,6 +33,7 @@ from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock, patient
 from tests.integration.recorder import Recorder, recording
 from tests.integration.traced import Stack, StartStack, routes
+from tests.suites import need
 
 
 @pytest.fixture
@@ -84,11 +84,7 @@ async def collector() -> AsyncIterator[Collector]:
 @pytest.fixture
 async def limits_server(tmp_path: Path) -> AsyncIterator[LimitsServer]:
     """A Valkey or Redis for limits that instances share; LIMITS_TESTS=require makes its absence a failure."""
-    reason = why_no_server()
-    if reason is not None and os.environ.get("LIMITS_TESTS") == "require":
-        pytest.exit(f"LIMITS_TESTS=require, but {reason}", returncode=1)
-    if reason is not None:
-        pytest.skip(f"{reason}: shared limits were not tested")
+    need(why_no_server(), "LIMITS_TESTS", "shared limits were not tested")
     async with LimitsServer(tmp_path) as server:
         yield server
         server.thaw()

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.server.aiohttp_protocol import LAST_ANSWERS
 from gateway.server.listener import drain
-from gateway.telemetry.tracing import LAST_EXPORT
+from gateway.telemetry.export_thread import LAST_EXPORT
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer, ask, rest_of

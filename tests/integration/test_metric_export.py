@@ -27,7 +27,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.sdk.resources import Resource
 
 from gateway.settings import load, load_otel
-from gateway.telemetry import metric_export
+from gateway.telemetry import export_thread, metric_export
 from gateway.telemetry.exporters import exporter_for, metric_export_for, tracer_for
 from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.metrics import Metrics
@@ -45,7 +45,7 @@ TIMEOUT = 0.4
 OFTEN = 0.05
 """Seconds between exports, where more than the last one is wanted."""
 SELDOM = 3600.0
-STOP = metric_export.LAST_EXPORT + 3.0
+STOP = export_thread.LAST_EXPORT + 3.0
 """Seconds that a stop may take: its promise, and what a busy machine adds."""
 
 

@@ -500,16 +500,24 @@ async def test_of_a_replica_that_goes_nothing_is_left(
     assert gone.probe is probed
 
 
+async def in_an_outage(
+    mock: MockModel, start_gateway: StartGateway, file: Path, number: int
+) -> "tuple[Gateway, list[asyncio.Task[Answer]]]":
+    """A gateway whose one replica has died, and so many requests that wait for it."""
+    gateway = await start_gateway(gateway_config=file, gateway_outage_wait=1000)
+    await until(lambda: gateway.parts.health.ready)
+    mock.die()
+    waiting = [asyncio.create_task(gateway.chat()) for _ in range(number)]
+    await until(lambda: len(gateway.parts.admission.waiting) == number)
+    return gateway, waiting
+
+
 async def test_a_request_that_waits_for_a_backend_that_goes_ends_as_if_it_were_there(
     mock: MockModel, start_mock: StartMock, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     other = await start_mock()
     file = config(tmp_path, text(mock))
-    gateway = await start_gateway(gateway_config=file, gateway_outage_wait=1000)
-    await until(lambda: gateway.parts.health.ready)
-    mock.die()
-    waiting = [asyncio.create_task(gateway.chat()) for _ in range(5)]
-    await until(lambda: len(gateway.parts.admission.waiting) == 5)
+    gateway, waiting = await in_an_outage(mock, start_gateway, file, 5)
     await follows(gateway, file, text(other))
     assert (await gateway.chat()).status == 200
     await mock.revive()
@@ -522,11 +530,7 @@ async def test_a_replica_that_comes_in_an_outage_answers_at_once(
 ) -> None:
     other = await start_mock()
     file = config(tmp_path, text(mock))
-    gateway = await start_gateway(gateway_config=file, gateway_outage_wait=1000)
-    await until(lambda: gateway.parts.health.ready)
-    mock.die()
-    waiting = [asyncio.create_task(gateway.chat()) for _ in range(20)]
-    await until(lambda: len(gateway.parts.admission.waiting) == 20)
+    gateway, waiting = await in_an_outage(mock, start_gateway, file, 20)
     await follows(gateway, file, text(mock, other))
     answer = await gateway.chat()
     assert (answer.status, "bridging" in answer.headers["server-timing"]) == (200, False)

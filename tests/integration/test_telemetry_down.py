@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.record import Record
-from gateway.telemetry import tracing
+from gateway.telemetry import export_thread
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.tracing import Tracer
 from mock_model.serve import MockModel
@@ -30,7 +30,7 @@ from tests.integration.processes import running
 
 TIMEOUT = 0.4
 """Seconds an export may take in these tests."""
-STOP = tracing.LAST_EXPORT + 3.0
+STOP = export_thread.LAST_EXPORT + 3.0
 """Seconds that stopping a tracer may take: its promise, and what a busy machine adds."""
 
 

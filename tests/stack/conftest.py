@@ -1,7 +1,6 @@
 """One stack for all tests here: made at the first, left steady before each, removed after the last."""
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -9,24 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.stack.engine import SERVICES, Stack, why_no_engine
+from tests.suites import mark, need, skip_as_one
 
 HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.stack)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(120, func_only=True))
+    mark(items, HERE, "stack", 120)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the services' last log lines with a failed test, and all skips for want of an engine as one line."""
     report = yield
-    if report.skipped and isinstance(report.longrepr, tuple):
-        report.longrepr = __file__, 0, report.longrepr[2]
+    skip_as_one(report, __file__)
     funcargs: dict[str, object] = getattr(item, "funcargs", {})
     stack = funcargs.get("stack") or funcargs.get("built_stack") or funcargs.get("metrics_stack")
     if report.failed and isinstance(stack, Stack):
@@ -38,12 +33,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session", autouse=True)
 def engine() -> None:
-    reason = why_no_engine()
-    if reason is None:
-        return
-    if os.environ.get("STACK_TESTS") == "require":
-        pytest.exit(f"STACK_TESTS=require, but {reason}", returncode=1)
-    pytest.skip(f"{reason}: the stack was not tested")
+    need(why_no_engine(), "STACK_TESTS", "the stack was not tested")
 
 
 @pytest.fixture(scope="session")

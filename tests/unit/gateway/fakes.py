@@ -11,7 +11,7 @@ from gateway.dialects.error_answers import read_error
 from gateway.errors import BackendError
 from gateway.headers import retry_after
 from gateway.policy.breaker import State
-from gateway.policy.pool import Pool, Target
+from gateway.policy.pool import Maker, Pool, Target
 from gateway.policy.replica import Replica
 from gateway.policy.waiting_room import WaitingLimit
 from gateway.settings import Settings, load
@@ -87,8 +87,7 @@ def pool_of(
     before: Pool | None = None,
 ) -> Pool:
     """A pool to which nobody listens."""
-    return Pool(
-        routing,
+    maker = Maker(
         settings,
         clock=clock,
         rng=rng,
@@ -96,8 +95,8 @@ def pool_of(
         breaker_changed=ignore,
         cooldown_begun=lambda _backend, _model, _seconds: None,
         released=lambda _backend, _number: None,
-        before=before,
     )
+    return Pool(routing, maker, before)
 
 
 def target(clock: Callable[[], float], replicas: int, **settings: float) -> Target:
