@@ -306,7 +306,8 @@ async def test_a_process_stops_in_time_while_the_collector_is_silent(
 async def test_requests_are_not_kept_when_their_spans_are_lost(
     mock: MockModel, start_gateway: StartGateway, refusing: int
 ) -> None:
-    before = {id(one) for one in gc.get_objects() if isinstance(one, Record)}  # parameters of other tests hold some
+    # What other tests have left is held, so that nothing new gets its address.
+    before = {id(one): one for one in gc.get_objects() if isinstance(one, Record)}
 
     def kept() -> int:
         gc.collect()
