@@ -198,4 +198,4 @@ class DayStore:
 
 def _windows(limits: "Limits") -> "tuple[Window, ...]":
     """Return its windows of a day."""
-    return tuple(window for window in (*limits.requests, *limits.tokens) if window.is_of_a_day)
+    return tuple(window for window in limits.windows if window.is_of_a_day)

@@ -6,6 +6,7 @@ from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
 from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
+from gateway.policy.limits import Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Coroutine
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from gateway.executor import Executor
     from gateway.forwarding.call import Call
     from gateway.policy.deadline import Deadline
-    from gateway.policy.limits import Limits, Reservation
+    from gateway.policy.limits import Limits
 
     Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
@@ -54,8 +55,8 @@ class Charges:
         Raises:
             DeadlineExceeded: it passed before the body could be looked into.
         """
-        if not limits.tokens or prompt.is_about_response:  # its tokens counted when it was made
-            return Charge(limits.reserve(0))
+        if not limits.tokens.windows or prompt.is_about_response:  # its tokens counted when it was made
+            return Charge(Reservation(limits, 0))
         read = prompt.dialect.prompt_tokens
         if len(prompt.body) <= LARGE:
             tokens = read(prompt)
@@ -63,14 +64,14 @@ class Charges:
             with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
                 tokens = await self._executor.run(len(prompt.body), read, prompt)
         if tokens is None or prompt.operation == "embeddings":  # nothing of the answer is reserved
-            return Charge(limits.reserve(tokens or 0), prompt, tokens)
+            return Charge(Reservation(limits, tokens or 0), prompt, tokens)
         most = prompt.max_tokens
         if most is not None and most > 0:
-            return Charge(limits.reserve(tokens + int(min(most, MOST)) * prompt.choices), prompt, tokens)
+            return Charge(Reservation(limits, tokens + int(min(most, MOST)) * prompt.choices), prompt, tokens)
         length = self._lengths.get((route, prompt.operation))
         if length is None:
             length = self._lengths[route, prompt.operation] = AnswerLength()
-        return Charge(limits.reserve(tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
+        return Charge(Reservation(limits, tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
 
     def follow(self, routes: "Container[str]") -> None:
         """Forget how long the answers of all other routes were."""

@@ -253,8 +253,8 @@ class Allotment:
         """Take in that the key has other limits, or the same with other numbers."""
         known = {part.window: part for part in self._parts if isinstance(part, _Windowed)}
         in_flight = [part for part in self._parts if isinstance(part, _InFlight)]
-        windows = (*self._limits.requests, *self._limits.tokens)
-        before, self._parts = self._parts, [known.get(window) or _Windowed(window) for window in windows]
+        before = self._parts
+        self._parts = [known.get(window) or _Windowed(window) for window in self._limits.windows]
         if self._limits.max_in_flight is not None:
             self._parts += in_flight or [_InFlight(self._limits)]
         for part in self._parts:

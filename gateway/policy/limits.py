@@ -24,6 +24,49 @@ SOON = 0.2
 """Seconds until a request that other processes hold up is looked at again."""
 
 
+class Meter:
+    """What was used of one kind, requests or tokens. Each limit of the kind is a window on it.
+
+    So one sum is all that a request changes, whatever limits there are.
+
+    Attributes:
+        windows: its limits.
+        reading: what was used since the process began, whatever of it is forgotten or changed later.
+        bound: the reading up to which all windows hold, as they are now.
+        smallest: the least of the limits.
+        tightest: the window of which the least is left; None: there is no limit.
+        end: the reading at which nothing is left of that.
+    """
+
+    __slots__ = ("bound", "end", "reading", "smallest", "tightest", "windows")
+
+    def __init__(self) -> None:
+        self.reading = 0
+        self.watch(())
+
+    def watch(self, windows: "tuple[Window, ...]") -> None:
+        """Have these windows from now on."""
+        self.windows = windows
+        self.aim()
+
+    def aim(self) -> None:
+        """Find out what holds, after a window has changed."""
+        self.bound: float = math.inf
+        self.smallest: float = math.inf
+        self.end: float = math.inf
+        self.tightest: Window | None = None
+        for window in self.windows:
+            self.bound = min(self.bound, self.reading + window.most - window.used)
+            self.smallest = min(self.smallest, window.limit)
+            if (end := self.reading + window.left) < self.end:
+                self.end, self.tightest = end, window
+
+    def change(self, at: float, by: int) -> None:
+        """Change what was used at an instant, in all windows that know of it."""
+        for window in self.windows:
+            window.change(at, by)
+
+
 class Window:
     """What was used of one limit lately, in slots of time.
 
@@ -34,46 +77,50 @@ class Window:
         name: of the limit, as configured.
         limit: what may be used in a window.
         seconds: the length of the window.
+        meter: what is used; the window begins with nothing.
+        since: the instant at which it begins: what was used before is none of its.
 
     Attributes:
         shown: the limit as text.
-        used: in all slots that are remembered; what is added to it is used in the present one.
-        began: the instant at which the present slot began.
-        most: what may be used here; less than the limit where it is shared with other processes (`allotment.py`).
+        began: the instant at which the present slot began, or the window.
         leased: what was used here and is forgotten may not be used again until it is granted.
-        elsewhere: what other processes have used, as far as is known.
         free_at, empty_at: the instants at which all of them may use more, and have used nothing.
     """
 
     __slots__ = (
+        "_elsewhere",
+        "_ends",
+        "_limit",
+        "_meter",
+        "_most",
         "_past",
         "_past_used",
         "_seconds",
+        "_since",
         "_slot",
+        "_zero",
         "began",
-        "elsewhere",
         "empty_at",
         "free_at",
         "leased",
-        "limit",
-        "most",
         "name",
         "shown",
-        "used",
     )
 
-    def __init__(self, name: str, limit: int, seconds: int) -> None:
+    def __init__(self, name: str, limit: int, seconds: int, meter: Meter, since: float = -math.inf) -> None:
         self.name = name
-        self.limit = limit
         self.shown = str(limit)
-        self.used = 0
-        self.began = 0.0
-        self.most = limit
+        self.began = since
         self.leased = False
-        self.elsewhere = 0
         self.free_at = self.empty_at = 0.0
+        self._limit = self._most = limit
+        self._elsewhere = 0
+        self._meter = meter
+        self._zero = meter.reading  # the reading at which nothing is used
+        self._since = since
         self._seconds = seconds // SLOTS  # of a slot
         self._slot = 0  # the number of the present one
+        self._ends = 0  # the instant at which that is forgotten
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
         self._past_used = 0
 
@@ -88,9 +135,44 @@ class Window:
         return self.seconds == DAY
 
     @property
+    def used(self) -> int:
+        """What was used in all slots that are remembered; what the meter counts is used in the present one."""
+        return self._meter.reading - self._zero
+
+    @property
+    def limit(self) -> int:
+        """What may be used in a window."""
+        return self._limit
+
+    @property
+    def most(self) -> int:
+        """What may be used here; less than the limit where it is shared with other processes (`allotment.py`)."""
+        return self._most
+
+    @most.setter
+    def most(self, most: int) -> None:
+        self._most = most
+        self._meter.aim()
+
+    @property
+    def elsewhere(self) -> int:
+        """What other processes have used, as far as is known."""
+        return self._elsewhere
+
+    @elsewhere.setter
+    def elsewhere(self, used: int) -> None:
+        self._elsewhere = used
+        self._meter.aim()
+
+    @property
     def left(self) -> int:
         """What is left of the limit, below 0 where more was used."""
-        return self.limit - self.used - self.elsewhere
+        return self._limit - self.used - self._elsewhere
+
+    def have(self, limit: int) -> None:
+        """Have another limit from now on."""
+        self._limit, self.shown = limit, str(limit)
+        self._meter.aim()
 
     def roll(self, now: float) -> float:
         """Begin the slot of an instant, and forget those that are too old; return the instant of the next one."""
@@ -100,14 +182,16 @@ class Window:
                 self._past[self._slot] = self.used - self._past_used
             while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
                 forgotten = self._past.pop(oldest)
-                self.used -= forgotten
+                self._zero += forgotten
                 if self.leased:
-                    self.most -= forgotten
+                    self._most -= forgotten
             self._past_used = self.used
             self._slot = slot
-            self.began = slot * self._seconds
+            self._ends = self._end(slot)
+            self.began = max(self._since, slot * self._seconds)
             if now >= self.empty_at:
-                self.elsewhere = 0  # nobody has told of it since
+                self._elsewhere = 0  # nobody has told of it since
+            self._meter.aim()
         return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
@@ -115,13 +199,13 @@ class Window:
 
         More than the limit fits in several windows, one after the other.
         """
-        if self.used + amount <= self.most:
+        if self.used + amount <= self._most:
             return 0.0
         if self.leased:
             if amount <= self.left:
                 return SOON
-            return max(SOON, self.free_at - now, self._own_wait(amount, self.limit, now))
-        return self._own_wait(amount, self.most, now)
+            return max(SOON, self.free_at - now, self._own_wait(amount, self._limit, now))
+        return self._own_wait(amount, self._most, now)
 
     def _own_wait(self, amount: int, most: int, now: float) -> float:
         later, rest = divmod(max(amount, 1) - 1, most)
@@ -134,22 +218,28 @@ class Window:
         return wait
 
     def change(self, at: float, by: int) -> None:
-        """Change what was used at an instant before the present slot; what is forgotten stays so."""
+        """Change what was used at an instant; what is forgotten, or was before it began, stays so."""
         slot = int(at // self._seconds)
+        if at < self._since:
+            return
         if slot in self._past:
             self._past[slot] += by
             self._past_used += by
-            self.used += by
+        elif slot != self._slot:
+            return
+        self._zero -= by
+        self._meter.aim()
 
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
-        if self.used > self._past_used:
-            own = self._end(self._slot) - now
-        elif not self.used:
+        used = self._meter.reading - self._zero
+        if used > self._past_used:
+            own = self._ends - now
+        elif not used:
             own = 0.0
         else:
             own = self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
-        return max(own, self.empty_at - now) if self.elsewhere else own
+        return max(own, self.empty_at - now) if self._elsewhere else own
 
     def slots(self) -> dict[int, int]:
         """Return what was used in each slot, by its number since the epoch, the oldest first."""
@@ -163,11 +253,13 @@ class Window:
             slot = min(number, self._slot)
             if slot >= self._slot - SLOTS:
                 merged[slot] = merged.get(slot, 0) + used
-        self.used = sum(merged.values())
-        self._past_used = self.used - merged.pop(self._slot)
+        total = sum(merged.values())
+        self._past_used = total - merged.pop(self._slot)
         self._past = dict(sorted(merged.items()))
+        self._zero -= total - self.used
+        self._meter.aim()
 
-    def _end(self, slot: int) -> float:
+    def _end(self, slot: int) -> int:
         """Return the instant at which a slot is forgotten."""
         return (slot + SLOTS + 1) * self._seconds
 
@@ -180,9 +272,10 @@ class Limits:
         clock: seconds since the epoch; it never goes back.
 
     Attributes:
-        requests, tokens: the windows of each; max_in_flight: requests at once, or None for any number.
+        requests, tokens: what is used of each; max_in_flight: requests at once, or None for any number.
         most_in_flight: those that may be here; fewer where other processes have the rest.
         in_flight: requests at once now.
+        began: the instant at which the present slot of all windows began.
         touched: something was used since somebody last set this to False.
         allotment: the part of them that this process holds; None where they are its own.
     """
@@ -190,6 +283,7 @@ class Limits:
     __slots__ = (
         "_rolls_at",
         "allotment",
+        "began",
         "clock",
         "in_flight",
         "max_in_flight",
@@ -201,91 +295,103 @@ class Limits:
 
     def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]") -> None:
         self.clock = clock
-        self.requests = _windows("requests", config.requests_per_minute, config.requests_per_day)
-        self.tokens = _windows("tokens", config.tokens_per_minute, config.tokens_per_day)
-        self.max_in_flight = self.most_in_flight = config.max_in_flight
+        self.requests = Meter()
+        self.tokens = Meter()
         self.in_flight = 0
         self.touched = False
         self.allotment: Allotment | None = None
-        self._rolls_at = 0.0
+        self._set(config, -math.inf)
 
     def change(self, config: "LimitsConfig") -> None:
         """Have other limits from now on; what was used of those that stay still counts."""
-        known = {window.name: window for window in (*self.requests, *self.tokens)}
+        self._set(config, math.nextafter(self.clock(), math.inf))
 
-        def kept(windows: tuple[Window, ...]) -> tuple[Window, ...]:
-            for window in windows:
-                if (old := known.get(window.name)) is not None:
-                    old.limit, old.shown = window.limit, window.shown
+    def _set(self, config: "LimitsConfig", since: float) -> None:
+        """Have these limits; those that are new begin at an instant."""
+        self.began = since
+        self._rolls_at = 0.0
+        for meter, limits in (
+            (self.requests, _of("requests", config.requests_per_minute, config.requests_per_day)),
+            (self.tokens, _of("tokens", config.tokens_per_minute, config.tokens_per_day)),
+        ):
+            known = {window.name: window for window in meter.windows}
+            for name, limit, _ in limits:
+                if (window := known.get(name)) is not None:
+                    window.have(limit)
                     if self.allotment is None:
-                        old.most = window.limit
-            return tuple(known.get(window.name, window) for window in windows)
-
-        self.requests = kept(_windows("requests", config.requests_per_minute, config.requests_per_day))
-        self.tokens = kept(_windows("tokens", config.tokens_per_minute, config.tokens_per_day))
+                        window.most = limit
+            meter.watch(
+                tuple(known.get(name) or Window(name, limit, seconds, meter, since) for name, limit, seconds in limits)
+            )
         self.max_in_flight = config.max_in_flight
         if self.allotment is None or config.max_in_flight is None:
             self.most_in_flight = config.max_in_flight
-        self._rolls_at = 0.0
+
+    @property
+    def windows(self) -> "tuple[Window, ...]":
+        """All windows: of requests, then of tokens."""
+        return (*self.requests.windows, *self.tokens.windows)
 
     def look(self) -> float:
         """Return the instant, at which all windows are as they are to be."""
         now = self.clock()
         if now >= self._rolls_at:
-            self._rolls_at = min((window.roll(now) for window in (*self.requests, *self.tokens)), default=math.inf)
+            self._rolls_at = min((window.roll(now) for window in self.windows), default=math.inf)
+            self.began = max((window.began for window in self.windows), default=-math.inf)
         return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
         """Yield each limit that is set: its name, what may be used, and what is used now, by this process."""
         self.look()
-        for window in (*self.requests, *self.tokens):
+        for window in self.windows:
             yield window.name, window.limit, window.used
         if self.max_in_flight is not None:
             yield "max_in_flight", self.max_in_flight, self.in_flight
-
-    def reserve(self, tokens: int) -> "Reservation":
-        """Return what one request needs, yet to be taken; tokens beyond a limit are cut to it."""
-        return Reservation(self, tokens)
 
 
 class Reservation:
     """What one request needs of its key's limits: taken before it is forwarded, settled by what it has used.
 
+    Args:
+        limits: of the key.
+        tokens: those beyond a limit are cut to it.
+
     Attributes:
         tokens: reserved.
     """
 
-    __slots__ = ("_limits", "_requests", "_taken", "_taken_at", "tokens")
+    __slots__ = ("_limits", "_more", "_taken", "_taken_at", "tokens")
 
     def __init__(self, limits: Limits, tokens: int) -> None:
         self._limits = limits
         self._taken_at: float | None = None
-        self._requests: tuple[Window, ...] = ()  # of which it took one each
-        self._taken: list[tuple[Window, int]] = []  # the tokens that it took of each
         self.tokens = tokens
 
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
         limits, tokens = self._limits, self.tokens
         now = limits.look()
-        if limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight:
+        of_requests, of_tokens = limits.requests, limits.tokens
+        self._more: list[tuple[Window, int]] | None = None  # of windows that are larger than the smallest
+        if tokens > of_tokens.smallest:
+            smallest = int(of_tokens.smallest)
+            self._more = [(each, min(tokens, each.limit) - smallest) for each in of_tokens.windows]
+            tokens = smallest
+        if (
+            of_requests.reading >= of_requests.bound
+            or of_tokens.reading + tokens > of_tokens.bound
+            or (limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight)
+            or (self._more is not None and any(each.used + tokens + more > each.most for each, more in self._more))
+        ):
             return self._wait(now)
-        for window in limits.requests:
-            if window.used >= window.most:
-                return self._wait(now)
-        for window in limits.tokens:
-            most = window.most
-            if window.used + tokens > most and (tokens <= window.limit or window.used + window.limit > most):
-                return self._wait(now)
-        for window in limits.requests:
-            window.used += 1
-        self._requests = limits.requests  # by the time it is settled there may be other limits
-        for window in limits.tokens:
-            cut = tokens if tokens < window.limit else window.limit  # noqa: FURB136 - at each request
-            window.used += cut
-            self._taken.append((window, cut))
+        of_requests.reading += 1
+        of_tokens.reading += tokens
+        if self._more is not None:
+            for window, more in self._more:
+                window.change(now, more)
         limits.in_flight += 1
         limits.touched = True
+        self._taken = tokens
         self._taken_at = now
         return None
 
@@ -294,8 +400,9 @@ class Reservation:
         if limits.allotment is not None:
             limits.allotment.lacks(self)
             return SOON
-        waits = [window.wait(1, now) for window in limits.requests]
-        return max(waits + [window.wait(min(self.tokens, window.limit), now) for window in limits.tokens], default=0.0)
+        waits = [window.wait(1, now) for window in limits.requests.windows]
+        waits += [window.wait(min(self.tokens, window.limit), now) for window in limits.tokens.windows]
+        return max(waits, default=0.0)
 
     def ask(self) -> "Future[None] | None":
         """Ask for what it lacks, where other processes may hold it; None where that makes no sense (now).
@@ -322,25 +429,26 @@ class Reservation:
         if at is None:
             raise RuntimeError("nothing is taken")
         self._taken_at = None
-        limits.look()
         limits.in_flight -= 1
         limits.touched = True
-        for window, taken in self._taken:
-            more = tokens - taken
-            if more > 0 or at >= window.began:
-                window.used += more
-            else:
-                window.change(at, more)
+        more = tokens - self._taken
+        if self._more is not None:
+            for window, taken in self._more:
+                window.change(at, -taken)
+        if more > 0:
+            limits.look()
+            limits.tokens.reading += more
+        elif at >= limits.began:
+            limits.tokens.reading += more
+        else:
+            limits.tokens.change(at, more)
 
     def give_back(self) -> None:
         """Give all of it back: the request was never forwarded."""
         at = self._taken_at
         self.settle(0)
-        for window in self._requests:
-            if at is not None and at < window.began:
-                window.change(at, -1)
-            else:
-                window.used -= 1
+        if at is not None:
+            self._limits.requests.change(at, -1)
 
     def refusal(self, ahead: "Iterable[Reservation]" = ()) -> RateLimitExceeded | None:
         """Return why it cannot be taken now, by the limit that lets it wait longest; None if it can.
@@ -350,15 +458,15 @@ class Reservation:
         """
         limits, now = self._limits, self._limits.look()
         queue = [*ahead, self]
-        waits = [(window.wait(len(queue), now), window) for window in limits.requests]
+        waits = [(window.wait(len(queue), now), window) for window in limits.requests.windows]
         waits += [
             (window.wait(sum(min(each.tokens, window.limit) for each in queue), now), window)
-            for window in limits.tokens
+            for window in limits.tokens.windows
         ]
         waits = [each for each in waits if each[0]]
         if waits:
             wait, window = max(waits, key=itemgetter(0))
-            needed = 1 if window in limits.requests else min(self.tokens, window.limit)
+            needed = 1 if window in limits.requests.windows else min(self.tokens, window.limit)
             whose = f"Of this key's {window.name} ({window.limit})"
             left = max(0, window.left)
             if limits.allotment is not None and not window.leased:
@@ -377,15 +485,7 @@ class Reservation:
         return None
 
 
-def tightest(windows: tuple[Window, ...]) -> Window:
-    """Return the window of which the least is left."""
-    least = windows[0]
-    for window in windows[1:]:
-        if window.left < least.left:
-            least = window
-    return least
-
-
-def _windows(what: str, per_minute: int | None, per_day: int | None) -> tuple[Window, ...]:
+def _of(what: str, per_minute: int | None, per_day: int | None) -> list[tuple[str, int, int]]:
+    """Return the limits of a kind that are set: name, limit, seconds."""
     limits = ((f"{what}_per_minute", per_minute, MINUTE), (f"{what}_per_day", per_day, DAY))
-    return tuple(Window(name, limit, seconds) for name, limit, seconds in limits if limit is not None)
+    return [(name, limit, seconds) for name, limit, seconds in limits if limit is not None]

@@ -19,7 +19,6 @@ from gateway.errors import (
     Refusal,
 )
 from gateway.headers import RATE_LIMITS
-from gateway.policy.limits import tightest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,10 +67,10 @@ def explaining(record: "Record", now: float) -> dict[str, str]:
 def _add_rate_limits(headers: dict[str, str], limits: "Limits") -> None:
     """Add `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
     now = limits.look()
-    for windows, (limit, remaining, reset) in ((limits.requests, OF_REQUESTS), (limits.tokens, OF_TOKENS)):
-        if windows:
-            window = tightest(windows)
-            left = window.left
+    for meter, (limit, remaining, reset) in ((limits.requests, OF_REQUESTS), (limits.tokens, OF_TOKENS)):
+        window = meter.tightest
+        if window is not None:
+            left = meter.end - meter.reading
             headers[limit] = window.shown
             headers[remaining] = str(left) if left > 0 else "0"
             headers[reset] = _duration(ceil(window.empty_in(now)))

@@ -230,7 +230,7 @@ async def test_what_the_share_admits_waits_for_no_store_and_is_told_what_is_left
 def held(gateway: Gateway) -> int:
     """How many requests an instance may take without asking; a look inside."""
     (limits,) = (each.limits for each in gateway.parts.keys.callers if each.limits is not None)
-    return min(window.most - window.used for window in (*limits.requests, *limits.tokens))
+    return min(window.most - window.used for window in limits.windows)
 
 
 def share(gateway: Gateway) -> int:

@@ -559,16 +559,16 @@ def test_who_would_wait_longer_than_the_queue_allows_is_refused_at_once_and_told
     async def story(clock: Clock) -> None:
         gate, of = admission(slots=8), limits_of(clock, requests_per_minute=2)
         for _ in range(2):
-            assert gate.enter_at_once("key", of.reserve(0))
+            assert gate.enter_at_once("key", Reservation(of, 0))
         began = clock()
         with pytest.raises(RateLimitExceeded) as refused:
-            await gate.enter(LONG, "key", of.reserve(0))
+            await gate.enter(LONG, "key", Reservation(of, 0))
         assert clock() - began < NOW
         assert refused.value.limit == "requests_per_minute"
         assert refused.value.retry_after is not None
         assert 60 <= refused.value.retry_after <= 61
         await asyncio.sleep(refused.value.retry_after)
-        assert gate.enter_at_once("key", of.reserve(0))
+        assert gate.enter_at_once("key", Reservation(of, 0))
         for _ in range(3):
             gate.leave("key")
         assert_empty(gate)
@@ -579,14 +579,14 @@ def test_who_would_wait_longer_than_the_queue_allows_is_refused_at_once_and_told
 def test_a_short_wait_for_a_limit_is_waited_out_in_the_queue_in_order() -> None:
     async def story(clock: Clock) -> None:
         gate, of = admission(slots=8), limits_of(clock, tokens_per_minute=10)
-        assert gate.enter_at_once("key", of.reserve(10))
+        assert gate.enter_at_once("key", Reservation(of, 10))
         await asyncio.sleep(59.5)
         began = clock()
-        large = asyncio.create_task(gate.enter(LONG, "key", of.reserve(10)))
+        large = asyncio.create_task(gate.enter(LONG, "key", Reservation(of, 10)))
         await settle()
         with pytest.raises(RateLimitExceeded):  # behind the large one it would not fit for another minute
-            await gate.enter(LONG, "key", of.reserve(1))
-        assert gate.enter_at_once("other", limits_of(clock, tokens_per_minute=10).reserve(10))
+            await gate.enter(LONG, "key", Reservation(of, 1))
+        assert gate.enter_at_once("other", Reservation(limits_of(clock, tokens_per_minute=10), 10))
         await large
         assert 0.4 < clock() - began < 1.6
         assert of.in_flight == 2
@@ -600,10 +600,10 @@ def test_a_short_wait_for_a_limit_is_waited_out_in_the_queue_in_order() -> None:
 def test_what_another_request_gives_back_goes_to_who_waits() -> None:
     async def story(clock: Clock) -> None:
         gate, of = admission(slots=8), limits_of(clock, max_in_flight=2)
-        first, second = of.reserve(0), of.reserve(0)
+        first, second = Reservation(of, 0), Reservation(of, 0)
         assert gate.enter_at_once("key", first)
         assert gate.enter_at_once("key", second)
-        third, fourth = (asyncio.create_task(gate.enter(LONG, "key", of.reserve(0))) for _ in range(2))
+        third, fourth = (asyncio.create_task(gate.enter(LONG, "key", Reservation(of, 0))) for _ in range(2))
         await settle()
         first.settle(0)
         gate.leave("key")
@@ -623,9 +623,9 @@ def test_what_another_request_gives_back_goes_to_who_waits() -> None:
 def test_who_is_out_of_slots_as_well_is_told_of_the_slots() -> None:
     async def story(clock: Clock) -> None:
         gate, of = admission(slots=1), limits_of(clock, max_in_flight=1)
-        assert gate.enter_at_once("key", of.reserve(0))
+        assert gate.enter_at_once("key", Reservation(of, 0))
         with pytest.raises(GatewayOverloaded) as late:
-            await gate.enter(LONG, "key", of.reserve(0))
+            await gate.enter(LONG, "key", Reservation(of, 0))
         assert late.value.reason == "queue_timeout"
         gate.leave("key")
         assert_empty(gate)
@@ -658,7 +658,7 @@ def test_whatever_happens_as_much_is_taken_as_is_under_way(
         tasks: list[asyncio.Task[None]] = []
 
         async def come(caller: str, tokens: int) -> None:
-            reservation = keys[caller].reserve(tokens) if caller else None
+            reservation = Reservation(keys[caller], tokens) if caller else None
             await gate.enter(LONG, caller, reservation)
             inside.append((caller, reservation))
 
@@ -725,7 +725,7 @@ class Sharing:
 def test_who_lacks_a_lease_waits_for_the_answer_and_those_who_ask_meanwhile_are_answered_together() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=3), clock()
-        tasks = [asyncio.create_task(gate.enter(LONG, "a", sharing.limits.reserve(0))) for _ in range(4)]
+        tasks = [asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0))) for _ in range(4)]
         await settle()
         assert gate.in_flight == 0
         sharing.answers()
@@ -743,11 +743,11 @@ def test_nobody_waits_longer_for_an_answer_than_in_the_queue() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=3), clock()
         with pytest.raises(RateLimitExceeded):
-            await gate.enter(LONG, "a", sharing.limits.reserve(0))
+            await gate.enter(LONG, "a", Reservation(sharing.limits, 0))
         assert clock() - began < 2 * QUEUE_TIMEOUT + 0.1
         began = clock()
         with pytest.raises((RateLimitExceeded, DeadlineExceeded)):
-            await gate.enter(0.5, "a", sharing.limits.reserve(0))
+            await gate.enter(0.5, "a", Reservation(sharing.limits, 0))
         assert clock() - began < 1.1
         assert_empty(gate)
 
@@ -757,14 +757,14 @@ def test_nobody_waits_longer_for_an_answer_than_in_the_queue() -> None:
 def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=40), clock()
-        theirs = [sharing.others.reserve(0) for _ in range(40)]
+        theirs = [Reservation(sharing.others, 0) for _ in range(40)]
         for each in theirs:
             each.take()
         sharing.exchange(sharing.theirs)
         for each in theirs[:39]:
             assert each.take() is None
         sharing.exchange(sharing.ours)
-        task = asyncio.create_task(gate.enter(LONG, "a", sharing.limits.reserve(0)))
+        task = asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0)))
         await settle()
         sharing.answers()
         await settle()

@@ -77,10 +77,10 @@ class Process:
         return future
 
     def take(self, tokens: int = 0) -> bool:
-        reservation = self.limits.reserve(tokens)
+        reservation = Reservation(self.limits, tokens)
         if reservation.take() is not None:
             return False
-        limits = [window.limit for window in self.limits.tokens]
+        limits = [window.limit for window in self.limits.tokens.windows]
         charge = [self.world.clock(), float(min([tokens, *limits]) if limits else 1)]
         self.world.taken.append(charge)
         self.open.append((reservation, charge))
@@ -88,9 +88,9 @@ class Process:
 
     def ask_and_take(self, tokens: int = 0) -> bool:
         """As a request does: it asks only for what it does not have, and is refused if there is no more."""
-        reservation = self.limits.reserve(tokens)
+        reservation = Reservation(self.limits, tokens)
         if reservation.take() is None:
-            limits = [window.limit for window in self.limits.tokens]
+            limits = [window.limit for window in self.limits.tokens.windows]
             charge = [self.world.clock(), float(min([tokens, *limits]) if limits else 1)]
             self.world.taken.append(charge)
             self.open.append((reservation, charge))
@@ -102,7 +102,7 @@ class Process:
 
     def settle(self, number: int, part: float) -> None:
         reservation, charge = self.open.pop(number % len(self.open))
-        charge[1] = float(int(charge[1] * part)) if self.limits.tokens else charge[1]
+        charge[1] = float(int(charge[1] * part)) if self.limits.tokens.windows else charge[1]
         reservation.settle(int(charge[1]))
 
     def exchange(self) -> None:
@@ -199,7 +199,7 @@ TestSharing.settings = settings(max_examples=100, stateful_step_count=40, deadli
 def shares(world: World, seed: int, weights: tuple[int, ...], times: float, minutes: int = 3) -> list[float]:
     """What all have used in each minute, with so many times the limit asked for, each instance by its weight."""
     random, start = Random(seed), world.clock()
-    limit = world.processes[0].limits.requests[0].limit
+    limit = world.processes[0].limits.requests.windows[0].limit
     next_report = start
     while world.clock() < start + minutes * 60:
         world.clock.forward(random.expovariate(limit * times / 60))
@@ -239,7 +239,7 @@ def test_the_shares_of_all_are_no_more_than_the_limit(seed: int) -> None:
         assert 0.9 * limit <= sum(told) <= limit, f"seed {seed}: {told}"
     for each in world.processes:
         each.allotment.go_on()
-    most = [each.limits.requests[0].most for each in world.processes]
+    most = [each.limits.requests.windows[0].most for each in world.processes]
     in_flight = [each.limits.most_in_flight or 0 for each in world.processes]
     assert min(most + in_flight) >= 1
     assert sum(most) <= 400 + most.count(1), "at least one each"
@@ -258,7 +258,7 @@ def test_what_a_process_that_is_gone_had_in_flight_and_had_leased_comes_back_aft
     assert [other.ask_and_take() for _ in range(5)] == [True] * 4 + [False]
     for _ in range(2):
         other.exchange()
-    assert other.limits.requests[0].elsewhere == 4, "what it had used is still used"
+    assert other.limits.requests.windows[0].elsewhere == 4, "what it had used is still used"
 
 
 def test_a_lease_that_was_not_kept_is_not_spent_again() -> None:
@@ -266,21 +266,21 @@ def test_a_lease_that_was_not_kept_is_not_spent_again() -> None:
     frozen, other = world.processes
     assert frozen.ask_and_take()
     frozen.exchange()
-    assert frozen.limits.requests[0].most > 1
+    assert frozen.limits.requests.windows[0].most > 1
     world.clock.forward(LIVES + 1)
     frozen.exchange()
     assert world.processes[1] is other
     frozen.allotment.go_on()
     world.clock.forward(LIVES + 1)
     frozen.allotment.go_on()
-    assert frozen.limits.requests[0].most == 25, "the fallback share: another may have had its own since"
+    assert frozen.limits.requests.windows[0].most == 25, "the fallback share: another may have had its own since"
 
 
 def test_before_the_ledger_has_answered_a_part_of_each_limit_may_be_used_at_least_one() -> None:
     world = World(count=1, fallback=0.1, requests_per_minute=50, max_in_flight=3, tokens_per_minute=9)
     limits = world.processes[0].limits
     world.processes[0].allotment.go_on()
-    assert (limits.requests[0].most, limits.tokens[0].most, limits.most_in_flight) == (5, 1, 1)
+    assert (limits.requests.windows[0].most, limits.tokens.windows[0].most, limits.most_in_flight) == (5, 1, 1)
 
 
 def test_a_ledger_that_was_emptied_grants_nothing_until_all_can_have_reported() -> None:
@@ -354,7 +354,7 @@ def test_limits_may_change_while_they_are_shared() -> None:
     for each in world.processes:
         assert each.ask_and_take()
         report = each.allotment.report("")
-        each.limits.requests[0].limit = 40
+        each.limits.requests.windows[0].have(40)
         each.limits.max_in_flight = 5
         each.allotment.follow()
         each.allotment.answered(world.ledger.exchange(report))
@@ -366,7 +366,7 @@ def test_limits_may_change_while_they_are_shared() -> None:
         while each.open:
             each.settle(0, 1)
         each.exchange()
-        assert each.limits.requests[0].elsewhere + each.limits.requests[0].used <= 5
+        assert each.limits.requests.windows[0].elsewhere + each.limits.requests.windows[0].used <= 5
     for _ in range(5):
         world.clock.forward(1)
         for each in world.processes:
@@ -402,7 +402,7 @@ def test_without_the_ledger_the_shares_of_a_limit_that_changes_are_together_the_
         each.allotment.go_on()
         each.limits.change(LimitsConfig(requests_per_day=limit, max_in_flight=limit // 5))
         each.allotment.follow()
-    assert 0.8 * limit <= sum(each.limits.requests[0].most for each in world.processes) <= limit
+    assert 0.8 * limit <= sum(each.limits.requests.windows[0].most for each in world.processes) <= limit
     assert sum(each.limits.most_in_flight or 0 for each in world.processes) <= limit // 5
 
 
@@ -412,7 +412,7 @@ def test_who_has_used_more_than_was_left_may_use_the_whole_limit_again_when_that
     process, other = world.processes
     process.exchange()
     other.exchange()
-    reservation = process.limits.reserve(reserved)
+    reservation = Reservation(process.limits, reserved)
     if reservation.take() is not None:
         process.exchange()
         assert reservation.take() is None
@@ -433,7 +433,7 @@ def test_what_others_have_used_is_forgotten_by_who_has_heard_nothing_since() -> 
     for each in (other, process, process):
         world.clock.forward(INTERVAL)
         each.exchange()
-    window = process.limits.requests[0]
+    window = process.limits.requests.windows[0]
     assert (window.used, window.elsewhere, window.left) == (1, 3, 96)
     world.clock.forward(MINUTE + 2)
     process.limits.look()
@@ -455,6 +455,6 @@ def test_who_was_told_that_there_is_no_more_asks_no_more_for_a_while() -> None:
     asked = process.asked
     assert [process.ask_and_take() for _ in range(100)] == [False] * 100
     assert process.asked == asked
-    refusal = process.limits.reserve(0).refusal()
+    refusal = Reservation(process.limits, 0).refusal()
     assert refusal is not None
     assert 80_000 < refusal.wait <= DAY * 62 / 60

@@ -9,7 +9,7 @@ from gateway import day_store
 from gateway.config import LimitsConfig
 from gateway.day_store import FILE, DayStore
 from gateway.policy.caller import Caller
-from gateway.policy.limits import DAY, Limits
+from gateway.policy.limits import DAY, Limits, Reservation
 from testkit.polling import until
 from tests.unit.gateway.fakes import Clock
 
@@ -28,7 +28,7 @@ def caller(clock: Clock, name: str = "a", **config: int) -> Caller:
 
 def use(of: Caller, tokens: int) -> None:
     assert of.limits is not None
-    reservation = of.limits.reserve(tokens)
+    reservation = Reservation(of.limits, tokens)
     assert reservation.take() is None
     reservation.settle(tokens)
 
@@ -36,7 +36,7 @@ def use(of: Caller, tokens: int) -> None:
 def used(of: Caller) -> int:
     assert of.limits is not None
     of.limits.look()
-    return of.limits.tokens[0].used
+    return of.limits.tokens.windows[0].used
 
 
 def rows(folder: Path) -> list[tuple[str, str, int, int]]:
@@ -70,7 +70,7 @@ async def test_it_is_saved_while_the_process_runs(tmp_path: Path) -> None:
         use(one, 7)
         await until(lambda: [amount for *_, amount in rows(tmp_path)] == [7])
         assert one.limits is not None
-        reservation = one.limits.reserve(50)
+        reservation = Reservation(one.limits, 50)
         reservation.take()
         await until(lambda: [amount for *_, amount in rows(tmp_path)] == [57])
         reservation.settle(3)

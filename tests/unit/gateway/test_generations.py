@@ -18,6 +18,7 @@ from gateway.config import (
 from gateway.generation import Generation, Generations
 from gateway.policy.breaker import State
 from gateway.policy.lease import take
+from gateway.policy.limits import Reservation
 from gateway.policy.pool import Pool
 from gateway.policy.waiting_room import WaitingLimit
 from gateway.server.keys import Keys
@@ -239,7 +240,7 @@ def test_limits_are_a_key_s_by_its_name_else_by_its_digest() -> None:
     first = Keys([key("t", "1", requests_per_minute=3), key(None, "2"), key(None, "3")], clock)
     (named, *unnamed) = first.callers
     assert named.limits is not None
-    assert named.limits.reserve(0).take() is None
+    assert Reservation(named.limits, 0).take() is None
     second = Keys([key(None, "3"), key("t", "4", ("m",), requests_per_minute=5), key("new", "5")], clock, first)
 
     assert second.callers[1].limits is named.limits

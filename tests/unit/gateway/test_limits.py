@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.config import LimitsConfig
-from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Reservation, Window, tightest
+from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Meter, Reservation, Window
 from tests.unit.gateway.fakes import Clock
 
 EPOCH = 1_800_000_000.0
@@ -25,7 +25,7 @@ def limits(clock: Clock, **config: int) -> Limits:
 
 
 def took(of: Limits, tokens: int = 0) -> Reservation | None:
-    reservation = of.reserve(tokens)
+    reservation = Reservation(of, tokens)
     return reservation if reservation.take() is None else None
 
 
@@ -42,13 +42,14 @@ def state(of: Limits) -> dict[str, tuple[int, int]]:
 def test_no_stretch_of_time_as_long_as_the_window_holds_more_than_the_limit(
     limit: int, seconds: int, asked: list[tuple[float, int]], start: float
 ) -> None:
-    window, now = Window("w", limit, seconds), start
+    meter = Meter()
+    window, now = Window("w", limit, seconds, meter), start
     used: list[tuple[float, int]] = []
     for pause, amount in asked:
         now += pause * seconds / 3
         window.roll(now)
         if not window.wait(amount, now):
-            window.used += amount
+            meter.reading += amount
             used.append((now, amount))
     for end, _ in used:
         assert sum(amount for at, amount in used if end - seconds < at <= end) <= limit
@@ -62,7 +63,8 @@ def test_no_stretch_of_time_as_long_as_the_window_holds_more_than_the_limit(
 def test_what_has_waited_as_long_as_it_was_told_fits_and_not_a_slot_earlier(
     limit: int, seconds: int, asked: list[tuple[float, int]]
 ) -> None:
-    window, now = Window("w", limit, seconds), EPOCH
+    meter = Meter()
+    window, now = Window("w", limit, seconds, meter), EPOCH
     for pause, asked_for in asked:
         now += pause * seconds / 3
         amount = min(asked_for, limit)
@@ -76,16 +78,17 @@ def test_what_has_waited_as_long_as_it_was_told_fits_and_not_a_slot_earlier(
         now = math.nextafter(now + wait, math.inf)
         window.roll(now)
         assert not window.wait(amount, now)
-        window.used += amount
+        meter.reading += amount
 
 
 def test_a_window_holds_no_more_slots_than_it_has_however_long_it_is_used() -> None:
-    window, random = Window("w", 1 << 60, MINUTE), Random(1)
+    meter, random = Meter(), Random(1)
+    window = Window("w", 1 << 60, MINUTE, meter)
     now = EPOCH
     for _ in range(5_000):
         now += random.random() * 2
         window.roll(now)
-        window.used += 1
+        meter.reading += 1
         assert len(window.slots()) <= SLOTS + 1
     assert window.used == sum(window.slots().values())
     window.roll(now + 62)
@@ -96,7 +99,7 @@ def test_the_whole_limit_may_be_used_at_once_and_again_a_window_and_a_slot_later
     clock = clock_at()
     of = limits(clock, requests_per_minute=5)
     assert [took(of) is not None for _ in range(7)] == [True] * 5 + [False] * 2
-    assert of.reserve(0).take() == 61
+    assert Reservation(of, 0).take() == 61
     clock.forward(60.9)
     assert took(of) is None
     clock.forward(0.1)
@@ -115,7 +118,7 @@ def test_all_limits_that_are_set_hold() -> None:
     assert took(of, 50)
     clock.forward(61)
     assert took(of) is None  # requests of the day
-    refusal = of.reserve(0).refusal()
+    refusal = Reservation(of, 0).refusal()
     assert refusal is not None
     assert refusal.limit == "requests_per_day"
     assert "requests_per_day" in refusal.message
@@ -204,12 +207,12 @@ def test_requests_in_flight_are_limited_until_they_end() -> None:
     first, second = took(of), took(of)
     assert first is not None
     assert second is not None
-    assert of.reserve(0).take() == 0
-    refusal = of.reserve(0).refusal()
+    assert Reservation(of, 0).take() == 0
+    refusal = Reservation(of, 0).refusal()
     assert refusal is not None
     assert (refusal.limit, refusal.wait) == ("max_in_flight", 0)
     first.settle(0)
-    assert of.reserve(0).refusal() is None
+    assert Reservation(of, 0).refusal() is None
     assert took(of)
 
 
@@ -219,10 +222,10 @@ def test_who_comes_behind_others_is_told_the_wait_behind_them() -> None:
     for _ in range(5):
         assert took(of, 2)
         clock.forward(10)
-    mine, ahead = of.reserve(2), [of.reserve(2) for _ in range(3)]
+    mine, ahead = Reservation(of, 2), [Reservation(of, 2) for _ in range(3)]
     waits = [mine.refusal(ahead[:number]) for number in range(4)]
     assert [refusal.wait for refusal in waits if refusal is not None] == [11, 21, 31, 41]
-    refusal = mine.refusal([of.reserve(10)] * 3)
+    refusal = mine.refusal([Reservation(of, 10)] * 3)
     assert refusal is not None
     assert refusal.wait > 120
 
@@ -231,36 +234,38 @@ def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     clock = clock_at()
     of = limits(clock, requests_per_minute=10, requests_per_day=12)
     of.look()
-    assert tightest(of.requests).limit == 10
-    assert of.requests[0].empty_in(clock()) == 0
+    assert of.requests.tightest.limit == 10
+    assert of.requests.windows[0].empty_in(clock()) == 0
     for _ in range(9):
         assert took(of)
     clock.forward(0.5)
     of.look()
-    assert tightest(of.requests) is of.requests[0]
-    assert of.requests[0].empty_in(clock()) == 60.5
+    assert of.requests.tightest is of.requests.windows[0]
+    assert of.requests.windows[0].empty_in(clock()) == 60.5
     clock.forward(61)
     of.look()
-    assert tightest(of.requests) is of.requests[1]
-    assert of.requests[1].used == 9
-    assert 80_000 < of.requests[1].empty_in(clock()) <= DAY + 24 * 60
+    assert of.requests.tightest is of.requests.windows[1]
+    assert of.requests.windows[1].used == 9
+    assert 80_000 < of.requests.windows[1].empty_in(clock()) <= DAY + 24 * 60
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
     clock = clock_at()
-    (before,) = limits(clock, tokens_per_day=100).tokens
+    meter = limits(clock, tokens_per_day=100).tokens
+    (before,) = meter.windows
     before.roll(clock())
-    before.used += 10
+    meter.reading += 10
     clock.forward(7_200)
     before.roll(clock())
-    before.used += 20
-    (after,) = limits(clock, tokens_per_day=100).tokens
+    meter.reading += 20
+    later = limits(clock, tokens_per_day=100).tokens
+    (after,) = later.windows
     after.roll(clock())
-    after.used += 5
+    later.reading += 5
     after.restore(before.slots(), clock())
     assert after.used == 35 == sum(after.slots().values())
     assert list(after.slots()) == sorted(after.slots())
-    (behind,) = limits(clock, tokens_per_day=100).tokens
+    (behind,) = limits(clock, tokens_per_day=100).tokens.windows
     behind.restore(before.slots(), clock() - 500_000)
     assert (behind.used, len(behind.slots())) == (30, 1)
     behind.roll(clock() - 500_000 + DAY + 1441)
@@ -279,7 +284,7 @@ class OneKey(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 70))
     def take(self, tokens: int) -> None:
-        reservation = self.of.reserve(tokens)
+        reservation = Reservation(self.of, tokens)
         expected = reservation.refusal()
         wait = reservation.take()
         assert (wait is None) == (expected is None)
@@ -311,18 +316,17 @@ class OneKey(RuleBasedStateMachine):
     @rule()
     def pass_a_day(self) -> None:
         self.clock.forward(DAY + 1_440)
-        windows = [*self.of.requests, *self.of.tokens]
+        windows = self.of.windows
         self.of.look()
         assert {window.used for window in windows} == {0}
         self.beyond = False
 
     def windows(self) -> Iterator[Window]:
-        yield from self.of.requests
-        yield from self.of.tokens
+        yield from self.of.windows
 
     @invariant()
     def nothing_is_above_its_limit_unless_more_was_used_than_reserved(self) -> None:
-        for window in self.of.requests if self.beyond else self.windows():
+        for window in self.of.requests.windows if self.beyond else self.windows():
             assert window.used <= window.limit
 
     @invariant()
