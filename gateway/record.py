@@ -10,6 +10,8 @@ from functools import lru_cache
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from gateway.errors import ErrorAnswer, GatewayOverloaded, RateLimitExceeded
 from gateway.policy.caller import NOBODY, Caller
 
@@ -60,8 +62,7 @@ class Wait:
     ended: float | None = None
 
 
-@dataclass(slots=True, eq=False)
-class AttemptRecord:
+class AttemptRecord(Struct, eq=False):
     """One HTTP call to one replica.
 
     Attributes:

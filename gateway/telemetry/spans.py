@@ -47,10 +47,15 @@ def _server(record: "Record") -> SpanData:
             record.stop_reason,
             record.charged_by,
         )
-    span = SpanData(shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0)
-    span.trace_state = record.trace_state
-    span.start = record.started_ns
-    span.end = _instant(record, record.ended if record.ended is not None else record.started)
+    span = SpanData(
+        shared,
+        trace_id=record.trace_id,
+        span_id=record.span_id,
+        parent_id=record.parent_id or 0,
+        start=record.started_ns,
+        end=_instant(record, record.ended if record.ended is not None else record.started),
+        trace_state=record.trace_state,
+    )
     _describe_own(record, span)
     if record.caller.name is not None:
         _describe_key(record, record.caller.name, span)
@@ -211,13 +216,20 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
         record.method,
         record.path,
     )
-    span = SpanData(shared, trace_id=record.trace_id, span_id=attempt.span_id, parent_id=record.span_id)
-    span.trace_state = record.trace_state
-    span.start = _instant(record, attempt.started)
-    span.end = _instant(record, attempt.ended if attempt.ended is not None else attempt.started)
+    span = SpanData(
+        shared,
+        trace_id=record.trace_id,
+        span_id=attempt.span_id,
+        parent_id=record.span_id,
+        own=[
+            ("gateway.retry_budget.left", attempt.budget_left),
+            ("gateway.deadline.left_seconds", attempt.deadline_left),
+        ],
+        start=_instant(record, attempt.started),
+        end=_instant(record, attempt.ended if attempt.ended is not None else attempt.started),
+        trace_state=record.trace_state,
+    )
     own = span.own
-    own.append(("gateway.retry_budget.left", attempt.budget_left))
-    own.append(("gateway.deadline.left_seconds", attempt.deadline_left))
     if attempt.request_id is not None:
         own.append(("gateway.backend_request_id", attempt.request_id))
     if attempt.backoff:
