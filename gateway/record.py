@@ -87,8 +87,8 @@ class AttemptRecord(Struct, eq=False):
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
             `gave up: <why>`.
         request_id: what the backend calls it, or None.
-        passed_over: the other replicas of its backend that could not, or should not, be asked in its place, each with
-            the reason: `breaker`, `cooldown`, `full`, `avoided`.
+        passed_over: the other replicas of its backend that were looked at and could not, or should not, be asked in its
+            place, each with the reason: `breaker`, `cooldown`, `full`, `avoided`.
     """
 
     number: int

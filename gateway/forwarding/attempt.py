@@ -113,7 +113,7 @@ class Attempts:
             NoConnection: as well; nothing was sent, and it was no attempt.
         """
         replica = lease.replica
-        attempt = self._begin(call, target, replica)
+        attempt = self._begin(call, target, lease)
         attempt.backoff = backoff
         try:
             try:
@@ -122,7 +122,7 @@ class Attempts:
             except StaleConnection as stale:
                 self._end(attempt, stale)
                 attempt.decision = "resend"
-                attempt = self._begin(call, target, replica)
+                attempt = self._begin(call, target, lease)
                 attempt.resend = True
                 await self._exchange(call, lease, attempt, fresh=True)
         except BackendError as failure:
@@ -351,8 +351,9 @@ class Attempts:
         finally:
             call.share.give_back_to(held)
 
-    def _begin(self, call: "Call", target: "Target", replica: "Replica") -> AttemptRecord:
+    def _begin(self, call: "Call", target: "Target", lease: "Lease") -> AttemptRecord:
         """Note that an attempt begins."""
+        replica = lease.replica
         attempts = call.record.attempts
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
         endpoint = target.endpoints[replica]
@@ -369,11 +370,8 @@ class Attempts:
             breaker=replica.breaker.state,
             budget_left=replica.budget.left(),
             deadline_left=call.deadline.left(),
+            passed_over=lease.passed_over,
         )
-        if len(target.replicas) > 1:
-            model = target.model or call.model
-            others = (other for other in target.replicas if other is not replica)
-            attempt.passed_over = tuple((other.name, why) for other in others if (why := other.why_not(model)))
         attempts.append(attempt)
         return attempt
 
