@@ -10,6 +10,8 @@ from functools import lru_cache
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from gateway.errors import ErrorAnswer, GatewayOverloaded, RateLimitExceeded
 from gateway.policy.caller import NOBODY, Caller
 
@@ -60,8 +62,7 @@ class Wait:
     ended: float | None = None
 
 
-@dataclass(slots=True, eq=False)
-class AttemptRecord:
+class AttemptRecord(Struct, eq=False):
     """One HTTP call to one replica.
 
     Attributes:
@@ -86,8 +87,8 @@ class AttemptRecord:
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
             `gave up: <why>`.
         request_id: what the backend calls it, or None.
-        passed_over: the other replicas of its backend that could not, or should not, be asked in its place, each with
-            the reason: `breaker`, `cooldown`, `full`, `avoided`.
+        passed_over: the other replicas of its backend that were looked at and could not, or should not, be asked in its
+            place, each with the reason: `breaker`, `cooldown`, `full`, `avoided`.
     """
 
     number: int

@@ -1,6 +1,7 @@
 """The way of a request, top to bottom: deadline > admission > target > retry > breaker > attempt > wait."""
 
 from asyncio import CancelledError, sleep
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
@@ -20,7 +21,6 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
-from gateway.policy.lease import take
 from gateway.policy.retry import Retry
 from gateway.record import COOLDOWN
 
@@ -190,12 +190,8 @@ class Forwarder:
         if home.full.queue or (home.bridging.queue and home.outage.holds_newcomers):  # behind those who wait already
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
-        replica = None
-        if (len(target.replicas) > 1 or call.failed_before is not None) and (last := _asked_last(call, target, model)):
-            replica = target.pick(model, without=call.given_up | last)
-        if replica is None:
-            replica = target.pick(model, without=call.given_up)
-        lease = take(replica, model) if replica is not None else None
+        last = partial(_comes_last, call, model) if len(target.replicas) > 1 else None
+        lease = target.lease(model, without=call.given_up, last=last)
         if lease is None:
             why = _why_skipped(call, target)
             call.record.skip_target(target.backend, why, self._clock())
@@ -372,10 +368,9 @@ def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
         lease.replica.avoid_path(call.prompt.path, lease.model)
 
 
-def _asked_last(call: "Call", target: "Target", model: str) -> "set[Replica]":
-    """Return the replicas that lacked the path a short time ago, or failed the same request."""
-    failed = call.failed_before or ()
-    return {each for each in target.replicas if each.name in failed or each.lacks(call.prompt.path, model)}
+def _comes_last(call: "Call", model: str, replica: "Replica") -> bool:
+    """Return whether a replica lacked the path a short time ago, or failed the same request."""
+    return replica.lacks(call.prompt.path, model) or replica.name in (call.failed_before or ())
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:
