@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
 from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
@@ -91,48 +93,40 @@ class AnswerLength:
         self.mean: float = FIRST_GUESS
         self._any = False
 
-    def learn(self, tokens: float) -> None:
-        """Take in how many a choice of a whole answer had."""
-        self.mean = self.mean + (tokens - self.mean) / MEMORY if self._any else tokens
+    def learn(self, tokens: int, choices: int) -> None:
+        """Take in how many a whole answer had, and how many choices."""
+        each = (tokens if tokens < MOST else MOST) / choices  # noqa: FURB136 - at each request
+        self.mean = self.mean + (each - self.mean) / MEMORY if self._any else each
         self._any = True
 
 
-class Charge:
+class Charge(Struct, eq=False):
     """What one request is charged.
 
-    Args:
+    Attributes:
         reservation: what is taken of the key's limits, together with a slot.
         prompt: the request; None where its tokens are not limited.
         tokens: of the prompt; None where only what is reported counts.
         length: learns from the answer; None where nothing was expected of it.
     """
 
-    __slots__ = ("_length", "_prompt", "_relayed", "_tokens", "_usage", "reservation")
-
-    def __init__(
-        self,
-        reservation: "Reservation",
-        prompt: "Prompt | None" = None,
-        tokens: int | None = None,
-        length: AnswerLength | None = None,
-    ) -> None:
-        self.reservation = reservation
-        self._prompt = prompt
-        self._tokens = tokens
-        self._length = length
-        self._relayed: EventCount | None = None
-        self._usage: ReportedUsage | None = None
+    reservation: Reservation
+    prompt: "Prompt | None" = None
+    tokens: int | None = None
+    length: AnswerLength | None = None
+    _relayed: "EventCount | None" = None
+    _usage: ReportedUsage | None = None
 
     def counting(self, write: "Write", first: bytes) -> "Write":
         """Return a function that writes events of a stream and counts them; `first`: those written already."""
-        if self._tokens is None:
+        if self.tokens is None:
             return write
         self._relayed = EventCount(write, first)
         return self._relayed.write
 
     def reading(self, write: "Write", content_type: str, first: bytes) -> "Write":
         """Return a function that writes what is passed through and looks for its usage; `first`: written already."""
-        if self._prompt is None or not may_report(content_type):
+        if self.prompt is None or not may_report(content_type):
             return write
         usage = self._usage = ReportedUsage(content_type)
         usage.feed(first)
@@ -145,16 +139,24 @@ class Charge:
 
     def settle(self, call: "Call") -> None:
         """Charge what a request that has ended has used, and note it where tokens are limited."""
-        if self._prompt is None:
+        prompt = self.prompt
+        if prompt is None:
             self.reservation.settle(0)
             return
         record = call.record
-        used, record.charged_by = self._used(call, self._prompt)
-        record.charged = min(used, MOST)
-        self.reservation.settle(record.charged)
+        given, answered = record.input_tokens, record.output_tokens
+        if given is not None and answered is not None and record.attempts[-1].outcome == "ok":
+            record.charged_by = REPORTED
+            if self.length is not None:
+                self.length.learn(answered, prompt.choices)
+            used = given + answered
+        else:
+            used, record.charged_by = self._used(call, prompt)
+        record.charged = used = used if used < MOST else MOST  # noqa: FURB136 - at each request
+        self.reservation.settle(used)
 
     def _used(self, call: "Call", prompt: "Prompt") -> tuple[int, str]:
-        """Return the tokens that a request has used, and where the number comes from.
+        """Return the tokens that a request has used where not all is reported, and where the number comes from.
 
         What failed before its answer costs nothing. The prompt counts once a caller left, or its deadline passed, while
         the backend was at it; the answer as far as it was relayed.
@@ -164,19 +166,19 @@ class Charge:
         if outcome == "ok" and self._usage is not None and (reported := self._usage.tokens) is not None:
             return reported, REPORTED
         if outcome != "ok" and not call.committed:
-            return (self._tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
+            return (self.tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
         given, answered = record.input_tokens, record.output_tokens
         is_reported = outcome == "ok" and (given is not None or answered is not None)
         output = answered or 0
         if not is_reported:
             output = max(output, self._relayed_tokens(call, prompt))
-        if outcome == "ok" and self._length is not None:
-            self._length.learn(min(output, MOST) / prompt.choices)
-        return (given if given is not None else self._tokens or 0) + output, REPORTED if is_reported else COUNTED
+        if outcome == "ok" and self.length is not None:
+            self.length.learn(output, prompt.choices)
+        return (given if given is not None else self.tokens or 0) + output, REPORTED if is_reported else COUNTED
 
     def _relayed_tokens(self, call: "Call", prompt: "Prompt") -> int:
         """Return about how many tokens of the answer went to the caller."""
-        if self._tokens is None or prompt.operation == "embeddings":
+        if self.tokens is None or prompt.operation == "embeddings":
             return 0
         if call.answer is not None:
             return len(call.answer.body) // BYTES_OF_A_TOKEN

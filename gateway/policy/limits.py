@@ -7,6 +7,8 @@ import math
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from gateway.errors import RateLimitExceeded
 
 if TYPE_CHECKING:
@@ -93,8 +95,8 @@ class Window:
         "_limit",
         "_meter",
         "_most",
+        "_opened",
         "_past",
-        "_past_used",
         "_seconds",
         "_since",
         "_slot",
@@ -122,7 +124,7 @@ class Window:
         self._slot = 0  # the number of the present one
         self._ends = 0  # the instant at which that is forgotten
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
-        self._past_used = 0
+        self._opened = meter.reading  # the reading at which nothing is used of the present slot
 
     @property
     def seconds(self) -> int:
@@ -178,14 +180,15 @@ class Window:
         """Begin the slot of an instant, and forget those that are too old; return the instant of the next one."""
         slot = int(now // self._seconds)
         if slot > self._slot:
-            if self.used > self._past_used:
-                self._past[self._slot] = self.used - self._past_used
+            reading = self._meter.reading
+            if reading > self._opened:
+                self._past[self._slot] = reading - self._opened
+            self._opened = reading
             while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
                 forgotten = self._past.pop(oldest)
                 self._zero += forgotten
                 if self.leased:
                     self._most -= forgotten
-            self._past_used = self.used
             self._slot = slot
             self._ends = self._end(slot)
             self.began = max(self._since, slot * self._seconds)
@@ -224,18 +227,18 @@ class Window:
             return
         if slot in self._past:
             self._past[slot] += by
-            self._past_used += by
-        elif slot != self._slot:
+        elif slot == self._slot:
+            self._opened -= by
+        else:
             return
         self._zero -= by
         self._meter.aim()
 
     def empty_in(self, now: float) -> float:
         """Return the seconds until nothing is used any more, unless more is used."""
-        used = self._meter.reading - self._zero
-        if used > self._past_used:
+        if self._meter.reading > self._opened:
             own = self._ends - now
-        elif not used:
+        elif not self.used:
             own = 0.0
         else:
             own = self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
@@ -243,7 +246,7 @@ class Window:
 
     def slots(self) -> dict[int, int]:
         """Return what was used in each slot, by its number since the epoch, the oldest first."""
-        return {**self._past, self._slot: self.used - self._past_used}
+        return {**self._past, self._slot: self._meter.reading - self._opened}
 
     def restore(self, slots: "Mapping[int, int]", now: float) -> None:
         """Add what was used before the process began; what lies in the future, by a clock that was wrong, is now."""
@@ -253,10 +256,9 @@ class Window:
             slot = min(number, self._slot)
             if slot >= self._slot - SLOTS:
                 merged[slot] = merged.get(slot, 0) + used
-        total = sum(merged.values())
-        self._past_used = total - merged.pop(self._slot)
+        self._zero = self._meter.reading - sum(merged.values())
+        self._opened = self._meter.reading - merged.pop(self._slot)
         self._past = dict(sorted(merged.items()))
-        self._zero -= total - self.used
         self._meter.aim()
 
     def _end(self, slot: int) -> int:
@@ -349,54 +351,50 @@ class Limits:
             yield "max_in_flight", self.max_in_flight, self.in_flight
 
 
-class Reservation:
+class Reservation(Struct, eq=False):
     """What one request needs of its key's limits: taken before it is forwarded, settled by what it has used.
 
-    Args:
-        limits: of the key.
-        tokens: those beyond a limit are cut to it.
-
     Attributes:
-        tokens: reserved.
+        limits: of the key.
+        tokens: reserved; those beyond a limit are cut to it.
     """
 
-    __slots__ = ("_limits", "_more", "_taken", "_taken_at", "tokens")
-
-    def __init__(self, limits: Limits, tokens: int) -> None:
-        self._limits = limits
-        self._taken_at: float | None = None
-        self.tokens = tokens
+    limits: Limits
+    tokens: int
+    _taken: int = 0
+    _taken_at: float | None = None
+    _more: list[tuple[Window, int]] | None = None  # taken of windows that are larger than the smallest
 
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
-        limits, tokens = self._limits, self.tokens
+        limits, tokens = self.limits, self.tokens
         now = limits.look()
         of_requests, of_tokens = limits.requests, limits.tokens
-        self._more: list[tuple[Window, int]] | None = None  # of windows that are larger than the smallest
+        more = None
         if tokens > of_tokens.smallest:
             smallest = int(of_tokens.smallest)
-            self._more = [(each, min(tokens, each.limit) - smallest) for each in of_tokens.windows]
+            more = [(window, min(tokens, window.limit) - smallest) for window in of_tokens.windows]
             tokens = smallest
         if (
             of_requests.reading >= of_requests.bound
             or of_tokens.reading + tokens > of_tokens.bound
             or (limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight)
-            or (self._more is not None and any(each.used + tokens + more > each.most for each, more in self._more))
+            or (more is not None and any(window.used + tokens + extra > window.most for window, extra in more))
         ):
             return self._wait(now)
         of_requests.reading += 1
         of_tokens.reading += tokens
-        if self._more is not None:
-            for window, more in self._more:
-                window.change(now, more)
+        if more is not None:
+            for window, extra in more:
+                window.change(now, extra)
         limits.in_flight += 1
         limits.touched = True
-        self._taken = tokens
+        self._taken, self._more = tokens, more
         self._taken_at = now
         return None
 
     def _wait(self, now: float) -> float:
-        limits = self._limits
+        limits = self.limits
         if limits.allotment is not None:
             limits.allotment.lacks(self)
             return SOON
@@ -410,12 +408,12 @@ class Reservation:
         Returns:
             What is done when an answer has come, or none will.
         """
-        allotment = self._limits.allotment
+        allotment = self.limits.allotment
         return allotment.ask(self) if allotment is not None else None
 
     def in_vain(self, wait: float) -> RateLimitExceeded | None:
         """Return why it cannot be taken within so many seconds, where other processes have used what it lacks."""
-        if self._limits.allotment is None:
+        if self.limits.allotment is None:
             return None
         refusal = self.refusal()
         return refusal if refusal is not None and refusal.wait > wait else None
@@ -425,7 +423,7 @@ class Reservation:
 
         What becomes free was used when it was taken, and is forgotten with that; what is used beyond it is used now.
         """
-        at, limits = self._taken_at, self._limits
+        at, limits = self._taken_at, self.limits
         if at is None:
             raise RuntimeError("nothing is taken")
         self._taken_at = None
@@ -448,7 +446,7 @@ class Reservation:
         at = self._taken_at
         self.settle(0)
         if at is not None:
-            self._limits.requests.change(at, -1)
+            self.limits.requests.change(at, -1)
 
     def refusal(self, ahead: "Iterable[Reservation]" = ()) -> RateLimitExceeded | None:
         """Return why it cannot be taken now, by the limit that lets it wait longest; None if it can.
@@ -456,7 +454,7 @@ class Reservation:
         Args:
             ahead: those of the same key that are taken before it.
         """
-        limits, now = self._limits, self._limits.look()
+        limits, now = self.limits, self.limits.look()
         queue = [*ahead, self]
         waits = [(window.wait(len(queue), now), window) for window in limits.requests.windows]
         waits += [
