@@ -204,12 +204,12 @@ class Record:
     def trace(self) -> str:
         """The trace id as people read it: 32 hexadecimal digits."""
         if not self._trace:
-            self._trace = f"{self.trace_id:032x}"
+            self._trace = self.trace_id.to_bytes(16).hex()
         return self._trace
 
     def traceparent(self, span_id: int) -> str:
         """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
-        return f"00-{self.trace}-{span_id:016x}-{'01' if self.sampled else '00'}"
+        return f"00-{self.trace}-{span_id.to_bytes(8).hex()}-{'01' if self.sampled else '00'}"
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
         """Note that a target was passed over: `breaker`, `cooldown`, `bridging`, `full`, or what was used up."""

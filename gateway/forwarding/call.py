@@ -71,15 +71,12 @@ class StreamSink(Protocol):
         """End a complete answer; waits while the caller does not read. Raises: CallerLeft."""
 
 
-class WholeAnswer:
+class WholeAnswer(Struct, eq=False):
     """An unstreamed answer: status, the headers that pass, body."""
 
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 class Call(Struct, eq=False):

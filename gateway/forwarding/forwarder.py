@@ -216,7 +216,9 @@ class Forwarder:
         call.target = target
         watch, first = target.watch, not call.record.attempts
         try:
-            await self._set_model(call, target)
+            call.body = call.prompt.body
+            if call.body and (target.model or call.model) != call.prompt.model:
+                await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
             _note(call, lease, failure)
@@ -347,18 +349,14 @@ class Forwarder:
         self._repeats.add(call.caller, call.fingerprint(), frozenset(names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
-        """Take the caller's bytes; set the model where the target names another or the caller named none.
+        """Set the model in the body: the target names another, or the caller named none.
 
         Raises:
             GatewayOverloaded: the share cannot hold a second body.
         """
         prompt = call.prompt
-        call.body = prompt.body
-        model = target.model or call.model
-        if model == prompt.model or not prompt.body:
-            return
         call.share.hold(len(prompt.body))
-        call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
+        call.body = await self._executor.run(len(prompt.body), prompt.with_model, target.model or call.model)
 
 
 def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:

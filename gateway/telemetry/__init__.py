@@ -173,5 +173,5 @@ class Telemetry:
 
 def _uuid(rng: Random) -> str:
     """Return a new UUID, version 4, variant 1 (RFC 9562, 5.4): there are servers that take no other request id."""
-    text = f"{rng.getrandbits(120):030x}"
+    text = rng.getrandbits(120).to_bytes(15).hex()
     return f"{text[:8]}-{text[8:12]}-4{text[12:15]}-8{text[15:18]}-{text[18:]}"

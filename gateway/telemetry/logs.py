@@ -216,7 +216,7 @@ def _json_line(record: "Record", level: int) -> str:
         ],
         request_id=record.request_id,
         trace_id=record.trace,
-        span_id=f"{record.span_id:016x}",
+        span_id=record.span_id.to_bytes(8).hex(),
     )  # more than 15 at once would be put into a dictionary first
     fields.route = record.route
     fields.model = record.model and record.model[:MAX_MODEL]

@@ -51,7 +51,7 @@ def _span(span: "SpanData") -> bytes:
         _instants(0x39, span.start, 0x41, span.end),
         span.shared.encoded or _encode_shared(span.shared),
     ]
-    parts += [_attribute(name, value) for name, value in span.own]
+    parts += _attributes(span.own)
     if span.trace_state:
         parts.append(_field(3, span.trace_state.encode("utf-8", "replace")))
     for moment, name, attributes in span.events:
@@ -74,21 +74,23 @@ _FLAGS_REMOTE = b"\x85\x01\x00\x03\x00\x00"
 
 def _encode_shared(shared: "Shared") -> bytes:
     name_and_kind = _field(5, shared.name.encode()) + bytes((0x30, shared.kind))
-    shared.encoded = name_and_kind + b"".join([_attribute(name, value) for name, value in shared.attributes])
+    shared.encoded = name_and_kind + b"".join(_attributes(shared.attributes))
     return shared.encoded
 
 
-def _attribute(name: str, value: "Value") -> bytes:
-    """Return an attribute; short texts, floats and counts, which nearly all are, need only a few steps."""
-    if type(value) is str:
-        text = value.encode("utf-8", "replace")
-        if len(text) < SHORT:
-            return _before_texts(name)[len(text)] + text
-    elif type(value) is float:
-        return _before_double(name) + _double(value)
-    elif type(value) is int and 0 <= value < 1 << 14:  # not a bool
-        return _before_counts(name)[value >= SHORT] + _length(value)
-    return _field(9, _key_value(name, value))
+def _attributes(attributes: "list[tuple[str, Value]]") -> list[bytes]:
+    """Return attributes; short texts, floats and counts, which nearly all are, need only a few steps."""
+    encoded: list[bytes] = []
+    for name, value in attributes:
+        if type(value) is str and len(value) < SHORT and value.isascii():
+            encoded += (_before_texts(name)[len(value)], value.encode())
+        elif type(value) is float:
+            encoded += (_before_double(name), _double(value))
+        elif type(value) is int and 0 <= value < 1 << 14:  # not a bool
+            encoded += (_before_counts(name)[value >= SHORT], _length(value))
+        else:
+            encoded.append(_field(9, _key_value(name, value)))
+    return encoded
 
 
 @lru_cache(maxsize=64)
