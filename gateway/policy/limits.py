@@ -234,15 +234,15 @@ class Window:
         self._zero -= by
         self._meter.aim()
 
-    def empty_in(self, now: float) -> float:
-        """Return the seconds until nothing is used any more, unless more is used."""
+    def empty_in(self, second: int) -> int:
+        """Return the seconds from an instant, without its part of a second, until nothing is used unless more is."""
         if self._meter.reading > self._opened:
-            own = self._ends - now
+            own = self._ends - second
         elif not self.used:
-            own = 0.0
+            own = 0
         else:
-            own = self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - now
-        return max(own, self.empty_at - now) if self._elsewhere else own
+            own = self._end(next(slot for slot in reversed(self._past) if self._past[slot])) - second
+        return max(own, math.ceil(self.empty_at) - second) if self._elsewhere else own
 
     def slots(self) -> dict[int, int]:
         """Return what was used in each slot, by its number since the epoch, the oldest first."""

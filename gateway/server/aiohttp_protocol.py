@@ -6,11 +6,13 @@ tests/unit/gateway/test_aiohttp.py asserts that each name exists and does what i
 
 import asyncio
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.http import HttpRequestParser
+from aiohttp.http import StreamWriter as AiohttpWriter
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
@@ -49,6 +51,41 @@ OTHER_VERSION = ("Bad status line:\n  Invalid HTTP version:", "Pause on PRI/Upgr
 
 AnswerUnhandled = Callable[[GatewayError, BaseException | None, web.BaseRequest | None], web.Response]
 """Makes the answer to what fails outside of the app; without the request where it is malformed."""
+
+
+class _Explained(web.StreamResponse):
+    """An answer with further lines in its head, which are written as they are.
+
+    What explains a request is most of the head: as headers, each line would be copied and looked through three times.
+
+    Attributes:
+        lines: headers as lines of HTTP, each with its end; names that `headers` has not.
+    """
+
+    lines = b""
+
+    async def _write_headers(self) -> None:
+        request, writer = self._req, self._payload_writer
+        if request is None or not isinstance(writer, AiohttpWriter):
+            raise RuntimeError("the answer is not prepared")
+        await writer.write_headers(_status_line(request.version, self._status, self._reason), self._headers)
+        if self.lines and writer._headers_buf is not None:  # noqa: SLF001
+            writer._headers_buf = b"%b%b\r\n" % (writer._headers_buf[:-2], self.lines)  # noqa: SLF001
+        if self._send_headers_immediately:
+            writer.send_headers()
+
+
+class Answer(_Explained, web.Response):
+    """A whole answer."""
+
+
+class OpenAnswer(_Explained):
+    """An answer that is sent as it comes."""
+
+
+@lru_cache(maxsize=256)
+def _status_line(version: HttpVersion, status: int, reason: str) -> str:
+    return f"HTTP/{version[0]}.{version[1]} {status} {reason}"
 
 
 class Protocol(RequestHandler):

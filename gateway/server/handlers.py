@@ -14,10 +14,11 @@ from gateway.errors import DeadlineExceeded, GatewayDraining, ModelNotAllowed, M
 from gateway.forwarding.attempt import NO_CONTENT
 from gateway.forwarding.call import Call
 from gateway.phase_timer import PhaseTimer
+from gateway.server.aiohttp_protocol import Answer, OpenAnswer
 from gateway.server.middleware import RECORD, STREAM
 from gateway.server.paths import CANONICAL, near_path, right_path, worded_by
 from gateway.server.request_reader import form_boundary, forwarded_headers
-from gateway.server.responses import explaining, json_response, unrecorded_error
+from gateway.server.responses import SERVER, explaining, json_response, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Handlers:
         self._telemetry = telemetry
         self._clock = clock
 
-    async def prompt(self, request: web.Request) -> web.StreamResponse:
+    async def prompt(self, request: web.Request) -> Answer | OpenAnswer:
         """Forward a prompt: `POST` to a path of a dialect, with or without `/v1`."""
         generation = self._generations.current
         record = request[RECORD]
@@ -125,18 +126,18 @@ class Handlers:
             raise ModelNotFound(f"No route matches the {what} {model!r}; see GET /v1/models.", param="model")
         return route
 
-    async def response(self, request: web.Request) -> web.StreamResponse:
+    async def response(self, request: web.Request) -> Answer | OpenAnswer:
         """Read or delete a stored response: `GET` or `DELETE` of its id."""
         answer = await self._ask_home(request, RESPONSE)
         if request.method == "DELETE":
             self._generations.current.pool.responses.forget(request.match_info["id"])
         return answer
 
-    async def cancel_response(self, request: web.Request) -> web.StreamResponse:
+    async def cancel_response(self, request: web.Request) -> Answer | OpenAnswer:
         """Cancel a response that is made in the background."""
         return await self._ask_home(request, CANCEL)
 
-    async def _ask_home(self, request: web.Request, path: str) -> web.StreamResponse:
+    async def _ask_home(self, request: web.Request, path: str) -> Answer | OpenAnswer:
         """Forward a call for a stored response to the replica that made it or, if it is not known, to all in turn."""
         generation = self._generations.current
         record, pool = request[RECORD], generation.pool
@@ -185,7 +186,7 @@ class Handlers:
         targets: "tuple[Target, ...]",
         headers: list[tuple[str, str]],
         remember: "Remember | None",
-    ) -> web.StreamResponse:
+    ) -> Answer | OpenAnswer:
         """Get a checked request answered."""
         record, dialect = request[RECORD], prompt.dialect
         record.candidates = tuple([target.candidate for target in targets])
@@ -250,7 +251,7 @@ class Handlers:
         if self._hints is not None:
             self._hints.made(response_id, replica, model, owner)
 
-    async def _send_whole(self, request: web.Request, call: Call) -> web.Response:
+    async def _send_whole(self, request: web.Request, call: Call) -> Answer:
         """Send an unstreamed answer as the backend gave it."""
         answer = call.answer
         if answer is None:
@@ -258,10 +259,11 @@ class Handlers:
         headers = answer.headers
         if answer.status != NO_CONTENT:
             headers.setdefault("content-type", "application/json")  # it had parameters that do not pass
+        headers["server"] = SERVER
         if len(answer.body) <= SMALL_ANSWER:
-            return web.Response(body=answer.body, status=answer.status, headers=headers)
-        headers |= explaining(call.record, self._clock())
-        response = web.Response(body=answer.body, status=answer.status, headers=headers)
+            return Answer(body=answer.body, status=answer.status, headers=headers)
+        response = Answer(body=answer.body, status=answer.status, headers=headers)
+        response.lines = explaining(call.record, self._clock())
         if self._admission.stopping:
             response.force_close()
         try:
@@ -277,11 +279,11 @@ class Handlers:
             raise
         return response
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> Answer:
         """Answer `GET /v1/models` from memory: the models that the caller may use."""
         return json_response({"object": "list", "data": [_model(name) for name in self._models_of(request)]})
 
-    async def model(self, request: web.Request) -> web.Response:
+    async def model(self, request: web.Request) -> Answer:
         """Answer `GET /v1/models/{id}`."""
         name = request.match_info["id"]
         if name not in self._models_of(request):
@@ -292,7 +294,7 @@ class Handlers:
         caller = request[RECORD].caller
         return [name for name in self._generations.current.pool.models if caller.may_use(name)]
 
-    async def root(self, _request: web.Request) -> web.Response:
+    async def root(self, _request: web.Request) -> Answer:
         """Answer `GET /`: what this is and where to look."""
         return json_response(
             {
@@ -305,14 +307,14 @@ class Handlers:
             }
         )
 
-    async def health(self, request: web.Request) -> web.Response:
+    async def health(self, request: web.Request) -> Answer:
         """Answer `GET /health` from memory."""
         in_full = self._generations.current.keys.fit(request)
         document = await self._siblings.health(in_full=in_full) if self._siblings else None
         document = document or self._health.document(in_full=in_full)
         return json_response(document, status=503 if document["status"] == "down" else 200)
 
-    async def config(self, _request: web.Request) -> web.Response:
+    async def config(self, _request: web.Request) -> Answer:
         """Answer `GET /config`, an admin call: the configuration in force, without secrets."""
         generation = self._generations.current
         return json_response(
@@ -324,11 +326,11 @@ class Handlers:
             }
         )
 
-    async def livez(self, _request: web.Request) -> web.Response:
+    async def livez(self, _request: web.Request) -> Answer:
         """Answer `GET /livez`: the process serves."""
         return json_response({"status": "ok"})
 
-    async def readyz(self, request: web.Request) -> web.Response:
+    async def readyz(self, request: web.Request) -> Answer:
         """Answer `GET /readyz`: whether requests should be sent here."""
         headers = {"retry-after": "1"}
         if self._admission.stopping:
@@ -337,14 +339,14 @@ class Handlers:
             return json_response({"status": "starting"}, status=503, headers=headers)
         return json_response({"status": "ok"})
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request) -> Answer:
         """Answer `GET /metrics`: Prometheus text, or OpenMetrics when `Accept` asks for it."""
         accept = request.headers.get("Accept", "")
         of_all = await self._siblings.metrics(accept) if self._siblings else None
         body, content_type = of_all or self._telemetry.metrics.exposition(accept)
-        return web.Response(body=body, headers={"content-type": content_type})
+        return Answer(body=body, headers={"content-type": content_type})
 
-    async def not_found(self, request: web.Request) -> web.Response:
+    async def not_found(self, request: web.Request) -> Answer:
         """Answer every other path or method; a route of its own, so that `Expect` waits for the key here too."""
         allowed: set[str] = set()
         for resource in request.app.router.resources():
@@ -354,7 +356,7 @@ class Handlers:
             raise web.HTTPMethodNotAllowed(request.method, allowed)
         raise _nothing_at(request.path)
 
-    async def hidden(self, request: web.Request) -> web.Response:
+    async def hidden(self, request: web.Request) -> Answer:
         """Answer an admin call of somebody who may not know of it, as a path at which there is nothing is answered."""
         raise _nothing_at(request.path)
 

@@ -19,12 +19,13 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.record import Record
+from gateway.server.aiohttp_protocol import Answer, OpenAnswer
 from gateway.server.paths import known_path, needs_key, worded_by
 from gateway.server.responses import SERVER, error_response, explaining, unrecorded_error
 from gateway.server.stream_writer import StreamWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aiohttp.typedefs import Handler
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from gateway.policy.admission import Admission
     from gateway.server.in_flight import InFlight
     from gateway.telemetry import Telemetry
+
+    ExplainedHandler = Callable[[web.Request], Awaitable[Answer | OpenAnswer]]
 
 RECORD = web.RequestKey("record", Record)
 STREAM = web.RequestKey("stream", StreamWriter)
@@ -65,7 +68,7 @@ class Middleware:
         """Wrap the handler of a call that asks how the gateway is: it leaves no record and needs no key."""
         return partial(self._answer, handler=handler)
 
-    def recorded(self, handler: "Handler") -> "Handler":
+    def recorded(self, handler: "ExplainedHandler") -> "Handler":
         """Wrap the handler of every other call: what happens is recorded, and every error has an answer."""
         return partial(self._answer_and_record, handler=handler)
 
@@ -79,7 +82,7 @@ class Middleware:
         response.headers.setdefault("server", SERVER)
         return self._closed_while_stopping(response)
 
-    async def _answer_and_record(self, request: web.Request, *, handler: "Handler") -> web.StreamResponse:
+    async def _answer_and_record(self, request: web.Request, *, handler: "ExplainedHandler") -> web.StreamResponse:
         path = request.path
         known = known_path(path)
         record = self._telemetry.begin(request.method, known, request.headers)
@@ -94,9 +97,9 @@ class Middleware:
             if needs_key(path, known):
                 record.caller = generation.keys.check(request)
                 self._admission.check_open()
-            response = await handler(request)
+            response: Answer | OpenAnswer = await handler(request)
             if not response.prepared:
-                response.headers.extend(explaining(record, self._clock()))  # it has none of them yet
+                response.lines = explaining(record, self._clock())
                 record.status = response.status
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - every error has an answer
             response = await self._answer_error(error, request, record)
@@ -118,7 +121,7 @@ class Middleware:
 
     def answer_unhandled(
         self, error: GatewayError, cause: BaseException | None, request: web.BaseRequest | None
-    ) -> web.Response:
+    ) -> Answer:
         """Return the answer to what failed outside of the app: malformed HTTP, a defect of the server, no place."""
         if request is None:
             record = self._telemetry.begin("_OTHER", None, NO_HEADERS)
@@ -135,7 +138,7 @@ class Middleware:
         response.force_close()
         return response
 
-    async def _answer_error(self, error: BaseException, request: web.Request, record: Record) -> web.StreamResponse:
+    async def _answer_error(self, error: BaseException, request: web.Request, record: Record) -> Answer | OpenAnswer:
         """Answer with an error, as the last event where a stream is open.
 
         Raises:

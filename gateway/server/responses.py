@@ -5,7 +5,6 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import msgspec
-from aiohttp import web
 
 from gateway import __version__
 from gateway.errors import (
@@ -19,6 +18,7 @@ from gateway.errors import (
     Refusal,
 )
 from gateway.headers import RATE_LIMITS
+from gateway.server.aiohttp_protocol import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,43 +37,47 @@ RETRIED_BY_SDKS = frozenset({408, 409, 429})
 UNASKED = (BackendFull, BackendRateLimited, BackendUnavailable, GatewayDraining)
 """Nobody who could answer was asked, though others may have been."""
 OF_REQUESTS, OF_TOKENS = (
-    tuple(f"{RATE_LIMITS}{what}-{kind}" for what in ("limit", "remaining", "reset")) for kind in ("requests", "tokens")
+    f"{RATE_LIMITS}limit-{kind}: %d\r\n{RATE_LIMITS}remaining-{kind}: %d\r\n{RATE_LIMITS}reset-{kind}: %s\r\n"
+    for kind in ("requests", "tokens")
 )
-"""The names of the headers that tell a key what it may use, what is left, and when nothing is used any more."""
+"""The lines that tell a key what it may use, what is left, and when nothing is used any more."""
 
 _encode = msgspec.json.encode
 
 
-def explaining(record: "Record", now: float) -> dict[str, str]:
-    """Return the headers that explain a request, on success and on error; `now`: instant of the record's clock."""
-    headers = {
-        "x-request-id": record.request_id,
-        "x-trace-id": record.trace,
-        "x-gateway-attempts": str(len(record.attempts)),
-        "server-timing": record.server_timing(now),
-        "server": SERVER,
-    }
+def explaining(record: "Record", now: float) -> bytes:
+    """Return the lines that explain a request, on success and on error; `now`: instant of the record's clock.
+
+    Whoever makes one of the values sees to it that it is of visible ASCII: names of backends are configured so, and ids
+    of others are checked (`headers.is_request_id`).
+    """
+    lines = (
+        f"x-request-id: {record.request_id}\r\nx-trace-id: {record.trace}\r\n"
+        f"x-gateway-attempts: {len(record.attempts)}\r\nserver-timing: {record.server_timing(now)}\r\n"
+    )
     if record.caller.limits is not None:
-        _add_rate_limits(headers, record.caller.limits)
+        lines += _rate_limits(record.caller.limits)
     backend = record.backend
     if backend is not None:
-        headers["x-gateway-backend"] = backend
+        lines += f"x-gateway-backend: {backend}\r\n"
         request_id = (record.failed_by or record.attempt).request_id
         if request_id is not None:
-            headers["x-backend-request-id"] = request_id
-    return headers
+            lines += f"x-backend-request-id: {request_id}\r\n"
+    return lines.encode("ascii")
 
 
-def _add_rate_limits(headers: dict[str, str], limits: "Limits") -> None:
-    """Add `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    now = limits.look()
-    for meter, (limit, remaining, reset) in ((limits.requests, OF_REQUESTS), (limits.tokens, OF_TOKENS)):
-        window = meter.tightest
-        if window is not None:
-            left = meter.end - meter.reading
-            headers[limit] = window.shown
-            headers[remaining] = str(left) if left > 0 else "0"
-            headers[reset] = _duration(ceil(window.empty_in(now)))
+def _rate_limits(limits: "Limits") -> str:
+    """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
+    second = int(limits.look())
+    lines = ""
+    requests, tokens = limits.requests, limits.tokens
+    if (window := requests.tightest) is not None:
+        left = requests.end - requests.reading
+        lines = OF_REQUESTS % (window.limit, max(0, left), _duration(window.empty_in(second)))
+    if (window := tokens.tightest) is not None:
+        left = tokens.end - tokens.reading
+        lines += OF_TOKENS % (window.limit, max(0, left), _duration(window.empty_in(second)))
+    return lines
 
 
 @lru_cache(maxsize=256)
@@ -84,19 +88,19 @@ def _duration(seconds: int) -> str:
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> web.Response:
+def json_response(document: object, *, status: int = 200, headers: "Mapping[str, str] | None" = None) -> Answer:
     """Return an answer of the gateway itself."""
     return _json(_encode(document), status, headers or {})
 
 
-def unrecorded_error(error: GatewayError, dialect: "Dialect", headers: "Mapping[str, str]") -> web.Response:
+def unrecorded_error(error: GatewayError, dialect: "Dialect", headers: "Mapping[str, str]") -> Answer:
     """Return the answer to an error of a call that leaves no record."""
     return _json(dialect.error_body(error), error.status, headers)
 
 
-def error_response(error: GatewayError, dialect: "Dialect", record: "Record", now: float) -> web.Response:
+def error_response(error: GatewayError, dialect: "Dialect", record: "Record", now: float) -> Answer:
     """Return the answer to an error: a backend's own error unchanged, any other in the form of the dialect."""
-    headers = explaining(record, now)
+    headers: dict[str, str] = {}
     body = None
     if isinstance(error, ErrorAnswer):
         headers.update(error.headers)
@@ -106,7 +110,9 @@ def error_response(error: GatewayError, dialect: "Dialect", record: "Record", no
     if isinstance(error, InvalidApiKey):
         headers["www-authenticate"] = CHALLENGE_AGAIN if error.shown else CHALLENGE
     headers.update(retry_headers(error, attempts=len(record.attempts)))
-    return _json(body if body is not None else dialect.error_body(error), error.status, headers)
+    answer = _json(body if body is not None else dialect.error_body(error), error.status, headers)
+    answer.lines = explaining(record, now)
+    return answer
 
 
 def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
@@ -120,5 +126,5 @@ def retry_headers(error: GatewayError, *, attempts: int) -> dict[str, str]:
     return {"x-should-retry": "false"}
 
 
-def _json(body: bytes, status: int, headers: "Mapping[str, str]") -> web.Response:
-    return web.Response(body=body, status=status, headers={"content-type": "application/json", **headers})
+def _json(body: bytes, status: int, headers: "Mapping[str, str]") -> Answer:
+    return Answer(body=body, status=status, headers={"content-type": "application/json", "server": SERVER, **headers})

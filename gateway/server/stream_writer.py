@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from aiohttp import HttpVersion11, web
 
 from gateway.errors import BackendError, CallerLeft, GatewayError
-from gateway.server.responses import explaining
+from gateway.server.aiohttp_protocol import OpenAnswer
+from gateway.server.responses import SERVER, explaining
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,7 +68,7 @@ class StreamWriter:
         self._admission = admission
         self._heartbeat = heartbeat
         self._clock = clock
-        self._response: web.StreamResponse | None = None
+        self._response: OpenAnswer | None = None
         self._state: StreamState | None = None
         self._held_up: HeldUp | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -84,7 +85,7 @@ class StreamWriter:
         return self._response is not None
 
     @property
-    def response(self) -> web.StreamResponse:
+    def response(self) -> OpenAnswer:
         """The answer that has been sent."""
         if self._response is None:
             raise RuntimeError("nothing has been sent")
@@ -167,7 +168,7 @@ class StreamWriter:
         except ConnectionError:
             raise CallerLeft from None
 
-    async def end_with_error(self, error: GatewayError) -> web.StreamResponse:
+    async def end_with_error(self, error: GatewayError) -> OpenAnswer:
         """End with one error event, and then without the body's proper end.
 
         Clients that skip events they do not know see it too. Never waits longer than `LAST_WORD` for the caller.
@@ -205,10 +206,10 @@ class StreamWriter:
         async with self._opening:
             if self._response is not None:
                 return False
-            explained = {**headers, **explaining(self._record, self._clock())}
-            if headers.get("content-type", "").lower().startswith(EVENT_STREAM):
-                explained = UNBUFFERED | explained
-            response = web.StreamResponse(status=status, headers=explained)
+            unbuffered = headers.get("content-type", "").lower().startswith(EVENT_STREAM)
+            own = UNBUFFERED if unbuffered else {}
+            response = OpenAnswer(status=status, headers={**own, **headers, "server": SERVER})
+            response.lines = explaining(self._record, self._clock())
             if self._length is not None:
                 response.content_length = self._length
             if self._admission.stopping:

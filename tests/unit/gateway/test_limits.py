@@ -235,18 +235,18 @@ def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     of = limits(clock, requests_per_minute=10, requests_per_day=12)
     of.look()
     assert of.requests.tightest is of.requests.windows[0]
-    assert of.requests.windows[0].empty_in(clock()) == 0
+    assert of.requests.windows[0].empty_in(int(clock())) == 0
     for _ in range(9):
         assert took(of)
     clock.forward(0.5)
     of.look()
     assert of.requests.tightest is of.requests.windows[0]
-    assert of.requests.windows[0].empty_in(clock()) == 60.5
+    assert of.requests.windows[0].empty_in(int(clock())) == 60.5
     clock.forward(61)
     of.look()
     assert of.requests.tightest is of.requests.windows[1]
     assert of.requests.windows[1].used == 9
-    assert 80_000 < of.requests.windows[1].empty_in(clock()) <= DAY + 24 * 60
+    assert 80_000 < of.requests.windows[1].empty_in(int(clock())) <= DAY + 24 * 60
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
