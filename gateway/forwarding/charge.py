@@ -65,14 +65,15 @@ class Charges:
         else:
             with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
                 tokens = await self._executor.run(len(prompt.body), read, prompt)
-        if tokens is None or prompt.operation == "embeddings":  # nothing of the answer is reserved
+        operation = prompt.operation
+        if tokens is None or operation == "embeddings":  # nothing of the answer is reserved
             return Charge(Reservation(limits, tokens or 0), prompt, tokens)
         most = prompt.max_tokens
         if most is not None and most > 0:
             return Charge(Reservation(limits, tokens + int(min(most, MOST)) * prompt.choices), prompt, tokens)
-        length = self._lengths.get((route, prompt.operation))
+        length = self._lengths.get((route, operation))
         if length is None:
-            length = self._lengths[route, prompt.operation] = AnswerLength()
+            length = self._lengths[route, operation] = AnswerLength()
         return Charge(Reservation(limits, tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
 
     def follow(self, routes: "Container[str]") -> None:

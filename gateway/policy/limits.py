@@ -53,20 +53,23 @@ class Meter:
 
     def aim(self) -> None:
         """Find out what holds, after a window has changed."""
-        self.bound: float = math.inf
-        self.smallest: float = math.inf
-        self.end: float = math.inf
+        bound = smallest = least = math.inf
         self.tightest: Window | None = None
         for window in self.windows:
-            self.bound = min(self.bound, self.reading + window.most - window.used)
-            self.smallest = min(self.smallest, window.limit)
-            if (end := self.reading + window.left) < self.end:
-                self.end, self.tightest = end, window
+            if (most := window.zero + window.most) < bound:
+                bound = most
+            smallest = min(smallest, window.limit)
+            if (end := window.zero + window.limit - window.elsewhere) < least:
+                least, self.tightest = end, window
+        self.bound: float = bound
+        self.smallest: float = smallest
+        self.end: float = least
 
     def change(self, at: float, by: int) -> None:
         """Change what was used at an instant, in all windows that know of it."""
         for window in self.windows:
             window.change(at, by)
+        self.aim()
 
 
 class Window:
@@ -83,16 +86,16 @@ class Window:
         since: the instant at which it begins: what was used before is none of its.
 
     Attributes:
-        shown: the limit as text.
+        limit: what may be used in a window; `have` changes it.
         began: the instant at which the present slot began, or the window.
         leased: what was used here and is forgotten may not be used again until it is granted.
+        zero: the reading at which nothing is used.
         free_at, empty_at: the instants at which all of them may use more, and have used nothing.
     """
 
     __slots__ = (
         "_elsewhere",
         "_ends",
-        "_limit",
         "_meter",
         "_most",
         "_opened",
@@ -100,25 +103,24 @@ class Window:
         "_seconds",
         "_since",
         "_slot",
-        "_zero",
         "began",
         "empty_at",
         "free_at",
         "leased",
+        "limit",
         "name",
-        "shown",
+        "zero",
     )
 
     def __init__(self, name: str, limit: int, seconds: int, meter: Meter, since: float = -math.inf) -> None:
         self.name = name
-        self.shown = str(limit)
         self.began = since
         self.leased = False
         self.free_at = self.empty_at = 0.0
-        self._limit = self._most = limit
+        self.limit = self._most = limit
         self._elsewhere = 0
         self._meter = meter
-        self._zero = meter.reading  # the reading at which nothing is used
+        self.zero = meter.reading
         self._since = since
         self._seconds = seconds // SLOTS  # of a slot
         self._slot = 0  # the number of the present one
@@ -139,12 +141,7 @@ class Window:
     @property
     def used(self) -> int:
         """What was used in all slots that are remembered; what the meter counts is used in the present one."""
-        return self._meter.reading - self._zero
-
-    @property
-    def limit(self) -> int:
-        """What may be used in a window."""
-        return self._limit
+        return self._meter.reading - self.zero
 
     @property
     def most(self) -> int:
@@ -169,15 +166,18 @@ class Window:
     @property
     def left(self) -> int:
         """What is left of the limit, below 0 where more was used."""
-        return self._limit - self.used - self._elsewhere
+        return self.limit - self.used - self._elsewhere
 
     def have(self, limit: int) -> None:
         """Have another limit from now on."""
-        self._limit, self.shown = limit, str(limit)
+        self.limit = limit
         self._meter.aim()
 
     def roll(self, now: float) -> float:
-        """Begin the slot of an instant, and forget those that are too old; return the instant of the next one."""
+        """Begin the slot of an instant, and forget those that are too old; return the instant of the next one.
+
+        The meter is to aim anew.
+        """
         slot = int(now // self._seconds)
         if slot > self._slot:
             reading = self._meter.reading
@@ -186,7 +186,7 @@ class Window:
             self._opened = reading
             while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
                 forgotten = self._past.pop(oldest)
-                self._zero += forgotten
+                self.zero += forgotten
                 if self.leased:
                     self._most -= forgotten
             self._slot = slot
@@ -194,7 +194,6 @@ class Window:
             self.began = max(self._since, slot * self._seconds)
             if now >= self.empty_at:
                 self._elsewhere = 0  # nobody has told of it since
-            self._meter.aim()
         return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
@@ -207,7 +206,7 @@ class Window:
         if self.leased:
             if amount <= self.left:
                 return SOON
-            return max(SOON, self.free_at - now, self._own_wait(amount, self._limit, now))
+            return max(SOON, self.free_at - now, self._own_wait(amount, self.limit, now))
         return self._own_wait(amount, self._most, now)
 
     def _own_wait(self, amount: int, most: int, now: float) -> float:
@@ -221,7 +220,10 @@ class Window:
         return wait
 
     def change(self, at: float, by: int) -> None:
-        """Change what was used at an instant; what is forgotten, or was before it began, stays so."""
+        """Change what was used at an instant; what is forgotten, or was before it began, stays so.
+
+        The meter is to aim anew.
+        """
         slot = int(at // self._seconds)
         if at < self._since:
             return
@@ -231,8 +233,7 @@ class Window:
             self._opened -= by
         else:
             return
-        self._zero -= by
-        self._meter.aim()
+        self.zero -= by
 
     def empty_in(self, second: int) -> int:
         """Return the seconds from an instant, without its part of a second, until nothing is used unless more is."""
@@ -256,7 +257,7 @@ class Window:
             slot = min(number, self._slot)
             if slot >= self._slot - SLOTS:
                 merged[slot] = merged.get(slot, 0) + used
-        self._zero = self._meter.reading - sum(merged.values())
+        self.zero = self._meter.reading - sum(merged.values())
         self._opened = self._meter.reading - merged.pop(self._slot)
         self._past = dict(sorted(merged.items()))
         self._meter.aim()
@@ -338,8 +339,11 @@ class Limits:
         """Return the instant, at which all windows are as they are to be."""
         now = self.clock()
         if now >= self._rolls_at:
-            self._rolls_at = min((window.roll(now) for window in self.windows), default=math.inf)
-            self.began = max((window.began for window in self.windows), default=-math.inf)
+            windows = self.windows
+            self._rolls_at = min([window.roll(now) for window in windows], default=math.inf)
+            self.began = max([window.began for window in windows], default=-math.inf)
+            self.requests.aim()
+            self.tokens.aim()
         return now
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
@@ -387,6 +391,7 @@ class Reservation(Struct, eq=False):
         if more is not None:
             for window, extra in more:
                 window.change(now, extra)
+            of_tokens.aim()
         limits.in_flight += 1
         limits.touched = True
         self._taken, self._more = tokens, more
@@ -433,6 +438,7 @@ class Reservation(Struct, eq=False):
         if self._more is not None:
             for window, taken in self._more:
                 window.change(at, -taken)
+            limits.tokens.aim()
         if more > 0:
             limits.look()
             limits.tokens.reading += more

@@ -241,7 +241,7 @@ def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     clock.forward(0.5)
     of.look()
     assert of.requests.tightest is of.requests.windows[0]
-    assert of.requests.windows[0].empty_in(int(clock())) == 60.5
+    assert of.requests.windows[0].empty_in(int(clock())) == 61
     clock.forward(61)
     of.look()
     assert of.requests.tightest is of.requests.windows[1]
