@@ -86,7 +86,7 @@ class Window:
         since: the instant at which it begins: what was used before is none of its.
 
     Attributes:
-        limit: what may be used in a window; `have` changes it.
+        limit: what may be used in a window; `have` changes it. shown: the same as text.
         began: the instant at which the present slot began, or the window.
         leased: what was used here and is forgotten may not be used again until it is granted.
         zero: the reading at which nothing is used.
@@ -109,6 +109,7 @@ class Window:
         "leased",
         "limit",
         "name",
+        "shown",
         "zero",
     )
 
@@ -118,6 +119,7 @@ class Window:
         self.leased = False
         self.free_at = self.empty_at = 0.0
         self.limit = self._most = limit
+        self.shown = str(limit)
         self._elsewhere = 0
         self._meter = meter
         self.zero = meter.reading
@@ -170,7 +172,7 @@ class Window:
 
     def have(self, limit: int) -> None:
         """Have another limit from now on."""
-        self.limit = limit
+        self.limit, self.shown = limit, str(limit)
         self._meter.aim()
 
     def roll(self, now: float) -> float:

@@ -17,7 +17,6 @@ from gateway.errors import (
     InvalidApiKey,
     Refusal,
 )
-from gateway.headers import RATE_LIMITS
 from gateway.server.aiohttp_protocol import Answer
 
 if TYPE_CHECKING:
@@ -36,11 +35,6 @@ RETRIED_BY_SDKS = frozenset({408, 409, 429})
 """The OpenAI SDKs send these and 5xx again unless told otherwise."""
 UNASKED = (BackendFull, BackendRateLimited, BackendUnavailable, GatewayDraining)
 """Nobody who could answer was asked, though others may have been."""
-OF_REQUESTS, OF_TOKENS = (
-    f"{RATE_LIMITS}limit-{kind}: %d\r\n{RATE_LIMITS}remaining-{kind}: %d\r\n{RATE_LIMITS}reset-{kind}: %s\r\n"
-    for kind in ("requests", "tokens")
-)
-"""The lines that tell a key what it may use, what is left, and when nothing is used any more."""
 
 _encode = msgspec.json.encode
 
@@ -69,14 +63,22 @@ def explaining(record: "Record", now: float) -> bytes:
 def _rate_limits(limits: "Limits") -> str:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
     second = int(limits.look())
-    lines = ""
     requests, tokens = limits.requests, limits.tokens
+    lines = ""
     if (window := requests.tightest) is not None:
         left = requests.end - requests.reading
-        lines = OF_REQUESTS % (window.limit, max(0, left), _duration(window.empty_in(second)))
+        lines = (
+            f"x-ratelimit-limit-requests: {window.shown}\r\n"
+            f"x-ratelimit-remaining-requests: {left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
+            f"x-ratelimit-reset-requests: {_duration(window.empty_in(second))}\r\n"
+        )
     if (window := tokens.tightest) is not None:
         left = tokens.end - tokens.reading
-        lines += OF_TOKENS % (window.limit, max(0, left), _duration(window.empty_in(second)))
+        return (
+            f"{lines}x-ratelimit-limit-tokens: {window.shown}\r\n"
+            f"x-ratelimit-remaining-tokens: {left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
+            f"x-ratelimit-reset-tokens: {_duration(window.empty_in(second))}\r\n"
+        )
     return lines
 
 
