@@ -216,9 +216,10 @@ async def test_a_killed_gateway_costs_only_what_it_held(edge_stack: Stack, edge:
 
 @pytest.mark.timeout(300, func_only=True)
 async def test_a_proxy_reads_its_configuration_anew_under_open_streams(edge_stack: Stack, edge: Edge) -> None:
+    """On new connections: one that is idle is closed, whatever is just being sent on it."""
     edge_stack.script({"kind": "drip", "with": {"bytes": 200, "interval": 0.1}, "match": {"stream": True}})
     container, signal, told = edge.reload
-    plan = {"urls": [edge.url], "authority": str(edge.authority), "pids": [], "keep_alive": True}
+    plan = {"urls": [edge.url], "authority": str(edge.authority), "pids": []}
     async with load(edge_stack, 8, 60, **plan) as calling:
         await calling.until(lambda calls: len(calls) >= 10, 60)
         before = docker("logs", container, complaints=True).count(told)
