@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from gateway import __version__
 from gateway.config import load_routing
 from gateway.settings import load
 from testkit import REPOSITORY
+from testkit.completions import CHAT_PATH
 from tests.unit.deploy.chart_values import BEGIN, END, table
 
 CHART = REPOSITORY / "deploy" / "helm" / "llm-gateway"
@@ -392,6 +396,61 @@ def test_a_pod_that_is_recreated_has_no_settings_of_a_rolling_update() -> None:
 
 def test_no_pod_has_ids_of_its_own_where_the_cluster_gives_them_out() -> None:
     assert not re.search(r"\b(runAsUser|runAsGroup|fsGroup):", example("openshift"))
+
+
+@pytest.mark.parametrize(
+    ("error", "model", "code", "said"),
+    [
+        (None, "", 0, "backends: {'a': 'down'}"),
+        ("routes.yaml, line 3: unknown key", "", 1, "not in force: routes.yaml, line 3: unknown key"),
+        (None, "unknown", 1, "no such model"),
+    ],
+)
+def test_helm_test_tells_a_configuration_that_is_not_taken(error: str | None, model: str, code: int, said: str) -> None:
+    health = {"config": {"error": error}, "downstream": {"backends": [{"name": "a", "status": "down"}]}}
+    answers = {"/readyz": (200, "{}"), "/health": (503, json.dumps(health)), CHAT_PATH: (404, "no such model")}
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[self.path]
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+    (pod,) = (document for document in objects(render(*TRY_OUT)) if document["kind"] == "Pod")
+    (container,) = pod["spec"]["containers"]
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, *container["command"][1:]],
+            env={"URL": f"http://127.0.0.1:{server.server_port}", "MODEL": model},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        server.shutdown()
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def test_where_pods_have_ipv6_addresses_only_everything_listens_there() -> None:
+    text = render("-f", str(CHART / "ci" / "try-out-values.yaml"), "--set", "settings.HOST=::")
+    assert environment(text)["HOST"] == "::"
+    listening = {
+        entry["value"]
+        for _, spec in pods(text)
+        for entry in spec["containers"][0].get("env", [])
+        if entry["name"] == "HOST"
+    }
+    assert listening == {"::"}
+    (collector,) = of_kind(text, "ConfigMap", "collector")
+    receivers = yaml.safe_load(collector["data"]["config.yaml"])["receivers"]
+    assert receivers["otlp"]["protocols"]["http"]["endpoint"] == "[::]:4318"
 
 
 def test_taints_and_nodes_are_those_of_all_pods() -> None:
