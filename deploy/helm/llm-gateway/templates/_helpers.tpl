@@ -199,12 +199,12 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 {{- range $name, $advice := include "llm-gateway.ownFields" . | fromYaml }}
-{{- if hasKey $.Values.podSpec $name }}
+{{- if hasKey (default dict $.Values.podSpec) $name }}
 {{- fail (printf "`podSpec.%s` is the chart's: %s." $name $advice) }}
 {{- end }}
 {{- end }}
 {{- range $name := list "type" "ports" "selector" }}
-{{- if hasKey $.Values.service.spec $name }}
+{{- if hasKey (default dict $.Values.service.spec) $name }}
 {{- fail (printf "`service.spec.%s` is the chart's: set `service`." $name) }}
 {{- end }}
 {{- end }}
