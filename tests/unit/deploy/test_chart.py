@@ -160,6 +160,16 @@ def test_everything_that_runs_is_locked_down(name: str) -> None:
             assert not any("subPath" in mount for mount in container.get("volumeMounts", [])), pod
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_pod_has_a_startup_probe_which_a_restarted_kubelet_runs_anew_with_the_pod_out_of_its_service(
+    name: str,
+) -> None:
+    for pod, spec in pods(example(name)):
+        assert not [container for container in spec["containers"] if "startupProbe" in container], pod
+    liveness = gateway_pod(example(name))["containers"][0]["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60, "a start on a busy node takes long"
+
+
 @pytest.mark.parametrize(("grace", "sleep", "delay"), [(120, 5, 10), (600, 30, 0), (12, 0, 2)])
 def test_the_gateway_gives_up_before_the_kubelet_does(grace: int, sleep: int, delay: int) -> None:
     of = {"gracePeriodSeconds": grace, "preStopSeconds": sleep, "delaySeconds": delay}
