@@ -34,13 +34,13 @@ TRY_OUT = ("--set", "mockModel.enabled=true")
 pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="no helm: the chart was not rendered")
 
 
-def helm(*args: str) -> subprocess.CompletedProcess[str]:
-    command = ["helm", *args, "--kube-version", KUBERNETES]
+def helm(*args: str, kubernetes: str = KUBERNETES) -> subprocess.CompletedProcess[str]:
+    command = ["helm", *args, "--kube-version", kubernetes]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
 
 
-def render(*args: str) -> str:
-    done = helm("template", "llm", str(CHART), "--namespace", "models", *args)
+def render(*args: str, kubernetes: str = KUBERNETES) -> str:
+    done = helm("template", "llm", str(CHART), "--namespace", "models", *args, kubernetes=kubernetes)
     assert done.returncode == 0, done.stderr
     return done.stdout.rstrip("\n") + "\n"
 
@@ -244,6 +244,31 @@ def test_everything_that_runs_is_locked_down(name: str) -> None:
             assert container["resources"]["requests"].keys() == {"cpu", "memory"}, pod
             assert not container["image"].endswith(":latest"), pod
             assert not any("subPath" in mount for mount in container.get("volumeMounts", [])), pod
+
+
+def startup_probes(text: str) -> list[object]:
+    return [
+        container["startupProbe"]
+        for _, spec in pods(text)
+        for container in spec["containers"]
+        if "startupProbe" in container
+    ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_pod_has_a_startup_probe_where_a_restarted_kubelet_runs_it_anew_with_the_pod_out_of_its_service(
+    name: str,
+) -> None:
+    values = ("-f", str(CHART / "ci" / f"{name}-values.yaml"))
+    assert not startup_probes(render(*values, kubernetes="1.34.4"))
+    (probe,) = startup_probes(render(*values, kubernetes="1.35.0-eks-1"))
+    assert probe == {"httpGet": {"path": "/livez", "port": "http"}} | {
+        "periodSeconds": 1,
+        "timeoutSeconds": 2,
+        "failureThreshold": 60,
+    }
+    liveness = gateway_pod(example(name))["containers"][0]["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60, "a start on a busy node takes long"
 
 
 @pytest.mark.parametrize(("grace", "sleep", "delay"), [(120, 5, 10), (600, 30, 0), (12, 0, 2)])
