@@ -65,11 +65,11 @@ def lines_of(headers: Iterable[tuple[str, str]]) -> str:
     Raises:
         ValueError: a value holds a line end, and would become more than one header.
     """
-    lines = [f"{name}: {value}\r\n" for name, value in headers]
+    lines = [f"{name}: {value}" for name, value in headers]
     text = "".join(lines)
-    if text.count("\n") != len(lines) or text.count("\r") != len(lines):
+    if "\n" in text or "\r" in text:
         raise ValueError("a header holds a line end")
-    return text
+    return "\r\n".join([*lines, ""])
 
 
 def is_request_id(text: str) -> bool:
@@ -79,6 +79,8 @@ def is_request_id(text: str) -> bool:
 
 def seconds(text: str | None) -> float | None:
     """Return a positive finite number of seconds, or None for anything else."""
+    if text is None:
+        return None
     value = _number(text)
     return value if 0 < value < math.inf else None
 

@@ -87,7 +87,8 @@ class KeptRequests:
             record.forget_texts()
         size = size_of(record)
         # The instant of its end, so that what several processes keep has one order; no two have the same number.
-        self._number = max(self._number + 1, record.started_ns + int(record.seconds(0.0) * 1e9))
+        ended = record.started_ns + int(record.seconds(0.0) * 1e9)
+        self._number = ended if ended > self._number else self._number + 1
         self._ring_of(record).append((self._number, size, record))
         self._count += 1
         self.size += size

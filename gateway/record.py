@@ -10,6 +10,8 @@ from functools import lru_cache
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from gateway.errors import ErrorAnswer, GatewayOverloaded, RateLimitExceeded
 from gateway.policy.caller import NOBODY, Caller
 
@@ -60,8 +62,7 @@ class Wait:
     ended: float | None = None
 
 
-@dataclass(slots=True, eq=False)
-class AttemptRecord:
+class AttemptRecord(Struct, eq=False):
     """One HTTP call to one replica.
 
     Attributes:
@@ -86,8 +87,8 @@ class AttemptRecord:
         decision: what was decided after it: `answered`, `retry`, `resend`, `fallback`, `waited: <kind>`,
             `gave up: <why>`.
         request_id: what the backend calls it, or None.
-        passed_over: the other replicas of its backend that could not, or should not, be asked in its place, each with
-            the reason: `breaker`, `cooldown`, `full`, `avoided`.
+        passed_over: the other replicas of its backend that were looked at and could not, or should not, be asked in its
+            place, each with the reason: `breaker`, `cooldown`, `full`, `avoided`.
     """
 
     number: int
@@ -203,12 +204,12 @@ class Record:
     def trace(self) -> str:
         """The trace id as people read it: 32 hexadecimal digits."""
         if not self._trace:
-            self._trace = f"{self.trace_id:032x}"
+            self._trace = self.trace_id.to_bytes(16).hex()
         return self._trace
 
     def traceparent(self, span_id: int) -> str:
         """Return the `traceparent` of a call whose span has this id (W3C Trace Context)."""
-        return f"00-{self.trace}-{span_id:016x}-{'01' if self.sampled else '00'}"
+        return f"00-{self.trace}-{span_id.to_bytes(8).hex()}-{'01' if self.sampled else '00'}"
 
     def skip_target(self, backend: str, why: str, now: float) -> None:
         """Note that a target was passed over: `breaker`, `cooldown`, `bridging`, `full`, or what was used up."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from msgspec import Struct
+
 from gateway.dialects import form_data, model_field
 from gateway.errors import ErrorWords, GatewayError
 
@@ -10,14 +12,13 @@ if TYPE_CHECKING:
     from gateway.record import Record
 
 
-class Prompt:
+class Prompt(Struct, eq=False):
     """A checked request. Only fields that something reads are kept: all of them take many times the body's bytes.
 
     Attributes:
         dialect: the one that read it.
         method: of HTTP.
         path: of the call, with its `/v1`.
-        operation: `gen_ai.operation.name` of its span; None where nothing is generated.
         body: its bytes, unchanged.
         boundary: of a form; None for JSON.
         model: the model it names, or None.
@@ -30,54 +31,25 @@ class Prompt:
     """
 
     is_about_response: ClassVar[bool] = False
-    __slots__ = (
-        "asks_usage",
-        "body",
-        "boundary",
-        "choices",
-        "dialect",
-        "max_tokens",
-        "method",
-        "model",
-        "operation",
-        "path",
-        "previous_response_id",
-        "stream",
-        "temperature",
-        "top_p",
-    )
 
-    def __init__(
-        self,
-        dialect: "Dialect",
-        path: str,
-        body: bytes,
-        *,
-        method: str = "POST",
-        model: str | None,
-        boundary: bytes | None = None,
-        stream: bool = False,
-        choices: int = 1,
-        asks_usage: bool = False,
-        previous_response_id: str | None = None,
-        max_tokens: float | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-    ) -> None:
-        self.dialect = dialect
-        self.asks_usage = asks_usage
-        self.method = method
-        self.path = path
-        self.operation = dialect.operations.get(path)
-        self.body = body
-        self.boundary = boundary
-        self.model = model
-        self.stream = stream
-        self.choices = choices
-        self.previous_response_id = previous_response_id
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.top_p = top_p
+    dialect: "Dialect"
+    path: str
+    body: bytes
+    model: str | None
+    method: str = "POST"
+    boundary: bytes | None = None
+    stream: bool = False
+    choices: int = 1
+    asks_usage: bool = False
+    previous_response_id: str | None = None
+    max_tokens: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    @property
+    def operation(self) -> str | None:
+        """The `gen_ai.operation.name` of its span; None where nothing is generated."""
+        return self.dialect.operations.get(self.path)
 
     @property
     def needs_response(self) -> bool:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from gateway.backend.client import Exchange, HttpClient
+    from gateway.config import Timeouts
     from gateway.dialects.dialect import Answer
     from gateway.executor import Executor
     from gateway.forwarding.call import Call, StreamSink
@@ -112,8 +113,7 @@ class Attempts:
             NoConnection: as well; nothing was sent, and it was no attempt.
         """
         replica = lease.replica
-        call.endpoint = target.endpoints[replica]
-        attempt = self._begin(call, target, replica)
+        attempt = self._begin(call, target, lease)
         attempt.backoff = backoff
         try:
             try:
@@ -122,7 +122,7 @@ class Attempts:
             except StaleConnection as stale:
                 self._end(attempt, stale)
                 attempt.decision = "resend"
-                attempt = self._begin(call, target, replica)
+                attempt = self._begin(call, target, lease)
                 attempt.resend = True
                 await self._exchange(call, lease, attempt, fresh=True)
         except BackendError as failure:
@@ -161,16 +161,17 @@ class Attempts:
             ("traceparent", call.record.traceparent(attempt.span_id)),
         ]
         timer = PhaseTimer(self._clock, call.deadline.commit_by)
-        timeouts = call.endpoint.timeouts
+        endpoint = call.target.endpoints[lease.replica]
+        timeouts = endpoint.timeouts
         passes_through = call.prompt.dialect.passes_through
         if call.sink is not None and not passes_through:
             timer.limit(timeouts.first_token, lambda: no_first_token(timeouts.first_token))
         else:
             timer.limit(timeouts.answer, lambda: _no_answer(timeouts.answer))
         with timer:
-            target = call.endpoint.target_of(call.prompt.path, call.query)
+            path_and_query = endpoint.target_of(call.prompt.path, call.query)
             exchange = await self._client.send(
-                call.endpoint, call.prompt.method, target, call.body, headers, fresh=fresh
+                endpoint, call.prompt.method, path_and_query, call.body, headers, fresh=fresh
             )
             attempt.status = exchange.status
             attempt.request_id = exchange.request_id
@@ -180,19 +181,20 @@ class Attempts:
                 elif exchange.status not in (PASSED_STATUSES if passes_through else GOOD_STATUSES):
                     await self._read_error(call, exchange, timer, timeouts.idle)
                 elif call.sink is not None and passes_through:
-                    await self._pass_through(call, call.sink, lease, exchange, timer)
+                    await self._pass_through(call, call.sink, lease, exchange, timer, timeouts.idle)
                 elif call.sink is not None:
-                    await self._relay_stream(call, call.sink, lease, exchange, timer)
+                    await self._relay_stream(call, call.sink, lease, exchange, timer, timeouts)
                 else:
-                    await self._read_answer(call, lease, exchange, timer)
+                    await self._read_answer(call, lease, exchange, timer, timeouts.idle)
             except ErrorInside as error:
                 raise self._error_answer(call, exchange, error) from None
             finally:
                 exchange.close()
 
-    async def _read_answer(self, call: "Call", lease: "Lease", exchange: "Exchange", timer: PhaseTimer) -> None:
+    async def _read_answer(
+        self, call: "Call", lease: "Lease", exchange: "Exchange", timer: PhaseTimer, idle: float
+    ) -> None:
         """Read an unstreamed answer."""
-        idle = call.endpoint.timeouts.idle
         held = call.share.held
         dialect = call.prompt.dialect
         try:
@@ -263,12 +265,17 @@ class Attempts:
             call.share.give_back_to(held)
         raise WrongForm("The backend's answer is not a stream, although one was asked for.")
 
-    async def _relay_stream(
-        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
+    async def _relay_stream(  # noqa: PLR0917
+        self,
+        call: "Call",
+        sink: "StreamSink",
+        lease: "Lease",
+        exchange: "Exchange",
+        timer: PhaseTimer,
+        timeouts: "Timeouts",
     ) -> None:
         """Hold a streamed answer until commit, then pass it on as it arrives."""
         exchange.decode_within(self._max_answer)
-        timeouts = call.endpoint.timeouts
         is_stream = exchange.content_type == "text/event-stream"
         if not is_stream and not (exchange.content_type == "" and begins_as_stream(await exchange.peek())):
             await self._read_no_stream(call, exchange, timer, timeouts.idle)
@@ -313,12 +320,12 @@ class Attempts:
             call.share.give_back_to(held)
             _describe(call.record, state, None if state.text is None else [state.text])
 
-    async def _pass_through(
-        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer
+    async def _pass_through(  # noqa: PLR0917
+        self, call: "Call", sink: "StreamSink", lease: "Lease", exchange: "Exchange", timer: PhaseTimer, idle: float
     ) -> None:
         """Pass an answer on as it comes, whatever it is: its first byte is its commit."""
         exchange.decode_within(self._max_answer)
-        relay = BodyRelay(exchange, timer, idle=call.endpoint.timeouts.idle, share=call.share)
+        relay = BodyRelay(exchange, timer, idle=idle, share=call.share)
         held = call.share.held
         try:
             body = await relay.until_commit(self._max_answer, whole=call.commit == "complete")
@@ -344,23 +351,27 @@ class Attempts:
         finally:
             call.share.give_back_to(held)
 
-    def _begin(self, call: "Call", target: "Target", replica: "Replica") -> AttemptRecord:
+    def _begin(self, call: "Call", target: "Target", lease: "Lease") -> AttemptRecord:
         """Note that an attempt begins."""
+        replica = lease.replica
         attempts = call.record.attempts
         call.record.first_token = None  # an attempt that failed before commit has given the caller none
-        endpoint = call.endpoint
-        attempt = AttemptRecord(len(attempts) + 1, endpoint.name, self._rng.getrandbits(64) or 1, self._clock())
-        attempt.host, attempt.port = endpoint.host, endpoint.port
-        attempt.url = endpoint.url_of(call.record.path or "")
-        attempt.model = target.model or call.model or None
-        attempt.target = target.labels
-        attempt.breaker = replica.breaker.state
-        attempt.budget_left = replica.budget.left()
-        attempt.deadline_left = call.deadline.left()
-        if len(target.replicas) > 1:
-            model = target.model or call.model
-            others = (other for other in target.replicas if other is not replica)
-            attempt.passed_over = tuple((other.name, why) for other in others if (why := other.why_not(model)))
+        endpoint = target.endpoints[replica]
+        attempt = AttemptRecord(
+            len(attempts) + 1,
+            endpoint.name,
+            self._rng.getrandbits(64) or 1,
+            self._clock(),
+            host=endpoint.host,
+            port=endpoint.port,
+            url=endpoint.url_of(call.record.path or ""),
+            model=target.model or call.model or None,
+            target=target.labels,
+            breaker=replica.breaker.state,
+            budget_left=replica.budget.left(),
+            deadline_left=call.deadline.left(),
+            passed_over=lease.passed_over,
+        )
         attempts.append(attempt)
         return attempt
 

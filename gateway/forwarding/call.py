@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec import Struct
+
 from gateway.errors import NoSuchPath, NoSuchResponse, drop_frames
 from gateway.policy.fingerprints import fingerprint
 
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from gateway.forwarding.charge import Charge
     from gateway.policy.byte_budget import Share
     from gateway.policy.deadline import Deadline
-    from gateway.policy.endpoint import Endpoint
     from gateway.policy.outage import Outage
     from gateway.policy.pool import Target
     from gateway.policy.replica import Replica
@@ -70,18 +71,15 @@ class StreamSink(Protocol):
         """End a complete answer; waits while the caller does not read. Raises: CallerLeft."""
 
 
-class WholeAnswer:
+class WholeAnswer(Struct, eq=False):
     """An unstreamed answer: status, the headers that pass, body."""
 
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
-class Call:
+class Call(Struct, eq=False):
     """What is asked, how long it may take, and where the answer goes.
 
     Attributes:
@@ -97,9 +95,9 @@ class Call:
         headers: the caller's that go to the backend, names in lower case.
         commit: when it begins to go out: with its first content, with its first answer, or when it is complete.
         remember: called with the id of a good answer, the id of its replica and the model sent; None: nobody asks.
-        body: the bytes for the target at hand.
+        body: the bytes for the target at hand, once there is one.
         answer: an unstreamed answer, once it is there.
-        targets: where it may go, in order; target: the one at hand; endpoint: how the latest attempt asks.
+        targets: where it may go, in order; target: the one at hand, at first the first one.
         failed_before: the names of the replicas that failed the same request before; None when it is no repeat.
         given_up: the replicas that are not asked again for it.
         counted: those whose breaker has counted a failure of it.
@@ -109,74 +107,29 @@ class Call:
         bridged: the attempts made to bridge an outage, which do not count towards the most of a target.
     """
 
-    __slots__ = (
-        "_fingerprint",
-        "answer",
-        "body",
-        "bridged",
-        "caller",
-        "charge",
-        "commit",
-        "counted",
-        "deadline",
-        "endpoint",
-        "failed_before",
-        "failures",
-        "given_up",
-        "headers",
-        "model",
-        "outages",
-        "prompt",
-        "query",
-        "record",
-        "remember",
-        "share",
-        "sink",
-        "target",
-        "targets",
-    )
-
-    def __init__(
-        self,
-        prompt: "Prompt",
-        deadline: "Deadline",
-        record: "Record",
-        sink: StreamSink | None,
-        *,
-        model: str,
-        targets: "tuple[Target, ...]",
-        caller: str,
-        share: "Share",
-        headers: list[tuple[str, str]],
-        commit: "Commit",
-        query: str = "",
-        charge: "Charge | None" = None,
-        remember: "Remember | None" = None,
-    ) -> None:
-        self.prompt = prompt
-        self.model = model
-        self.deadline = deadline
-        self.record = record
-        self.sink = sink
-        self.share = share
-        self.headers = headers
-        self.commit = commit
-        self.query = query
-        self.remember = remember
-        self.body = prompt.body
-        self.answer: WholeAnswer | None = None
-        self.targets = targets
-        self.target = targets[0]
-        self.endpoint: Endpoint
-        self.caller = caller
-        self.charge = charge
-        self.failed_before: frozenset[str] | None = None
-        self.given_up: set[Replica] = set()
-        self.counted: set[Replica] = set()
-        self.bridged = 0
-        self.outages: dict[Outage, int] = {}
-        self.failures: dict[Replica, tuple[BackendError, AttemptRecord]] = {}
-        self._fingerprint: bytes | None = None
+    prompt: "Prompt"
+    deadline: "Deadline"
+    record: "Record"
+    sink: StreamSink | None
+    model: str
+    targets: "tuple[Target, ...]"
+    target: "Target"
+    caller: str
+    share: "Share"
+    headers: list[tuple[str, str]]
+    commit: "Commit"
+    body: bytes = b""
+    query: str = ""
+    charge: "Charge | None" = None
+    remember: "Remember | None" = None
+    answer: WholeAnswer | None = None
+    failed_before: frozenset[str] | None = None
+    given_up: "set[Replica]" = set()
+    counted: "set[Replica]" = set()
+    bridged: int = 0
+    outages: "dict[Outage, int]" = {}
+    failures: "dict[Replica, tuple[BackendError, AttemptRecord]]" = {}
+    _fingerprint: bytes | None = None
 
     def fingerprint(self) -> bytes:
         """Return what stands for its path and body."""

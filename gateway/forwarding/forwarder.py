@@ -1,6 +1,7 @@
 """The way of a request, top to bottom: deadline > admission > target > retry > breaker > attempt > wait."""
 
 from asyncio import CancelledError, sleep
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tenacity import AsyncRetrying, retry_if_exception_type
@@ -20,7 +21,6 @@ from gateway.errors import (
     drop_frames,
 )
 from gateway.forwarding.waits import Waits
-from gateway.policy.lease import take
 from gateway.policy.retry import Retry
 from gateway.record import COOLDOWN
 
@@ -190,12 +190,8 @@ class Forwarder:
         if home.full.queue or (home.bridging.queue and home.outage.holds_newcomers):  # behind those who wait already
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
-        replica = None
-        if (len(target.replicas) > 1 or call.failed_before is not None) and (last := _asked_last(call, target, model)):
-            replica = target.pick(model, without=call.given_up | last)
-        if replica is None:
-            replica = target.pick(model, without=call.given_up)
-        lease = take(replica, model) if replica is not None else None
+        last = partial(_comes_last, call, model) if len(target.replicas) > 1 else None
+        lease = target.lease(model, without=call.given_up, last=last)
         if lease is None:
             why = _why_skipped(call, target)
             call.record.skip_target(target.backend, why, self._clock())
@@ -220,7 +216,9 @@ class Forwarder:
         call.target = target
         watch, first = target.watch, not call.record.attempts
         try:
-            await self._set_model(call, target)
+            call.body = call.prompt.body
+            if call.body and (target.model or call.model) != call.prompt.model:
+                await self._set_model(call, target)
             await self._attempts.make(call, target, lease, backoff=0.0)
         except BackendError as failure:
             _note(call, lease, failure)
@@ -351,18 +349,14 @@ class Forwarder:
         self._repeats.add(call.caller, call.fingerprint(), frozenset(names))
 
     async def _set_model(self, call: "Call", target: "Target") -> None:
-        """Take the caller's bytes; set the model where the target names another or the caller named none.
+        """Set the model in the body: the target names another, or the caller named none.
 
         Raises:
             GatewayOverloaded: the share cannot hold a second body.
         """
         prompt = call.prompt
-        call.body = prompt.body
-        model = target.model or call.model
-        if model == prompt.model or not prompt.body:
-            return
         call.share.hold(len(prompt.body))
-        call.body = await self._executor.run(len(prompt.body), prompt.with_model, model)
+        call.body = await self._executor.run(len(prompt.body), prompt.with_model, target.model or call.model)
 
 
 def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
@@ -372,10 +366,9 @@ def _note(call: "Call", lease: "Lease", failure: BackendError) -> None:
         lease.replica.avoid_path(call.prompt.path, lease.model)
 
 
-def _asked_last(call: "Call", target: "Target", model: str) -> "set[Replica]":
-    """Return the replicas that lacked the path a short time ago, or failed the same request."""
-    failed = call.failed_before or ()
-    return {each for each in target.replicas if each.name in failed or each.lacks(call.prompt.path, model)}
+def _comes_last(call: "Call", model: str, replica: "Replica") -> bool:
+    """Return whether a replica lacked the path a short time ago, or failed the same request."""
+    return replica.lacks(call.prompt.path, model) or replica.name in (call.failed_before or ())
 
 
 def _why_skipped(call: "Call", target: "Target") -> str:

@@ -228,8 +228,7 @@ class Waits:
             return self._lease_trial()
         of_budget = self._is_retry and (chance is Chance.TRIAL or self.kind == COOLDOWN)
         left_out = self._left_out(self.target) if of_budget else self._call.given_up
-        replica = self.target.pick(self.model, without=left_out)
-        lease = take(replica, self.model) if replica is not None else None
+        lease = self.target.lease(self.model, without=left_out)
         if lease is None:
             return None
         if of_budget:
@@ -254,6 +253,7 @@ class Waits:
                     replica.budget.take()
                 else:
                     replica.budget.count_first()
+                lease.passed_over = self.target.passed_over(replica, self.model)
                 self._trial = home, trial
                 return lease
         home.outage.end_trial(trial)

@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -18,15 +20,12 @@ class State(StrEnum):
     HALF_OPEN = "half_open"
 
 
-class Ticket:
+class Ticket(Struct, eq=False):
     """An attempt that the breaker admitted. Its result counts only in the generation that admitted it."""
 
-    __slots__ = ("early", "generation", "trial")
-
-    def __init__(self, generation: int, *, trial: bool, early: bool = False) -> None:
-        self.generation = generation
-        self.trial = trial
-        self.early = early
+    generation: int
+    trial: bool
+    early: bool = False
 
 
 class Breaker:

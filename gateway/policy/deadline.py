@@ -35,8 +35,10 @@ class Deadline:
 
     def left(self) -> float:
         """Return the seconds until the answer must have ended, never below 0."""
-        return max(0.0, self.end - self._clock())
+        left = self.end - self._clock()
+        return left if left > 0 else 0.0
 
     def left_to_commit(self) -> float:
         """Return the seconds until the first byte of the answer must have been sent, never below 0."""
-        return max(0.0, self.commit_by - self._clock())
+        left = self.commit_by - self._clock()
+        return left if left > 0 else 0.0

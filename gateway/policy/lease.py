@@ -43,13 +43,25 @@ class Lease:
     Attributes:
         replica: where it is made.
         model: the one it asks for.
+        passed_over: the other replicas of its backend that were looked at and could not, or should not, be asked in its
+            place, each with the reason.
     """
 
-    __slots__ = ("_asked_at", "_first_after_cooldown", "_outages", "_over", "_ticket", "model", "replica")
+    __slots__ = (
+        "_asked_at",
+        "_first_after_cooldown",
+        "_outages",
+        "_over",
+        "_ticket",
+        "model",
+        "passed_over",
+        "replica",
+    )
 
     def __init__(self, replica: "Replica", model: str, ticket: "Ticket") -> None:
         self.replica = replica
         self.model = model
+        self.passed_over: tuple[tuple[str, str], ...] = ()
         self._ticket = ticket
         self._over = False
         self._asked_at = replica.clock()

@@ -9,6 +9,7 @@ from gateway.policy.cooldown import Cooldown
 from gateway.policy.endpoint import Endpoint
 from gateway.policy.fingerprints import Repeats
 from gateway.policy.guard import Guard, target_name
+from gateway.policy.lease import take
 from gateway.policy.replica import Replica
 from gateway.policy.response_homes import ResponseHomes
 from gateway.policy.retry_budget import RetryBudget
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from gateway.config import BackendConfig, RouteConfig, Routing, TargetConfig
     from gateway.policy.guard import Trip, Watch
+    from gateway.policy.lease import Lease
     from gateway.policy.response_homes import Home
     from gateway.policy.waiting_room import WaitingLimit
     from gateway.settings import Settings
@@ -107,16 +109,51 @@ class Target:
 
         It is the less busy of two random ones (the power of two choices). One that is avoided comes after all others.
         """
+        return (self._at_once(model) if not without else None) or self._among_all(model, without)
+
+    def lease(
+        self, model: str, *, without: "Collection[Replica]" = (), last: "Callable[[Replica], bool] | None" = None
+    ) -> "Lease | None":
+        """Take a place for an attempt for the model, at a replica as `pick` gives it; None: no other one admits it.
+
+        Args:
+            model: that is asked for.
+            without: replicas that are not asked.
+            last: tells of a replica whether it is asked only where no other one can be; None: of none.
+        """
+        replica = self._at_once(model, last) if not without else None
+        if replica is not None:
+            return take(replica, model)
+        replica = self._among_all(model, without, last)
+        lease = take(replica, model) if replica is not None else None
+        if lease is not None:
+            lease.passed_over = self.passed_over(lease.replica, model)
+        return lease
+
+    def passed_over(self, asked: Replica, model: str) -> tuple[tuple[str, str], ...]:
+        """Return the replicas that could not, or should not, be asked in place of one, each with the reason."""
+        others = (other for other in self.replicas if other is not asked)
+        return tuple((other.name, why) for other in others if (why := other.why_not(model)) is not None)
+
+    def _at_once(self, model: str, last: "Callable[[Replica], bool] | None" = None) -> Replica | None:
+        """Return the less busy of two random replicas if nothing speaks against either; no other one is looked at."""
         if len(self.replicas) == 1:
-            only = self.replicas[0]
-            return only if only not in without and only.admits(model) else None
-        if len(self.replicas) > 2 and not without:  # noqa: PLR2004
-            pair = self._rng.sample(self.replicas, 2)  # usually both admit, and the others need not be looked at
-            if all(replica.admits(model) and not replica.is_avoided(model) for replica in pair):
-                return self._less_busy(*pair)
-        free = [replica for replica in self.replicas if replica not in without and replica.admits(model)]
+            return self.replicas[0] if self.replicas[0].admits(model) else None
+        pair = self.replicas if len(self.replicas) == 2 else self._rng.sample(self.replicas, 2)  # noqa: PLR2004
+        for each in pair:
+            if each.why_not(model) is not None or (last is not None and last(each)):
+                return None
+        return self._less_busy(*pair)
+
+    def _among_all(
+        self, model: str, without: "Collection[Replica]", last: "Callable[[Replica], bool] | None" = None
+    ) -> Replica | None:
+        """Return the less busy of two random ones of the replicas against which least speaks."""
+        free = [each for each in self.replicas if each not in without and each.admits(model)]
+        if last is not None and len(free) > 1:
+            free = [each for each in free if not last(each)] or free
         if len(free) > 1:
-            free = [replica for replica in free if not replica.is_avoided(model)] or free
+            free = [each for each in free if not each.is_avoided(model)] or free
         if len(free) > 2:  # noqa: PLR2004
             free = self._rng.sample(free, 2)
         if len(free) == 2:  # noqa: PLR2004
@@ -128,10 +165,13 @@ class Target:
 
         One that has never been probed is not preferred to others either.
         """
-        able = [replica for replica in self.replicas if replica.admits(model)]
-        return bool(able) and all(
-            replica.awaits_probe or replica.refuses(model) or replica.lacks(path, model) for replica in able
-        )
+        refused = False
+        for replica in self.replicas:
+            if replica.admits(model):
+                refused = replica.awaits_probe or replica.refuses(model) or replica.lacks(path, model)
+                if not refused:
+                    return False
+        return refused
 
     def free_at(self, model: str, now: float, *, without: "Collection[Replica]" = ()) -> float | None:
         """Return the instant at which the first replica admits an attempt: `now` when one does.

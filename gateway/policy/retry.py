@@ -126,6 +126,7 @@ class Retry:
             self._refused = lease.replica
             self.stopped = "budget"
             raise failure
+        lease.passed_over = self._target.passed_over(lease.replica, self._model)
         return lease
 
     def is_over(self, _state: "RetryCallState") -> bool:

@@ -52,7 +52,9 @@ class RetryBudget:
         self._expire(now)
         while self._retries and self._retries[0] <= now - WINDOW:
             self._retries.popleft()
-        return max(0, int(max(self._ratio * self._firsts, self._floor)) - len(self._retries))
+        share = self._ratio * self._firsts
+        allowed, sent = int(share) if share > self._floor else self._floor, len(self._retries)
+        return allowed - sent if allowed > sent else 0
 
     def take(self) -> bool:
         """Take one retry; return False when the budget is spent."""

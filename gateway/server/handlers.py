@@ -205,6 +205,7 @@ class Handlers:
             writer,
             model=model,
             targets=targets,
+            target=targets[0],
             caller=caller.id,
             share=share,
             headers=headers,

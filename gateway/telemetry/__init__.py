@@ -101,16 +101,7 @@ class Telemetry:
         asked = headers.get("x-request-id")
         request_id = asked if asked is not None and is_request_id(asked) else _uuid(self._rng)
         trace_id, span_id, parent_id, sampled = self._tracer.decide(method, path, headers.get("traceparent"))
-        record = Record(
-            method,
-            path,
-            trace_id=trace_id,
-            span_id=span_id,
-            request_id=request_id,
-            started=self._clock(),
-            started_ns=self._wall_clock(),
-        )
-        record.parent_id = parent_id
+        record = Record(method, path, trace_id, span_id, request_id, self._clock(), self._wall_clock(), parent_id)
         record.sampled = sampled
         if "tracestate" in headers and (parent_id is not None or "traceparent" not in headers):
             # The state of a trace that was not joined does not pass.
@@ -182,5 +173,5 @@ class Telemetry:
 
 def _uuid(rng: Random) -> str:
     """Return a new UUID, version 4, variant 1 (RFC 9562, 5.4): there are servers that take no other request id."""
-    text = rng.randbytes(15).hex()
+    text = rng.getrandbits(120).to_bytes(15).hex()
     return f"{text[:8]}-{text[8:12]}-4{text[12:15]}-8{text[15:18]}-{text[18:]}"

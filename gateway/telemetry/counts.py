@@ -5,6 +5,7 @@ request.
 """
 
 from bisect import bisect_left
+from collections import defaultdict
 from itertools import accumulate
 from math import inf
 from operator import itemgetter
@@ -106,12 +107,12 @@ class Counts:
     def __init__(self, counter: Counter, known_by: "KnownBy") -> None:
         self._counter = counter
         self._known_by = known_by
-        self._waiting: dict[tuple[object, ...], int] = {}
+        self._waiting: defaultdict[tuple[object, ...], int] = defaultdict(int)
         self._known: Container[object] = EVERY
 
     def add(self, *labels: object, by: int = 1) -> None:
         """Count."""
-        self._waiting[labels] = self._waiting.get(labels, 0) + by
+        self._waiting[labels] += by
 
     def keep(self, known: "Container[object]") -> None:
         """Count only those who are known by one of these, and forget all others."""

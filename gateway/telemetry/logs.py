@@ -203,9 +203,6 @@ def _json_line(record: "Record", level: int) -> str:
         seconds=_rounded(record.seconds(0.0)),
         queued_seconds=_rounded(record.queued),
         stream=record.stream,
-        route=record.route,
-        model=record.model and record.model[:MAX_MODEL],
-        backend=record.backend,
         attempts=[
             _AttemptFields(
                 attempt.backend,
@@ -217,15 +214,18 @@ def _json_line(record: "Record", level: int) -> str:
             )
             for attempt in record.attempts
         ],
-        stop_reason=record.stop_reason,
-        error=record.error_message,
-        input_tokens=record.input_tokens,
-        output_tokens=record.output_tokens,
-        config_generation=record.generation,
         request_id=record.request_id,
         trace_id=record.trace,
-        span_id=f"{record.span_id:016x}",
-    )
+        span_id=record.span_id.to_bytes(8).hex(),
+    )  # more than 15 at once would be put into a dictionary first
+    fields.route = record.route
+    fields.model = record.model and record.model[:MAX_MODEL]
+    fields.backend = record.backend
+    fields.stop_reason = record.stop_reason
+    fields.error = record.error_message
+    fields.input_tokens = record.input_tokens
+    fields.output_tokens = record.output_tokens
+    fields.config_generation = record.generation
     if record.caller.name is not None:
         fields.key = record.caller.name
         fields.key_tokens, fields.key_tokens_source = record.charged, record.charged_by
@@ -269,7 +269,7 @@ def _readable_line(record: "Record", _level: int) -> str:
 
 def _rounded(seconds: float) -> float:
     """Round to microseconds; many times as fast as `round` with digits."""
-    return round(seconds * 1e6) / 1e6
+    return round(seconds * 1e6) / 1e6 if seconds else 0.0
 
 
 def _rfc3339(nanoseconds: int) -> str:

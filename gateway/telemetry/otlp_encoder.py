@@ -22,6 +22,8 @@ _instants = Struct("<BQBQ").pack
 _ids = Struct(">BBQQBBQ").pack
 _ids_and_parent = Struct(">BBQQBBQBBQ").pack
 _LOW = 2**64 - 1
+SHORT = 128
+"""Lengths and numbers below it take one byte."""
 
 
 class Encoder:
@@ -49,7 +51,7 @@ def _span(span: "SpanData") -> bytes:
         _instants(0x39, span.start, 0x41, span.end),
         span.shared.encoded or _encode_shared(span.shared),
     ]
-    parts += [_attribute(name, value) for name, value in span.own]
+    parts += _attributes(span.own)
     if span.trace_state:
         parts.append(_field(3, span.trace_state.encode("utf-8", "replace")))
     for moment, name, attributes in span.events:
@@ -72,26 +74,29 @@ _FLAGS_REMOTE = b"\x85\x01\x00\x03\x00\x00"
 
 def _encode_shared(shared: "Shared") -> bytes:
     name_and_kind = _field(5, shared.name.encode()) + bytes((0x30, shared.kind))
-    shared.encoded = name_and_kind + b"".join([_attribute(name, value) for name, value in shared.attributes])
+    shared.encoded = name_and_kind + b"".join(_attributes(shared.attributes))
     return shared.encoded
 
 
-def _attribute(name: str, value: "Value") -> bytes:
-    """Return an attribute; short texts, floats and counts, which nearly all are, need only a few steps."""
-    if type(value) is str:
-        text = value.encode("utf-8", "replace")
-        if len(text) < 128:  # noqa: PLR2004
-            return _before_text(name, len(text)) + text
-    elif type(value) is float:
-        return _before_double(name) + _double(value)
-    elif type(value) is int and 0 <= value < 1 << 14:  # not a bool
-        return _before_count(name, value < 128) + _length(value)  # noqa: PLR2004
-    return _field(9, _key_value(name, value))
+def _attributes(attributes: "list[tuple[str, Value]]") -> list[bytes]:
+    """Return attributes; short texts, floats and counts, which nearly all are, need only a few steps."""
+    encoded: list[bytes] = []
+    for name, value in attributes:
+        if type(value) is str and len(value) < SHORT and value.isascii():
+            encoded += (_before_texts(name)[len(value)], value.encode())
+        elif type(value) is float:
+            encoded += (_before_double(name), _double(value))
+        elif type(value) is int and 0 <= value < 1 << 14:  # not a bool
+            encoded += (_before_counts(name)[value >= SHORT], _length(value))
+        else:
+            encoded.append(_field(9, _key_value(name, value)))
+    return encoded
 
 
-@lru_cache(maxsize=1024)
-def _before_text(name: str, size: int) -> bytes:
-    return _field(9, _key_value(name, "x" * size))[: -size or None]
+@lru_cache(maxsize=64)
+def _before_texts(name: str) -> list[bytes]:
+    """Return what comes before a text, by its length."""
+    return [_field(9, _key_value(name, "x" * size))[: -size or None] for size in range(SHORT)]
 
 
 @lru_cache(maxsize=64)
@@ -99,9 +104,10 @@ def _before_double(name: str) -> bytes:
     return _field(9, _key_value(name, 0.0))[:-8]
 
 
-@lru_cache(maxsize=128)
-def _before_count(name: str, small: bool) -> bytes:  # noqa: FBT001
-    return _field(9, _key_value(name, 0))[:-1] if small else _field(9, _key_value(name, 128))[:-2]
+@lru_cache(maxsize=64)
+def _before_counts(name: str) -> tuple[bytes, bytes]:
+    """Return what comes before a number of one byte, and of two."""
+    return _field(9, _key_value(name, 0))[:-1], _field(9, _key_value(name, SHORT))[:-2]
 
 
 def _key_value(name: str, value: object) -> bytes:
@@ -130,13 +136,13 @@ def _any(value: object) -> bytes:
 
 def _field(number: int, body: bytes) -> bytes:
     """Return a length-delimited field; field numbers up to 15 take one byte."""
-    return bytes((number << 3 | 2,)) + _length(len(body)) + body
+    return _BYTES[number << 3 | 2] + _length(len(body)) + body
 
 
 def _length(size: int) -> bytes:
-    if size < 128:  # noqa: PLR2004
-        return _SMALL[size]
-    return bytes((size & 127 | 128, size >> 7)) if size < 1 << 14 else _varint(size)
+    if size < SHORT:
+        return _BYTES[size]
+    return _BYTES[size & 127 | 128] + _BYTES[size >> 7] if size < 1 << 14 else _varint(size)
 
 
 def _varint(number: int) -> bytes:
@@ -148,4 +154,4 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-_SMALL = [bytes((size,)) for size in range(128)]
+_BYTES = [bytes((byte,)) for byte in range(256)]

@@ -1,5 +1,7 @@
 """A span as plain data, between a request's record and its encoding."""
 
+from msgspec import Struct
+
 Value = str | int | float | bool | list[str]
 SERVER, CLIENT = 2, 3
 """Span kinds, as in OTLP."""
@@ -19,7 +21,7 @@ class Shared:
         self.encoded: bytes | None = None
 
 
-class SpanData:
+class SpanData(Struct, eq=False):
     """One span. Instants are nanoseconds since the epoch; ids are integers; `parent_id` 0 = none.
 
     Attributes:
@@ -30,32 +32,17 @@ class SpanData:
         trace_state: the caller's `tracestate`, or None.
     """
 
-    __slots__ = (
-        "end",
-        "error",
-        "events",
-        "own",
-        "parent_id",
-        "shared",
-        "span_id",
-        "start",
-        "status",
-        "trace_id",
-        "trace_state",
-    )
-
-    def __init__(self, shared: Shared, *, trace_id: int, span_id: int, parent_id: int) -> None:
-        self.trace_id = trace_id
-        self.span_id = span_id
-        self.parent_id = parent_id
-        self.shared = shared
-        self.own: list[tuple[str, Value]] = []
-        self.start = 0
-        self.end = 0
-        self.events: list[tuple[int, str, list[tuple[str, Value]]]] = []
-        self.status = UNSET
-        self.error: str | None = None
-        self.trace_state: str | None = None
+    shared: Shared
+    trace_id: int
+    span_id: int
+    parent_id: int
+    own: list[tuple[str, Value]] = []
+    start: int = 0
+    end: int = 0
+    events: list[tuple[int, str, list[tuple[str, Value]]]] = []
+    status: int = UNSET
+    error: str | None = None
+    trace_state: str | None = None
 
     @property
     def parent_is_remote(self) -> bool:

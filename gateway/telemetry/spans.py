@@ -24,7 +24,7 @@ def _instant(record: "Record", moment: float) -> int:
 
 def _server(record: "Record") -> SpanData:
     if record.model is None or record.operation is None:
-        shared = _http_attributes(record.method, record.path, record.status, record.outcome)
+        shared = _http_attributes(record.method, record.path, record.status, record.outcome, record.generation)
     else:
         reasons = record.finish_reasons
         shared = _operation_attributes(
@@ -32,6 +32,7 @@ def _server(record: "Record") -> SpanData:
             record.path,
             record.status,
             record.outcome,
+            record.generation,
             record.operation,
             record.provider,
             record.model[:256],
@@ -47,10 +48,15 @@ def _server(record: "Record") -> SpanData:
             record.stop_reason,
             record.charged_by,
         )
-    span = SpanData(shared, trace_id=record.trace_id, span_id=record.span_id, parent_id=record.parent_id or 0)
-    span.trace_state = record.trace_state
-    span.start = record.started_ns
-    span.end = _instant(record, record.ended if record.ended is not None else record.started)
+    span = SpanData(
+        shared,
+        trace_id=record.trace_id,
+        span_id=record.span_id,
+        parent_id=record.parent_id or 0,
+        start=record.started_ns,
+        end=_instant(record, record.ended if record.ended is not None else record.started),
+        trace_state=record.trace_state,
+    )
     _describe_own(record, span)
     if record.caller.name is not None:
         _describe_key(record, record.caller.name, span)
@@ -65,7 +71,6 @@ def _server(record: "Record") -> SpanData:
 def _describe_own(record: "Record", span: SpanData) -> None:
     """Add the attributes that are the request's alone."""
     span.own.append(("gateway.request_id", record.request_id))
-    span.own.append(("gateway.config_generation", record.generation))
     if record.response_id is not None:
         span.own.append(("gen_ai.response.id", record.response_id))
     if record.input_tokens is not None:
@@ -109,12 +114,13 @@ def _error_type(status: int, outcome: str) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _http_attributes(method: str, path: str | None, status: int, outcome: str) -> Shared:
+def _http_attributes(method: str, path: str | None, status: int, outcome: str, generation: int) -> Shared:
     attributes: list[tuple[str, Value]] = [
         ("http.request.method", method),
         ("url.scheme", "http"),
         ("http.response.status_code", status),
         ("gateway.outcome", outcome),
+        ("gateway.config_generation", generation),
     ]
     if path is not None:
         # Paths that callers make up appear nowhere: no route, no `url.path`. A template stands for itself.
@@ -132,6 +138,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     path: str | None,
     status: int,
     outcome: str,
+    generation: int,
     operation: str,
     provider: str | None,
     model: str,
@@ -147,7 +154,7 @@ def _operation_attributes(  # noqa: PLR0917 - the key of the cache
     stop_reason: str | None,
     charged_by: str | None,
 ) -> Shared:
-    http = _http_attributes(method, path, status, outcome)
+    http = _http_attributes(method, path, status, outcome, generation)
     attributes: list[tuple[str, Value]] = [
         *http.attributes,
         ("gen_ai.operation.name", operation),
@@ -211,13 +218,20 @@ def _client(record: "Record", attempt: "AttemptRecord") -> SpanData:
         record.method,
         record.path,
     )
-    span = SpanData(shared, trace_id=record.trace_id, span_id=attempt.span_id, parent_id=record.span_id)
-    span.trace_state = record.trace_state
-    span.start = _instant(record, attempt.started)
-    span.end = _instant(record, attempt.ended if attempt.ended is not None else attempt.started)
+    span = SpanData(
+        shared,
+        trace_id=record.trace_id,
+        span_id=attempt.span_id,
+        parent_id=record.span_id,
+        own=[
+            ("gateway.retry_budget.left", attempt.budget_left),
+            ("gateway.deadline.left_seconds", attempt.deadline_left),
+        ],
+        start=_instant(record, attempt.started),
+        end=_instant(record, attempt.ended if attempt.ended is not None else attempt.started),
+        trace_state=record.trace_state,
+    )
     own = span.own
-    own.append(("gateway.retry_budget.left", attempt.budget_left))
-    own.append(("gateway.deadline.left_seconds", attempt.deadline_left))
     if attempt.request_id is not None:
         own.append(("gateway.backend_request_id", attempt.request_id))
     if attempt.backoff:

@@ -65,7 +65,7 @@ class _StoredState(ResponseState):
         self._feed_response(kind, response)
 
 
-class StoredPrompt(Prompt):
+class StoredPrompt(Prompt, eq=False):
     """A call for a stored response.
 
     Attributes:
@@ -73,11 +73,8 @@ class StoredPrompt(Prompt):
     """
 
     is_about_response = True
-    __slots__ = ("after",)
 
-    def __init__(self, dialect: "StoredResponses", path: str, method: str, *, stream: bool, after: int) -> None:
-        super().__init__(dialect, path, b"", method=method, model=None, stream=stream)
-        self.after = after
+    after: int = -1
 
 
 class StoredResponses(OpenAIResponses):
@@ -109,6 +106,8 @@ class StoredResponses(OpenAIResponses):
         return StoredPrompt(
             self,
             template.replace("{id}", quote(response_id, safe=IN_A_SEGMENT)),
+            b"",
+            None,
             method,
             stream=bool(streams) and streams[0].lower() in TRUE,
             after=int(after[:18]) if after.isascii() and after.isdecimal() else -1,

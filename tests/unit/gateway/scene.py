@@ -170,13 +170,15 @@ class Scene:
                 share.hold(len(body))
                 request = OpenAIChat().read_request(CHAT, body)
                 request.previous_response_id = previous
+                targets = self.pool.routes[0].targets if target is None else (target,)
                 call = Call(
                     request,
                     Deadline(clock, clock(), deadline),
                     record,
                     None,
                     model=request.model or "m",
-                    targets=self.pool.routes[0].targets if target is None else (target,),
+                    targets=targets,
+                    target=targets[0],
                     caller=caller,
                     share=share,
                     headers=[],

@@ -166,6 +166,7 @@ def forward(
                 None,
                 model="m",
                 targets=where.routes[0].targets,
+                target=where.routes[0].targets[0],
                 caller="somebody",
                 share=share,
                 headers=[],

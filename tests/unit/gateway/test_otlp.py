@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from sys import getsizeof
 from time import monotonic
@@ -259,8 +260,10 @@ def test_what_every_request_may_hold_is_little() -> None:
             return 0
         seen.add(id(one))
         parts: list[object] = list(one) if isinstance(one, list | tuple) else []
-        if isinstance(one, Record | AttemptRecord):
-            parts = [getattr(one, name) for name in type(one).__slots__]
+        if isinstance(one, Record):
+            parts = [getattr(one, field.name) for field in fields(one)]
+        elif isinstance(one, AttemptRecord):
+            parts = [getattr(one, name) for name in one.__struct_fields__]
         return getsizeof(one) + sum(map(size, parts))
 
     assert size(worst(1)) < 24_000

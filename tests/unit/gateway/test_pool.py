@@ -111,6 +111,59 @@ def test_only_a_replica_that_would_be_admitted_and_is_not_left_out_is_picked(
     assert picked in able if able else picked is None
 
 
+@pytest.mark.parametrize("replicas", [2, 3, 1000])
+def test_where_nothing_speaks_against_a_pair_no_other_replica_is_looked_at(
+    replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = target(Clock(), replicas)
+    looked_at: list[Replica] = []
+    admits = Replica.admits
+
+    def admits_when_looked_at(self: Replica, model: str) -> bool:
+        looked_at.append(self)
+        return admits(self, model)
+
+    monkeypatch.setattr(Replica, "admits", admits_when_looked_at)
+    monkeypatch.setattr(Replica, "why_not", lambda self, _model: looked_at.append(self))
+    monkeypatch.setattr(Replica, "lacks", lambda self, _path, _model: looked_at.append(self))
+
+    lease = of.lease("m", last=lambda each: each.lacks("/v1/chat/completions", "m"))
+
+    assert lease is not None
+    assert lease.passed_over == ()
+    assert len(set(looked_at)) == 2
+    looked_at.clear()
+    assert not of.refuses("m", "/v1/chat/completions")
+    assert len(set(looked_at)) == 1
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 10])
+def test_whoever_was_looked_at_in_vain_is_named_with_the_reason(replicas: int) -> None:
+    of = target(Clock(), replicas)
+    trip(of.replicas[0])
+    of.replicas[-1].max_in_flight = 1 if replicas > 2 else None
+    of.replicas[-1].in_flight = 1
+    expected = [("a-1", "breaker"), (f"a-{replicas}", "full")][: 1 if replicas == 2 else 2]
+    seen = set()
+    for _ in range(200):
+        lease = of.lease("m")
+        assert lease is not None
+        assert lease.replica is not of.replicas[0]
+        seen.add(lease.passed_over)
+        lease.release()
+
+    assert seen == ({tuple(expected)} if replicas < 10 else {tuple(expected), ()})
+
+
+def test_one_that_comes_last_is_asked_only_where_no_other_one_can_be() -> None:
+    of = target(Clock(), 3)
+    first, second, third = of.replicas
+    for without, expected in (((), {third}), ((third,), {first, second})):
+        leases = [of.lease("m", without=without, last=lambda each: each is not third) for _ in range(100)]
+
+        assert {lease.replica for lease in leases if lease is not None} == expected
+
+
 def test_a_half_open_replica_whose_place_is_taken_is_not_picked() -> None:
     clock = Clock()
     of = target(clock, 1)

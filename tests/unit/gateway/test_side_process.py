@@ -121,7 +121,7 @@ def test_a_prompt_is_as_it_was_read_here(worker: SideProcess) -> None:
 
     assert there.body is BODY
     assert isinstance(there.dialect, OpenAIChat)
-    for field in set(Prompt.__slots__) - {"dialect"}:
+    for field in set(Prompt.__struct_fields__) - {"dialect"}:
         assert getattr(here, field) == getattr(there, field), field
 
 
