@@ -75,8 +75,9 @@ def _read(files: Files, *, aloud: bool) -> Routing:
 
 async def run_workers(settings: Settings, files: Files) -> int:
     """Run several workers until told to stop; return the exit code."""
-    _warn(settings, load_otel(), load_routing(settings, files))  # what is wrong is said once
-    return await Parent(settings).run()
+    routing = load_routing(settings, files)
+    _warn(settings, load_otel(), routing)  # what is wrong is said once
+    return await Parent(settings, routing.keys).run()
 
 
 def _warn(settings: Settings, otel: "OtelSettings", routing: Routing) -> None:
@@ -92,8 +93,6 @@ def _warn(settings: Settings, otel: "OtelSettings", routing: Routing) -> None:
         _log.warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
     if settings.gateway_state_dir is not None and settings.gateway_limits_url is not None:
         _log.warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
-    elif settings.gateway_state_dir is not None and settings.workers > 1:
-        _log.warning("GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway")
 
 
 def main(arguments: "Sequence[str]" = ()) -> int:

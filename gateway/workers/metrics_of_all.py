@@ -6,13 +6,14 @@ from prometheus_client.core import Exemplar, Metric
 from prometheus_client.samples import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
+USED = "gateway_key_limit_used"
 SUMMED = {
     "gateway_backend_in_flight",
     "gateway_buffered_bytes",
     "gateway_in_flight_requests",
-    "gateway_key_limit_used",
+    USED,
     "gateway_open_connections",
     "gateway_queued_requests",
     "gateway_waiting_requests",
@@ -58,13 +59,24 @@ class MetricsOfAll:
         """Keep the counters of a worker that has ended; its gauges end with it."""
         self._gone.add(self._last.pop(worker, []), gauges=False)
 
-    def families(self, present: "Collection[int]") -> "Iterator[Metric]":
-        """Yield the metrics of all; gauges only of the workers that are `present`."""
+    def families(self, present: "Collection[int]", used: "Mapping[tuple[str, str], int]") -> "Iterator[Metric]":
+        """Yield the metrics of all.
+
+        Args:
+            present: the workers of which gauges count.
+            used: by all, of limits by key and limit, as their ledgers know it.
+        """
         total = _Sum()
         total.add_sum(self._gone)
         for worker, families in self._last.items():
             total.add(families, gauges=worker in present)
-        return total.metrics()
+        for metric in total.metrics():
+            if metric.name == USED:
+                metric.samples = [
+                    each._replace(value=max(each.value, used.get((each.labels["key"], each.labels["limit"]), 0)))
+                    for each in metric.samples
+                ]
+            yield metric
 
 
 class _Sum:

@@ -17,8 +17,9 @@ from gateway.workers.sharing import Sharing
 from gateway.workers.whole import Whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from gateway.config import KeyConfig
     from gateway.settings import Settings
 
 BACK_WITHIN = 1.0
@@ -27,6 +28,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before a worker that died is started anew: the first time, and at most; doubled each time."""
 ANSWER_WITHIN = 0.5
 """Seconds that a worker may take for an answer; then the others speak without it, and its shares stay as they are."""
+LAST_REPORT = 1.0
+"""Seconds in which what a worker said before its end is read."""
 HEALTHY_AFTER = 30.0
 """Seconds after which a worker is one that works: its next death is a first one."""
 LAST_WORDS = 10.0
@@ -102,7 +105,8 @@ class Parent:
     next is there within `BACK_WITHIN`; after that its sockets are closed, and nobody waits in a queue without an end.
 
     Args:
-        settings: host, port, grace, and how many workers.
+        settings: host, port, grace, how many workers, and where what they use of a day is kept.
+        keys: of callers, at the start.
         command: of a worker, without its arguments.
 
     Attributes:
@@ -112,6 +116,7 @@ class Parent:
     def __init__(
         self,
         settings: "Settings",
+        keys: "Iterable[KeyConfig]" = (),
         *,
         command: tuple[str, ...] = (sys.executable, "-m", "gateway", "worker"),
     ) -> None:
@@ -123,13 +128,15 @@ class Parent:
         self._stopping = asyncio.Event()
         self._code = 0
         self.children: list[Child] = []
-        self._whole = Whole(self.children)
         self._sharing = Sharing(settings, self.children)
-        ledgers, values = Ledgers(), {kind: Values() for kind in KINDS}
+        self._ledgers = Ledgers(settings.gateway_state_dir if settings.gateway_limits_url is None else None)
+        self._ledgers.expect(keys)
+        self._whole = Whole(self.children, used=self._ledgers.used)
+        values = {kind: Values() for kind in KINDS}
         self._answers: dict[str, Callable[[Child, Any], Any]] = {
             "short": lambda _child, _: self._sharing.short(),
             "hint": self._tell_others,
-            "ledgers": lambda _child, reports: ledgers.exchange(reports),
+            "ledgers": lambda child, reports: self._ledgers.exchange(child.number, reports),
             "publish": lambda _child, data: values[data[0]].publish(*data[1:]),
             "look_up": lambda _child, data: values[data[0]].look_up(data[1]),
         }
@@ -139,6 +146,11 @@ class Parent:
         for free in listening_sockets(self._host, self._port):  # fails where somebody else has it; theirs would not
             self._port = free.getsockname()[1]
             free.close()
+        async with self._ledgers:
+            await self._run_workers()
+        return self._code
+
+    async def _run_workers(self) -> None:
         self.children += [Child(number, self._open_place()) for number in range(1, self._count + 1)]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,7 +160,6 @@ class Parent:
         watching = loop.create_task(self._whole.watch())
         await asyncio.gather(*map(self._keep_alive, self.children))
         watching.cancel()
-        return self._code
 
     def _open_place(self) -> list[socket.socket]:
         return listening_sockets(self._host, self._port, shared=True)
@@ -206,9 +217,13 @@ class Parent:
             if self._stopping.is_set():  # the signal came before there was a process
                 child.send(signal.SIGTERM)
             code = await child.process.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_REPORT):  # what it said before it ended may not have been read yet
+                    await channel.closed.wait()
         child.channel, child.serves = None, False
         channel.close()
         self._sharing.ended(child)
+        self._ledgers.ended(child.number)
         if not self._stopping.is_set():
             self._whole.ended(child)
         return code if code >= 0 else BY_SIGNAL - code

@@ -17,7 +17,7 @@ from gateway.workers.page_of_all import PageOfAll
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
 
@@ -35,12 +35,24 @@ _log = logging.getLogger("gateway")
 class Whole:
     """Asks the workers, and answers for all of them.
 
+    Args:
+        children: the workers' places.
+        used: returns what all have used of limits, by key and limit, as their ledgers know it.
+        clock: seconds.
+
     Attributes:
         answers: what gives the answer to each question of a worker, by its name.
     """
 
-    def __init__(self, children: "list[Child]", *, clock: "Callable[[], float]" = monotonic) -> None:
+    def __init__(
+        self,
+        children: "list[Child]",
+        *,
+        used: "Callable[[], Mapping[tuple[str, str], int]]" = dict,
+        clock: "Callable[[], float]" = monotonic,
+    ) -> None:
         self._children = children
+        self._used = used
         self._clock = clock
         self._metrics = MetricsOfAll()
         self._documents: dict[bool, tuple[float, str, str]] = {}
@@ -86,7 +98,8 @@ class Whole:
         if self._clock() - rendered >= MAX_AGE:
             present = await self._count()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
-            document = encode(_Collected([*self._metrics.families(present), *self.own(len(present))])).decode()
+            families = [*self._metrics.families(present, self._used()), *self.own(len(present))]
+            document = encode(_Collected(families)).decode()
             self._documents[newer] = self._clock(), document, content_type
         return [document, content_type]
 
@@ -112,7 +125,7 @@ class Whole:
 
     async def _snapshot(self, _: Any) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("snapshot")
-        return self._page.snapshot(answers, self._missing(answers)) if answers else None
+        return self._page.snapshot(answers, self._missing(answers), self._used()) if answers else None
 
     async def _listed(self, asked: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("listed", asked)

@@ -175,7 +175,7 @@ def _families(requests: int, in_flight: int, probe: int, seconds: float) -> Any:
 def _values(metrics: MetricsOfAll, present: set[int]) -> dict[str, float]:
     return {
         sample.name + sample.labels.get("le", ""): sample.value
-        for metric in metrics.families(present)
+        for metric in metrics.families(present, {})
         for sample in metric.samples
     }
 
@@ -191,7 +191,7 @@ def test_counters_are_sums_that_never_fall_and_gauges_are_of_those_present() -> 
     assert both["gateway_breaker_state"] == 2
     assert both["gateway_seconds_bucket1.0"] == 1
     assert both["gateway_seconds_bucket10.0"] == 2
-    exemplars = [each.exemplar for metric in metrics.families({1, 2}) for each in metric.samples if each.exemplar]
+    exemplars = [each.exemplar for metric in metrics.families({1, 2}, {}) for each in metric.samples if each.exemplar]
     assert {exemplar.labels["trace_id"] for exemplar in exemplars} == {"3", "4"}
     silent = _values(metrics, {1})
     assert (silent["gateway_requests_total"], silent["gateway_in_flight_requests"]) == (7, 2)
@@ -201,6 +201,19 @@ def test_counters_are_sums_that_never_fall_and_gauges_are_of_those_present() -> 
     metrics.ended(2)
     metrics.ended(2)
     assert _values(metrics, {1})["gateway_requests_total"] == 8
+
+
+def test_what_is_used_of_a_key_s_limit_is_no_less_than_its_ledger_knows() -> None:
+    registry = CollectorRegistry()
+    gauge = Gauge("gateway_key_limit_used", "U.", ["key", "limit"], registry=registry)
+    for limit, used in (("tokens_per_day", 5), ("tokens_per_minute", 5), ("max_in_flight", 1)):
+        gauge.labels("team", limit).set(used)
+    metrics = MetricsOfAll()
+    metrics.take(1, as_json(registry.collect()))
+    ledgers = {("team", "tokens_per_day"): 70, ("team", "tokens_per_minute"): 4, ("other", "tokens_per_day"): 9}
+    (metric,) = metrics.families({1}, ledgers)
+    by_limit = {each.labels["limit"]: each.value for each in metric.samples}
+    assert by_limit == {"tokens_per_day": 70, "tokens_per_minute": 5, "max_in_flight": 1}
 
 
 def _health(status: str, breaker: str, **more: object) -> dict[str, Any]:
@@ -275,15 +288,19 @@ def _snapshot(number: int) -> dict[str, Any]:
 
 def test_the_page_shows_sums_that_do_not_fall_when_a_worker_dies() -> None:
     page = PageOfAll()
-    both = page.snapshot({1: _snapshot(3), 2: _snapshot(4)}, [])
+    both = page.snapshot({1: _snapshot(3), 2: _snapshot(4)}, [], {})
     assert (both["requests"], both["attempts"]) == ({"ok": 7, "failed": 1}, {"b": 7})
     assert (both["latency"], both["first_token"], both["waiting"], both["at"]) == ([7, 2], [0, 7], 7, 104.0)
     (caller,) = both["callers"]
     assert (caller["requests"], caller["limits"][0]["used"], caller["limits"][0]["limit"]) == (7, 7, 9)
     page.ended(1)
-    after = page.snapshot({1: _snapshot(1), 2: _snapshot(4)}, [])
+    alone = page.snapshot({2: _snapshot(4)}, [], {})["callers"][0]
+    assert (alone["requests"], alone["limits"][0]["used"]) == (7, 4), "what the dead one used is its ledger's to know"
+    known = page.snapshot({2: _snapshot(4)}, [], {("team", "requests_per_day"): 8, ("team", "?"): 99})
+    assert known["callers"][0]["limits"][0]["used"] == 8
+    after = page.snapshot({1: _snapshot(1), 2: _snapshot(4)}, [], {})
     assert (after["requests"], after["latency"]) == ({"ok": 8, "failed": 1}, [8, 3])
-    silent = page.snapshot({2: _snapshot(4)}, [1])
+    silent = page.snapshot({2: _snapshot(4)}, [1], {})
     assert (silent["requests"]["ok"], silent["waiting"]) == (8, 4)
     assert silent["health"]["workers"] == {"answered": 1, "missing": [1]}
 
