@@ -281,11 +281,12 @@ async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
 
 async def test_warnings_at_the_start_are_said_once() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model:
-        doubtful = {"GATEWAY_NO_SUCH": "1"}
+        doubtful = {"GATEWAY_NO_SUCH": "1", "GATEWAY_WORKERS": "4", "GATEWAY_MAX_IN_FLIGHT": "2"}
         async with two_workers(model, **doubtful) as (gateway, _):
             gateway.signal(signal.SIGTERM)
             _, _, errors = await gateway.end()
     assert errors.count("GATEWAY_NO_SUCH is not a setting") == 1
+    assert errors.count("GATEWAY_WORKERS is 4, but GATEWAY_MAX_IN_FLIGHT 2: so many workers start") == 1
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
