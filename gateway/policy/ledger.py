@@ -161,8 +161,8 @@ class Used:
 
     def whole(self, now: float) -> int:
         """Return what counts now."""
-        self.add((), now)
-        return max(0, sum(self._slots.values()))
+        oldest = int(now // (self.seconds // SLOTS)) - SLOTS
+        return max(0, sum(amount for slot, amount in self._slots.items() if slot >= oldest))
 
 
 class Ledger:

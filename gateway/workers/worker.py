@@ -76,11 +76,14 @@ class Worker:
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
     async def leave(self) -> bool:
-        """Tell the parent that this process is about to stop; return whether others accept connections in its place."""
+        """Tell the parent that this process is about to stop; return whether it is to accept no more connections.
+
+        Others do so in its place, or the parent is gone: then whoever starts the gateway anew needs the port.
+        """
         try:
             return bool(await self.ask("leave"))
         except NoAnswer:
-            return False
+            return self._channel.closed.is_set()
 
     def short(self) -> None:
         """Tell the parent that this process needs more of what is shared, now and then."""

@@ -154,6 +154,31 @@ async def test_a_stopped_worker_ends_with_its_parent_and_the_port_is_free_again(
             await next_one.up()
 
 
+async def test_a_gateway_whose_parent_was_killed_can_be_started_anew_while_its_streams_end() -> None:
+    mock = MockSettings(port=0, control_port=0, mock_token_interval=0.3)
+    async with MockModel(mock) as model, two_workers(model, GATEWAY_SHUTDOWN_GRACE="60") as (gateway, url):
+        streams = [asyncio.create_task(stream_of(url)) for _ in range(4)]
+        await until(lambda: len(model.journal.calls) == 4, "all streams have begun", seconds=PATIENCE)
+        await gateway.kill()
+        port = int(url.rsplit(":", 1)[1])
+        async with asyncio.timeout(PATIENCE):
+            while not await is_refused(port):
+                pass
+        assert not any(stream.done() for stream in streams)
+        async with running(**(LOCAL | {"PORT": str(port)})) as next_one:
+            await next_one.up()
+            assert await asyncio.gather(*streams) == [True] * 4
+
+
+async def is_refused(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionError:
+        return True
+    writer.close()
+    return False
+
+
 async def test_a_parent_that_does_not_answer_is_no_reason_to_show_less_than_was_counted() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
         assert await asyncio.gather(*(chat(url) for _ in range(10))) == [200] * 10
