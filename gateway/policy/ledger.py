@@ -214,7 +214,7 @@ class Ledger:
                 used = self._used.get(limit)
                 if used is not None and (lost := min(hold.free, hold.pace)):
                     used.add([(int(now // (used.seconds // SLOTS)), lost)], now)
-                    self.touched = True
+                    self.touched = self.touched or used.seconds == DAY
 
     def exchange(self, report: Report, sender: int = 0) -> Answer:
         """Take in a report, and grant what may be granted; `sender`: whoever has this process."""
@@ -279,7 +279,8 @@ class Ledger:
         used = self._used.setdefault(asked.name, Used(asked.name, asked.seconds))
         changes = asked.changes if changed else []
         used.add(changes, now)
-        self.touched = self.touched or bool(changes)
+        if changes and used.seconds == DAY:
+            self.touched = True
         return sum(amount for _, amount in changes)
 
 

@@ -319,3 +319,14 @@ async def test_ledgers_of_which_nothing_counts_make_room_and_no_others(
         one = Sharer(ledgers, clock, 1)
         one.use(5)
         assert set(ledgers.used()) == {("e", "tokens_per_day"), ("a", "tokens_per_day")}
+
+
+async def test_without_limits_of_a_day_the_parent_of_workers_has_no_file(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect(keyed(tokens_per_minute=1_000))
+    async with ledgers:
+        one = Sharer(ledgers, clock, 1, tokens_per_minute=1_000)
+        one.use(7)
+        ledgers.ended(1)
+    assert not (tmp_path / FILE).exists()
