@@ -21,6 +21,8 @@ BETWEEN_WORDS = 0.02
 """Seconds between two that say the same."""
 LAST_WORDS = 10.0
 """Seconds beyond the grace until a worker that does not end is killed."""
+SOCKETS_WITHIN = 60.0
+"""Seconds that the parent may take to hand over sockets; to start another process would only keep it busier."""
 ANSWER_WITHIN = 2.0
 """Seconds that the parent may take for an answer."""
 
@@ -65,10 +67,18 @@ class Worker:
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def take_sockets(self) -> list[socket.socket]:
-        """Return the sockets on which this process is to accept connections; none: all stop. Raises: NoAnswer."""
+        """Return the sockets on which this process is to accept connections; none: all stop, or the parent is gone.
+
+        Raises: NoAnswer.
+        """
         if self.answers is None:
             raise RuntimeError("nothing is there yet that could serve")
-        shares = await self._channel.ask("sockets", timeout=ANSWER_WITHIN)
+        try:
+            shares = await self._channel.ask("sockets", timeout=SOCKETS_WITHIN)
+        except NoAnswer:
+            if not self._channel.closed.is_set():
+                raise
+            return []
         if shares is None:
             return []
         self.answers.take_shares(shares)

@@ -154,6 +154,20 @@ async def test_a_stopped_worker_ends_with_its_parent_and_the_port_is_free_again(
             await next_one.up()
 
 
+async def test_workers_that_start_end_with_their_parent_and_say_nothing_of_it() -> None:
+    async with running(**LOCAL) as gateway:
+        pids: list[int] = []
+
+        def start() -> bool:
+            pids[:] = workers_of(gateway)
+            return len(pids) == 2
+
+        await until(start, "both have begun", seconds=PATIENCE)
+        await gateway.kill()
+        await until(lambda: not any(map(lives, pids)), "both have ended", seconds=PATIENCE)
+        assert "Traceback" not in gateway.errors.read_text()
+
+
 async def test_a_gateway_whose_parent_was_killed_can_be_started_anew_while_its_streams_end() -> None:
     mock = MockSettings(port=0, control_port=0, mock_token_interval=0.3)
     async with MockModel(mock) as model, two_workers(model, GATEWAY_SHUTDOWN_GRACE="60") as (gateway, url):
