@@ -19,7 +19,8 @@ SUMMED = {
     "gateway_waiting_requests",
 }
 """Gauges that count what each worker has for itself."""
-LEAST = {"gateway_backend_probe_ok", "gateway_config_generation"}
+GENERATION = "gateway_config_generation"
+LEAST = {"gateway_backend_probe_ok", GENERATION}
 """Gauges of which the least counts: it is good where it is good for all, and in force where all have it."""
 GAUGE, COUNTED = "gauge", frozenset({"counter", "histogram"})
 
@@ -42,6 +43,12 @@ def as_json(metrics: "Iterable[Metric]") -> Families:
         ]
         for metric in metrics
     ]
+
+
+def generation_of(families: Families) -> int:
+    """Return the number of the configuration that is in force in a worker; 1 where it does not say."""
+    samples = [sample for name, _, _, samples in families if name == GENERATION for sample in samples]
+    return max((int(value) for _, _, value, _ in samples), default=1)
 
 
 class MetricsOfAll:

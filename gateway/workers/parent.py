@@ -277,8 +277,11 @@ class Parent:
             if other is not child and other.channel is not None:
                 other.channel.tell("hint", data)
 
-    def _hand_over(self, child: Child, handing: socket.socket) -> "Shares | None":
-        """Give a worker that is ready its sockets, and return its shares; None: there is nothing more to do."""
+    def _hand_over(self, child: Child, handing: socket.socket) -> "tuple[Shares, int] | None":
+        """Give a worker that is ready its sockets; return its shares, and the number of the configuration in force.
+
+        None: there is nothing more to do.
+        """
         if self._stopping.is_set():
             return None
         if child.closing is not None:
@@ -292,4 +295,4 @@ class Parent:
         if child.behind:
             child.behind = False
             child.send(signal.SIGHUP)
-        return self._sharing.first(child)
+        return self._sharing.first(child), self._whole.generation

@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from gateway.server.request_calls import limit_of
 from gateway.telemetry.metrics import MAX_AGE, OPENMETRICS
 from gateway.workers.health_of_all import health_of_all
-from gateway.workers.metrics_of_all import MetricsOfAll
+from gateway.workers.metrics_of_all import MetricsOfAll, generation_of
 from gateway.workers.page_of_all import PageOfAll
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 
@@ -42,6 +42,7 @@ class Whole:
 
     Attributes:
         answers: what gives the answer to each question of a worker, by its name.
+        generation: the number of the newest configuration that was in force in one.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Whole:
         self._page = PageOfAll()
         self._deaths = 0
         self._lost = 0
+        self.generation = 1
 
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "metrics": self._exposition,
@@ -108,6 +110,7 @@ class Whole:
         answers = await self._ask("metrics")
         for number, families in answers.items():
             self._metrics.take(number, families)
+            self.generation = max(self.generation, generation_of(families))
         return set(answers)
 
     def own(self, present: int) -> "Iterator[Metric]":

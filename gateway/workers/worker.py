@@ -74,14 +74,14 @@ class Worker:
         if self.answers is None:
             raise RuntimeError("nothing is there yet that could serve")
         try:
-            shares = await self._channel.ask("sockets", timeout=SOCKETS_WITHIN)
+            given = await self._channel.ask("sockets", timeout=SOCKETS_WITHIN)
         except NoAnswer:
             if not self._channel.closed.is_set():
                 raise
             return []
-        if shares is None:
+        if given is None:
             return []
-        self.answers.take_shares(shares)
+        self.answers.begin(*given)
         _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 

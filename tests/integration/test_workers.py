@@ -271,6 +271,9 @@ async def test_a_changed_configuration_comes_into_force_in_all_workers(tmp_path:
             for _ in range(6):
                 async with aiohttp.request("GET", f"{url}/v1/models") as answer:
                     assert [each["id"] for each in (await answer.json())["data"]] == ["new"]
+            os.kill(workers_of(gateway)[0], signal.SIGKILL)
+            await until_both(gateway, url)
+            assert (await metrics_of(url)).only("gateway_config_generation") == 2, "it counts on from the other"
 
 
 async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
