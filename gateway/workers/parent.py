@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -250,11 +251,19 @@ class Parent:
         channel.close()
         self._sharing.ended(child)
         self._ledgers.ended(child.number)
+        asyncio.get_running_loop().call_later(BACK_WITHIN, self._bury)
         if not self._stopping.is_set():
             self._whole.ended(child)
         if in_vain and self._has_served:
             return 0
         return code if code >= 0 else BY_SIGNAL - code
+
+    def _bury(self) -> None:
+        """Wait for processes that dead workers have left to this one, which is the first of a container."""
+        own = {child.process.pid for child in self.children if child.process is not None}
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+                os.waitid(os.P_PID, ended.si_pid, os.WEXITED | os.WNOHANG)
 
     async def _answer_to(self, child: Child, handing: socket.socket, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
         if what == "sockets":

@@ -1,8 +1,11 @@
 """Workers and their parent are killed, stopped, told to stop and to read anew, at any time: the others serve on."""
 
 import asyncio
+import json
 import os
 import signal
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import aiohttp
@@ -10,13 +13,14 @@ import pytest
 
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
-from testkit.completions import CHAT_PATH
+from testkit.completions import CHAT, CHAT_PATH
 from testkit.polling import until
 from testkit.ports import free_port
 from tests.integration.processes import PATIENCE, Program, running
 from tests.integration.workers import (
     LOCAL,
     chat,
+    children_of,
     health_of,
     lives,
     metrics_of,
@@ -222,6 +226,37 @@ async def test_nothing_stays_open_at_the_parent_of_workers_that_have_died() -> N
             pids = [await successor(gateway, pids), *(pid for pid in workers_of(gateway) if pid in pids[1:])]
         await until_both(gateway, url)
         assert descriptors_of(gateway) == before
+
+
+FIRST = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+"""Makes a program the one to which what its descendants leave behind is left, as the first of a container is."""
+
+
+async def test_what_a_dead_worker_leaves_behind_is_buried(tmp_path: Path) -> None:
+    async with MockModel(MockSettings(port=0, control_port=0)) as model:
+        port = free_port()
+        gateway = Program("gateway", LOCAL | {"PORT": str(port), "GATEWAY_BACKEND_URLS": model.url}, tmp_path)
+        gateway.command = [sys.executable, "-c", FIRST, *gateway.command]
+        await gateway.start(wait=False)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            await until_both(gateway, url)
+            large = CHAT | {"messages": [{"role": "user", "content": "x"}] * 200_000}
+            body, headers = BytesIO(json.dumps(large).encode()), {"content-type": "application/json"}
+            async with aiohttp.request("POST", url + CHAT_PATH, data=body, headers=headers) as answer:
+                await answer.read()
+            left = {child: pid for pid in workers_of(gateway) for child in children_of(pid)}
+            assert left, "a process for what is very large"
+            for pid in left.values():
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not any(map(is_known, left)), "they are gone", seconds=PATIENCE)
+            await until_both(gateway, url)
+        finally:
+            await gateway.kill()
+
+
+def is_known(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -48,8 +48,13 @@ async def until_both(gateway: Program, url: str) -> None:
 
 def workers_of(gateway: Program) -> list[int]:
     """The process ids of its workers."""
-    children = Path(f"/proc/{gateway.pid}/task/{gateway.pid}/children").read_text()
-    return [int(pid) for pid in children.split()]
+    return children_of(gateway.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """The process ids of those that any thread of a process has started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 async def metrics_of(url: str) -> Exposition:
