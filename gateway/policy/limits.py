@@ -83,11 +83,6 @@ class Window:
         return self._seconds * SLOTS
 
     @property
-    def is_of_a_day(self) -> bool:
-        """Whether it is worth keeping over a restart."""
-        return self.seconds == DAY
-
-    @property
     def left(self) -> int:
         """What is left of the limit, below 0 where more was used."""
         return self.limit - self.used - self.elsewhere
@@ -227,6 +222,10 @@ class Limits:
         if self.allotment is None or config.max_in_flight is None:
             self.most_in_flight = config.max_in_flight
         self._rolls_at = 0.0
+
+    def of_a_day(self) -> tuple[Window, ...]:
+        """Return its windows of a day: they are worth keeping over a restart."""
+        return tuple(window for window in (*self.requests, *self.tokens) if window.seconds == DAY)
 
     def look(self) -> float:
         """Return the instant, at which all windows are as they are to be."""
