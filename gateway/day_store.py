@@ -4,16 +4,15 @@ import asyncio
 import logging
 import sqlite3
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from gateway.policy.limits import DAY, SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from gateway.policy.caller import Caller
-    from gateway.policy.limits import Limits, Window
 
     Slots = dict[int, int]
     Change = tuple[str, str, int, int]
@@ -40,6 +39,31 @@ ADD = (
 _log = logging.getLogger("gateway")
 
 
+class Used(Protocol):
+    """What was used of one limit."""
+
+    name: str
+
+    def slots(self) -> "Slots":
+        """Return what was used in each slot, by its number since the epoch."""
+
+    def restore(self, slots: "Mapping[int, int]", now: float) -> None:
+        """Add what was used before the process began."""
+
+
+class Limited(Protocol):
+    """The limits of a key, or, where several processes share them, its ledger.
+
+    Attributes:
+        touched: something was used since somebody last set this to False.
+    """
+
+    touched: bool
+
+    def of_a_day(self) -> "Sequence[Used]":
+        """Return what was used of its limits of a day."""
+
+
 class DayStore:
     """Restores what was used of the limits of a day when it is entered, and saves it from then on.
 
@@ -49,18 +73,21 @@ class DayStore:
         folder: of the file; None: nothing is kept.
         callers: those with keys.
         clock: of their limits.
+
+    Attributes:
+        failing: those of a day cannot be kept at the moment.
     """
 
     def __init__(self, folder: "Path | None", callers: "Iterable[Caller]", clock: "Callable[[], float]") -> None:
         self._file = folder / FILE if folder is not None else None
         self._clock = clock
-        self._limits: dict[str, Limits] = {}
-        self._gone: dict[str, Limits] = {}
+        self._limits: dict[str, Limited] = {}
+        self._gone: dict[str, Limited] = {}
         self._saved: dict[tuple[str, str], Slots] = {}
-        self._restored: dict[tuple[str, str], Window] = {}
+        self._restored: dict[tuple[str, str], Used] = {}
         self._is_off = True
         self.follow(callers)
-        self._failing = False
+        self.failing = False
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -69,15 +96,27 @@ class DayStore:
         limited = {str(caller.name): caller.limits for caller in callers if caller.limits is not None}
         self._is_off = not limited
         before = self._gone | self._limits
-        self._limits = {name: limits for name, limits in limited.items() if _windows(limits)}
-        self._gone = {name: limits for name, limits in before.items() if name not in self._limits}
+        self._limits = {name: limits for name, limits in limited.items() if limits.of_a_day()}
+        if self._file is not None:
+            self._gone = {name: limits for name, limits in before.items() if name not in self._limits}
+
+    def keep(self, name: str, limited: Limited) -> None:
+        """Keep those of one more key."""
+        self._limits[name] = limited
+        self._gone.pop(name, None)
+
+    def drop(self, name: str) -> None:
+        """Keep those of a key no more."""
+        gone = self._limits.pop(name)
+        if self._file is not None:
+            self._gone[name] = gone
 
     @property
     def status(self) -> str:
         """`off` where no key has limits, `degraded` while those of a day cannot be kept, else `ok`."""
         if self._is_off:
             return "off"
-        return "degraded" if self._failing else "ok"
+        return "degraded" if self.failing else "ok"
 
     async def __aenter__(self) -> Self:
         if self._file is not None:
@@ -108,29 +147,29 @@ class DayStore:
                 self._restore(await asyncio.to_thread(self._read))
             gone = self._gone
             touched = {key: limits for key, limits in (gone | self._limits).items() if limits.touched}
-            if touched or self._failing:
+            if touched or self.failing:
                 await self._save_those(touched)
             if gone:
                 self._forget(gone)
         except Exception as error:  # what else may be wrong with it must not end the task  # noqa: BLE001
             if not isinstance(error, (sqlite3.Error, OSError)):
                 _log.exception("the limits of a day")
-            if not self._failing:
+            if not self.failing:
                 _log.warning(
                     "the limits of a day cannot be kept in %s: %s; they hold for this process alone meanwhile",
                     self._file,
                     error,
                 )
-            self._failing = True
+            self.failing = True
         else:
-            if self._failing:
+            if self.failing:
                 _log.info("the limits of a day are kept again in %s", self._file)
-            self._failing = False
+            self.failing = False
 
-    async def _save_those(self, touched: "dict[str, Limits]") -> None:
+    async def _save_those(self, touched: "dict[str, Limited]") -> None:
         """Save the changes of some keys. Raises: sqlite3.Error, OSError; then they are saved the next time."""
         changes: list[Change] = []
-        now = {(key, window.name): window.slots() for key, limits in touched.items() for window in _windows(limits)}
+        now = {(key, window.name): window.slots() for key, limits in touched.items() for window in limits.of_a_day()}
         for (key, name), slots in now.items():
             before = self._saved.get((key, name), {})
             for slot in slots.keys() | before.keys():
@@ -147,12 +186,12 @@ class DayStore:
             raise
         self._saved |= now
 
-    def _unrestored(self) -> "dict[tuple[str, str], Window]":
+    def _unrestored(self) -> "dict[tuple[str, str], Used]":
         """Return the windows to which what was used before has not been added yet."""
         return {
             (key, window.name): window
             for key, limits in self._limits.items()
-            for window in _windows(limits)
+            for window in limits.of_a_day()
             if self._restored.get((key, window.name)) is not window
         }
 
@@ -162,10 +201,10 @@ class DayStore:
             window.restore(self._saved[place], self._clock())
             self._restored[place] = window
 
-    def _forget(self, gone: "dict[str, Limits]") -> None:
+    def _forget(self, gone: "dict[str, Limited]") -> None:
         """Forget keys that are gone: if they come back, what is saved is read anew."""
         self._gone = {name: limits for name, limits in self._gone.items() if name not in gone}
-        there = {(key, window.name) for key, limits in self._limits.items() for window in _windows(limits)}
+        there = {(key, window.name) for key, limits in self._limits.items() for window in limits.of_a_day()}
         self._restored = {place: window for place, window in self._restored.items() if place in there}
         self._saved = {place: slots for place, slots in self._saved.items() if place in there}
 
@@ -194,8 +233,3 @@ class DayStore:
             database.close()
             raise
         return database
-
-
-def _windows(limits: "Limits") -> "tuple[Window, ...]":
-    """Return its windows of a day."""
-    return tuple(window for window in limits.windows if window.is_of_a_day)

@@ -1,6 +1,6 @@
 """The configuration in force, and how a new one takes its place: whole, or not at all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gateway.settings import SettingsError
@@ -61,6 +61,10 @@ class Generations:
         self.current = Generation(1, routing, pool(routing, None), keys(routing, None), clock())
         self.error: str | None = None
         self.errors = 0
+
+    def count_from(self, number: int) -> None:
+        """Have the generation in force be of this number: others have had those before it."""
+        self.current = replace(self.current, number=number)
 
     def next_pool(self, routing: "Routing") -> "Pool | None":
         """Return the pool of a configuration, or None when it says what is in force already; nothing changes.

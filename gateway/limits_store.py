@@ -95,7 +95,7 @@ class LimitsStore:
         """`off` where no key has limits, `degraded` while the store cannot be used, else `ok`."""
         if not self._keys:
             return "off"
-        return "ok" if self._well and self._settled_at is None else "degraded"
+        return "ok" if self._well and self._settled_at is None and self._store.keeps else "degraded"
 
     async def __aenter__(self) -> Self:
         await self._exchange()

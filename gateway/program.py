@@ -39,7 +39,7 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
         worker: what this process is among others, or None.
     """
     if worker is not None:
-        await worker.open()
+        await worker.open(settings.gateway_shutdown_delay + settings.gateway_shutdown_grace)
     otel = load_otel()
     tracer = tracer_for(otel, exporter_for(settings, otel))
     log = RequestLog(level=settings.log_level, as_json=settings.app_mode == "prod")
@@ -61,7 +61,7 @@ async def run(settings: Settings, files: Files, worker: Worker | None = None) ->
         replicas=len(parts.pool.replicas),
         needs_keys=bool(routing.keys),
         reload=parts.reload.ask,
-        take_sockets=worker.take_sockets if worker is not None else None,
+        worker=worker,
     )
 
 
@@ -75,8 +75,9 @@ def _read(files: Files, *, aloud: bool) -> Routing:
 
 async def run_workers(settings: Settings, files: Files) -> int:
     """Run several workers until told to stop; return the exit code."""
-    _warn(settings, load_otel(), load_routing(settings, files))  # what is wrong is said once
-    return await Parent(settings).run()
+    routing = load_routing(settings, files)
+    _warn(settings, load_otel(), routing)  # what is wrong is said once
+    return await Parent(settings, routing.keys).run()
 
 
 def _warn(settings: Settings, otel: "OtelSettings", routing: Routing) -> None:
@@ -90,10 +91,14 @@ def _warn(settings: Settings, otel: "OtelSettings", routing: Routing) -> None:
         _log.warning(complaint)
     if settings.gateway_api_keys and settings.gateway_config is not None and routing.keys[0].name is not None:
         _log.warning("GATEWAY_API_KEYS is not read: GATEWAY_CONFIG has keys")
+    if settings.gateway_workers > settings.workers:
+        _log.warning(
+            "GATEWAY_WORKERS is %d, but GATEWAY_MAX_IN_FLIGHT %d: so many workers start, each with one at least",
+            settings.gateway_workers,
+            settings.workers,
+        )
     if settings.gateway_state_dir is not None and settings.gateway_limits_url is not None:
         _log.warning("GATEWAY_STATE_DIR is not used: limits are kept at GATEWAY_LIMITS_URL")
-    elif settings.gateway_state_dir is not None and settings.workers > 1:
-        _log.warning("GATEWAY_STATE_DIR is not used by several workers: limits of a day start anew with the gateway")
 
 
 def main(arguments: "Sequence[str]" = ()) -> int:

@@ -126,6 +126,8 @@ SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a share, 0 or more")]
 Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
 CountOrNone = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+MOST_WORKERS = 256
+"""More than any machine has cores for."""
 
 
 class Settings(BaseSettings):
@@ -142,7 +144,9 @@ class Settings(BaseSettings):
     ] = None
     log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
 
-    gateway_workers: CountOrNone = 1
+    gateway_workers: Annotated[
+        int, Field(ge=0, le=MOST_WORKERS, description=f"a whole number from 0 to {MOST_WORKERS}")
+    ] = 1
 
     gateway_backend_urls: Annotated[
         list[Annotated[str, AfterValidator(check_url)]],
@@ -216,8 +220,9 @@ class Settings(BaseSettings):
 
     @property
     def workers(self) -> int:
-        """How many processes share the port."""
-        return self.gateway_workers or len(os.sched_getaffinity(0))
+        """How many processes share the port: no more than requests may be in flight, since each may have one."""
+        wanted = self.gateway_workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        return min(wanted, self.gateway_max_in_flight)
 
     gateway_trace_keep_slow: Annotated[
         Annotated[float, Field(gt=0)] | Literal["off"], Field(description="a number of seconds greater than 0, or off")

@@ -15,9 +15,11 @@ class Store(Protocol):
 
     Attributes:
         name: for people.
+        keeps: what it is told outlives it, as far as it is to.
     """
 
     name: str
+    keeps: bool
 
     async def ping(self) -> None:
         """Find out whether it answers. Raises: StoreError."""

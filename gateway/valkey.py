@@ -41,6 +41,8 @@ class Valkey:
         name: host and port.
     """
 
+    keeps = True
+
     def __init__(self, url: str) -> None:
         self._script = LEDGER.read_text(encoding="utf-8")
         self._sha = ""

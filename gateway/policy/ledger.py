@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from gateway.policy.limits import SLOTS
+from gateway.policy.limits import DAY, SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
 LIVES = 30.0
 """Seconds after its last report until what a process holds, and its requests in flight, count no more."""
@@ -21,6 +21,8 @@ FORGOTTEN = 600.0
 """Seconds after its last report until a process is unknown."""
 SETTLES = 3.0
 """Seconds in which those who find the ledger emptied report what they have used, before it grants anything."""
+SLOWING = 95
+"""Per cent of a process's pace that stay at each report, if it uses less."""
 SCARCE = 10
 """What is left is scarce below this part of the limit."""
 
@@ -105,12 +107,13 @@ class Answer(Struct, array_like=True, frozen=True):
 
 
 class _Hold:
-    """What a process holds of one limit."""
+    """What a process holds of one limit. `pace` is about the most that it uses between two reports."""
 
-    __slots__ = ("free", "held", "portion", "unmet", "want")
+    __slots__ = ("free", "held", "pace", "portion", "unmet", "want")
 
     def __init__(self) -> None:
         self.free = 0
+        self.pace = 0
         self.portion = 0
         self.held = 0
         self.want = 0
@@ -118,13 +121,48 @@ class _Hold:
 
 
 class _Process:
-    __slots__ = ("batch", "holds", "number", "seen")
+    __slots__ = ("batch", "holds", "number", "seen", "sender")
 
-    def __init__(self) -> None:
+    def __init__(self, sender: int) -> None:
+        self.sender = sender
         self.number = 0
         self.batch = 0
         self.seen = 0.0
         self.holds: dict[str, _Hold] = {}
+
+
+class Used:
+    """What was used of one limit by all, in slots of time, as `limits.Window` has them."""
+
+    __slots__ = ("_slots", "name", "seconds")
+
+    def __init__(self, name: str, seconds: int) -> None:
+        self.name = name
+        self.seconds = seconds
+        self._slots: dict[int, int] = {}
+
+    def slots(self) -> dict[int, int]:
+        """Return what was used in each slot, by its number since the epoch."""
+        return self._slots
+
+    def restore(self, slots: "Mapping[int, int]", now: float) -> None:
+        """Add what was used before the process began."""
+        self.add(slots.items(), now)
+
+    def add(self, changes: "Iterable[tuple[int, int]]", now: float) -> None:
+        """Take in changes; slots that are over are forgotten."""
+        present = int(now // (self.seconds // SLOTS))
+        slots: dict[int, int] = {}
+        for number, amount in [*self._slots.items(), *changes]:
+            slot = min(number, present + 1)  # a clock that was set back must not keep it for longer
+            if slot >= present - SLOTS:
+                slots[slot] = slots.get(slot, 0) + amount
+        self._slots = slots
+
+    def whole(self, now: float) -> int:
+        """Return what counts now."""
+        oldest = int(now // (self.seconds // SLOTS)) - SLOTS
+        return max(0, sum(amount for slot, amount in self._slots.items() if slot >= oldest))
 
 
 class Ledger:
@@ -132,18 +170,54 @@ class Ledger:
 
     Args:
         clock: seconds since the epoch.
+        days: the names of its limits of a day, if they are known.
+
+    Attributes:
+        touched: something was used of those of a day since somebody last set this to False.
     """
 
-    def __init__(self, clock: "Callable[[], float]") -> None:
+    def __init__(self, clock: "Callable[[], float]", days: "Iterable[str]" = ()) -> None:
         self._clock = clock
+        self.touched = False
         self._epoch = ""
         self._created = 0.0
         self._settled_at = 0.0
         self._processes: dict[str, _Process] = {}
-        self._used: dict[str, dict[int, int]] = {}
+        self._used = {name: Used(name, DAY) for name in days}
 
-    def exchange(self, report: Report) -> Answer:
-        """Take in a report, and grant what may be granted."""
+    def of_a_day(self) -> tuple[Used, ...]:
+        """Return what was used of its limits of a day."""
+        return tuple(used for used in self._used.values() if used.seconds == DAY)
+
+    def used(self) -> dict[str, int]:
+        """Return what was used of each limit that has a window."""
+        now = self._clock()
+        return {name: used.whole(now) for name, used in self._used.items()}
+
+    def is_over(self) -> bool:
+        """Return whether nothing is known any more that counts."""
+        self._forget(self._clock())
+        return not self._processes and not any(self.used().values())
+
+    def ended(self, sender: int) -> None:
+        """Take back what the processes of a sender hold: they have ended.
+
+        What they have used since their last report nobody knows. It counts as about the most that they used between two
+        reports, and is no more than they held.
+        """
+        now = self._clock()
+        for name, process in list(self._processes.items()):
+            if process.sender != sender:
+                continue
+            del self._processes[name]
+            for limit, hold in process.holds.items():
+                used = self._used.get(limit)
+                if used is not None and (lost := min(hold.free, hold.pace)):
+                    used.add([(int(now // (used.seconds // SLOTS)), lost)], now)
+                    self.touched = self.touched or used.seconds == DAY
+
+    def exchange(self, report: Report, sender: int = 0) -> Answer:
+        """Take in a report, and grant what may be granted; `sender`: whoever has this process."""
         now = self._clock()
         if not self._epoch:
             self._epoch, self._created = report.new_epoch, now
@@ -151,7 +225,7 @@ class Ledger:
             if report.lost and now < self._created + SETTLES:
                 self._settled_at = self._created + SETTLES
             return Answer(now, self._epoch, settling=True, limits=[])
-        me = self._processes.setdefault(report.process, _Process())
+        me = self._processes.setdefault(report.process, _Process(sender))
         if report.number <= me.number:
             return Answer(now, self._epoch, settling=True, limits=[])
         me.number, me.seen = report.number, now
@@ -176,7 +250,9 @@ class Ledger:
         holds = [each.holds[asked.name] for each in self._processes.values() if asked.name in each.holds]
         slots: dict[int, int] = {}
         if asked.seconds:
-            slots = self._slots(asked, now, changed=changed)
+            spent = self._take_in(asked, now, changed=changed)
+            mine.pace = max(spent, asked.need, mine.pace * SLOWING // 100)
+            slots = self._used[asked.name].slots()
             used = max(0, sum(slots.values()))
         else:
             used = sum(hold.held for hold in holds)
@@ -198,17 +274,14 @@ class Ledger:
         wait, empty_in = _ends(slots, over, asked.seconds / SLOTS, now)
         return Granted(more, mine.portion, used, wait, empty_in, scarce)
 
-    def _slots(self, asked: Asked, now: float, *, changed: bool) -> dict[int, int]:
-        """Return what was used in the window, by slot, with the changes; slots that are over are forgotten."""
-        present = int(now // (asked.seconds // SLOTS))
-        slots: dict[int, int] = {}
+    def _take_in(self, asked: Asked, now: float, *, changed: bool) -> int:
+        """Take in what a process has used; return how much."""
+        used = self._used.setdefault(asked.name, Used(asked.name, asked.seconds))
         changes = asked.changes if changed else []
-        for number, amount in [*self._used.get(asked.name, {}).items(), *changes]:
-            slot = min(number, present + 1)  # a clock that was set back must not keep it for longer
-            if slot >= present - SLOTS:
-                slots[slot] = slots.get(slot, 0) + amount
-        self._used[asked.name] = slots
-        return slots
+        used.add(changes, now)
+        if changes and used.seconds == DAY:
+            self.touched = True
+        return sum(amount for _, amount in changes)
 
 
 def _ends(slots: dict[int, int], over: int, length: float, now: float) -> tuple[float, float]:

@@ -136,11 +136,6 @@ class Window:
         return self._seconds * SLOTS
 
     @property
-    def is_of_a_day(self) -> bool:
-        """Whether it is worth keeping over a restart."""
-        return self.seconds == DAY
-
-    @property
     def used(self) -> int:
         """What was used in all slots that are remembered; what the meter counts is used in the present one."""
         return self._meter.reading - self.zero
@@ -336,6 +331,10 @@ class Limits:
     def windows(self) -> "tuple[Window, ...]":
         """All windows: of requests, then of tokens."""
         return (*self.requests.windows, *self.tokens.windows)
+
+    def of_a_day(self) -> tuple[Window, ...]:
+        """Return its windows of a day: they are worth keeping over a restart."""
+        return tuple(window for window in self.windows if window.seconds == DAY)
 
     def look(self) -> float:
         """Return the instant, at which all windows are as they are to be."""

@@ -340,10 +340,19 @@ class Handlers:
         return json_response({"status": "ok"})
 
     async def metrics(self, request: web.Request) -> Answer:
-        """Answer `GET /metrics`: Prometheus text, or OpenMetrics when `Accept` asks for it."""
+        """Answer `GET /metrics`: Prometheus text, or OpenMetrics when `Accept` asks for it.
+
+        What one worker has counted is less than what all have: where these cannot be asked, it would be a fall.
+        """
         accept = request.headers.get("Accept", "")
-        of_all = await self._siblings.metrics(accept) if self._siblings else None
-        body, content_type = of_all or self._telemetry.metrics.exposition(accept)
+        found: tuple[bytes, str] | None
+        if self._siblings is None:
+            found = self._telemetry.metrics.exposition(accept)
+        else:
+            found = await self._siblings.metrics(accept)
+        if found is None:
+            return Answer(status=503, text="The workers' parent process does not answer. Ask again.\n")
+        body, content_type = found
         return Answer(body=body, headers={"content-type": content_type})
 
     async def not_found(self, request: web.Request) -> Answer:

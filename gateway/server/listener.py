@@ -14,12 +14,13 @@ from gateway import __version__
 from gateway.server.aiohttp_protocol import LAST_ANSWERS, Protocol, Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from gateway.policy.admission import Admission
     from gateway.server.connections import Connections
     from gateway.server.in_flight import InFlight
     from gateway.settings import Settings
+    from gateway.workers.worker import Worker
 
 BACKLOG = 1024
 """Connections that the system holds until they are accepted."""
@@ -67,6 +68,12 @@ class Listener:
         self._sockets = sockets
         for listening in self._sockets:
             self._accept_from(listening)
+
+    async def step_aside(self) -> None:
+        """Accept those who wait, and no more: others have the port from now on."""
+        for listening in self._sockets:
+            self._accept(listening)
+        await self.close()
 
     async def close(self) -> None:
         """Accept no more; what has been accepted is served."""
@@ -171,6 +178,29 @@ def listening_sockets(host: str, port: int, *, shared: bool = False) -> list[soc
     return sockets
 
 
+def held_sockets(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen no more, but hold a port: `listening_sockets` that are shared may listen there.
+
+    Nobody else can have the port while they are open, and no connection comes to them.
+
+    Args:
+        host: an address, or a name.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the host is unknown, or the port is not available on one of its addresses.
+    """
+    if not port:
+        with listening_sockets(host, port)[0] as found:  # one that the system has chosen is not held after `shutdown`
+            port = found.getsockname()[1]
+    holding = listening_sockets(host, port)
+    for each in holding:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        each.shutdown(socket.SHUT_RD)
+    return holding
+
+
 def listening_socket(
     address: "tuple[object, ...]", family: int, *, shared: bool, dualstack_ipv6: bool = False
 ) -> socket.socket:
@@ -192,7 +222,7 @@ async def listen(
     replicas: int,
     needs_keys: bool,
     reload: "Callable[[], None]",
-    take_sockets: "Callable[[], Awaitable[list[socket.socket]]] | None" = None,
+    worker: "Worker | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT and the delay after it, then drain.
 
@@ -205,7 +235,7 @@ async def listen(
         replicas: how many there are, for the log.
         needs_keys: whether the gateway asks for keys, for the log.
         reload: called on SIGHUP.
-        take_sockets: gives the sockets that listen; None: they are opened here.
+        worker: gives the sockets that listen, none where all stop already; None: they are opened here.
 
     Raises:
         OSError: the port is not available.
@@ -219,7 +249,10 @@ async def listen(
     await runner.setup()
     listener = Listener(runner, connections)
     try:
-        listener.start(await take_sockets() if take_sockets else listening_sockets(settings.host, settings.port))
+        sockets = await worker.take_sockets() if worker else listening_sockets(settings.host, settings.port)
+        if not sockets:
+            return
+        listener.start(sockets)
         keys = "gateway keys are required" if needs_keys else "no gateway keys: open to everybody"
         gc.collect()
         gc.freeze()
@@ -233,6 +266,8 @@ async def listen(
                 connections.limit,
             )
         await stop.wait()
+        if worker is not None and await worker.leave():
+            await listener.step_aside()
         await step_back(admission, settings.gateway_shutdown_delay, hurry)
         await drain(admission, in_flight, settings.gateway_shutdown_grace, hurry)
         connections.abort_untaken()

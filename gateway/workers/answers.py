@@ -34,6 +34,11 @@ class Answers:
         """Return the answer to a question. Raises: LookupError, for one that nobody knows."""
         return self._by_question[what](data)
 
+    def begin(self, shares: list[int], generation: int) -> None:
+        """Take this process's first shares, and the number of the configuration: what the others have in force."""
+        self.take_shares(shares)
+        self._parts.generations.count_from(generation)
+
     def take_shares(self, shares: list[int]) -> list[int]:
         """Take this process's shares of the limits that all share; return what it holds of them, which may be more."""
         in_flight, queued, held = shares

@@ -6,19 +6,21 @@ from prometheus_client.core import Exemplar, Metric
 from prometheus_client.samples import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
+USED = "gateway_key_limit_used"
 SUMMED = {
     "gateway_backend_in_flight",
     "gateway_buffered_bytes",
     "gateway_in_flight_requests",
-    "gateway_key_limit_used",
+    USED,
     "gateway_open_connections",
     "gateway_queued_requests",
     "gateway_waiting_requests",
 }
 """Gauges that count what each worker has for itself."""
-LEAST = {"gateway_backend_probe_ok", "gateway_config_generation"}
+GENERATION = "gateway_config_generation"
+LEAST = {"gateway_backend_probe_ok", GENERATION}
 """Gauges of which the least counts: it is good where it is good for all, and in force where all have it."""
 GAUGE, COUNTED = "gauge", frozenset({"counter", "histogram"})
 
@@ -43,6 +45,12 @@ def as_json(metrics: "Iterable[Metric]") -> Families:
     ]
 
 
+def generation_of(families: Families) -> int:
+    """Return the number of the configuration that is in force in a worker; 1 where it does not say."""
+    samples = [sample for name, _, _, samples in families if name == GENERATION for sample in samples]
+    return max((int(value) for _, _, value, _ in samples), default=1)
+
+
 class MetricsOfAll:
     """Adds up what workers count. What one has counted stays in the sums when it is gone: no counter ever falls."""
 
@@ -58,13 +66,24 @@ class MetricsOfAll:
         """Keep the counters of a worker that has ended; its gauges end with it."""
         self._gone.add(self._last.pop(worker, []), gauges=False)
 
-    def families(self, present: "Collection[int]") -> "Iterator[Metric]":
-        """Yield the metrics of all; gauges only of the workers that are `present`."""
+    def families(self, present: "Collection[int]", used: "Mapping[tuple[str, str], int]") -> "Iterator[Metric]":
+        """Yield the metrics of all.
+
+        Args:
+            present: the workers of which gauges count.
+            used: by all, of limits by key and limit, as their ledgers know it.
+        """
         total = _Sum()
         total.add_sum(self._gone)
         for worker, families in self._last.items():
             total.add(families, gauges=worker in present)
-        return total.metrics()
+        for metric in total.metrics():
+            if metric.name == USED:
+                metric.samples = [
+                    each._replace(value=max(each.value, used.get((each.labels["key"], each.labels["limit"]), 0)))
+                    for each in metric.samples
+                ]
+            yield metric
 
 
 class _Sum:

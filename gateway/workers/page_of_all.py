@@ -26,26 +26,41 @@ class PageOfAll:
         """Keep what a worker that has ended had counted."""
         last = self._last.pop(worker, None)
         if last is not None:
-            self._gone = [_sum([*self._gone, last])]
+            self._gone = [_without_use(_sum([*self._gone, last]))]
 
-    def snapshot(self, answers: "Mapping[int, Document]", missing: "Sequence[int]") -> Document:
+    def snapshot(
+        self, answers: "Mapping[int, Document]", missing: "Sequence[int]", used: "Mapping[tuple[str, str], int]"
+    ) -> Document:
         """Return one snapshot of those of several workers, at least one.
 
         Args:
             answers: the snapshots by the workers' numbers.
             missing: the numbers of those that gave none; what they had counted before still counts.
+            used: by all, of limits by key and limit, as their ledgers know it.
         """
         self._last |= answers
         documents = list(answers.values())
+        whole = _sum([*self._last.values(), *self._gone])
+        for caller in whole["callers"]:
+            for limit in caller["limits"]:
+                limit["used"] = max(limit["used"], used.get((caller["name"], limit["name"]), 0))
         return (
             documents[0]
-            | _sum([*self._last.values(), *self._gone])
+            | whole
             | {
                 "at": max(each["at"] for each in documents),
                 "health": health_of_all([each["health"] for each in documents], missing),
                 "waiting": sum(each["waiting"] for each in documents),
             }
         )
+
+
+def _without_use(document: Document) -> Document:
+    """Return what was counted, without what was used of limits, which is forgotten with time."""
+    callers = [
+        caller | {"limits": [limit | {"used": 0} for limit in caller["limits"]]} for caller in document["callers"]
+    ]
+    return document | {"callers": callers}
 
 
 def _sum(documents: "Sequence[Document]") -> Document:

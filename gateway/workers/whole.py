@@ -12,12 +12,12 @@ from prometheus_client.exposition import choose_encoder
 from gateway.server.request_calls import limit_of
 from gateway.telemetry.metrics import MAX_AGE, OPENMETRICS
 from gateway.workers.health_of_all import health_of_all
-from gateway.workers.metrics_of_all import MetricsOfAll
+from gateway.workers.metrics_of_all import MetricsOfAll, generation_of
 from gateway.workers.page_of_all import PageOfAll
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
 
@@ -35,18 +35,32 @@ _log = logging.getLogger("gateway")
 class Whole:
     """Asks the workers, and answers for all of them.
 
+    Args:
+        children: the workers' places.
+        used: returns what all have used of limits, by key and limit, as their ledgers know it.
+        clock: seconds.
+
     Attributes:
         answers: what gives the answer to each question of a worker, by its name.
+        generation: the number of the newest configuration that was in force in one.
     """
 
-    def __init__(self, children: "list[Child]", *, clock: "Callable[[], float]" = monotonic) -> None:
+    def __init__(
+        self,
+        children: "list[Child]",
+        *,
+        used: "Callable[[], Mapping[tuple[str, str], int]]" = dict,
+        clock: "Callable[[], float]" = monotonic,
+    ) -> None:
         self._children = children
+        self._used = used
         self._clock = clock
         self._metrics = MetricsOfAll()
         self._documents: dict[bool, tuple[float, str, str]] = {}
         self._page = PageOfAll()
         self._deaths = 0
         self._lost = 0
+        self.generation = 1
 
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "metrics": self._exposition,
@@ -86,7 +100,8 @@ class Whole:
         if self._clock() - rendered >= MAX_AGE:
             present = await self._count()
             encode, content_type = choose_encoder(OPENMETRICS if newer else "")
-            document = encode(_Collected([*self._metrics.families(present), *self.own(len(present))])).decode()
+            families = [*self._metrics.families(present, self._used()), *self.own(len(present))]
+            document = encode(_Collected(families)).decode()
             self._documents[newer] = self._clock(), document, content_type
         return [document, content_type]
 
@@ -95,6 +110,7 @@ class Whole:
         answers = await self._ask("metrics")
         for number, families in answers.items():
             self._metrics.take(number, families)
+            self.generation = max(self.generation, generation_of(families))
         return set(answers)
 
     def own(self, present: int) -> "Iterator[Metric]":
@@ -112,7 +128,7 @@ class Whole:
 
     async def _snapshot(self, _: Any) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("snapshot")
-        return self._page.snapshot(answers, self._missing(answers)) if answers else None
+        return self._page.snapshot(answers, self._missing(answers), self._used()) if answers else None
 
     async def _listed(self, asked: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("listed", asked)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ MOST_SOCKETS = 64
 """Addresses of a host."""
 BETWEEN_WORDS = 0.02
 """Seconds between two that say the same."""
+LAST_WORDS = 10.0
+"""Seconds beyond the grace until a worker that does not end is killed."""
+SOCKETS_WITHIN = 60.0
+"""Seconds that the parent may take to hand over sockets; to start another process would only keep it busier."""
 ANSWER_WITHIN = 2.0
 """Seconds that the parent may take for an answer."""
 
@@ -45,23 +50,50 @@ class Worker:
         self._channel = Channel(self._answer)
         self._next_word = 0.0
 
-    async def open(self) -> None:
-        """Open the channel. Should the parent die, this process stops as it does at SIGTERM."""
+    async def open(self, grace: float) -> None:
+        """Open the channel. Should the parent die, this process stops as it does at SIGTERM.
+
+        Args:
+            grace: seconds that a stop may take. It ends `LAST_WORDS` after them, whatever it does, as the parent would
+                have it: nobody else ends it, and it has the port.
+        """
         self._handing.setblocking(False)
         await self._channel.open(self._questions)
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._watch(grace))
 
-    async def _watch(self) -> None:
+    async def _watch(self, grace: float) -> None:
         await self._channel.closed.wait()
+        signal.alarm(ceil(grace + LAST_WORDS))  # it has no handler
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def take_sockets(self) -> list[socket.socket]:
-        """Return the sockets on which this process is to accept connections. Raises: NoAnswer."""
+        """Return the sockets on which this process is to accept connections; none: all stop, or the parent is gone.
+
+        Raises: NoAnswer.
+        """
         if self.answers is None:
             raise RuntimeError("nothing is there yet that could serve")
-        self.answers.take_shares(await self._channel.ask("sockets", timeout=ANSWER_WITHIN))
+        try:
+            given = await self._channel.ask("sockets", timeout=SOCKETS_WITHIN)
+        except NoAnswer:
+            if not self._channel.closed.is_set():
+                raise
+            return []
+        if given is None:
+            return []
+        self.answers.begin(*given)
         _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+    async def leave(self) -> bool:
+        """Tell the parent that this process is about to stop; return whether it is to accept no more connections.
+
+        Others do so in its place, or the parent is gone: then whoever starts the gateway anew needs the port.
+        """
+        try:
+            return bool(await self.ask("leave"))
+        except NoAnswer:
+            return self._channel.closed.is_set()
 
     def short(self) -> None:
         """Tell the parent that this process needs more of what is shared, now and then."""

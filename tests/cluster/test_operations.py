@@ -27,10 +27,10 @@ def test_the_chart_is_installed_and_a_prompt_is_answered_and_traced(release: Rel
 
 
 def test_the_server_takes_all_that_the_chart_renders(release: Release) -> None:
-    """What the cluster knows: not the kinds of the Prometheus operator and of Gateway API."""
-    known = {"podMonitor.enabled=false", "httpRoute.enabled=false"}
+    """What the cluster knows: not the kinds of the Prometheus operator and of Gateway API, and no priority of ours."""
+    known = {"podMonitor.enabled=false", "httpRoute.enabled=false", "priorityClassName="}
     chosen = [part for value in sorted(known) for part in ("--set", value)]
-    for example in ("production", "ingress"):
+    for example in ("production", "ingress", "openshift"):
         values = f"deploy/helm/llm-gateway/ci/{example}-values.yaml"
         version = json.loads(run("kubectl", "version", "-o", "json"))["serverVersion"]["gitVersion"]
         where = ("-n", NAMESPACE, "--kube-version", version)

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,21 @@ import pytest
 from gateway.workers.metrics_of_all import LEAST, SUMMED
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
-from testkit.completions import CHAT, CHAT_PATH, prompt
-from testkit.exposition import Exposition
+from testkit.completions import CHAT, CHAT_PATH
 from testkit.polling import until
-from testkit.ports import free_port
-from tests.integration.processes import PATIENCE, Program, run, running
+from tests.integration.processes import PATIENCE, run, running
+from tests.integration.workers import (
+    BOTH,
+    LOCAL,
+    chat,
+    lives,
+    metrics_of,
+    stream_of,
+    two_workers,
+    until_both,
+    workers_of,
+)
 
-LOCAL = {"HOST": "127.0.0.1", "PORT": "0", "GATEWAY_WORKERS": "2"}
-STREAM = prompt(stream=True, limit=40)
 LARGEST = {
     "gateway_backend_cooling",
     "gateway_backend_status",
@@ -36,60 +41,6 @@ LARGEST = {
     "gateway_workers",
 }
 """Gauges of which the largest counts, or that the parent has for itself."""
-BOTH = {"workers": {"answered": 2, "missing": []}}
-
-
-@asynccontextmanager
-async def two_workers(model: MockModel, **environment: str) -> AsyncIterator[tuple[Program, str]]:
-    """A gateway of two workers that both serve, and its url."""
-    port = free_port()
-    more = {"PORT": str(port), "GATEWAY_BACKEND_URLS": model.url, **environment}
-    async with running(**(LOCAL | more)) as gateway:
-        url = f"http://127.0.0.1:{port}"
-        await until_both(gateway, url)
-        yield gateway, url
-
-
-async def until_both(gateway: Program, url: str) -> None:
-    async with aiohttp.ClientSession() as session:
-
-        async def serve() -> bool:
-            gateway.check()
-            try:
-                async with session.get(f"{url}/health") as answer:
-                    return bool((await answer.json()).get("workers") == BOTH["workers"])
-            except aiohttp.ClientError:
-                return False
-
-        async with asyncio.timeout(PATIENCE):
-            while not await serve():  # noqa: ASYNC110 - of another process
-                await asyncio.sleep(0.1)
-
-
-def workers_of(gateway: Program) -> list[int]:
-    """The process ids of its workers."""
-    children = Path(f"/proc/{gateway.pid}/task/{gateway.pid}/children").read_text()
-    return [int(pid) for pid in children.split()]
-
-
-async def metrics_of(url: str) -> Exposition:
-    async with aiohttp.request("GET", f"{url}/metrics") as answer:
-        return Exposition.parse(await answer.text())
-
-
-async def stream_of(url: str) -> bool:
-    """Whether a stream, on a connection of its own, comes whole."""
-    try:
-        async with aiohttp.request("POST", url + CHAT_PATH, json=STREAM) as answer:
-            return (await answer.text()).endswith("data: [DONE]\n\n")
-    except aiohttp.ClientError:
-        return False
-
-
-async def chat(url: str) -> int:
-    async with aiohttp.request("POST", url + CHAT_PATH, json=CHAT) as answer:
-        await answer.read()
-        return answer.status
 
 
 async def test_whichever_worker_is_asked_it_speaks_for_all() -> None:
@@ -297,16 +248,9 @@ async def test_workers_end_when_their_parent_is_killed() -> None:
         await gateway.kill()
 
         def ended() -> bool:
-            return not any(_lives(pid) for pid in pids)
+            return not any(lives(pid) for pid in pids)
 
         await until(ended, "the workers have ended", seconds=PATIENCE)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 async def test_a_changed_configuration_comes_into_force_in_all_workers(tmp_path: Path) -> None:
@@ -327,6 +271,9 @@ async def test_a_changed_configuration_comes_into_force_in_all_workers(tmp_path:
             for _ in range(6):
                 async with aiohttp.request("GET", f"{url}/v1/models") as answer:
                     assert [each["id"] for each in (await answer.json())["data"]] == ["new"]
+            os.kill(workers_of(gateway)[0], signal.SIGKILL)
+            await until_both(gateway, url)
+            assert (await metrics_of(url)).only("gateway_config_generation") == 2, "it counts on from the other"
 
 
 async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
@@ -335,14 +282,14 @@ async def test_what_is_wrong_with_the_settings_is_said_once() -> None:
     assert errors.count("nowhere.yaml") == 1
 
 
-async def test_warnings_at_the_start_are_said_once(tmp_path: Path) -> None:
+async def test_warnings_at_the_start_are_said_once() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model:
-        doubtful = {"GATEWAY_STATE_DIR": str(tmp_path), "GATEWAY_NO_SUCH": "1"}
+        doubtful = {"GATEWAY_NO_SUCH": "1", "GATEWAY_WORKERS": "4", "GATEWAY_MAX_IN_FLIGHT": "2"}
         async with two_workers(model, **doubtful) as (gateway, _):
             gateway.signal(signal.SIGTERM)
             _, _, errors = await gateway.end()
     assert errors.count("GATEWAY_NO_SUCH is not a setting") == 1
-    assert errors.count("GATEWAY_STATE_DIR is not used by several workers") == 1
+    assert errors.count("GATEWAY_WORKERS is 4, but GATEWAY_MAX_IN_FLIGHT 2: so many workers start") == 1
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

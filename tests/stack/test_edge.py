@@ -4,8 +4,10 @@ import asyncio
 import json
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import aiohttp
@@ -15,6 +17,7 @@ import trustme
 from chaos.promises import Verdict, all_good, well_formed
 from testkit import REPOSITORY
 from testkit.completions import CHAT, CHAT_PATH
+from testkit.load import now
 from testkit.polling import wait_for
 from testkit.ports import free_ports
 from tests.chaos.verdict import keep
@@ -26,6 +29,8 @@ DELAY = 5.0
 GATEWAYS = ("gateway", "gateway-b")
 HAPROXY = f"{PROJECT}-haproxy"
 AUTHORITY = "/tmp/data/caddy/pki/authorities/local/root.crt"  # noqa: S108 - the container's own
+TIMED_OUT = 28
+"""curl's exit code."""
 SLOW = {"kind": "drip", "with": {"bytes": 100, "interval": 0.5}, "match": {"stream": True}}
 """A stream takes many seconds."""
 
@@ -36,6 +41,8 @@ class Edge:
 
     url: str
     authority: Path
+    reload: tuple[str, str, str]
+    """Its container, the signal that has it read its configuration anew, and what it logs then."""
 
     def curl(self, *args: str) -> str:
         command = ["curl", "--silent", "--show-error", "--max-time", "10", "--cacert", str(self.authority), *args]
@@ -62,7 +69,8 @@ def edge_stack(built_stack: Stack) -> Iterator[Stack]:
 def caddy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Edge:
     authority = tmp_path_factory.mktemp("caddy") / "root.crt"
     authority.write_text(wait_for(lambda: edge_stack.compose("exec", "-T", "edge", "cat", AUTHORITY), "a root", 20))
-    return Edge(f"https://localhost:{edge_stack.env['EDGE_PORT']}", authority)
+    reload = (edge_stack.inspect("edge")["Id"], "USR1", "successfully reloaded config from file")
+    return Edge(f"https://localhost:{edge_stack.env['EDGE_PORT']}", authority, reload)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +101,7 @@ def haproxy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "haproxy:3.2",
     )
     try:
-        yield Edge(f"https://localhost:{port}", folder / "ca.pem")
+        yield Edge(f"https://localhost:{port}", folder / "ca.pem", (HAPROXY, "USR2", "Loading success"))
     finally:
         print(docker("logs", "--tail=20", HAPROXY, complaints=True))  # noqa: T201
         docker("rm", "--force", "--volumes", HAPROXY)
@@ -136,6 +144,21 @@ async def test_an_event_goes_on_as_it_comes(edge_stack: Stack, edge: Edge) -> No
     await asyncio.to_thread(wait_for, left, "the model hears that the caller has left", 20)
 
 
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+def test_the_model_hears_of_a_caller_who_leaves_before_the_answer(edge_stack: Stack, edge: Edge, version: str) -> None:
+    edge_stack.script({"kind": "drip", "with": {"bytes": 2, "interval": 0.5}})
+    leaving = ("--silent", "--max-time", "2", "--cacert", str(edge.authority), version)
+    prompt = ("--header", "content-type: application/json", "--data", json.dumps(CHAT), edge.url + CHAT_PATH)
+    left = subprocess.run(["curl", *leaving, *prompt], capture_output=True, timeout=20, check=False)  # noqa: S603, S607
+    assert left.returncode == TIMED_OUT, left.stderr
+
+    def heard() -> bool:
+        (call,) = edge_stack.control("GET", "/journal").json["calls"]
+        return bool(call["ended"] == "caller_left")
+
+    wait_for(heard, "the model hears that the caller has left", 15)
+
+
 def test_a_prompt_is_not_sent_again_by_the_proxy(edge_stack: Stack, edge: Edge) -> None:
     edge_stack.script({"kind": "status", "with": {"status": 503}})
     answer = edge.curl(
@@ -172,3 +195,40 @@ async def test_both_gateways_are_replaced_under_open_streams_and_nobody_notices(
         well_formed(calling.calls),
         Verdict("streams were open", f"{len(streams)}", len(streams) > 20),
     )
+
+
+@pytest.mark.timeout(300, func_only=True)
+async def test_a_killed_gateway_costs_only_what_it_held(edge_stack: Stack, edge: Edge) -> None:
+    """Whoever calls after it is answered by the other one, before a check has failed too."""
+    plan = {"urls": [edge.url], "authority": str(edge.authority), "pids": [], "kinds": ("answer",)}
+    try:
+        async with load(edge_stack, 40, 60, **plan) as calling:
+            await calling.until(lambda calls: len(calls) >= 40, 60)
+            await asyncio.to_thread(docker, "kill", edge_stack.inspect("gateway")["Id"])
+            died = datetime.fromisoformat(edge_stack.inspect("gateway")["State"]["FinishedAt"]).timestamp()
+            killed = now() - (time.time() - died)
+            await calling.until(lambda calls: len([call for call in calls if call.started > killed]) >= 200, 60)
+    finally:
+        await asyncio.to_thread(edge_stack.compose, "up", "--detach", "--no-deps", "--wait", "gateway")
+    later = [call for call in calling.calls if call.started > killed]
+    keep(later, all_good(later, "who called after it"))
+
+
+@pytest.mark.timeout(300, func_only=True)
+async def test_a_proxy_reads_its_configuration_anew_under_open_streams(edge_stack: Stack, edge: Edge) -> None:
+    """On new connections: one that is idle is closed, whatever is just being sent on it."""
+    edge_stack.script({"kind": "drip", "with": {"bytes": 200, "interval": 0.1}, "match": {"stream": True}})
+    container, signal, told = edge.reload
+    plan = {"urls": [edge.url], "authority": str(edge.authority), "pids": []}
+    async with load(edge_stack, 8, 60, **plan) as calling:
+        await calling.until(lambda calls: len(calls) >= 10, 60)
+        before = docker("logs", container, complaints=True).count(told)
+        await asyncio.to_thread(docker, "kill", "--signal", signal, container)
+
+        def read_anew() -> bool:
+            return docker("logs", container, complaints=True).count(told) > before
+
+        await asyncio.to_thread(wait_for, read_anew, "the proxy says so", 30)
+        sent = len(calling.calls)
+        await calling.until(lambda calls: len(calls) >= sent + 20, 60)
+    keep(calling.calls, all_good(calling.calls, "callers of the proxy"), well_formed(calling.calls))

@@ -3,13 +3,19 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gateway import day_store
-from gateway.config import LimitsConfig
+from gateway.config import KeyConfig, LimitsConfig
 from gateway.day_store import FILE, DayStore
+from gateway.limits_store import PREFIX
+from gateway.policy.allotment import Allotment
 from gateway.policy.caller import Caller
+from gateway.policy.ledger import Answer
 from gateway.policy.limits import DAY, Limits, Reservation
+from gateway.workers import parent_store
+from gateway.workers.parent_store import Ledgers
 from testkit.polling import until
 from tests.unit.gateway.fakes import Clock
 
@@ -183,3 +189,144 @@ async def test_a_limit_that_goes_and_comes_back_has_the_same_uses(tmp_path: Path
         await until(lambda: used(one) == 100)
         use(one, 20)
         await until(lambda: [amount for *_, amount in rows(tmp_path)] == [120])
+
+
+# Where several workers share the limits, their parent's ledgers
+
+
+class Sharer:
+    """A worker's part of a key's limits: it reports to the parent's ledgers."""
+
+    def __init__(self, ledgers: Ledgers, clock: Clock, number: int, **config: int) -> None:
+        self.caller = caller(clock, "a", **config)
+        assert self.caller.limits is not None
+        self.number = number
+        self._ledgers = ledgers
+        self._allotment = Allotment(self.caller.limits, f"{number}", 0.5, lambda _: asyncio.Future())
+        self._allotment.come_back()
+
+    def report(self) -> None:
+        for _ in range(3):
+            report = msgspec.msgpack.encode(self._allotment.report(f"epoch {id(self._ledgers)}")).decode("latin-1")
+            (answer,), self.keeps = self._ledgers.exchange(self.number, [(f"{PREFIX}a", report)])
+            self._allotment.answered(msgspec.msgpack.decode(answer.encode("latin-1"), type=Answer))
+            if not self._allotment.at_once:
+                return
+
+    def use(self, tokens: int) -> None:
+        assert self.caller.limits is not None
+        reservation = Reservation(self.caller.limits, tokens)
+        if reservation.take() is not None:  # it is asked for
+            self.report()
+            assert reservation.take() is None
+        reservation.settle(tokens)
+        self.report()
+
+    @property
+    def left(self) -> int:
+        assert self.caller.limits is not None
+        self.report()
+        return self.caller.limits.tokens.windows[0].left
+
+
+def keyed(**config: int) -> list[KeyConfig]:
+    return [KeyConfig("a", b"", limits=LimitsConfig(**config or {"tokens_per_day": 1_000}))]
+
+
+async def test_one_process_and_several_workers_go_on_with_what_the_others_have_used(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    before = caller(clock)
+    async with DayStore(tmp_path, [before], clock):
+        use(before, 100)
+    clock.forward(3_600)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect(keyed())
+    async with ledgers:
+        one, two = (Sharer(ledgers, clock, number) for number in (1, 2))
+        one.use(30)
+        two.use(4)
+        assert (one.left, two.left, ledgers.used()) == (866, 866, {("a", "tokens_per_day"): 134})
+        await until(lambda: sum(amount for *_, amount in rows(tmp_path)) == 134)
+        one.use(6)
+    clock.forward(3_600)
+    after = caller(clock)
+    async with DayStore(tmp_path, [after], clock):
+        assert used(after) == 140
+    clock.forward(DAY - 5_000)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect(keyed())
+    async with ledgers:
+        assert ledgers.used() == {("a", "tokens_per_day"): 40}
+
+
+async def test_a_ledger_knows_what_was_used_of_a_limit_that_comes_with_a_reload(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    before = caller(clock)
+    async with DayStore(tmp_path, [before], clock):
+        use(before, 100)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect([*keyed(tokens_per_minute=5), KeyConfig(None, b"")])
+    async with ledgers:
+        assert ledgers.used() == {}
+        one = Sharer(ledgers, clock, 1)
+        one.report()
+        await until(lambda: ledgers.used() == {("a", "tokens_per_day"): 100})
+        clock.forward(1)
+        assert one.left == 900
+
+
+async def test_workers_are_told_when_what_they_use_of_a_day_cannot_be_kept(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    (tmp_path / "state").write_text("a file")
+    ledgers = Ledgers(tmp_path / "state", clock=clock)
+    ledgers.expect(keyed())
+    async with ledgers:
+        one = Sharer(ledgers, clock, 1)
+        one.use(7)
+        assert not one.keeps
+        (tmp_path / "state").unlink()
+        await until(lambda: (tmp_path / "state" / FILE).exists() and bool(rows(tmp_path / "state")))
+        await until(lambda: ledgers.exchange(1, [])[1])
+
+
+async def test_of_a_worker_that_ends_nothing_is_held_and_what_nobody_knows_of_counts(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect(keyed())
+    async with ledgers:
+        one, two = (Sharer(ledgers, clock, number) for number in (1, 2))
+        one.use(40)
+        one.report()  # it holds a reserve
+        clock.forward(0.1)
+        use(one.caller, 10)
+        ledgers.ended(1)
+        ledgers.ended(1)
+        (counted,) = ledgers.used().values()
+        assert 50 <= counted <= 90
+        two.use(1_000 - counted)
+        assert two.left == 0, "all that the other held could be used at once"
+    assert sum(amount for *_, amount in rows(tmp_path)) == 1_000
+
+
+async def test_ledgers_of_which_nothing_counts_make_room_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent_store, "MOST", 2)
+    clock = Clock(EPOCH)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect([KeyConfig(name, b"", limits=LimitsConfig(tokens_per_day=9)) for name in "bcde"])
+    async with ledgers:
+        one = Sharer(ledgers, clock, 1)
+        one.use(5)
+        assert set(ledgers.used()) == {("e", "tokens_per_day"), ("a", "tokens_per_day")}
+
+
+async def test_without_limits_of_a_day_the_parent_of_workers_has_no_file(tmp_path: Path) -> None:
+    clock = Clock(EPOCH)
+    ledgers = Ledgers(tmp_path, clock=clock)
+    ledgers.expect(keyed(tokens_per_minute=1_000))
+    async with ledgers:
+        one = Sharer(ledgers, clock, 1, tokens_per_minute=1_000)
+        one.use(7)
+        ledgers.ended(1)
+    assert not (tmp_path / FILE).exists()

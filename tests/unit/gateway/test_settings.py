@@ -92,6 +92,7 @@ WRONG += [(f"GATEWAY_{name}", value, "") for name in POSITIVE for value in ("0",
 WRONG += [(f"GATEWAY_{name}", value, "") for name in NOT_NEGATIVE for value in ("-1", "nan", "inf", "many")]
 WRONG += [(f"GATEWAY_{name}", value, "") for name in AT_LEAST_ONE for value in ("0", "-1", "1.5", "nan", "many")]
 WRONG += [(f"GATEWAY_{name}", value, "") for name in AT_LEAST_NONE for value in ("-1", "1.5", "many")]
+WRONG += [("GATEWAY_WORKERS", "257", "a whole number from 0 to 256")]
 
 
 def complaint(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> str:

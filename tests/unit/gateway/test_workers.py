@@ -1,8 +1,10 @@
 """What workers share, and what they say as one."""
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 from typing import Any, cast
 
 import pytest
@@ -11,17 +13,21 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from gateway.policy.shares import divided
+from gateway.server.listener import held_sockets, listening_sockets
 from gateway.settings import load
 from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.health_of_all import health_of_all
+from gateway.workers.in_flight_count import new_count
 from gateway.workers.metrics_of_all import MetricsOfAll, as_json
 from gateway.workers.page_of_all import PageOfAll
-from gateway.workers.parent import Child
+from gateway.workers.parent import Child, Parent
 from gateway.workers.parent_store import MOST, Values
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 from gateway.workers.sharing import Sharing
 from gateway.workers.whole import SILENT_LOOKS, Whole
+from gateway.workers.worker import Worker
 from testkit.polling import until
+from testkit.ports import free_port
 
 USES = st.lists(st.integers(0, 200), min_size=1, max_size=16)
 
@@ -108,7 +114,7 @@ class _Process:
 
 async def test_shares_move_to_the_worker_that_needs_them_and_never_exceed_the_whole() -> None:
     settings = load(gateway_max_in_flight=100, gateway_max_queue=10, gateway_max_buffered_bytes=1000)
-    children = [Child(1, []), Child(2, [])]
+    children = [Child(1), Child(2)]
     sharing = Sharing(settings, children)
     busy, idle = _Process(0), _Process(0)
     for child, process in zip(children, (busy, idle), strict=True):
@@ -143,7 +149,7 @@ class _Silent:
 
 
 async def test_a_worker_that_does_not_answer_many_times_in_a_row_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    children, workers = [Child(1, []), Child(2, [])], (_Silent(hangs=False), _Silent(hangs=True))
+    children, workers = [Child(1), Child(2)], (_Silent(hangs=False), _Silent(hangs=True))
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(Child, "send", lambda child, number: sent.append((child.number, number)))
     for child, worker in zip(children, workers, strict=True):
@@ -175,7 +181,7 @@ def _families(requests: int, in_flight: int, probe: int, seconds: float) -> Any:
 def _values(metrics: MetricsOfAll, present: set[int]) -> dict[str, float]:
     return {
         sample.name + sample.labels.get("le", ""): sample.value
-        for metric in metrics.families(present)
+        for metric in metrics.families(present, {})
         for sample in metric.samples
     }
 
@@ -191,7 +197,7 @@ def test_counters_are_sums_that_never_fall_and_gauges_are_of_those_present() -> 
     assert both["gateway_breaker_state"] == 2
     assert both["gateway_seconds_bucket1.0"] == 1
     assert both["gateway_seconds_bucket10.0"] == 2
-    exemplars = [each.exemplar for metric in metrics.families({1, 2}) for each in metric.samples if each.exemplar]
+    exemplars = [each.exemplar for metric in metrics.families({1, 2}, {}) for each in metric.samples if each.exemplar]
     assert {exemplar.labels["trace_id"] for exemplar in exemplars} == {"3", "4"}
     silent = _values(metrics, {1})
     assert (silent["gateway_requests_total"], silent["gateway_in_flight_requests"]) == (7, 2)
@@ -201,6 +207,19 @@ def test_counters_are_sums_that_never_fall_and_gauges_are_of_those_present() -> 
     metrics.ended(2)
     metrics.ended(2)
     assert _values(metrics, {1})["gateway_requests_total"] == 8
+
+
+def test_what_is_used_of_a_key_s_limit_is_no_less_than_its_ledger_knows() -> None:
+    registry = CollectorRegistry()
+    gauge = Gauge("gateway_key_limit_used", "U.", ["key", "limit"], registry=registry)
+    for limit, used in (("tokens_per_day", 5), ("tokens_per_minute", 5), ("max_in_flight", 1)):
+        gauge.labels("team", limit).set(used)
+    metrics = MetricsOfAll()
+    metrics.take(1, as_json(registry.collect()))
+    ledgers = {("team", "tokens_per_day"): 70, ("team", "tokens_per_minute"): 4, ("other", "tokens_per_day"): 9}
+    (metric,) = metrics.families({1}, ledgers)
+    by_limit = {each.labels["limit"]: each.value for each in metric.samples}
+    assert by_limit == {"tokens_per_day": 70, "tokens_per_minute": 5, "max_in_flight": 1}
 
 
 def _health(status: str, breaker: str, **more: object) -> dict[str, Any]:
@@ -275,15 +294,19 @@ def _snapshot(number: int) -> dict[str, Any]:
 
 def test_the_page_shows_sums_that_do_not_fall_when_a_worker_dies() -> None:
     page = PageOfAll()
-    both = page.snapshot({1: _snapshot(3), 2: _snapshot(4)}, [])
+    both = page.snapshot({1: _snapshot(3), 2: _snapshot(4)}, [], {})
     assert (both["requests"], both["attempts"]) == ({"ok": 7, "failed": 1}, {"b": 7})
     assert (both["latency"], both["first_token"], both["waiting"], both["at"]) == ([7, 2], [0, 7], 7, 104.0)
     (caller,) = both["callers"]
     assert (caller["requests"], caller["limits"][0]["used"], caller["limits"][0]["limit"]) == (7, 7, 9)
     page.ended(1)
-    after = page.snapshot({1: _snapshot(1), 2: _snapshot(4)}, [])
+    alone = page.snapshot({2: _snapshot(4)}, [], {})["callers"][0]
+    assert (alone["requests"], alone["limits"][0]["used"]) == (7, 4), "what the dead one used is its ledger's to know"
+    known = page.snapshot({2: _snapshot(4)}, [], {("team", "requests_per_day"): 8, ("team", "?"): 99})
+    assert known["callers"][0]["limits"][0]["used"] == 8
+    after = page.snapshot({1: _snapshot(1), 2: _snapshot(4)}, [], {})
     assert (after["requests"], after["latency"]) == ({"ok": 8, "failed": 1}, [8, 3])
-    silent = page.snapshot({2: _snapshot(4)}, [1])
+    silent = page.snapshot({2: _snapshot(4)}, [1], {})
     assert (silent["requests"]["ok"], silent["waiting"]) == (8, 4)
     assert silent["health"]["workers"] == {"answered": 1, "missing": [1]}
 
@@ -309,3 +332,85 @@ def test_a_parent_keeps_values_for_a_time_and_not_too_many() -> None:
     assert (values.look_up("4"), values.look_up("5"), values.look_up("none")) == (None, "x", None)
     now = 10.0
     assert values.look_up("5") is None
+
+
+# The parent's processes
+
+
+def _parent(*code: str) -> Parent:
+    settings = load(host="127.0.0.1", port=free_port(), gateway_workers=2, gateway_shutdown_grace=1)
+    return Parent(settings, command=(sys.executable, "-c", *code))
+
+
+async def test_a_worker_that_fails_before_any_serves_ends_the_gateway_with_its_code() -> None:
+    assert await _parent("import sys; sys.exit(3)").run() == 3
+    assert await _parent("").run() == 1, "one that just ends has failed, too"
+
+
+async def test_a_worker_that_cannot_be_started_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    settings = load(host="127.0.0.1", port=free_port(), gateway_workers=2)
+    assert await Parent(settings, command=("/nowhere/python",)).run() == 1
+    assert caplog.text.count("worker 1 cannot be started: ") == 1
+
+
+async def test_nobody_waits_at_a_port_where_no_worker_serves_yet_and_no_other_gateway_gets_it() -> None:
+    settings = load(host="127.0.0.1", port=free_port(), gateway_workers=2)
+    parent = Parent(settings, command=(sys.executable, "-c", "import time; time.sleep(600)"))
+    running = asyncio.create_task(parent.run())
+    await until(lambda: all(child.process for child in parent.children) and bool(parent.children), seconds=50)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", settings.port)
+    with pytest.raises(OSError, match="in use"):
+        listening_sockets("127.0.0.1", settings.port)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 128 + signal.SIGTERM
+
+
+def test_a_port_that_is_held_is_for_those_alone_who_share_it() -> None:
+    holding = held_sockets("127.0.0.1", 0)
+    port = holding[0].getsockname()[1]
+    for _ in range(2):
+        with pytest.raises(OSError, match="in use"):
+            held_sockets("127.0.0.1", port)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=50)
+        both = [*listening_sockets("127.0.0.1", port, shared=True), *listening_sockets("127.0.0.1", port, shared=True)]
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port), timeout=50):
+                pass
+        with pytest.raises(OSError, match="in use"):
+            listening_sockets("127.0.0.1", port)
+        for each in both:
+            each.close()
+    for each in holding:
+        each.close()
+    for each in listening_sockets("127.0.0.1", port):
+        each.close()
+
+
+async def test_a_worker_whose_parent_has_died_ends_whatever_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions, its_questions = socket.socketpair()
+    handing, its_handing = socket.socketpair()
+    worker = Worker(1, its_questions.detach(), its_handing.detach(), new_count())
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(signal, "alarm", lambda seconds: done.append(("alarm", seconds)))
+    monkeypatch.setattr(os, "kill", lambda _, number: done.append(("kill", number)))
+    await worker.open(20.5)
+    await asyncio.sleep(0.05)
+    assert done == []
+    questions.close()
+    await until(lambda: len(done) == 2)
+    assert done == [("alarm", 31), ("kill", signal.SIGTERM)]
+    assert await worker.leave(), "whoever starts the gateway anew needs the port"
+    handing.close()
+    worker._handing.close()  # which a process has for life
+
+
+@pytest.mark.parametrize(("wanted", "in_flight", "workers"), [(4, 1, 1), (4, 3, 3), (4, 4, 4), (2, 1024, 2)])
+def test_no_more_workers_run_than_requests_may(wanted: int, in_flight: int, workers: int) -> None:
+    assert load(gateway_workers=wanted, gateway_max_in_flight=in_flight).workers == workers
+
+
+def test_a_worker_for_each_core_but_not_for_each_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1_000)))
+    assert load(gateway_workers=0, gateway_max_in_flight=10_000).workers == 256

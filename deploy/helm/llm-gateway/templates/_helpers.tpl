@@ -1,15 +1,17 @@
 {{- define "llm-gateway.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- default .Chart.Name .Values.nameOverride }}
 {{- end }}
 
+{{/* The name of what is the gateway's own: at most 40 characters, since a StatefulSet's pods carry a label of its name and 18 more. */}}
 {{- define "llm-gateway.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
-{{- else if contains (include "llm-gateway.name" .) .Release.Name }}
-{{- .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "llm-gateway.name" .) | trunc 40 | trimSuffix "-" }}
+{{- $name := .Release.Name | replace "." "-" }}
+{{- if not (contains (include "llm-gateway.name" .) $name) }}
+{{- $name = printf "%s-%s" $name (include "llm-gateway.name" .) }}
 {{- end }}
+{{- if gt (len $name) 40 }}{{/* releases whose long names begin alike stay apart */}}
+{{- $name = printf "%s-%s" ($name | trunc 33 | trimSuffix "-") ($name | sha256sum | trunc 6) }}
+{{- end }}
+{{- default $name .Values.fullnameOverride }}
 {{- end }}
 
 {{/* What selects the pods of a component: (list $ "gateway") */}}
@@ -86,7 +88,7 @@ routes:
 {{/* The variables that are files, as "NAME NAME ...". */}}
 {{- define "llm-gateway.secretNames" -}}
 {{- $names := keys .Values.secrets.create }}
-{{- range .Values.secrets.existing }}{{ $names = concat $names .keys }}{{ end }}
+{{- range .Values.secrets.existing }}{{ $names = concat $names (kindIs "map" .keys | ternary (keys (kindIs "map" .keys | ternary .keys dict)) .keys) }}{{ end }}
 {{- $names | sortAlpha | join " " }}
 {{- end }}
 
@@ -95,9 +97,10 @@ routes:
 {{- with .Values.shutdown }}{{ sub .gracePeriodSeconds (add .preStopSeconds .delaySeconds 5) }}{{ end }}
 {{- end }}
 
-{{/* The variables that the user sets, whichever way, as a list in YAML. */}}
+{{/* The variables that the user sets, whichever way, as a list in YAML; of a secret also the one that names its file. */}}
 {{- define "llm-gateway.chosenVariables" -}}
-{{- $names := concat (splitList " " (include "llm-gateway.secretNames" .) | compact) (keys .Values.settings) }}
+{{- $names := keys .Values.settings }}
+{{- range splitList " " (include "llm-gateway.secretNames" .) | compact }}{{ $names = concat $names (list . (print . "_FILE")) }}{{ end }}
 {{- range .Values.extraEnv }}{{ $names = append $names .name }}{{ end }}
 {{- toYaml $names }}
 {{- end }}
@@ -109,12 +112,56 @@ GATEWAY_BACKEND_URLS: set `config`
 GATEWAY_WORKERS: set `workers`
 GATEWAY_SHUTDOWN_DELAY: set `shutdown`
 GATEWAY_SHUTDOWN_GRACE: set `shutdown`
-HOST: set `service`
 PORT: set `service`
+POD_NAME: leave it out
+{{- if include "llm-gateway.otlpEndpoint" . }}
+OTEL_EXPORTER_OTLP_ENDPOINT: set `telemetry.endpoint`
+{{- end }}
 {{- if .Values.valkey.enabled }}
 GATEWAY_LIMITS_URL: leave it out, or set `valkey.enabled` to false
 GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- end }}
+{{- end }}
+
+{{/* Fields of the pod that only the chart sets, and what to do in place of setting them. */}}
+{{- define "llm-gateway.ownFields" -}}
+containers: use `initContainers`, a sidecar with the restartPolicy Always
+volumes: set `extraVolumes`
+serviceAccountName: set `serviceAccount`
+automountServiceAccountToken: leave it out
+enableServiceLinks: leave it out
+terminationGracePeriodSeconds: set `shutdown.gracePeriodSeconds`
+securityContext: set `podSecurityContext`
+imagePullSecrets: set `imagePullSecrets`
+priorityClassName: set `priorityClassName`
+topologySpreadConstraints: set `topologySpreadConstraints`
+affinity: set `affinity`
+nodeSelector: set `nodeSelector`
+tolerations: set `tolerations`
+{{- end }}
+
+{{/* What all pods of the chart have alike. No service links: a Service named `gateway` would give variables such as GATEWAY_PORT. */}}
+{{- define "llm-gateway.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* The address on which everything listens. */}}
+{{- define "llm-gateway.host" -}}
+{{- get .Values.settings "HOST" | default "0.0.0.0" }}
 {{- end }}
 
 {{/* Bytes of a quantity of memory. */}}
@@ -136,9 +183,9 @@ GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- if lt (int64 (include "llm-gateway.shutdownGrace" .)) 5 }}
 {{- fail "`shutdown.gracePeriodSeconds` must be at least 10 s above the sum of the other two: requests in flight need time to end." }}
 {{- end }}
-{{- $names := splitList " " (include "llm-gateway.secretNames" .) }}
-{{- if ne (len $names) (len (uniq $names)) }}
-{{- fail "A variable comes twice in `secrets`." }}
+{{- $fullname := include "llm-gateway.fullname" . }}
+{{- if not (regexMatch "^[a-z]" $fullname) }}
+{{- fail (printf "`%s` would be the name of a Service, which must begin with a letter: set `fullnameOverride`." $fullname) }}
 {{- end }}
 {{- $chosen := include "llm-gateway.chosenVariables" . | fromYamlArray }}
 {{- range $name, $advice := include "llm-gateway.ownVariables" . | fromYaml }}
@@ -146,9 +193,35 @@ GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- fail (printf "`%s` is the chart's: %s." $name $advice) }}
 {{- end }}
 {{- end }}
-{{- range $name, $value := .Values.settings }}
-{{- if has $name $names }}
-{{- fail (printf "`%s` stands in `settings` and in `secrets`: set only one of them." $name) }}
+{{- range $name := uniq $chosen }}
+{{- if gt (sub (len $chosen) (len (without $chosen $name))) 1 }}
+{{- fail (printf "`%s` comes twice in `settings`, `secrets` and `extraEnv`: set only one of them." $name) }}
+{{- end }}
+{{- end }}
+{{- range $name, $advice := include "llm-gateway.ownFields" . | fromYaml }}
+{{- if hasKey (default dict $.Values.podSpec) $name }}
+{{- fail (printf "`podSpec.%s` is the chart's: %s." $name $advice) }}
+{{- end }}
+{{- end }}
+{{- range $name := list "type" "ports" "selector" }}
+{{- if hasKey (default dict $.Values.service.spec) $name }}
+{{- fail (printf "`service.spec.%s` is the chart's: set `service`." $name) }}
+{{- end }}
+{{- end }}
+{{- with .Values.podDisruptionBudget }}
+{{- $pods := int (ternary $.Values.autoscaling.minReplicas (default 0 $.Values.replicas) $.Values.autoscaling.enabled) }}
+{{- if and .enabled (gt $pods 0) }}
+{{- $stay := 0 }}
+{{- if kindIs "invalid" .minAvailable }}
+{{- $stay = ternary $pods 0 (has (toString .maxUnavailable) (list "0" "0%")) }}
+{{- else if kindIs "string" .minAvailable }}
+{{- $stay = div (add (mul $pods (trimSuffix "%" .minAvailable | int)) 99) 100 }}
+{{- else }}
+{{- $stay = int .minAvailable }}
+{{- end }}
+{{- if ge (int $stay) $pods }}
+{{- fail (printf "`podDisruptionBudget` lets nobody take a pod, so that a drain of its node never ends: of %d pods %d must stay. Set `maxUnavailable: 1`, or more pods." $pods (int $stay)) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- with dig "limits" "memory" "" .Values.resources }}
@@ -172,10 +245,33 @@ GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{ int64 . }}{{- else -}}{{ . }}{{- end -}}
 {{- end }}
 
-{{/* The egress rule for the cluster's DNS. */}}
+{{/* The egress rule for the cluster's DNS. Policies see the port of its pods, which on OpenShift is 5353. */}}
 {{- define "llm-gateway.dns" -}}
 - to: [{namespaceSelector: {}}, {ipBlock: {cidr: 169.254.20.10/32}}] # NodeLocal DNSCache
-  ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}]
+  ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}, {protocol: UDP, port: 5353}, {protocol: TCP, port: 5353}]
+{{- end }}
+
+{{/* An egress rule to everywhere but the addresses at which clouds give out credentials: a list of ports. */}}
+{{- define "llm-gateway.anywhere" -}}
+- to:
+    - namespaceSelector: {} # some networks do not count pods among the addresses below
+    - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.0.0/16, 168.63.129.16/32, 100.100.100.200/32]}
+    - ipBlock: {cidr: "::/0", except: ["fe80::/10", "fd00:ec2::254/128", "fd20:ce::254/128"]}
+  ports:
+    {{- range . }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- end }}
+
+{{/* The ports of the backends that `config` names, and of `telemetry.endpoint`, as "443 8000"; of an existing ConfigMap nobody knows them: 443. */}}
+{{- define "llm-gateway.ports" -}}
+{{- $urls := list }}
+{{- if .Values.existingConfigMap }}{{ $urls = list "https://backends" }}{{ end }}
+{{- range .Values.config.backends }}{{ $urls = concat $urls (.urls | default list) (.url | default list | list | compact) }}{{ end }}
+{{- with .Values.telemetry.endpoint }}{{ $urls = append $urls . }}{{ end }}
+{{- $ports := list }}
+{{- range $urls }}{{ $ports = append $ports (include "llm-gateway.portOf" .) }}{{ end }}
+{{- $ports | uniq | sortAlpha | join " " }}
 {{- end }}
 
 {{/* The port of a url. */}}
@@ -185,10 +281,12 @@ GATEWAY_LIMITS_URL_FILE: leave it out, or set `valkey.enabled` to false
 {{- end }}
 
 {{- define "llm-gateway.collectorConfig" -}}
+{{- $host := include "llm-gateway.host" . }}
+{{- if contains ":" $host }}{{ $host = printf "[%s]" $host }}{{ end -}}
 extensions:
-  health_check: {endpoint: "0.0.0.0:13133"}
+  health_check: {endpoint: "{{ $host }}:13133"}
 receivers:
-  otlp: {protocols: {http: {endpoint: "0.0.0.0:4318"}}}
+  otlp: {protocols: {http: {endpoint: "{{ $host }}:4318"}}}
 processors:
   memory_limiter: {check_interval: 1s, limit_percentage: 80, spike_limit_percentage: 20}
 exporters:
