@@ -7,7 +7,7 @@ that begins with a colon is a comment.
 import re
 
 from gateway.errors import PartTooLarge
-from gateway.pieces import BLOCK, joined
+from gateway.pieces import BLOCK, joined, taken_from
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
@@ -56,7 +56,7 @@ class EventSplitter:
         """
         if self.waiting:
             data = self._border + data
-            if _END_OF_EVENT.search(data) is None and self._before + len(data) <= self._limit:
+            if not _has_end(data) and self._before + len(data) <= self._limit:
                 self._wait_with(data)
                 return []
         if b"\r" in data or b"\n\n\n" in data or b"\n\n:" in data:
@@ -69,8 +69,9 @@ class EventSplitter:
             events = [part + b"\n\n" for part in parts]
         before = self._before
         if before and events:
-            events[0] = joined([*self._pieces, events[0]])
-            self._pieces, self._before = [], 0
+            self._pieces.append(events[0])
+            events[0] = joined(taken_from(self._pieces))
+            self._before = 0
         self._border, self.waiting = b"", self._before
         if rest:
             self._wait_with(rest)
@@ -93,19 +94,27 @@ class EventSplitter:
 
         A proper end completes any last event; it gets the line ends that it lacks.
         """
-        rest = joined([*self._pieces, self._border])
-        self._pieces, self._border, self._before, self.waiting = [], b"", 0, 0
-        if _END_OF_EVENT.search(rest):
+        self._pieces.append(self._border)
+        rest = joined(taken_from(self._pieces))
+        self._border, self._before, self.waiting = b"", 0, 0
+        if _has_end(rest):
             return [rest]
         if not proper or (data_of(rest) is None and error_of(rest) is None):
             return []
         return [rest + (b"\n" if rest.endswith((b"\n", b"\r")) else b"\n\n")]
 
 
+def _has_end(data: bytes) -> bool:
+    """Return whether an event ends; where there is no CR, without the expression, which takes ten times as long."""
+    return b"\n\n" in data if b"\r" not in data else _END_OF_EVENT.search(data) is not None
+
+
 def _has_many_lines(event: bytes) -> bool:
     lines = 0
     for at in range(0, len(event), BLOCK):  # block by block: other threads get their turn
         end = at + BLOCK + len(b"data")
+        if event.find(b"\n", at, end) < 0 and event.find(b"\r", at, end) < 0:  # faster than more letters
+            continue
         lines += event.count(b"\ndata", at, end) + event.count(b"\rdata", at, end)
     return lines > MAX_LINES
 
@@ -148,6 +157,11 @@ def data_of(event: bytes) -> bytes | None:
         elif line == b"data":
             lines.append(b"")
     return b"\n".join(lines) if lines else None
+
+
+def view_of_data(event: bytes) -> bytes | memoryview | None:
+    """Return the same of a large event, that of one line without a copy."""
+    return memoryview(event)[6:-2] if _is_one_line(event) else data_of(event)
 
 
 def error_of(event: bytes) -> bytes | None:

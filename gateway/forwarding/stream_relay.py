@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gateway.dialects.answer_fields import outer_words
 from gateway.dialects.error_words import MAX_WORDS, words_of
 from gateway.dialects.json_text import NO_JSON
-from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
+from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of, view_of_data
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
@@ -242,12 +242,13 @@ class StreamRelay:
             return self._look_into(piece)
         good: list[bytes] = []
         for event in await self._executor.run(size, self._split, piece):
-            data = await self._executor.run(size, data_of, event)
             if self._failure is not None or self._state.ended:
                 break
-            if data and len(data) > LARGE:
+            if len(event) <= LARGE:
+                data = data_of(event)
+            else:
                 try:
-                    data = await self._executor.read(len(data), self._state.abridged, data)
+                    data = await self._abridged(event)
                 except InvalidResponse as failure:
                     self._fail(failure)
                     break
@@ -255,6 +256,11 @@ class StreamRelay:
                 break
             good.append(event)
         return good[0] if len(good) == 1 else await self._executor.run(size, joined, good)
+
+    async def _abridged(self, event: bytes) -> bytes | None:
+        """Return the data of a large event as far as it is read, None when it has none. Raises: InvalidResponse."""
+        data = await self._executor.run(len(event), view_of_data, event)
+        return await self._executor.read(len(data), _abridged, self._state.abridged, data) if data else None
 
     def _look_into(self, data: bytes) -> bytes:
         return self._checked(self._split(data))
@@ -326,6 +332,10 @@ class StreamRelay:
 
     def _stalled(self) -> Stalled:
         return stalled(self._idle)
+
+
+def _abridged(abridge: "Callable[[bytes], bytes]", data: bytes | memoryview) -> bytes:
+    return abridge(data if isinstance(data, bytes) else joined([data]))
 
 
 @contextmanager
