@@ -132,10 +132,10 @@ class StreamRelay:
             Stalled: nothing came for the idle timeout.
             InvalidResponse: cut, or unreadable; ErrorInside: the backend sent an error.
         """
-        state, timer, read, late = self._state, self._timer, self._exchange.read, self._stalled
-        splitter = self._splitter
+        state, timer, read, splitter = self._state, self._timer, self._exchange.read, self._splitter
+        idle, late = self._idle, self._stalled
         while not (state.ended or state.finished or self._at_end):
-            timer.limit(self._idle, late)
+            timer.limit(idle, late)
             data = await read()
             timer.pause()
             if len(data) <= SLICE and splitter.waiting <= LARGE:
@@ -203,9 +203,8 @@ class StreamRelay:
 
     def _checked_read(self, data: bytes) -> bytes:
         """Return the events that a read completes, up to the first bad one, which sets `_failure`."""
-        line = line_of(data) if not self._splitter.waiting else None
-        if line is not None:
-            return data if not self._state.ended and self._is_good(data, line) else b""
+        if not self._splitter.waiting and (line := line_of(data)) is not None:
+            return data if self._is_good(data, line) else b""
         self._exchange.read_less(len(data))
         events = self._look_into(data)
         self._hold_half()
@@ -299,15 +298,16 @@ class StreamRelay:
     def _is_good(self, event: bytes, data: bytes | None) -> bool:
         if not data:  # a comment, or nothing that a reader would see
             return self._is_no_error(event)
+        state = self._state
         try:
-            self._state.feed(data)
+            state.feed(data)
         except InvalidResponse as failure:
             self._fail(failure)
             return False
-        if self._state.error is not None:
-            self._fail(ErrorInside(self._state.error, event))
+        if state.error is not None:
+            self._fail(ErrorInside(state.error, event))
             return False
-        return self._state.content or not self._state.ended
+        return state.content or not state.ended
 
     def _is_no_error(self, event: bytes) -> bool:
         """Return whether an event without data has no `error:` field either."""
