@@ -2,10 +2,11 @@
 
 For each shape of body, answer and streamed event, two callers send or are sent JSON as large as the limits allow, both
 at once, while a process of its own asks for `/livez` every 10 ms. Printed are the p99 and the longest of these calls,
-the gateway's CPU time for each MB that came (of an answer that is fetched again, each time), how far its memory rises for
-each byte that the two hold (the processes that it starts included), how often each was fetched, and the status. Each
-round has a gateway of its own, whose side process runs already: what an earlier shape has left, in its memory or in a
-breaker, says nothing about this one. Of several rounds the least counts: the rest is the machine's.
+the gateway's CPU time for each MB that came (of an answer that is fetched again, each time), how far its memory rises
+for each byte that the two hold (the processes that it starts included), how often each was fetched, and the status.
+
+Each round has a gateway of its own, whose side process runs already: what an earlier shape has left, in its memory or
+in a breaker, says nothing about this one. Of several rounds the least counts: the rest is the machine's.
 """
 
 import argparse
@@ -87,6 +88,9 @@ EVENTS = {
     "one text": filled(b'{"choices":[{"index":0,"delta":{"content":"', b"a", b'"},"finish_reason":"stop"}]}', b""),
     "lists": filled(b'{"choices":[{"index":0,"delta":{"content":[', b"[]", b']},"finish_reason":"stop"}]}'),
     "objects": filled(b'{"choices":[{"index":0,"delta":{"content":[', b"{}", b']},"finish_reason":"stop"}]}'),
+    "lines": filled(b'{"choices":[{"index":0,"finish_reason":"stop"}]}\n', b"x", b"", b"\n"),
+    "carriage returns": filled(b'{"choices":[{"index":0,"finish_reason":"stop"}]}\r', b"x", b"", b"\r"),
+    "comments": filled(b'{"choices":[{"index":0,"finish_reason":"stop"}]}\n', b":", b"", b"\n"),
 }
 KINDS = {"body": BODIES, "answer": ANSWERS, "event": EVENTS}
 _WANTED = re.compile(rb'"user": ?"(answer|event) ([^"]*)"')
