@@ -1,6 +1,7 @@
 """One timer for all phases of an attempt, or of any other wait."""
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Self
 
 from gateway.errors import DeadlineExceeded
@@ -41,13 +42,13 @@ class PhaseTimer:
         "_began",
         "_cancelling",
         "_clock",
-        "_due",
         "_end",
         "_end_message",
         "_handle",
         "_late",
         "_loop",
         "_ran_out",
+        "_seconds",
         "_task",
     )
 
@@ -61,12 +62,11 @@ class PhaseTimer:
         self._loop = asyncio.get_running_loop()
         self._end = end
         self._end_message = end_message
-        self._due = end
-        self._began: float
+        self._began = self._seconds = 0.0
         self._late: Callable[[], GatewayError] | None = None
         self._ran_out = False
         self._handle: asyncio.Handle | None = None
-        self._armed_for = end
+        self._armed_for = math.inf
         self._task: asyncio.Task[object]
         self._cancelling = 0
 
@@ -78,20 +78,15 @@ class PhaseTimer:
             late: makes its error.
             began: instant of the clock, of a phase that goes on; None: now.
         """
-        if began is None:
-            began = self._clock()
-        self._began = began
-        due = began + seconds
-        if due < self._end:
-            self._due, self._late = due, late
-        else:
-            self._due, self._late = self._end, None
-        if self._handle is None or self._armed_for > self._due:
+        self._began = self._clock() if began is None else began
+        self._seconds = seconds
+        self._late = late
+        if self._armed_for > self._began + seconds:
             self._arm(self._due)
 
     def pause(self) -> None:
         """End the phase: only the hard end applies."""
-        self._due, self._late = self._end, None
+        self._late = None
 
     def end_at(self, end: float) -> None:
         """Move the hard end; ends the phase."""
@@ -120,6 +115,11 @@ class PhaseTimer:
         # As in asyncio.timeout: a cancellation by somebody else goes on.
         if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise (late() if late is not None else DeadlineExceeded(self._end_message)) from None
+
+    @property
+    def _due(self) -> float:
+        """The instant at which the phase is late, or the hard end, if that comes first."""
+        return self._end if self._late is None else min(self._began + self._seconds, self._end)
 
     def _arm(self, due: float) -> None:
         if self._handle is not None:

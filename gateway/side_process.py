@@ -3,6 +3,7 @@
 It is started with the first work, speaks through its standard input and output, and ends when they are closed, so also
 when the gateway is killed; on Linux then even if it is stopped. Nothing but functions, their arguments and what they
 return goes to and fro, as pickles; long texts go beside them, without a copy, and do not come back.
+A `memoryview` goes as a long text does, and arrives as bytes.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from gateway.errors import drop_frames
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Text = bytes | memoryview
 
 LONG = 65_536
 """Bytes; a longer text goes beside the pickle."""
@@ -67,7 +69,7 @@ class SideProcess:
             process = self._started()
         except OSError:
             return work(*args, **kwargs)
-        texts: list[bytes] = []
+        texts: list[Text] = []
         watchdog = threading.Timer(LONGEST, process.kill)
         watchdog.daemon = True
         watchdog.start()
@@ -123,15 +125,15 @@ def _interpreter_options() -> list[str]:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts long texts into a list, and their numbers into the pickle."""
+    """Puts long texts, and views, into a list, and their numbers into the pickle."""
 
-    def __init__(self, file: BytesIO, texts: list[bytes]) -> None:
+    def __init__(self, file: BytesIO, texts: list[Text]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._texts = texts
         self._numbers = {id(text): number for number, text in enumerate(texts)}
 
     def persistent_id(self, value: object) -> int | None:
-        if type(value) is not bytes or len(value) <= LONG:
+        if not isinstance(value, memoryview) and (type(value) is not bytes or len(value) <= LONG):
             return None
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._texts)
@@ -140,15 +142,15 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BytesIO, texts: list[bytes]) -> None:
+    def __init__(self, file: BytesIO, texts: list[Text]) -> None:
         super().__init__(file)
         self._texts = texts
 
-    def persistent_load(self, number: int) -> bytes:
+    def persistent_load(self, number: int) -> Text:
         return self._texts[number]
 
 
-def _send(pipe: IO[bytes], value: object, texts: list[bytes]) -> None:
+def _send(pipe: IO[bytes], value: object, texts: list[Text]) -> None:
     """Send a value, and those of its long texts that the other side does not have: `texts` are those that it has."""
     known = len(texts)
     pickled = BytesIO()
@@ -160,7 +162,7 @@ def _send(pipe: IO[bytes], value: object, texts: list[bytes]) -> None:
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes], texts: list[bytes]) -> Any:  # noqa: ANN401 - whatever was sent
+def _receive(pipe: IO[bytes], texts: list[Text]) -> Any:  # noqa: ANN401 - whatever was sent
     """Return what was sent; its long texts are added to `texts`. Raises: EOFError."""
     sizes = [_number(pipe) for _ in range(_number(pipe))]
     pickled, *more = [_read(pipe, size) for size in sizes]
@@ -181,7 +183,7 @@ def _read(pipe: IO[bytes], size: int) -> bytes:
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Do one work; nothing of it is held afterwards. Raises: EOFError, BrokenPipeError: nobody asks any more."""
-    texts: list[bytes] = []
+    texts: list[Text] = []
     work, args, kwargs = _receive(requests, texts)
     outcome: tuple[object, Exception | None]
     try:

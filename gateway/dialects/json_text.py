@@ -195,6 +195,8 @@ def _without_surrogates(data: bytes) -> bytes:
 def _block_without_surrogates(block: bytes) -> bytes:
     block = block.replace(rb"\uD", rb"\ud")
     for escape in _SURROGATES:
+        if rb"\ud" not in block:
+            break
         block = block.replace(escape, rb"\ue0")
     return block
 

@@ -170,6 +170,8 @@ def _may_be_twice(names: _Names, body: bytes) -> bool:
     for at in range(0, len(body), BLOCK):  # block by block: other threads get their turn
         block = body[at : at + BLOCK + names.longest]
         found = names.pattern.findall(block.lower())
+        if not found:
+            continue
         before = len(seen)
         seen.update(found)
         if len(seen) != before + len(found) or names.pattern.findall(block) != found:
@@ -212,9 +214,10 @@ def _unescaped(names: _Names, body: bytes) -> bytes:
     """Return a text in which what stands for a letter of a name, in either case, is that letter."""
     body = body.replace(rb"\\", b"//")
     for row, escapes in names.escapes.items():
-        if row in body:
-            for escape, letter in escapes:
-                body = body.replace(escape, letter)
+        for escape, letter in escapes:
+            if row not in body:
+                break
+            body = body.replace(escape, letter)
     for letter, capital in _ALSO_LETTERS.items():
         body = body.replace(letter, capital)
     return body

@@ -2,27 +2,31 @@
 
 Source: WHATWG HTML, section "Server-sent events": lines end with LF, CR LF or CR; an empty line ends an event; a line
 that begins with a colon is a comment.
+
+What every event passes is searched with `find`: `in` takes bytes for a number first, which costs 1,000 instructions.
 """
 
 import re
 
 from gateway.errors import PartTooLarge
-from gateway.pieces import BLOCK, joined
+from gateway.pieces import BLOCK, joined, taken_from
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":", b"\n", b"\r")
 """How a stream begins, after a byte order mark."""
 DONE = b"[DONE]"
+LF = ord("\n")
 
 BORDER = 3
 """Bytes before new ones that can be part of the end of an event."""
-MAX_LINES = 10_000
-"""Lines of data of one event; real servers write a few."""
+MAX_LINES = 200_000
+"""Lines of one event, of whatever kind; real servers write a few."""
 
+TWO_ENDS = (b"\n\n", b"\n\r", b"\r\r")
+"""What every end of an event holds, and nothing else: CR LF is one line end."""
 _END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _ENDS = re.compile(_END_OF_EVENT.pattern + rb"(?>(?>:[^\r\n]*+(?>\r\n|\n|\r))*+(?>\r\n|\n|\r))*+")
 """With the further empty lines and events of comments that follow: one by one they would cost as much as real ones."""
-_LINE = re.compile(rb"\r\n|\n|\r")
 
 
 class EventSplitter:
@@ -56,10 +60,10 @@ class EventSplitter:
         """
         if self.waiting:
             data = self._border + data
-            if _END_OF_EVENT.search(data) is None and self._before + len(data) <= self._limit:
+            if not _has_end(data) and self._before + len(data) <= self._limit:
                 self._wait_with(data)
                 return []
-        if b"\r" in data or b"\n\n\n" in data or b"\n\n:" in data:
+        if data.find(b"\r") >= 0 or data.find(b"\n\n\n") >= 0 or data.find(b"\n\n:") >= 0:
             events, rest = _split_any(data)
         elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:  # not copied: it may be large
             events, rest = [data], b""
@@ -69,8 +73,9 @@ class EventSplitter:
             events = [part + b"\n\n" for part in parts]
         before = self._before
         if before and events:
-            events[0] = joined([*self._pieces, events[0]])
-            self._pieces, self._before = [], 0
+            self._pieces.append(events[0])
+            events[0] = joined(taken_from(self._pieces))
+            self._before = 0
         self._border, self.waiting = b"", self._before
         if rest:
             self._wait_with(rest)
@@ -93,20 +98,25 @@ class EventSplitter:
 
         A proper end completes any last event; it gets the line ends that it lacks.
         """
-        rest = joined([*self._pieces, self._border])
-        self._pieces, self._border, self._before, self.waiting = [], b"", 0, 0
-        if _END_OF_EVENT.search(rest):
+        self._pieces.append(self._border)
+        rest = joined(taken_from(self._pieces))
+        self._border, self._before, self.waiting = b"", 0, 0
+        if _has_end(rest):
             return [rest]
         if not proper or (data_of(rest) is None and error_of(rest) is None):
             return []
         return [rest + (b"\n" if rest.endswith((b"\n", b"\r")) else b"\n\n")]
 
 
+def _has_end(data: bytes) -> bool:
+    """Return whether an event ends; as `_END_OF_EVENT`, which takes ten times as long to find nothing."""
+    return any(data.find(end) >= 0 for end in TWO_ENDS)
+
+
 def _has_many_lines(event: bytes) -> bool:
     lines = 0
     for at in range(0, len(event), BLOCK):  # block by block: other threads get their turn
-        end = at + BLOCK + len(b"data")
-        lines += event.count(b"\ndata", at, end) + event.count(b"\rdata", at, end)
+        lines += max(event.count(b"\n", at, at + BLOCK), event.count(b"\r", at, at + BLOCK))
     return lines > MAX_LINES
 
 
@@ -131,18 +141,18 @@ def line_of(event: bytes) -> bytes | None:
 
 
 def _is_one_line(event: bytes) -> bool:
-    plain = event.startswith(b"data: ") and event.endswith(b"\n\n") and b"\r" not in event
-    return plain and event.find(b"\n") == len(event) - 2
+    end = len(event) - 2
+    return event.find(b"\n") == end and event[-1] == LF and event.find(b"\r") < 0 and event.startswith(b"data: ")
 
 
 def data_of(event: bytes) -> bytes | None:
     """Return the data of an event; None when it has none, as a comment has not."""
     if _is_one_line(event):
         return event[6:-2] if len(event) <= BLOCK else joined([memoryview(event)[6:-2]])
-    if b"data" not in event:
+    if event.find(b"data") < 0:
         return None
     lines = []
-    for line in _LINE.split(event.removeprefix(BYTE_ORDER_MARK)):
+    for line in event.removeprefix(BYTE_ORDER_MARK).splitlines():
         if line.startswith(b"data:"):
             lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
         elif line == b"data":
@@ -150,11 +160,16 @@ def data_of(event: bytes) -> bytes | None:
     return b"\n".join(lines) if lines else None
 
 
+def view_of_data(event: bytes) -> bytes | memoryview | None:
+    """Return the same of a large event, that of one line without a copy."""
+    return memoryview(event)[6:-2] if _is_one_line(event) else data_of(event)
+
+
 def error_of(event: bytes) -> bytes | None:
     """Return the value of an `error:` field, which llama.cpp wrote until autumn 2025; None when it has none."""
     if b"error:" not in event:
         return None
-    for line in _LINE.split(event.removeprefix(BYTE_ORDER_MARK)):
+    for line in event.removeprefix(BYTE_ORDER_MARK).splitlines():
         if line.startswith(b"error:"):
             return line[6:].strip()
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gateway.dialects.answer_fields import outer_words
 from gateway.dialects.error_words import MAX_WORDS, words_of
 from gateway.dialects.json_text import NO_JSON
-from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of
+from gateway.dialects.server_sent_events import EventSplitter, data_of, error_of, line_of, view_of_data
 from gateway.errors import AnswerTooLarge, BackendError, ErrorInside, InvalidResponse, Silent, Stalled, drop_frames
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
@@ -132,10 +132,10 @@ class StreamRelay:
             Stalled: nothing came for the idle timeout.
             InvalidResponse: cut, or unreadable; ErrorInside: the backend sent an error.
         """
-        state, timer, read, late = self._state, self._timer, self._exchange.read, self._stalled
-        splitter = self._splitter
+        state, timer, read, splitter = self._state, self._timer, self._exchange.read, self._splitter
+        idle, late = self._idle, self._stalled
         while not (state.ended or state.finished or self._at_end):
-            timer.limit(self._idle, late)
+            timer.limit(idle, late)
             data = await read()
             timer.pause()
             if len(data) <= SLICE and splitter.waiting <= LARGE:
@@ -203,9 +203,8 @@ class StreamRelay:
 
     def _checked_read(self, data: bytes) -> bytes:
         """Return the events that a read completes, up to the first bad one, which sets `_failure`."""
-        line = line_of(data) if not self._splitter.waiting else None
-        if line is not None:
-            return data if not self._state.ended and self._is_good(data, line) else b""
+        if not self._splitter.waiting and (line := line_of(data)) is not None:
+            return data if self._is_good(data, line) else b""
         self._exchange.read_less(len(data))
         events = self._look_into(data)
         self._hold_half()
@@ -242,12 +241,13 @@ class StreamRelay:
             return self._look_into(piece)
         good: list[bytes] = []
         for event in await self._executor.run(size, self._split, piece):
-            data = await self._executor.run(size, data_of, event)
             if self._failure is not None or self._state.ended:
                 break
-            if data and len(data) > LARGE:
+            if len(event) <= LARGE:
+                data = data_of(event)
+            else:
                 try:
-                    data = await self._executor.read(len(data), self._state.abridged, data)
+                    data = await self._abridged(event)
                 except InvalidResponse as failure:
                     self._fail(failure)
                     break
@@ -255,6 +255,11 @@ class StreamRelay:
                 break
             good.append(event)
         return good[0] if len(good) == 1 else await self._executor.run(size, joined, good)
+
+    async def _abridged(self, event: bytes) -> bytes | None:
+        """Return the data of a large event as far as it is read, None when it has none. Raises: InvalidResponse."""
+        data = await self._executor.run(len(event), view_of_data, event)
+        return await self._executor.read(len(data), _abridged, self._state.abridged, data) if data else None
 
     def _look_into(self, data: bytes) -> bytes:
         return self._checked(self._split(data))
@@ -293,15 +298,16 @@ class StreamRelay:
     def _is_good(self, event: bytes, data: bytes | None) -> bool:
         if not data:  # a comment, or nothing that a reader would see
             return self._is_no_error(event)
+        state = self._state
         try:
-            self._state.feed(data)
+            state.feed(data)
         except InvalidResponse as failure:
             self._fail(failure)
             return False
-        if self._state.error is not None:
-            self._fail(ErrorInside(self._state.error, event))
+        if state.error is not None:
+            self._fail(ErrorInside(state.error, event))
             return False
-        return self._state.content or not self._state.ended
+        return state.content or not state.ended
 
     def _is_no_error(self, event: bytes) -> bool:
         """Return whether an event without data has no `error:` field either."""
@@ -326,6 +332,10 @@ class StreamRelay:
 
     def _stalled(self) -> Stalled:
         return stalled(self._idle)
+
+
+def _abridged(abridge: "Callable[[bytes], bytes]", data: bytes | memoryview) -> bytes:
+    return abridge(data if isinstance(data, bytes) else joined([data]))
 
 
 @contextmanager

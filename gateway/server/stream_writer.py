@@ -63,6 +63,7 @@ class StreamWriter:
         clock: "Callable[[], float]",
     ) -> None:
         self._request = request
+        self._protocol = request.protocol  # asked for each time, it costs as much as a call
         self._record = record
         self._dialect = dialect
         self._admission = admission
@@ -134,8 +135,8 @@ class StreamWriter:
         They go straight to the transport: aiohttp's writer takes 10,000 instructions more for each event
         (docs/performance.md). Large ones are not copied.
         """
-        request = self._request
-        transport = request.transport
+        protocol = self._protocol
+        transport = protocol.transport
         if transport is None or transport.is_closing():
             raise CallerLeft
         if not self._chunked:
@@ -146,7 +147,7 @@ class StreamWriter:
             transport.writelines((b"%x\r\n" % len(events), events, b"\r\n"))
         if self._beating is not None:
             self._last_write = self._clock()
-        if request.protocol.writing_paused:
+        if protocol.writing_paused:
             await self._until_taken(max(0, transport.get_write_buffer_size() - held))
 
     async def _until_taken(self, size: int) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gateway.errors import ErrorWords
 
 MAX_CHOICES_SHOWN = 16
+MAX_CHOICES_READ = 128
+"""Of a large event: as many as OpenAI lets a request ask for."""
 REASONING = frozenset({"role", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks"})
 """The fields of a delta that are not yet the answer, whoever writes them."""
 
@@ -129,7 +131,13 @@ class _LargeDelta(Struct):
 
 
 _decode_large_chunk = msgspec.json.Decoder(_LargeChunk).decode
-_raw_choices = msgspec.json.Decoder(list[_LargeChoice]).decode
+_FirstChoices = msgspec.defstruct(
+    "_FirstChoices",
+    [(f"choice_{number}", _LargeChoice | None, None) for number in range(MAX_CHOICES_READ)],
+    array_like=True,
+)
+"""A list of choices; those after the first ones are passed over, and nothing is built of them."""
+_first_choices = msgspec.json.Decoder(_FirstChoices).decode
 _large_delta = msgspec.json.Decoder(_LargeDelta).decode
 _decode_words = msgspec.json.Decoder(_Words).decode
 
@@ -251,12 +259,12 @@ def _large_chunk(data: bytes) -> dict[str, Any]:
 
 
 def _large_choices(choices: msgspec.Raw) -> list[dict[str, Any]]:
-    """Return the choices of a large chunk, as far as they are read; none when they are too many, or no objects."""
+    """Return the first choices of a large chunk, as far as they are read; none when they are no objects."""
     try:
-        read = [] if has_many_objects(bytes(choices)) else _raw_choices(choices)
+        read = msgspec.structs.astuple(_first_choices(choices))
     except msgspec.ValidationError:
-        read = []
-    return [_large_choice(choice) for choice in read]
+        read = ()
+    return [_large_choice(choice) for choice in read if choice is not None]
 
 
 def _large_choice(choice: "_LargeChoice") -> dict[str, Any]:

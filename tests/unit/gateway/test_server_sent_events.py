@@ -1,9 +1,18 @@
+import tracemalloc
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.server_sent_events import EventSplitter, begins_as_stream, data_of, error_of
-from gateway.errors import InvalidResponse
+from gateway.dialects.server_sent_events import (
+    MAX_LINES,
+    EventSplitter,
+    begins_as_stream,
+    data_of,
+    error_of,
+    view_of_data,
+)
+from gateway.errors import InvalidResponse, PartTooLarge
 
 MAX_EVENT = 1 << 20
 LINE_ENDS = (b"\n", b"\r\n", b"\r")
@@ -110,6 +119,47 @@ def test_a_large_event_of_many_lines_is_joined_once() -> None:
     assert splitter.feed(b"\n") == [line * 9_000 + b"\n"]
 
 
+@pytest.mark.parametrize("line", [b"data\n", b"x\r", b":\n", b"x\r\n"])
+def test_lines_are_counted_whatever_they_are(line: bytes) -> None:
+    splitter = EventSplitter(1 << 26)
+    assert splitter.feed(b"data: a\n" + line * (MAX_LINES + 1)) == []
+
+    with pytest.raises(PartTooLarge, match="lines"):
+        splitter.feed(b"\ndata: b\n\n")
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_large_event_is_held_once_while_it_is_joined(line_end: bytes) -> None:
+    size, piece = 1 << 23, 1 << 16
+    splitter = EventSplitter(2 * size)
+    tracemalloc.start()
+    try:
+        assert splitter.feed(b"data: ") == []
+        for _ in range(size // piece):
+            assert splitter.feed(b"%b" % (b"x" * piece)) == []
+        tracemalloc.reset_peak()
+        [event] = splitter.feed(2 * line_end) or splitter.end(proper=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert len(event) == len(b"data: ") + size + 2 * len(line_end)
+    assert peak <= 1.3 * size
+
+
+def test_the_data_of_a_large_event_is_seen_without_a_copy() -> None:
+    event = b"data: %b\n\n" % (b"x" * (1 << 23))
+    tracemalloc.start()
+    try:
+        data = view_of_data(event)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert data == event[6:-2]
+    assert peak < 10_000
+
+
 def test_half_an_event_never_goes_on() -> None:
     splitter = EventSplitter(MAX_EVENT)
 
@@ -209,7 +259,7 @@ def test_an_event_without_an_end_fails_at_the_limit_and_is_not_collected() -> No
     ],
 )
 def test_the_data_of_an_event(event: bytes, data: bytes | None) -> None:
-    assert data_of(event) == data
+    assert data_of(event) == view_of_data(event) == data
 
 
 @given(st.lists(WORDS, min_size=1, max_size=4), st.data())

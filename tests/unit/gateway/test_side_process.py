@@ -56,6 +56,10 @@ def length_and_itself(text: bytes) -> tuple[int, list[bytes]]:
     return len(text), [text, text]
 
 
+def kind_and_length(text: bytes | memoryview) -> tuple[str, int]:
+    return type(text).__name__, len(text)
+
+
 class Held:
     """Something of a work, that is seen until it is let go."""
 
@@ -188,6 +192,13 @@ def test_what_comes_back_is_small_however_large_the_text(worker: SideProcess) ->
     assert described.model == "m"
     assert (state.model, state.content, state.finished) == ("m", True, True)
     assert len(ChoicesState.abridged(event)) <= LONG + 1000
+
+
+def test_a_part_of_a_text_arrives_as_bytes(worker: SideProcess) -> None:
+    part = memoryview(LONG_TEXT)[1:-1]
+
+    assert worker.call(kind_and_length, part) == ("bytes", len(part))
+    assert worker.call(kind_and_length, part[:10]) == ("bytes", 10)
 
 
 def test_a_death_costs_one_call_and_the_next_one_gets_another_process(worker: SideProcess) -> None:

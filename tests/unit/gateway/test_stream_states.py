@@ -396,3 +396,15 @@ def test_a_delta_with_anything_in_it_is_content_however_large(fields: dict[str, 
     event = chunk(delta(**fields)).replace(b"%", b"x" * size)
 
     assert chat(event).content
+
+
+@pytest.mark.parametrize("where", ["delta", "logprobs"])
+def test_a_choice_is_read_however_many_objects_it_holds(where: str) -> None:
+    objects = [{"token": "a", "logprob": 0}] * 10_000
+    choice = delta(1, "stop", content="hi")
+    inside = choice["delta"] if where == "delta" else choice
+    inside["logprobs"] = {"content": objects}
+    state = chat(chunk(delta(content="hi")), chunk(choice), chunk(delta(0, "length")), choices=2)
+
+    assert chat(chunk(choice)).content
+    assert (state.finished, state.finish_reasons) == (True, ["length", "stop"])
