@@ -59,12 +59,12 @@ class Charges:
         """
         if not limits.tokens.windows or prompt.is_about_response:  # its tokens counted when it was made
             return Charge(Reservation(limits, 0))
-        read = prompt.dialect.prompt_tokens
-        if len(prompt.body) <= LARGE:
+        read, size = prompt.dialect.prompt_tokens, len(prompt.body)
+        if size <= LARGE:
             tokens = read(prompt)
         else:
             with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
-                tokens = await self._executor.run(len(prompt.body), read, prompt)
+                tokens = await self._executor.run(size, read, prompt)
         operation = prompt.operation
         if tokens is None or operation == "embeddings":  # nothing of the answer is reserved
             return Charge(Reservation(limits, tokens or 0), prompt, tokens)
@@ -74,7 +74,7 @@ class Charges:
         length = self._lengths.get((route, operation))
         if length is None:
             length = self._lengths[route, operation] = AnswerLength()
-        return Charge(Reservation(limits, tokens + int(length.mean) * prompt.choices), prompt, tokens, length)
+        return Charge(Reservation(limits, tokens + length.mean * prompt.choices), prompt, tokens, length)
 
     def follow(self, routes: "Container[str]") -> None:
         """Forget how long the answers of all other routes were."""
@@ -88,17 +88,17 @@ class AnswerLength:
         mean: of each choice, about.
     """
 
-    __slots__ = ("_any", "mean")
+    __slots__ = ("_sum", "mean")
 
     def __init__(self) -> None:
-        self.mean: float = FIRST_GUESS
-        self._any = False
+        self.mean = FIRST_GUESS
+        self._sum = 0  # about, of as many choices as are remembered
 
     def learn(self, tokens: int, choices: int) -> None:
         """Take in how many a whole answer had, and how many choices."""
-        each = (tokens if tokens < MOST else MOST) / choices  # noqa: FURB136 - at each request
-        self.mean = self.mean + (each - self.mean) / MEMORY if self._any else each
-        self._any = True
+        each = (tokens if tokens < MOST else MOST) // choices  # noqa: FURB136 - at each request
+        self._sum += each - self.mean if self._sum else each * MEMORY
+        self.mean = self._sum // MEMORY
 
 
 class Charge(Struct, eq=False):

@@ -38,9 +38,11 @@ class Meter:
         smallest: the least of the limits.
         tightest: the window of which the least is left; None: there is no limit.
         end: the reading at which nothing is left of that.
+        opened: the reading at which nothing is used of the present slot of that window.
+        told: the words for all this that hold until it is aimed again; None: nobody has found them yet.
     """
 
-    __slots__ = ("bound", "end", "reading", "smallest", "tightest", "windows")
+    __slots__ = ("bound", "end", "opened", "reading", "smallest", "tightest", "told", "windows")
 
     def __init__(self) -> None:
         self.reading = 0
@@ -61,6 +63,8 @@ class Meter:
             smallest = min(smallest, window.limit)
             if (end := window.zero + window.limit - window.elsewhere) < least:
                 least, self.tightest = end, window
+        self.opened = self.tightest.opened if self.tightest is not None else self.reading
+        self.told: tuple[str, str] | None = None
         self.bound: float = bound
         self.smallest: float = smallest
         self.end: float = least
@@ -86,10 +90,10 @@ class Window:
         since: the instant at which it begins: what was used before is none of its.
 
     Attributes:
-        limit: what may be used in a window; `have` changes it. shown: the same as text.
+        limit: what may be used in a window; `have` changes it.
         began: the instant at which the present slot began, or the window.
         leased: what was used here and is forgotten may not be used again until it is granted.
-        zero: the reading at which nothing is used.
+        zero: the reading at which nothing is used; opened: that at which nothing of the present slot is.
         free_at, empty_at: the instants at which all of them may use more, and have used nothing.
     """
 
@@ -98,7 +102,6 @@ class Window:
         "_ends",
         "_meter",
         "_most",
-        "_opened",
         "_past",
         "_seconds",
         "_since",
@@ -109,7 +112,7 @@ class Window:
         "leased",
         "limit",
         "name",
-        "shown",
+        "opened",
         "zero",
     )
 
@@ -119,7 +122,6 @@ class Window:
         self.leased = False
         self.free_at = self.empty_at = 0.0
         self.limit = self._most = limit
-        self.shown = str(limit)
         self._elsewhere = 0
         self._meter = meter
         self.zero = meter.reading
@@ -128,7 +130,7 @@ class Window:
         self._slot = 0  # the number of the present one
         self._ends = 0  # the instant at which that is forgotten
         self._past: dict[int, int] = {}  # what was used in those before it, the oldest first
-        self._opened = meter.reading  # the reading at which nothing is used of the present slot
+        self.opened = meter.reading
 
     @property
     def seconds(self) -> int:
@@ -167,7 +169,7 @@ class Window:
 
     def have(self, limit: int) -> None:
         """Have another limit from now on."""
-        self.limit, self.shown = limit, str(limit)
+        self.limit = limit
         self._meter.aim()
 
     def roll(self, now: float) -> float:
@@ -178,9 +180,9 @@ class Window:
         slot = int(now // self._seconds)
         if slot > self._slot:
             reading = self._meter.reading
-            if reading > self._opened:
-                self._past[self._slot] = reading - self._opened
-            self._opened = reading
+            if reading > self.opened:
+                self._past[self._slot] = reading - self.opened
+            self.opened = reading
             while self._past and (oldest := next(iter(self._past))) < slot - SLOTS:
                 forgotten = self._past.pop(oldest)
                 self.zero += forgotten
@@ -227,14 +229,14 @@ class Window:
         if slot in self._past:
             self._past[slot] += by
         elif slot == self._slot:
-            self._opened -= by
+            self.opened -= by
         else:
             return
         self.zero -= by
 
     def empty_in(self, second: int) -> int:
         """Return the seconds from an instant, without its part of a second, until nothing is used unless more is."""
-        if self._meter.reading > self._opened:
+        if self._meter.reading > self.opened:
             own = self._ends - second
         elif not self.used:
             own = 0
@@ -244,7 +246,7 @@ class Window:
 
     def slots(self) -> dict[int, int]:
         """Return what was used in each slot, by its number since the epoch, the oldest first."""
-        return {**self._past, self._slot: self._meter.reading - self._opened}
+        return {**self._past, self._slot: self._meter.reading - self.opened}
 
     def restore(self, slots: "Mapping[int, int]", now: float) -> None:
         """Add what was used before the process began; what lies in the future, by a clock that was wrong, is now."""
@@ -255,7 +257,7 @@ class Window:
             if slot >= self._slot - SLOTS:
                 merged[slot] = merged.get(slot, 0) + used
         self.zero = self._meter.reading - sum(merged.values())
-        self._opened = self._meter.reading - merged.pop(self._slot)
+        self.opened = self._meter.reading - merged.pop(self._slot)
         self._past = dict(sorted(merged.items()))
         self._meter.aim()
 
@@ -337,11 +339,11 @@ class Limits:
         return tuple(window for window in self.windows if window.seconds == DAY)
 
     def look(self) -> float:
-        """Return the instant, at which all windows are as they are to be."""
+        """Return the instant, at which all windows are as they are to be; they are aimed anew once a second."""
         now = self.clock()
         if now >= self._rolls_at:
             windows = self.windows
-            self._rolls_at = min([window.roll(now) for window in windows], default=math.inf)
+            self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in windows)])
             self.began = max([window.began for window in windows], default=-math.inf)
             self.requests.aim()
             self.tokens.aim()
@@ -356,6 +358,29 @@ class Limits:
             yield "max_in_flight", self.max_in_flight, self.in_flight
 
 
+class _Cut:
+    """A reservation of more tokens than the smallest of the limits, each of which has its own part of it.
+
+    Attributes:
+        tokens: all limits have these.
+    """
+
+    def __init__(self, meter: Meter, tokens: int) -> None:
+        self._meter = meter
+        self.tokens = smallest = int(meter.smallest)
+        self._more = [(window, min(tokens, window.limit) - smallest) for window in meter.windows]
+
+    def fits(self) -> bool:
+        """Return whether it fits in the limits that are larger."""
+        return all(window.used + self.tokens + more <= window.most for window, more in self._more)
+
+    def change(self, at: float, times: int) -> None:
+        """Use what the larger limits have beyond the smallest, or less of it."""
+        for window, more in self._more:
+            window.change(at, times * more)
+        self._meter.aim()
+
+
 class Reservation(Struct, eq=False):
     """What one request needs of its key's limits: taken before it is forwarded, settled by what it has used.
 
@@ -366,36 +391,32 @@ class Reservation(Struct, eq=False):
 
     limits: Limits
     tokens: int
-    _taken: int = 0
     _taken_at: float | None = None
-    _more: list[tuple[Window, int]] | None = None  # taken of windows that are larger than the smallest
+    _cut: "_Cut | None" = None
 
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
         limits, tokens = self.limits, self.tokens
         now = limits.look()
         of_requests, of_tokens = limits.requests, limits.tokens
-        more = None
+        cut = None
         if tokens > of_tokens.smallest:
-            smallest = int(of_tokens.smallest)
-            more = [(window, min(tokens, window.limit) - smallest) for window in of_tokens.windows]
-            tokens = smallest
+            cut = _Cut(of_tokens, tokens)
+            tokens = cut.tokens
         if (
             of_requests.reading >= of_requests.bound
             or of_tokens.reading + tokens > of_tokens.bound
             or (limits.most_in_flight is not None and limits.in_flight >= limits.most_in_flight)
-            or (more is not None and any(window.used + tokens + extra > window.most for window, extra in more))
+            or (cut is not None and not cut.fits())
         ):
             return self._wait(now)
         of_requests.reading += 1
         of_tokens.reading += tokens
-        if more is not None:
-            for window, extra in more:
-                window.change(now, extra)
-            of_tokens.aim()
+        if cut is not None:
+            self._cut = cut
+            cut.change(now, 1)
         limits.in_flight += 1
         limits.touched = True
-        self._taken, self._more = tokens, more
         self._taken_at = now
         return None
 
@@ -435,11 +456,10 @@ class Reservation(Struct, eq=False):
         self._taken_at = None
         limits.in_flight -= 1
         limits.touched = True
-        more = tokens - self._taken
-        if self._more is not None:
-            for window, taken in self._more:
-                window.change(at, -taken)
-            limits.tokens.aim()
+        more = tokens - self.tokens
+        if self._cut is not None:
+            more = tokens - self._cut.tokens
+            self._cut.change(at, -1)
         if more > 0:
             limits.look()
             limits.tokens.reading += more

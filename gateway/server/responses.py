@@ -1,6 +1,5 @@
 """What callers get besides a backend's own bytes: the explaining headers, and errors in the form of their dialect."""
 
-from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.dialects.dialect import Dialect
-    from gateway.policy.limits import Limits
+    from gateway.policy.limits import Limits, Meter, Window
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"
@@ -62,27 +61,34 @@ def explaining(record: "Record", now: float) -> bytes:
 
 def _rate_limits(limits: "Limits") -> str:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    second = int(limits.look())
+    now = limits.look()
     requests, tokens = limits.requests, limits.tokens
     lines = ""
-    if (window := requests.tightest) is not None:
+    if requests.tightest is not None:
+        before, after = requests.told or _told(requests, requests.tightest, now, "requests")
         left = requests.end - requests.reading
-        lines = (
-            f"x-ratelimit-limit-requests: {window.shown}\r\n"
-            f"x-ratelimit-remaining-requests: {left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
-            f"x-ratelimit-reset-requests: {_duration(window.empty_in(second))}\r\n"
-        )
-    if (window := tokens.tightest) is not None:
+        lines = f"{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
+    if tokens.tightest is not None:
+        before, after = tokens.told or _told(tokens, tokens.tightest, now, "tokens")
         left = tokens.end - tokens.reading
-        return (
-            f"{lines}x-ratelimit-limit-tokens: {window.shown}\r\n"
-            f"x-ratelimit-remaining-tokens: {left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
-            f"x-ratelimit-reset-tokens: {_duration(window.empty_in(second))}\r\n"
-        )
+        lines += f"{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
     return lines
 
 
-@lru_cache(maxsize=256)
+def _told(meter: "Meter", tightest: "Window", now: float, kind: str) -> tuple[str, str]:
+    """Return what stands before and after the number that is left.
+
+    It is the same until the meter is aimed again, once something is used of the present slot.
+    """
+    told = (
+        f"x-ratelimit-limit-{kind}: {tightest.limit}\r\nx-ratelimit-remaining-{kind}: ",
+        f"\r\nx-ratelimit-reset-{kind}: {_duration(tightest.empty_in(int(now)))}\r\n",
+    )
+    if meter.reading > meter.opened:
+        meter.told = told
+    return told
+
+
 def _duration(seconds: int) -> str:
     """Return a number of seconds as OpenAI writes it: `1s`, `6m0s`, `23h59m8s`."""
     minutes, rest = divmod(seconds, 60)
