@@ -45,19 +45,22 @@ class Charges:
         self._clock = clock
         self._lengths: dict[tuple[str, str | None], AnswerLength] = {}
 
-    async def begin(self, limits: "Limits", prompt: "Prompt", route: str, deadline: "Deadline") -> "Charge":
+    async def begin(
+        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, deadline: "Deadline"
+    ) -> "Charge":
         """Return what a request is charged, yet to be taken.
 
         Args:
             limits: of its key.
             prompt: the checked request; it is looked into only where tokens are limited.
-            route: its model, as configured.
+            route: its model, as configured; empty for one about a stored response: its tokens counted when it was made.
+            operation: what it asks for.
             deadline: of the request.
 
         Raises:
             DeadlineExceeded: it passed before the body could be looked into.
         """
-        if not limits.tokens.windows or prompt.is_about_response:  # its tokens counted when it was made
+        if not route or not limits.tokens.windows:
             return Charge(Reservation(limits, 0))
         read, size = prompt.dialect.prompt_tokens, len(prompt.body)
         if size <= LARGE:
@@ -65,7 +68,6 @@ class Charges:
         else:
             with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
                 tokens = await self._executor.run(size, read, prompt)
-        operation = prompt.operation
         if tokens is None or operation == "embeddings":  # nothing of the answer is reserved
             return Charge(Reservation(limits, tokens or 0), prompt, tokens)
         most = prompt.max_tokens

@@ -192,7 +192,7 @@ class Handlers:
         record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
         if caller.limits is not None:
-            charge = await self._charges.begin(caller.limits, prompt, route, deadline)
+            charge = await self._charges.begin(caller.limits, prompt, route, record.operation, deadline)
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0
