@@ -30,7 +30,7 @@ from gateway.backend import aiohttp_connection
 from gateway.backend.aiohttp_connection import READ, ConnectLimit, Connector, request_to, send, unread, waiting
 from gateway.backend.aiohttp_connection import Protocol as BackendProtocol
 from gateway.errors import ConnectTimeout
-from gateway.server.aiohttp_protocol import OTHER_VERSION, Protocol
+from gateway.server.aiohttp_protocol import OTHER_VERSION, Answer, OpenAnswer, Protocol
 from gateway.server.connections import Connections
 from gateway.server.hang_ups import HangUps
 from gateway.stalls import stalls_of_loop
@@ -543,6 +543,67 @@ def server_protocol(kind: type[RequestHandler] = RequestHandler) -> Any:  # noqa
             "write_timeout": 60.0,
         }
     return kind(server, loop=asyncio.get_running_loop(), **server._kwargs, **more)
+
+
+class Sent(Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = b""
+
+    def write(self, data: Any) -> None:  # noqa: ANN401
+        self.data += bytes(data)
+
+
+async def answered(handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], asked: bytes) -> bytes:
+    """What a caller gets."""
+    protocol, sent = web.Server(handler, access_log=None)(), Sent()
+    protocol.connection_made(sent)
+    protocol.data_received(asked)
+    await until(lambda: b"\r\n\r\n" in sent.data)
+    await asyncio.sleep(0)
+    protocol.connection_lost(None)
+    await asyncio.sleep(0)
+    return sent.data
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_lines_that_explain_stand_at_the_end_of_the_head_of_a_whole_answer(method: str, version: str) -> None:
+    async def answer(_request: web.BaseRequest) -> web.StreamResponse:
+        whole = Answer(body=b"{}", status=404, headers={"server": "us"})
+        whole.lines = b"x-a: 1\r\nx-b: 2\r\n"
+        return whole
+
+    head, _, body = (await answered(answer, f"{method} / HTTP/{version}\r\nhost: a\r\n\r\n".encode())).partition(
+        b"\r\n\r\n"
+    )
+    first, *lines = head.decode().split("\r\n")
+    assert first == f"HTTP/{version} 404 Not Found"
+    assert lines[-2:] == ["x-a: 1", "x-b: 2"]
+    names = [line.partition(":")[0].lower() for line in lines]
+    assert sorted(set(names) - {"connection", "content-type"}) == ["content-length", "date", "server", "x-a", "x-b"]
+    assert len(names) == len(set(names))
+    assert body == (b"{}" if method == "GET" else b"")
+
+
+@pytest.mark.parametrize("lines", [b"", b"x-a: 1\r\n"])
+async def test_lines_that_explain_stand_before_the_first_byte_of_an_answer_that_is_sent_as_it_comes(
+    lines: bytes,
+) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        opened = OpenAnswer(headers={"server": "us"})
+        opened.lines = lines
+        await opened.prepare(request)
+        await opened.write(b"one")
+        return opened
+
+    sent = await answered(answer, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    head, _, body = sent.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (head + b"\r\n").endswith(lines)
+    assert body.startswith(b"3\r\none\r\n")
 
 
 async def test_malformed_http_waits_as_an_error_among_the_messages() -> None:
