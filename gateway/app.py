@@ -143,7 +143,7 @@ class Parts:
             return Pool(routing, maker, before)
 
         def keys(routing: "Routing", before: Keys | None) -> Keys:
-            return Keys(routing.keys, limits_clock, before)
+            return Keys(routing.keys, clock, before, epoch=epoch)
 
         self.generations = generations = Generations(routing, pool=pool, keys=keys, clock=clock)
         forwarder = Forwarder(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gateway.errors import GatewayError
     from gateway.policy.pool import Candidate
 
+REPORTED, COUNTED = "reported", "counted"
+"""Where a number of tokens comes from: the backend's usage, or what was sent and relayed."""
 MAX_NAME = 256
 """Characters kept of a name that a backend gives."""
 MAX_CHOICES = 16

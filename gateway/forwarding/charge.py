@@ -9,6 +9,7 @@ from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
 from gateway.phase_timer import PhaseTimer
 from gateway.policy.limits import Reservation
+from gateway.record import COUNTED, REPORTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Coroutine
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
-REPORTED, COUNTED = "reported", "counted"
-"""Where a number of tokens comes from: the backend's usage, or what was sent and relayed."""
 FIRST_GUESS = 256
 """Tokens of an answer to a request that gives no most, before any has been seen."""
 MEMORY = 16
@@ -45,29 +44,32 @@ class Charges:
         self._clock = clock
         self._lengths: dict[tuple[str, str | None], AnswerLength] = {}
 
-    async def begin(
-        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, deadline: "Deadline"
-    ) -> "Charge":
-        """Return what a request is charged, yet to be taken.
+    def begin(self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None) -> "Charge | None":
+        """Return what a request is charged, yet to be taken; None: its body has to be looked into, and is large.
 
         Args:
             limits: of its key.
             prompt: the checked request; it is looked into only where tokens are limited.
             route: its model, as configured; empty for one about a stored response: its tokens counted when it was made.
             operation: what it asks for.
-            deadline: of the request.
-
-        Raises:
-            DeadlineExceeded: it passed before the body could be looked into.
         """
         if not route or not limits.tokens.windows:
             return Charge(Reservation(limits, 0))
-        read, size = prompt.dialect.prompt_tokens, len(prompt.body)
-        if size <= LARGE:
-            tokens = read(prompt)
-        else:
-            with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
-                tokens = await self._executor.run(size, read, prompt)
+        if len(prompt.body) > LARGE:
+            return None
+        return self._charge(limits, prompt, route, operation, prompt.dialect.prompt_tokens(prompt))
+
+    async def begin_large(
+        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, deadline: "Deadline"
+    ) -> "Charge":
+        """Return what a request with a large body is charged. Raises: DeadlineExceeded."""
+        with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
+            tokens = await self._executor.run(len(prompt.body), prompt.dialect.prompt_tokens, prompt)
+        return self._charge(limits, prompt, route, operation, tokens)
+
+    def _charge(
+        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, tokens: int | None
+    ) -> "Charge":
         if tokens is None or operation == "embeddings":  # nothing of the answer is reserved
             return Charge(Reservation(limits, tokens or 0), prompt, tokens)
         most = prompt.max_tokens

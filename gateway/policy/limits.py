@@ -271,7 +271,8 @@ class Limits:
 
     Args:
         config: the limits that are set.
-        clock: seconds since the epoch; it never goes back.
+        clock: seconds; it never goes back.
+        epoch: what its seconds lack to be those since the epoch.
 
     Attributes:
         requests, tokens: what is used of each; max_in_flight: requests at once, or None for any number.
@@ -283,6 +284,7 @@ class Limits:
     """
 
     __slots__ = (
+        "_epoch",
         "_rolls_at",
         "allotment",
         "began",
@@ -295,8 +297,9 @@ class Limits:
         "touched",
     )
 
-    def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]") -> None:
+    def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]", epoch: float = 0.0) -> None:
         self.clock = clock
+        self._epoch = epoch
         self.requests = Meter()
         self.tokens = Meter()
         self.in_flight = 0
@@ -306,7 +309,7 @@ class Limits:
 
     def change(self, config: "LimitsConfig") -> None:
         """Have other limits from now on; what was used of those that stay still counts."""
-        self._set(config, math.nextafter(self.clock(), math.inf))
+        self._set(config, math.nextafter(self.clock() + self._epoch, math.inf))
 
     def _set(self, config: "LimitsConfig", since: float) -> None:
         """Have these limits; those that are new begin at an instant."""
@@ -338,9 +341,13 @@ class Limits:
         """Return its windows of a day: they are worth keeping over a restart."""
         return tuple(window for window in self.windows if window.seconds == DAY)
 
-    def look(self) -> float:
-        """Return the instant, at which all windows are as they are to be; they are aimed anew once a second."""
-        now = self.clock()
+    def look(self, now: float | None = None) -> float:
+        """Return the instant, at which all windows are as they are to be; they are aimed anew once a second.
+
+        Args:
+            now: by the clock, where it has been asked already.
+        """
+        now = (self.clock() if now is None else now) + self._epoch
         if now >= self._rolls_at:
             windows = self.windows
             self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in windows)])

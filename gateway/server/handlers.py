@@ -191,8 +191,10 @@ class Handlers:
         record, dialect = request[RECORD], prompt.dialect
         record.candidates = tuple([target.candidate for target in targets])
         caller, charge = record.caller, None
-        if caller.limits is not None:
-            charge = await self._charges.begin(caller.limits, prompt, route, record.operation, deadline)
+        if (limits := caller.limits) is not None:
+            charge = self._charges.begin(limits, prompt, route, record.operation)
+            if charge is None:
+                charge = await self._charges.begin_large(limits, prompt, route, record.operation, deadline)
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0

@@ -26,7 +26,7 @@ class Keys:
 
     Args:
         keys: as configured.
-        clock: of their limits.
+        clock, epoch: of their limits.
         before: the generation before; what its keys have used counts for those of the same name, or without one of the
             same digest. None: there is none.
 
@@ -34,7 +34,14 @@ class Keys:
         callers: whom they belong to, in order.
     """
 
-    def __init__(self, keys: "Iterable[KeyConfig]", clock: "Callable[[], float]", before: "Keys | None" = None) -> None:
+    def __init__(
+        self,
+        keys: "Iterable[KeyConfig]",
+        clock: "Callable[[], float]",
+        before: "Keys | None" = None,
+        *,
+        epoch: float = 0.0,
+    ) -> None:
         used: dict[str, Limits | None] = {}
         if before is not None:
             used = {caller.id: caller.limits for caller in before.callers}
@@ -44,7 +51,7 @@ class Keys:
                 return None
             known = used.get(id_)
             if known is None:
-                return Limits(config, clock)
+                return Limits(config, clock, epoch)
             known.change(config)
             return known
 

@@ -44,45 +44,44 @@ def explaining(record: "Record", now: float) -> bytes:
     Whoever makes one of the values sees to it that it is of visible ASCII: names of backends are configured so, and ids
     of others are checked (`headers.is_request_id`).
     """
-    lines = (
-        f"x-request-id: {record.request_id}\r\nx-trace-id: {record.trace}\r\n"
-        f"x-gateway-attempts: {len(record.attempts)}\r\nserver-timing: {record.server_timing(now)}\r\n"
-    )
-    if record.caller.limits is not None:
-        lines += _rate_limits(record.caller.limits)
-    backend = record.backend
-    if backend is not None:
-        lines += f"x-gateway-backend: {backend}\r\n"
+    answered = told = ""
+    if (backend := record.backend) is not None:
         request_id = (record.failed_by or record.attempt).request_id
+        answered = f"x-gateway-backend: {backend}\r\n"
         if request_id is not None:
-            lines += f"x-backend-request-id: {request_id}\r\n"
-    return lines.encode("ascii")
+            answered += f"x-backend-request-id: {request_id}\r\n"
+    if (limits := record.caller.limits) is not None:
+        told = _rate_limits(limits, now)
+    return (
+        f"x-request-id: {record.request_id}\r\nx-trace-id: {record.trace}\r\n"
+        f"x-gateway-attempts: {len(record.attempts)}\r\nserver-timing: {record.server_timing(now)}\r\n{answered}{told}"
+    ).encode("ascii")
 
 
-def _rate_limits(limits: "Limits") -> str:
+def _rate_limits(limits: "Limits", now: float) -> str:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    now = limits.look()
+    instant = limits.look(now)
     requests, tokens = limits.requests, limits.tokens
     lines = ""
     if requests.tightest is not None:
-        before, after = requests.told or _told(requests, requests.tightest, now, "requests")
+        before, after = requests.told or _told(requests, requests.tightest, instant, "requests")
         left = requests.end - requests.reading
         lines = f"{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
     if tokens.tightest is not None:
-        before, after = tokens.told or _told(tokens, tokens.tightest, now, "tokens")
+        before, after = tokens.told or _told(tokens, tokens.tightest, instant, "tokens")
         left = tokens.end - tokens.reading
-        lines += f"{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
+        return f"{lines}{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
     return lines
 
 
-def _told(meter: "Meter", tightest: "Window", now: float, kind: str) -> tuple[str, str]:
+def _told(meter: "Meter", tightest: "Window", instant: float, kind: str) -> tuple[str, str]:
     """Return what stands before and after the number that is left.
 
     It is the same until the meter is aimed again, once something is used of the present slot.
     """
     told = (
         f"x-ratelimit-limit-{kind}: {tightest.limit}\r\nx-ratelimit-remaining-{kind}: ",
-        f"\r\nx-ratelimit-reset-{kind}: {_duration(tightest.empty_in(int(now)))}\r\n",
+        f"\r\nx-ratelimit-reset-{kind}: {_duration(tightest.empty_in(int(instant)))}\r\n",
     )
     if meter.reading > meter.opened:
         meter.told = told

@@ -7,6 +7,7 @@ with `gateway.`.
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from gateway.record import COUNTED
 from gateway.telemetry.span_data import CLIENT, ERROR, SERVER, Shared, SpanData, Value
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _describe_key(record: "Record", name: str, span: SpanData) -> None:
     span.own.append(("gateway.key", name))
     if record.limit is not None:
         span.own.append(("gateway.key.limit", record.limit))
-    if record.charged is not None:
+    if record.charged is not None and (record.charged_by == COUNTED or record.output_tokens is None):
         span.own.append(("gateway.key.tokens", record.charged))
 
 
