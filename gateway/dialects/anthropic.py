@@ -275,6 +275,7 @@ class AnthropicMessages:
     stores = False
     provider = "anthropic"
     passes_through = False
+    prompt_tokens = staticmethod(tokens_of)
     operations: Mapping[str, str] = {MESSAGES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -290,10 +291,6 @@ class AnthropicMessages:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
-
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        """Return about how many tokens a prompt has."""
-        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:  # noqa: ARG002
         """Return the state of a stream of a message."""

@@ -177,7 +177,7 @@ class Dialect(Protocol):
             InvalidRequest: it is no object, or a field is wrong; `param` names it.
         """
 
-    def prompt_tokens(self, prompt: Prompt) -> int | None:
+    def prompt_tokens(self, body: bytes) -> int | None:
         """Return about how many tokens a prompt has, for the limits of a key; None: only what is reported counts."""
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:

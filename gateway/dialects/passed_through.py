@@ -57,7 +57,7 @@ class PassedThrough:
         """Read the model of a JSON body."""
         return Prompt(self, path, body, model=read_fields(_request, body).model)
 
-    def prompt_tokens(self, prompt: Prompt) -> None:
+    def prompt_tokens(self, body: bytes) -> None:
         """Reserve nothing: only usage that is reported counts."""
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from gateway.dialects.prompt_tokens import BYTES_OF_A_TOKEN
 from gateway.dialects.reported_usage import ReportedUsage, may_report
 from gateway.executor import LARGE
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
+UNKNOWN = -1
 FIRST_GUESS = 256
 """Tokens of an answer to a request that gives no most, before any has been seen."""
 MEMORY = 16
@@ -44,41 +43,40 @@ class Charges:
         self._clock = clock
         self._lengths: dict[tuple[str, str | None], AnswerLength] = {}
 
-    def begin(self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None) -> "Charge | None":
-        """Return what a request is charged, yet to be taken; None: its body has to be looked into, and is large.
+    def begin(
+        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, tokens: int | None = UNKNOWN
+    ) -> "Charge | None":
+        """Return what a request is charged, yet to be taken; None: it is large, and `prompt_tokens` have to be known.
 
         Args:
             limits: of its key.
             prompt: the checked request; it is looked into only where tokens are limited.
             route: its model, as configured; empty for one about a stored response: its tokens counted when it was made.
             operation: what it asks for.
+            tokens: of the prompt, where they are known.
         """
         if not route or not limits.tokens.windows:
-            return Charge(Reservation(limits, 0))
-        if len(prompt.body) > LARGE:
-            return None
-        return self._charge(limits, prompt, route, operation, prompt.dialect.prompt_tokens(prompt))
-
-    async def begin_large(
-        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, deadline: "Deadline"
-    ) -> "Charge":
-        """Return what a request with a large body is charged. Raises: DeadlineExceeded."""
-        with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
-            tokens = await self._executor.run(len(prompt.body), prompt.dialect.prompt_tokens, prompt)
-        return self._charge(limits, prompt, route, operation, tokens)
-
-    def _charge(
-        self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, tokens: int | None
-    ) -> "Charge":
+            return Charge(limits, 0)
+        if tokens == UNKNOWN:
+            if len(prompt.body) > LARGE:
+                return None
+            tokens = prompt.dialect.prompt_tokens(prompt.body)
         if tokens is None or operation == "embeddings":  # nothing of the answer is reserved
-            return Charge(Reservation(limits, tokens or 0), prompt, tokens)
+            return Charge(limits, tokens or 0, prompt=prompt, prompt_tokens=tokens)
         most = prompt.max_tokens
         if most is not None and most > 0:
-            return Charge(Reservation(limits, tokens + int(min(most, MOST)) * prompt.choices), prompt, tokens)
+            most = int(min(most, MOST)) * prompt.choices
+            return Charge(limits, tokens + most, prompt=prompt, prompt_tokens=tokens)
         length = self._lengths.get((route, operation))
         if length is None:
             length = self._lengths[route, operation] = AnswerLength()
-        return Charge(Reservation(limits, tokens + length.mean * prompt.choices), prompt, tokens, length)
+        most = length.mean * prompt.choices
+        return Charge(limits, tokens + most, prompt=prompt, prompt_tokens=tokens, length=length)
+
+    async def prompt_tokens(self, prompt: "Prompt", deadline: "Deadline") -> int | None:
+        """Look into a large body, beside other requests. Raises: DeadlineExceeded."""
+        with PhaseTimer(self._clock, deadline.end, "The deadline passed before the body could be looked into."):
+            return await self._executor.run(len(prompt.body), prompt.dialect.prompt_tokens, prompt.body)
 
     def follow(self, routes: "Container[str]") -> None:
         """Forget how long the answers of all other routes were."""
@@ -105,26 +103,24 @@ class AnswerLength:
         self.mean = self._sum // MEMORY
 
 
-class Charge(Struct, eq=False):
-    """What one request is charged.
+class Charge(Reservation, eq=False):
+    """What one request is charged: its reservation, and what it is settled by.
 
     Attributes:
-        reservation: what is taken of the key's limits, together with a slot.
         prompt: the request; None where its tokens are not limited.
-        tokens: of the prompt; None where only what is reported counts.
+        prompt_tokens: of the prompt; None where only what is reported counts.
         length: learns from the answer; None where nothing was expected of it.
     """
 
-    reservation: Reservation
     prompt: "Prompt | None" = None
-    tokens: int | None = None
+    prompt_tokens: int | None = None
     length: AnswerLength | None = None
     _relayed: "EventCount | None" = None
     _usage: ReportedUsage | None = None
 
     def counting(self, write: "Write", first: bytes) -> "Write":
         """Return a function that writes events of a stream and counts them; `first`: those written already."""
-        if self.tokens is None:
+        if self.prompt_tokens is None:
             return write
         self._relayed = EventCount(write, first)
         return self._relayed.write
@@ -142,11 +138,11 @@ class Charge(Struct, eq=False):
 
         return write_and_read
 
-    def settle(self, call: "Call") -> None:
+    def end(self, call: "Call") -> None:
         """Charge what a request that has ended has used, and note it where tokens are limited."""
         prompt = self.prompt
         if prompt is None:
-            self.reservation.settle(0)
+            self.settle(0)
             return
         record = call.record
         given, answered = record.input_tokens, record.output_tokens
@@ -158,7 +154,7 @@ class Charge(Struct, eq=False):
         else:
             used, record.charged_by = self._used(call, prompt)
         record.charged = used = used if used < MOST else MOST  # noqa: FURB136 - at each request
-        self.reservation.settle(used)
+        self.settle(used)
 
     def _used(self, call: "Call", prompt: "Prompt") -> tuple[int, str]:
         """Return the tokens that a request has used where not all is reported, and where the number comes from.
@@ -171,7 +167,7 @@ class Charge(Struct, eq=False):
         if outcome == "ok" and self._usage is not None and (reported := self._usage.tokens) is not None:
             return reported, REPORTED
         if outcome != "ok" and not call.committed:
-            return (self.tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
+            return (self.prompt_tokens or 0) if outcome in {"cancelled", "deadline_exceeded"} else 0, COUNTED
         given, answered = record.input_tokens, record.output_tokens
         is_reported = outcome == "ok" and (given is not None or answered is not None)
         output = answered or 0
@@ -179,11 +175,11 @@ class Charge(Struct, eq=False):
             output = max(output, self._relayed_tokens(call, prompt))
         if outcome == "ok" and self.length is not None:
             self.length.learn(output, prompt.choices)
-        return (given if given is not None else self.tokens or 0) + output, REPORTED if is_reported else COUNTED
+        return (given if given is not None else self.prompt_tokens or 0) + output, REPORTED if is_reported else COUNTED
 
     def _relayed_tokens(self, call: "Call", prompt: "Prompt") -> int:
         """Return about how many tokens of the answer went to the caller."""
-        if self.tokens is None or prompt.operation == "embeddings":
+        if self.prompt_tokens is None or prompt.operation == "embeddings":
             return 0
         if call.answer is not None:
             return len(call.answer.body) // BYTES_OF_A_TOKEN

@@ -84,12 +84,12 @@ class Forwarder:
             BackendError: the last attempt's failure, before or after commit.
             CallerLeft: while a stream was written.
         """
-        reservation = call.charge.reservation if call.charge is not None else None
-        if not self._admission.enter_at_once(call.caller, reservation):
+        charge = call.charge
+        if not self._admission.enter_at_once(call.caller, charge):
             queued_at = call.record.queued_at = self._clock()
-            call.record.queued_for = self._admission.limit_in_the_way(call.caller, reservation)
+            call.record.queued_for = self._admission.limit_in_the_way(call.caller, charge)
             try:
-                await self._admission.enter(call.deadline.left_to_commit(), call.caller, reservation)
+                await self._admission.enter(call.deadline.left_to_commit(), call.caller, charge)
             finally:
                 call.record.queued = self._clock() - queued_at
         failure: BackendError | None = None
@@ -118,8 +118,8 @@ class Forwarder:
             failure = None
             if call.failures:
                 call.forget_failures()
-            if call.charge is not None:
-                call.charge.settle(call)
+            if charge is not None:
+                charge.end(call)
             self._admission.leave(call.caller)
 
     async def _look_up(self, call: "Call") -> None:

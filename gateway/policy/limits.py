@@ -284,11 +284,11 @@ class Limits:
     """
 
     __slots__ = (
-        "_epoch",
         "_rolls_at",
         "allotment",
         "began",
         "clock",
+        "epoch",
         "in_flight",
         "max_in_flight",
         "most_in_flight",
@@ -299,7 +299,7 @@ class Limits:
 
     def __init__(self, config: "LimitsConfig", clock: "Callable[[], float]", epoch: float = 0.0) -> None:
         self.clock = clock
-        self._epoch = epoch
+        self.epoch = epoch
         self.requests = Meter()
         self.tokens = Meter()
         self.in_flight = 0
@@ -309,7 +309,7 @@ class Limits:
 
     def change(self, config: "LimitsConfig") -> None:
         """Have other limits from now on; what was used of those that stay still counts."""
-        self._set(config, math.nextafter(self.clock() + self._epoch, math.inf))
+        self._set(config, math.nextafter(self.clock() + self.epoch, math.inf))
 
     def _set(self, config: "LimitsConfig", since: float) -> None:
         """Have these limits; those that are new begin at an instant."""
@@ -347,7 +347,7 @@ class Limits:
         Args:
             now: by the clock, where it has been asked already.
         """
-        now = (self.clock() if now is None else now) + self._epoch
+        now = (self.clock() if now is None else now) + self.epoch
         if now >= self._rolls_at:
             windows = self.windows
             self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in windows)])

@@ -59,7 +59,7 @@ class _Explained(web.StreamResponse):
     What explains a request is most of the head: as headers, each line would be copied and looked through three times.
 
     Attributes:
-        lines: headers as lines of HTTP, each with its end; names that `headers` has not.
+        lines: headers as lines of HTTP, and the empty one that ends a head; names that `headers` has not.
     """
 
     lines = b""
@@ -70,7 +70,7 @@ class _Explained(web.StreamResponse):
             raise RuntimeError("the answer is not prepared")
         await writer.write_headers(_status_line(request.version, self._status, self._reason), self._headers)
         if self.lines and writer._headers_buf is not None:  # noqa: SLF001
-            writer._headers_buf = b"%b%b\r\n" % (writer._headers_buf[:-2], self.lines)  # noqa: SLF001
+            writer._headers_buf = writer._headers_buf[:-2] + self.lines  # noqa: SLF001
         if self._send_headers_immediately:
             writer.send_headers()
 

@@ -194,7 +194,8 @@ class Handlers:
         if (limits := caller.limits) is not None:
             charge = self._charges.begin(limits, prompt, route, record.operation)
             if charge is None:
-                charge = await self._charges.begin_large(limits, prompt, route, record.operation, deadline)
+                tokens = await self._charges.prompt_tokens(prompt, deadline)
+                charge = self._charges.begin(limits, prompt, route, record.operation, tokens)
         writer = None
         if prompt.stream or dialect.passes_through:
             heartbeat = self._settings.gateway_heartbeat if prompt.stream else 0.0

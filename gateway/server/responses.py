@@ -39,7 +39,7 @@ _encode = msgspec.json.encode
 
 
 def explaining(record: "Record", now: float) -> bytes:
-    """Return the lines that explain a request, on success and on error; `now`: instant of the record's clock.
+    """Return the end of a head that explains a request, on success and on error; `now`: by the record's clock.
 
     Whoever makes one of the values sees to it that it is of visible ASCII: names of backends are configured so, and ids
     of others are checked (`headers.is_request_id`).
@@ -54,7 +54,8 @@ def explaining(record: "Record", now: float) -> bytes:
         told = _rate_limits(limits, now)
     return (
         f"x-request-id: {record.request_id}\r\nx-trace-id: {record.trace}\r\n"
-        f"x-gateway-attempts: {len(record.attempts)}\r\nserver-timing: {record.server_timing(now)}\r\n{answered}{told}"
+        f"x-gateway-attempts: {len(record.attempts)}\r\nserver-timing: {record.server_timing(now)}\r\n"
+        f"{answered}{told}\r\n"
     ).encode("ascii")
 
 

@@ -15,6 +15,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.policy.limits import Limits
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
@@ -31,14 +32,14 @@ HANG = {"kind": "hang_before_headers"}
 class Moved:
     """The clock of limits: it goes on by itself, and jumps when told to."""
 
-    def __init__(self) -> None:
-        self._start = EPOCH - monotonic()
-
-    def __call__(self) -> float:
-        return self._start + monotonic()
+    def __init__(self, limits: list[Limits]) -> None:
+        self._limits = limits
+        for each in limits:
+            each.epoch = EPOCH - monotonic()
 
     def forward(self, seconds: float) -> None:
-        self._start += seconds
+        for each in self._limits:
+            each.epoch += seconds
 
 
 Start = Callable[..., Any]
@@ -77,11 +78,7 @@ async def ask(gateway: Gateway, name: str = "team-a", **changes: Any) -> Answer:
 
 def moved(gateway: Gateway) -> Moved:
     """Give the limits a clock that can be moved: nobody waits for a minute. A look inside."""
-    clock = Moved()
-    for caller in gateway.parts.keys.callers:
-        if caller.limits is not None:
-            caller.limits.clock = clock
-    return clock
+    return Moved([caller.limits for caller in gateway.parts.keys.callers if caller.limits is not None])
 
 
 def used(gateway: Gateway, limit: str, name: str = "team-a") -> int:

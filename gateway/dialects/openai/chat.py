@@ -90,6 +90,7 @@ class OpenAIChat:
     stores = False
     provider = "openai"
     passes_through = False
+    prompt_tokens = staticmethod(tokens_of)
     operations: Mapping[str, str] = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -117,10 +118,6 @@ class OpenAIChat:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
-
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        """Return about how many tokens a prompt has."""
-        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of a stream of choices."""

@@ -240,6 +240,7 @@ class OpenAIResponses:
     stores = True
     provider = "openai"
     passes_through = False
+    prompt_tokens = staticmethod(tokens_of)
     operations: Mapping[str, str] = {RESPONSES: "chat"}
 
     def read_request(self, path: str, body: bytes) -> Prompt:
@@ -257,10 +258,6 @@ class OpenAIResponses:
             temperature=fields.temperature,
             top_p=fields.top_p,
         )
-
-    def prompt_tokens(self, prompt: Prompt) -> int | None:
-        """Return about how many tokens a prompt has."""
-        return tokens_of(prompt.body)
 
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:  # noqa: ARG002
         """Return the state of a stream of numbered events."""

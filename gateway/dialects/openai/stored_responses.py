@@ -113,9 +113,6 @@ class StoredResponses(OpenAIResponses):
             after=int(after[:18]) if after.isascii() and after.isdecimal() else -1,
         )
 
-    def prompt_tokens(self, prompt: Prompt) -> None:
-        """Reserve nothing: only usage that is reported counts."""
-
     def stream_state(self, prompt: Prompt, *, keep_text: bool, until_answer: bool) -> StreamState:
         """Return the state of a stream of numbered events, which may begin in the middle."""
         after = prompt.after if isinstance(prompt, StoredPrompt) else -1

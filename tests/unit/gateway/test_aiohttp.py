@@ -573,7 +573,7 @@ async def answered(handler: Callable[[web.BaseRequest], Awaitable[web.StreamResp
 async def test_lines_that_explain_stand_at_the_end_of_the_head_of_a_whole_answer(method: str, version: str) -> None:
     async def answer(_request: web.BaseRequest) -> web.StreamResponse:
         whole = Answer(body=b"{}", status=404, headers={"server": "us"})
-        whole.lines = b"x-a: 1\r\nx-b: 2\r\n"
+        whole.lines = b"x-a: 1\r\nx-b: 2\r\n\r\n"
         return whole
 
     head, _, body = (await answered(answer, f"{method} / HTTP/{version}\r\nhost: a\r\n\r\n".encode())).partition(
@@ -588,7 +588,7 @@ async def test_lines_that_explain_stand_at_the_end_of_the_head_of_a_whole_answer
     assert body == (b"{}" if method == "GET" else b"")
 
 
-@pytest.mark.parametrize("lines", [b"", b"x-a: 1\r\n"])
+@pytest.mark.parametrize("lines", [b"", b"x-a: 1\r\n\r\n"])
 async def test_lines_that_explain_stand_before_the_first_byte_of_an_answer_that_is_sent_as_it_comes(
     lines: bytes,
 ) -> None:
@@ -602,7 +602,7 @@ async def test_lines_that_explain_stand_before_the_first_byte_of_an_answer_that_
     sent = await answered(answer, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
     head, _, body = sent.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert (head + b"\r\n").endswith(lines)
+    assert (head + b"\r\n\r\n").endswith(lines)
     assert body.startswith(b"3\r\none\r\n")
 
 

@@ -36,8 +36,8 @@ def answer(status: int, **headers: str) -> GatewayError:
 
 
 def lines(of: bytes) -> dict[str, str]:
-    assert of.endswith(b"\r\n")
-    return dict(line.split(": ", 1) for line in of.decode("ascii").splitlines())
+    assert of.endswith(b"\r\n\r\n")
+    return dict(line.split(": ", 1) for line in of[:-2].decode("ascii").splitlines())
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 501, 529])
