@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
 UNKNOWN = -1
+"""Tokens of a prompt that nobody has looked into."""
 FIRST_GUESS = 256
 """Tokens of an answer to a request that gives no most, before any has been seen."""
+LONGEST = 1 << 17
+"""Tokens of an answer of which something is learned: a backend that tells of more would have the next requests reserve
+all that their key may use."""
 MEMORY = 16
 """Answers to such requests over which the mean of a route is taken, about."""
 MOST = 10**12
@@ -98,7 +102,7 @@ class AnswerLength:
 
     def learn(self, tokens: int, choices: int) -> None:
         """Take in how many a whole answer had, and how many choices."""
-        each = (tokens if tokens < MOST else MOST) // choices  # noqa: FURB136 - at each request
+        each = (tokens if tokens < LONGEST else LONGEST) // choices  # noqa: FURB136 - at each request
         self._sum += each - self.mean if self._sum else each * MEMORY
         self.mean = self._sum // MEMORY
 
