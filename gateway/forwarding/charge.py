@@ -45,7 +45,7 @@ class Charges:
     def __init__(self, executor: "Executor", clock: "Callable[[], float]") -> None:
         self._executor = executor
         self._clock = clock
-        self._lengths: dict[tuple[str, str | None], AnswerLength] = {}
+        self._lengths: dict[str, AnswerLength] = {}
 
     def begin(
         self, limits: "Limits", prompt: "Prompt", route: str, operation: str | None, tokens: int | None = UNKNOWN
@@ -71,9 +71,9 @@ class Charges:
         if most is not None and most > 0:
             most = int(min(most, MOST)) * prompt.choices
             return Charge(limits, tokens + most, prompt=prompt, prompt_tokens=tokens)
-        length = self._lengths.get((route, operation))
+        length = self._lengths.get(route)
         if length is None:
-            length = self._lengths[route, operation] = AnswerLength()
+            length = self._lengths[route] = AnswerLength()
         most = length.mean * prompt.choices
         return Charge(limits, tokens + most, prompt=prompt, prompt_tokens=tokens, length=length)
 
@@ -84,7 +84,7 @@ class Charges:
 
     def follow(self, routes: "Container[str]") -> None:
         """Forget how long the answers of all other routes were."""
-        self._lengths = {key: length for key, length in self._lengths.items() if key[0] in routes}
+        self._lengths = {route: length for route, length in self._lengths.items() if route in routes}
 
 
 class AnswerLength:
