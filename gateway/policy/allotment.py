@@ -177,7 +177,7 @@ class _InFlight:
 
     def target(self, *, kept: bool) -> int:
         if self.scarce:
-            return self.free // 2
+            return max(0, self.free) // 2  # more may be in flight than its share
         return max(math.ceil(self._peak * 1.25) - self.used, self.limit // RESERVE if kept else 0, 0)
 
     def collect(self) -> None:

@@ -33,16 +33,18 @@ class Meter:
 
     Attributes:
         windows: its limits.
+        began: the instant at which the present slot of all of them began.
         reading: what was used since the process began, whatever of it is forgotten or changed later.
         bound: the reading up to which all windows hold, as they are now.
         smallest: the least of the limits.
         tightest: the window of which the least is left; None: there is no limit.
         end: the reading at which nothing is left of that.
         opened: the reading at which nothing is used of the present slot of that window.
-        told: the words for all this that hold until it is aimed again; None: nobody has found them yet.
+        told: the words for all this that hold until it is aimed again, or nothing is used of that slot any more; None:
+            nobody has found them yet.
     """
 
-    __slots__ = ("bound", "end", "opened", "reading", "smallest", "tightest", "told", "windows")
+    __slots__ = ("began", "bound", "end", "opened", "reading", "smallest", "tightest", "told", "windows")
 
     def __init__(self) -> None:
         self.reading = 0
@@ -56,15 +58,18 @@ class Meter:
     def aim(self) -> None:
         """Find out what holds, after a window has changed."""
         bound = smallest = least = math.inf
+        began = -math.inf
         self.tightest: Window | None = None
         for window in self.windows:
             if (most := window.zero + window.most) < bound:
                 bound = most
             smallest = min(smallest, window.limit)
+            began = max(began, window.began)
             if (end := window.zero + window.limit - window.elsewhere) < least:
                 least, self.tightest = end, window
         self.opened = self.tightest.opened if self.tightest is not None else self.reading
         self.told: tuple[str, str] | None = None
+        self.began: float = began
         self.bound: float = bound
         self.smallest: float = smallest
         self.end: float = least
@@ -278,7 +283,6 @@ class Limits:
         requests, tokens: what is used of each; max_in_flight: requests at once, or None for any number.
         most_in_flight: those that may be here; fewer where other processes have the rest.
         in_flight: requests at once now.
-        began: the instant at which the present slot of all windows began.
         touched: something was used since somebody last set this to False.
         allotment: the part of them that this process holds; None where they are its own.
     """
@@ -286,7 +290,6 @@ class Limits:
     __slots__ = (
         "_rolls_at",
         "allotment",
-        "began",
         "clock",
         "epoch",
         "in_flight",
@@ -313,7 +316,6 @@ class Limits:
 
     def _set(self, config: "LimitsConfig", since: float) -> None:
         """Have these limits; those that are new begin at an instant."""
-        self.began = since
         self._rolls_at = 0.0
         for meter, limits in (
             (self.requests, _of("requests", config.requests_per_minute, config.requests_per_day)),
@@ -349,9 +351,7 @@ class Limits:
         """
         now = (self.clock() if now is None else now) + self.epoch
         if now >= self._rolls_at:
-            windows = self.windows
-            self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in windows)])
-            self.began = max([window.began for window in windows], default=-math.inf)
+            self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in self.windows)])
             self.requests.aim()
             self.tokens.aim()
         return now
@@ -463,17 +463,19 @@ class Reservation(Struct, eq=False):
         self._taken_at = None
         limits.in_flight -= 1
         limits.touched = True
-        more = tokens - self.tokens
+        of_tokens, more = limits.tokens, tokens - self.tokens
         if self._cut is not None:
             more = tokens - self._cut.tokens
             self._cut.change(at, -1)
         if more > 0:
             limits.look()
-            limits.tokens.reading += more
-        elif at >= limits.began:
-            limits.tokens.reading += more
+            of_tokens.reading += more
+        elif at >= of_tokens.began:
+            of_tokens.reading += more
+            if of_tokens.reading <= of_tokens.opened:
+                of_tokens.told = None
         else:
-            limits.tokens.change(at, more)
+            of_tokens.change(at, more)
 
     def give_back(self) -> None:
         """Give all of it back: the request was never forwarded."""

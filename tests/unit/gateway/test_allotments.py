@@ -458,3 +458,27 @@ def test_who_was_told_that_there_is_no_more_asks_no_more_for_a_while() -> None:
     refusal = Reservation(process.limits, 0).refusal()
     assert refusal is not None
     assert 80_000 < refusal.wait <= DAY * 62 / 60
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("ended", [0, 1, 4])
+def test_who_has_more_in_flight_than_its_share_is_granted_no_more_than_there_is(count: int, ended: int) -> None:
+    world = World(count=count, max_in_flight=40)
+    busy = world.processes[0]
+    for _ in range(40):
+        assert busy.ask_and_take()
+    busy.exchange()
+    world.clock.forward(LIVES + 1)
+    for each in world.processes:
+        each.allotment.go_on()  # what it had was not kept: a part of the limit holds
+        each.allotment.catch_up()
+        each.exchange()
+    for _ in range(ended):
+        busy.settle(0, 1.0)
+    for each in world.processes:
+        each.allotment.come_back()
+        each.exchange()
+    for _ in range(ended + 1):
+        for each in world.processes:
+            each.ask_and_take()
+            assert sum(each.limits.in_flight for each in world.processes) <= 40

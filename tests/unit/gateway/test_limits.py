@@ -386,3 +386,19 @@ def test_a_limit_below_what_was_used_lets_nothing_through_until_it_is_forgotten(
     assert took(of, 1) is None
     clock.forward(MINUTE + 1)
     assert took(of, 1) is not None
+
+
+def test_a_day_that_is_restored_while_requests_are_under_way_counts_them_where_they_began() -> None:
+    clock = clock_at()
+    clock.forward(1_440 - clock() % 1_440 - 1)
+    of = limits(clock, tokens_per_day=100)
+    under_way = took(of, 40)
+    assert under_way is not None
+    clock.forward(1)  # the next slot of the day begins
+    (day,) = of.tokens.windows
+    day.restore({}, clock())
+    under_way.settle(10)
+    assert list(day.slots().values()) == [10, 0]
+    clock.forward(DAY + 1_440)
+    assert state(of) == {"tokens_per_day": (100, 0)}
+    assert day.empty_in(int(clock())) == 0
