@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.config import LimitsConfig
+from gateway.policy.caller import Caller
 from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Meter, Reservation, Window
+from gateway.record import Record
+from gateway.server.responses import explaining
 from tests.unit.gateway.fakes import Clock
 
 EPOCH = 1_800_000_000.0
@@ -247,6 +250,19 @@ def test_the_headers_tell_of_the_limit_of_which_the_least_is_left() -> None:
     assert of.requests.tightest is of.requests.windows[1]
     assert of.requests.windows[1].used == 9
     assert 80_000 < of.requests.windows[1].empty_in(int(clock())) <= DAY + 24 * 60
+
+
+def test_the_headers_tell_that_nothing_is_used_once_all_is_given_back() -> None:
+    of = limits(clock_at(), tokens_per_minute=100)
+    record = Record("POST", None, 1, 2, "id", 0.0, 0, caller=Caller("key", limits=of))
+    first, second = took(of, 30), took(of, 20)
+    assert first is not None
+    assert second is not None
+    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, 0.0)
+    first.settle(0)
+    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, 0.0)
+    second.settle(0)
+    assert b"x-ratelimit-reset-tokens: 0s\r\n" in explaining(record, 0.0)
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.config import LimitsConfig
 from gateway.policy.caller import Caller
@@ -257,5 +257,14 @@ class AgainstModel(RuleBasedStateMachine):
         )
 
 
-AgainstModel.TestCase.settings = settings(max_examples=200)
+class LookedAtAfterEachStep(AgainstModel):
+    """The same: what has been found out for one step must not be told after the next."""
+
+    @invariant()
+    def is_as_the_model_says(self) -> None:
+        self.compare()
+
+
 TestAgainstModel = AgainstModel.TestCase
+TestAgainstModel.settings = settings(max_examples=200)
+TestLookedAtAfterEachStep = LookedAtAfterEachStep.TestCase
