@@ -1,13 +1,16 @@
 """The documents of `/health` of all workers as that of one gateway."""
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from gateway.health import downstream_status, whole_status
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Document = dict[str, Any]
+BACKEND, GUARD = itemgetter("name"), itemgetter("route", "backend", "model")
+"""By what one is known."""
 BREAKERS = ("closed", "half_open", "open")
 """The better ones first."""
 STATUSES = ("off", "ok", "degraded", "down")
@@ -25,11 +28,8 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
         missing: the numbers of those that did not.
     """
     first = documents[0]
-    of_each = [each["downstream"]["backends"] for each in documents]
-    backends = [_backend_of_all(same) for same in zip(*of_each, strict=False)]
-    guards = [
-        max(same, key=_guard_rank) for same in zip(*(each["downstream"]["guards"] for each in documents), strict=False)
-    ]
+    backends = [_backend_of_all(same) for same in _alike(documents, "backends", BACKEND)]
+    guards = [max(same, key=_guard_rank) for same in _alike(documents, "guards", GUARD)]
     downstream = downstream_status(backends, guards)
     telemetry = _worst(STATUSES, [each["telemetry"]["status"] for each in documents])
     limits = _worst(STATUSES, [each["limits"]["status"] for each in documents])
@@ -49,6 +49,15 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
         "limits": {"status": limits},
         "workers": {"answered": len(documents), "missing": list(missing)},
     }
+
+
+def _alike(documents: "Sequence[Document]", part: str, key: "Callable[[Document], object]") -> list[list[Document]]:
+    """Return what workers say of each backend, or guard: while they reload, not all of them have the same."""
+    found: dict[object, list[Document]] = {}
+    for document in documents:
+        for each in document["downstream"][part]:
+            found.setdefault(key(each), []).append(each)
+    return list(found.values())
 
 
 def _config_of_all(configs: "Sequence[Document]") -> Document:

@@ -261,13 +261,26 @@ def test_a_backend_is_down_where_it_is_so_for_all_and_no_better_than_degraded_fo
     behind = _health("ok", "closed", config={"generation": 1, "loaded_seconds_ago": 9.0, "error": "wrong"})
     assert health_of_all([well, behind], [])["config"] == {"generation": 1, "loaded_seconds_ago": 9.0, "error": "wrong"}
     tripped = _health("ok", "closed")
-    tripped["downstream"]["guards"] = [{"tripped": True, "requests": 20}]
-    well["downstream"]["guards"] = [{"tripped": False, "requests": 30}]
+    watch = {"route": "r", "backend": "b", "model": "m"}
+    tripped["downstream"]["guards"] = [watch | {"tripped": True, "requests": 20}]
+    well["downstream"]["guards"] = [watch | {"tripped": False, "requests": 30}]
     guarded = health_of_all([well, tripped], [])
-    assert (guarded["status"], guarded["downstream"]["guards"]) == ("degraded", [{"tripped": True, "requests": 20}])
+    assert guarded["status"] == "degraded"
+    assert guarded["downstream"]["guards"] == [watch | {"tripped": True, "requests": 20}]
     assert health_of_all([well, well], [])["status"] == "ok"
     assert health_of_all([well], [2])["status"] == "degraded"
     assert health_of_all([well], [2])["workers"] == {"answered": 1, "missing": [2]}
+
+
+def test_while_workers_reload_each_backend_is_told_of_with_those_who_know_it() -> None:
+    def knows(*names: str) -> dict[str, Any]:
+        document = _health("ok", "closed")
+        (backend,) = document["downstream"]["backends"]
+        document["downstream"]["backends"] = [backend | {"name": name, "in_flight": 2} for name in names]
+        return document
+
+    backends = health_of_all([knows("a", "b"), knows("new", "b"), knows("b")], [])["downstream"]["backends"]
+    assert {each["name"]: each["in_flight"] for each in backends} == {"a": 2, "b": 6, "new": 2}
 
 
 def _snapshot(number: int) -> dict[str, Any]:
