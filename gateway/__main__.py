@@ -5,12 +5,14 @@ import signal
 import sys
 from types import FrameType
 
+from gateway import __version__
+
 USAGE = """usage: llm-gateway                  run the gateway; its settings are environment variables
        llm-gateway check FILE ...   say what is wrong with a configuration, and what it would change
        llm-gateway why ID           say what became of a request, and why
        llm-gateway export ID        make a script of the mock model, and an experiment, of a request
 
-llm-gateway COMMAND --help says more. The settings: docs/configuration.md"""
+llm-gateway COMMAND --help says more, llm-gateway --version which one this is. The settings: docs/configuration.md"""
 
 
 def command() -> int:
@@ -33,7 +35,7 @@ def main(*arguments: str) -> int:
         from gateway import export  # noqa: PLC0415 - the same
 
         return export.main([*arguments[1:]])
-    if arguments and arguments[0] != "worker":  # which a gateway of several workers starts
+    if arguments and (arguments[0] != "worker" or len(arguments) == 1):  # a gateway of several starts it with more
         return refuse(arguments)
     from gateway import program  # noqa: PLC0415 - the same
 
@@ -46,6 +48,9 @@ def refuse(arguments: tuple[str, ...]) -> int:
     """Say what the command line may be; return 0 to who asks for that, else 2: nobody who mistypes starts a gateway."""
     if arguments[0] in {"-h", "--help"}:
         print(USAGE)  # noqa: T201
+        return 0
+    if arguments[0] == "--version":
+        print(f"llm-gateway {__version__}")  # noqa: T201
         return 0
     print(f"llm-gateway: {arguments[0]!r} is no command\n{USAGE}", file=sys.stderr)  # noqa: T201
     return 2

@@ -68,7 +68,8 @@ def ask(url: str, path: str) -> dict[str, Any]:
         status, body = answer.status, answer.read(MAX_ANSWER)
     except (OSError, http.client.HTTPException) as error:
         raise NotAnswered(
-            f"no gateway answers at {parts.scheme}://{parts.netloc.rpartition('@')[2]}: {error}"
+            f"no gateway answers at {parts.scheme}://{parts.netloc.rpartition('@')[2]}: "
+            f"{error.strerror if isinstance(error, OSError) and error.strerror else error}; --url names another"
         ) from None
     finally:
         connection.close()

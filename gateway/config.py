@@ -330,7 +330,7 @@ MAX_WINDOW = 86_400
 class _File:
     """Walks the nodes of the file: every complaint has its line and key.
 
-    Without `findings` the first one is raised; with them all are gathered, one for each entry at most.
+    Without `findings` the first one is raised; with them all are gathered, of each entry the first beside unknown keys.
     """
 
     def __init__(self, path: "Path", settings: "Settings", files: Files, findings: Findings | None = None) -> None:
@@ -725,9 +725,13 @@ class _File:
             name = self._printable(name_node, key)
             if name in items:
                 raise self._wrong(name_node, f"{key}: {name}", "the key occurs twice")
-            if allowed is not None and name not in allowed:
-                raise self._wrong(name_node, f"{key}: {name}", f"unknown key; allowed: {', '.join(sorted(allowed))}")
-            items[name] = value
+            if allowed is None or name in allowed:
+                items[name] = value
+                continue
+            unknown = self._wrong(name_node, f"{key}: {name}", f"unknown key; allowed: {', '.join(sorted(allowed))}")
+            if self._findings is None:
+                raise unknown
+            self._findings.complaints.append(str(unknown))
         for name in required:
             if name not in items:
                 raise self._wrong(node, key, f"the key {name!r} is missing")

@@ -24,6 +24,7 @@ BUSY = 1.0
 """Seconds that the file may be locked by somebody else."""
 LAST_SAVE = 3.0
 """Seconds that the last one may take."""
+REMEDY = "GATEWAY_STATE_DIR must be a folder that the gateway may write to; a file that is spoilt can be moved away"
 TABLE = (
     "CREATE TABLE IF NOT EXISTS used (key TEXT, name TEXT, slot INTEGER, amount INTEGER, PRIMARY KEY (key, name, slot))"
 )
@@ -67,7 +68,7 @@ class Limited(Protocol):
 class DayStore:
     """Restores what was used of the limits of a day when it is entered, and saves it from then on.
 
-    A folder that cannot be used is said once in the log, and tried again; meanwhile the limits are the process's own.
+    A folder that cannot be used is said once in the log, and tried again; meanwhile the limits hold until a restart.
 
     Args:
         folder: of the file; None: nothing is kept.
@@ -156,9 +157,10 @@ class DayStore:
                 _log.exception("the limits of a day")
             if not self.failing:
                 _log.warning(
-                    "the limits of a day cannot be kept in %s: %s; they hold for this process alone meanwhile",
+                    "the limits of a day cannot be kept in %s: %s; until they can, a restart forgets what was used. %s",
                     self._file,
-                    error,
+                    error.strerror if isinstance(error, OSError) else error,
+                    REMEDY,
                 )
             self.failing = True
         else:

@@ -119,7 +119,8 @@ def serve(worker: Worker | None) -> int:
     try:
         files = Files()
         settings = load(files)
-        setup_logs(settings.log_level, as_json=settings.app_mode == "prod")
+        number = worker.number if worker is not None else None
+        setup_logs(settings.log_level, as_json=settings.app_mode == "prod", worker=number)
         if worker is None and settings.workers > 1:
             return asyncio.run(run_workers(settings, files))  # uvloop cannot put a process in a group of its own
         set_threads_of_libuv()
@@ -130,7 +131,8 @@ def serve(worker: Worker | None) -> int:
         return 2
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        print(f"gateway: cannot listen on {where}: {error.strerror}; HOST and PORT name another", file=sys.stderr)  # noqa: T201
+        reason = str(error.strerror).partition(" (while attempting")[0]  # the address again
+        print(f"gateway: cannot listen on {where}: {reason}; HOST and PORT name another", file=sys.stderr)  # noqa: T201
         return 1
     except Exception:
         logging.getLogger("gateway").critical("the gateway failed", exc_info=True)

@@ -142,7 +142,9 @@ class Settings(BaseSettings):
         Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=256)] | None,
         Field(description="1 to 256 printable characters"),
     ] = None
-    log_level: Annotated[str, AfterValidator(_known_log_level), Field(description=", ".join(LOG_LEVELS))] = "INFO"
+    log_level: Annotated[
+        str, AfterValidator(_known_log_level), Field(description=f"one of {', '.join(LOG_LEVELS)}")
+    ] = "INFO"
 
     gateway_workers: Annotated[
         int, Field(ge=0, le=MOST_WORKERS, description=f"a whole number from 0 to {MOST_WORKERS}")
@@ -269,6 +271,8 @@ def secret(name: str, files: Files) -> str | None:
     if path is None:
         return None
     where = f"{name}_FILE={path!r}"
+    if not path:
+        raise SettingsError(f"{where}: it is empty; give it the path of a file, or unset the variable to do without")
     try:
         text = files.read(Path(path)).decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
     except OSError as error:

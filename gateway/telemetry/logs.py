@@ -33,7 +33,15 @@ OTHERS_PER_SECOND = 1
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line."""
+    """One JSON object per line.
+
+    Args:
+        worker: its number, where the process is one of several.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._own = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without its end."""
@@ -41,6 +49,7 @@ class JsonFormatter(logging.Formatter):
             "time": _rfc3339(int(record.created * 1e9)),
             "level": record.levelname.lower(),
             "logger": record.name,
+            **self._own,
             "message": record.getMessage()[:MAX_TEXT],
         }
         if record.exc_info:
@@ -49,10 +58,15 @@ class JsonFormatter(logging.Formatter):
 
 
 class ReadableFormatter(logging.Formatter):
-    """A line for people, with the traceback of an exception below it."""
+    """A line for people, with the traceback of an exception below it.
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    Args:
+        worker: its number, where the process is one of several.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        who = "" if worker is None else f"worker {worker}: "
+        super().__init__(f"%(asctime)s %(levelname)-7s {who}%(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line itself."""
@@ -96,10 +110,16 @@ class _Count:
         self.second = self.passed = self.lost = 0
 
 
-def setup_logs(level: str, *, as_json: bool) -> None:
-    """Set up standard logging to stderr; libraries only from WARNING on, and few lines a second."""
+def setup_logs(level: str, *, as_json: bool, worker: int | None = None) -> None:
+    """Set up standard logging to stderr; libraries only from WARNING on, and few lines a second.
+
+    Args:
+        level: of the gateway's own lines.
+        as_json: one object per line; else for people.
+        worker: its number, where the process is one of several.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else ReadableFormatter())
+    handler.setFormatter(JsonFormatter(worker) if as_json else ReadableFormatter(worker))
     handler.addFilter(RateLimit())
     logging.captureWarnings(capture=True)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

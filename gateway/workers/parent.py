@@ -51,6 +51,7 @@ class Child:
         sockets: that listen for it; empty while its place is closed.
         channel: to its process; None while there is none.
         serves: it has taken its sockets.
+        has_served: its last process had taken them.
         behind: it is to read its configuration anew as soon as it serves.
         silent_looks: times in a row that it has not answered.
         count_descriptor: of the memory in which it keeps up the number of its requests in flight.
@@ -62,6 +63,7 @@ class Child:
         self.channel: Channel | None = None
         self.process: asyncio.subprocess.Process | None = None
         self.serves = False
+        self.has_served = False
         self.behind = False
         self.silent_looks = 0
         self.count_descriptor = new_count()
@@ -213,7 +215,7 @@ class Parent:
                 self._stop(signal.SIGTERM)
                 return
             child.deaths = 1 if loop.time() - began >= HEALTHY_AFTER else child.deaths + 1
-            if child.deaths == 1:
+            if child.deaths == 1 or child.has_served or code > BY_SIGNAL:  # else it has said itself what is wrong
                 _log.error("worker %d ended with code %d; a new one is started", child.number, code)
             if child.closing is None:
                 child.closing = loop.call_later(BACK_WITHIN, child.close_place)
@@ -247,7 +249,7 @@ class Parent:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_REPORT):  # what it said before it ended may not have been read yet
                     await channel.closed.wait()
-        child.channel, child.serves = None, False
+        child.channel, child.has_served, child.serves = None, child.serves, False
         channel.close()
         self._sharing.ended(child)
         self._ledgers.ended(child.number)

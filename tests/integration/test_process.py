@@ -18,6 +18,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from gateway import __main__ as gateway_main
+from gateway import __version__
 from gateway.__main__ import main
 from mock_model import __main__ as mock_model_main
 from mock_model.serve import MockModel
@@ -76,7 +77,7 @@ async def test_the_start_says_whether_keys_are_needed_wherever_they_are_configur
 
 
 @pytest.mark.parametrize("program", [gateway_main, mock_model_main])
-@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("-h", 0), ("--port", 2), ("chekc", 2)])
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("-h", 0), ("--port", 2), ("chekc", 2), ("worker", 2)])
 @pytest.mark.usefixtures("pytests_own")
 def test_a_command_line_that_is_wrong_starts_nothing_and_says_what_it_may_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: ModuleType, argument: str, code: int
@@ -88,6 +89,10 @@ def test_a_command_line_that_is_wrong_starts_nothing_and_says_what_it_may_be(
     assert (output if code else errors) == ""
     if code:
         assert repr(argument) in errors
+
+
+def test_the_gateway_says_its_version_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (main("--version"), capsys.readouterr().out) == (0, f"llm-gateway {__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +294,7 @@ async def test_what_stops_a_start_is_one_line_and_an_exit_code(tmp_path: Path) -
         cases = [
             ({"PORT": "eight"}, 2, ["PORT='eight'", "a whole number"]),
             ({"GATEWAY_CONFIG": str(file)}, 2, [f"GATEWAY_CONFIG='{file}'", "line 4", "routes[0]: target", "targets"]),
-            ({"PORT": port}, 1, [f"cannot listen on 127.0.0.1:{port}", "in use"]),
+            ({"PORT": port}, 1, [f"cannot listen on 127.0.0.1:{port}: Address already in use; HOST and PORT name"]),
         ]
         ends = await asyncio.gather(*(run(**{**LOCAL, **environment}) for environment, _, _ in cases))
     for (environment, code, words), (ended, output, errors) in zip(cases, ends, strict=True):

@@ -136,6 +136,8 @@ async def test_a_folder_that_cannot_be_used_is_said_once_and_hurts_no_request_of
             errors = await stop(gateway)
         assert folder.saved() == 3
         assert errors.count("the limits of a day cannot be kept in") == 1
+        assert errors.count("GATEWAY_STATE_DIR must be a folder that the gateway may write to") == 1
+        assert "Errno" not in errors
         assert errors.count("the limits of a day are kept again in") == 1
 
 

@@ -226,6 +226,8 @@ async def test_nothing_stays_open_at_the_parent_of_workers_that_have_died() -> N
             pids = [await successor(gateway, pids), *(pid for pid in workers_of(gateway) if pid in pids[1:])]
         await until_both(gateway, url)
         assert descriptors_of(gateway) == before
+        told = gateway.errors.read_text()
+    assert told.count("worker 1 ended with code 137; a new one is started") == 12
 
 
 FIRST = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"

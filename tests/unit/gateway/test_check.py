@@ -89,6 +89,22 @@ def test_all_that_is_wrong_is_told_with_line_and_key(tmp_path: Path, capsys: pyt
     assert [where in line for where, line in zip(wanted, wrong, strict=True)] == [True] * len(wanted)
 
 
+def test_an_unknown_key_hides_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backend = 'a: {url: "http://a", api_key: k, timeout: 3, max_in_flight: ten}'
+    route = "{model: m, target: b, targets: [{backend: b}]}"
+    assert check.main([written(tmp_path, f"backend: {{}}\nbackends: {{{backend}}}\nroutes: [{route}]")]) == 2
+    told = capsys.readouterr().out.splitlines()
+    wanted = (
+        "line 1, the file: backend: unknown key; allowed: backends, keys, routes",
+        "line 2, backends.a: api_key: unknown key",
+        "line 2, backends.a: timeout: unknown key",
+        "line 2, backends.a.max_in_flight: ",
+        "line 3, routes[0]: target: unknown key",
+        "line 3, routes[0].targets[0].backend: there is no backend 'b'",
+    )
+    assert [where in line for where, line in zip(wanted, told, strict=True)] == [True] * len(wanted)
+
+
 @pytest.mark.parametrize("text", ["", "backends: [", "routes: []", "- a"])
 def test_what_is_no_configuration_is_one_complaint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str

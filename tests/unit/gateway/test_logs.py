@@ -110,6 +110,16 @@ def test_libraries_speak_only_from_warning_on(capsys: pytest.CaptureFixture[str]
     assert "own" in text
 
 
+def test_a_line_of_one_of_several_workers_says_which(capsys: pytest.CaptureFixture[str], process_logs: None) -> None:
+    for as_json in (True, False):
+        setup_logs("INFO", as_json=as_json, worker=2)
+        logging.getLogger("gateway").warning("breaker of a: closed -> open")
+
+    document, text = capsys.readouterr().err.splitlines()
+    assert (json.loads(document)["worker"], json.loads(document)["message"]) == (2, "breaker of a: closed -> open")
+    assert text.endswith(" WARNING worker 2: breaker of a: closed -> open")
+
+
 def test_the_level_is_that_of_the_setting(capsys: pytest.CaptureFixture[str], process_logs: None) -> None:
     setup_logs("ERROR", as_json=True)
     logging.getLogger("gateway").warning("no")

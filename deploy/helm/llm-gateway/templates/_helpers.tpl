@@ -187,6 +187,11 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- if not (regexMatch "^[a-z]" $fullname) }}
 {{- fail (printf "`%s` would be the name of a Service, which must begin with a letter: set `fullnameOverride`." $fullname) }}
 {{- end }}
+{{- range $name := list "GATEWAY_API_KEYS" "GATEWAY_ADMIN_KEY" "GATEWAY_BACKEND_API_KEY" "GATEWAY_LIMITS_URL" }}
+{{- if hasKey (default dict $.Values.settings) $name }}
+{{- fail (printf "`%s` is a secret: set it in `secrets`, not in `settings`, which whoever may look at a pod can read." $name) }}
+{{- end }}
+{{- end }}
 {{- $chosen := include "llm-gateway.chosenVariables" . | fromYamlArray }}
 {{- range $name, $advice := include "llm-gateway.ownVariables" . | fromYaml }}
 {{- if has $name $chosen }}
@@ -229,7 +234,7 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- $least := mul 3 $buffered }}
 {{- if gt (int64 $.Values.workers) 1 }}{{ $least = add $least (mul 67108864 $.Values.workers) }}{{ end }}
 {{- if lt (int64 (include "llm-gateway.bytes" .)) $least }}
-{{- fail (printf "`resources.limits.memory` (%v) must be at least %d bytes: three times `settings.GATEWAY_MAX_BUFFERED_BYTES` (%d; without it 268435456), and 64Mi for each of several `workers`." . $least $buffered) }}
+{{- fail (printf "`resources.limits.memory` (%v) must be at least %dMi: three times GATEWAY_MAX_BUFFERED_BYTES (%d bytes), and 64Mi for each of several `workers`." . (div (add $least 1048575) 1048576) $buffered) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
