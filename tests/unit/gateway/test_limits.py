@@ -258,11 +258,11 @@ def test_the_headers_tell_that_nothing_is_used_once_all_is_given_back() -> None:
     first, second = took(of, 30), took(of, 20)
     assert first is not None
     assert second is not None
-    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, 0.0)
+    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, of.clock())
     first.settle(0)
-    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, 0.0)
+    assert b"x-ratelimit-reset-tokens: 1m1s\r\n" in explaining(record, of.clock())
     second.settle(0)
-    assert b"x-ratelimit-reset-tokens: 0s\r\n" in explaining(record, 0.0)
+    assert b"x-ratelimit-reset-tokens: 0s\r\n" in explaining(record, of.clock())
 
 
 def test_what_was_saved_is_restored_and_what_lies_in_the_future_is_now() -> None:
