@@ -74,7 +74,12 @@ class Taken(NamedTuple):
 def told_of(limits: Limits) -> str:
     """The lines of an answer's head that tell of limits."""
     record = Record("POST", None, 1, 2, "id", 0.0, 0, caller=Caller("key", None, None, limits))
-    return explaining(record, limits.clock()).decode().partition("server-timing: queue;dur=0.0\r\n")[2]
+    return (
+        explaining(record, limits.clock())
+        .decode()
+        .partition("server-timing: queue;dur=0.0\r\n")[2]
+        .removesuffix("\r\n")
+    )
 
 
 limit = st.none() | st.integers(1, 60)
