@@ -163,7 +163,7 @@ class Parts:
         if store is None:
             self.limits = DayStore(settings.gateway_state_dir, self.keys.callers, limits_clock)
         else:
-            self.limits = LimitsStore(store, self.keys.callers, share, limits_clock)
+            self.limits = LimitsStore(store, self.keys.callers, share, limits_clock, self.admission.look_again)
         self.health = Health(
             settings,
             generations=generations,

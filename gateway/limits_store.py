@@ -47,16 +47,23 @@ class LimitsStore:
         callers: those with keys.
         fallback_share: the part of a limit that may be used before the store has ever answered.
         clock: of the limits, seconds.
+        answered: called with each answer: who waits may have what it brings.
 
     Attributes:
         exchanges, failures: so many there have been.
     """
 
     def __init__(
-        self, store: "Store", callers: "Iterable[Caller]", fallback_share: float, clock: "Callable[[], float]"
+        self,
+        store: "Store",
+        callers: "Iterable[Caller]",
+        fallback_share: float,
+        clock: "Callable[[], float]",
+        answered: "Callable[[], None]",
     ) -> None:
         self._store = store
         self._clock = clock
+        self._answered = answered
         self._fallback_share = fallback_share
         self._well: bool | None = None
         self._settled_at: float | None = None
@@ -180,6 +187,7 @@ class LimitsStore:
             each.answered(answer)
             if not number % WITHOUT_PAUSE:
                 await asyncio.sleep(0)
+        self._answered()
 
     async def _give_back(self, keys: "Mapping[Allotment, str]") -> None:
         """Give back what is held of keys: other instances need not wait for its end. Raises: StoreError."""

@@ -167,10 +167,10 @@ class Admission:
             self._hand_over()
 
     def look_again(self) -> None:
-        """Let those who wait for a limit of their key go on where it has changed."""
+        """Let those who wait for a limit of their key go on, or give up, where it has changed."""
         if self._lines:
             self._look_no_more()
-            self._hand_over()
+            self._look()
 
     def announce_stop(self) -> None:
         """Tell whoever asks that the gateway will stop; requests are taken as ever."""

@@ -777,3 +777,35 @@ def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> N
         assert_empty(gate)
 
     run(story)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_who_waits_for_what_others_hold_goes_on_or_gives_up_with_the_answer_that_says_so(*, used: bool) -> None:
+    async def story(clock: Clock) -> None:
+        gate, sharing = admission(slots=100), Sharing(clock, requests_per_minute=40)
+        theirs = [Reservation(sharing.others, 0) for _ in range(40)]
+        for each in theirs:
+            each.take()
+        sharing.exchange(sharing.theirs)
+        for each in theirs[:39]:
+            assert each.take() is None
+        sharing.exchange(sharing.ours)
+        task = asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0)))
+        await settle()
+        sharing.answers()
+        await settle()
+        assert gate.queued == 1, "one is held by others"
+        if used:
+            assert theirs[39].take() is None
+            sharing.exchange(sharing.theirs)
+        else:
+            sharing.ledger.exchange(sharing.theirs.leave())
+        sharing.exchange(sharing.ours)
+        before = clock()
+        gate.look_again()
+        await settle()
+        assert task.done()
+        assert clock() - before < 0.01, "not at the next look"
+        assert isinstance(task.exception(), RateLimitExceeded) if used else gate.in_flight == 1
+
+    run(story)
