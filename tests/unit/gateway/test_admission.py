@@ -714,7 +714,10 @@ class Sharing:
 
     def exchange(self, allotment: Allotment) -> None:
         for _ in range(2):
-            allotment.answered(self.ledger.exchange(allotment.report("epoch")))
+            self.report(allotment)
+
+    def report(self, allotment: Allotment) -> None:
+        allotment.answered(self.ledger.exchange(allotment.report("epoch")))
 
     def answers(self) -> None:
         self.exchange(self.ours)
@@ -779,8 +782,7 @@ def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> N
     run(story)
 
 
-@pytest.mark.parametrize("used", [False, True])
-def test_who_waits_for_what_others_hold_goes_on_or_gives_up_with_the_answer_that_says_so(*, used: bool) -> None:
+def test_who_waits_for_what_others_hold_gives_up_with_the_answer_that_says_that_it_is_used() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing = admission(slots=100), Sharing(clock, requests_per_minute=40)
         theirs = [Reservation(sharing.others, 0) for _ in range(40)]
@@ -795,17 +797,43 @@ def test_who_waits_for_what_others_hold_goes_on_or_gives_up_with_the_answer_that
         sharing.answers()
         await settle()
         assert gate.queued == 1, "one is held by others"
-        if used:
-            assert theirs[39].take() is None
-            sharing.exchange(sharing.theirs)
-        else:
-            sharing.ledger.exchange(sharing.theirs.leave())
+        assert theirs[39].take() is None
+        sharing.exchange(sharing.theirs)
         sharing.exchange(sharing.ours)
         before = clock()
         gate.look_again()
         await settle()
         assert task.done()
         assert clock() - before < 0.01, "not at the next look"
-        assert isinstance(task.exception(), RateLimitExceeded) if used else gate.in_flight == 1
+        assert isinstance(task.exception(), RateLimitExceeded)
+
+    run(story)
+
+
+def test_who_waits_for_what_others_hold_goes_on_with_the_answer_that_brings_it() -> None:
+    async def story(clock: Clock) -> None:
+        gate, sharing = admission(slots=100), Sharing(clock, max_in_flight=1)
+        theirs = Reservation(sharing.others, 0)
+        theirs.take()
+        sharing.exchange(sharing.theirs)
+        assert theirs.take() is None
+        sharing.exchange(sharing.theirs)
+        ours = Reservation(sharing.limits, 0)
+        task = asyncio.create_task(gate.enter(LONG, "a", ours))
+        await settle()
+        sharing.answers()
+        await settle()
+        assert gate.queued == 1
+        theirs.settle(0)
+        sharing.report(sharing.ours)
+        sharing.exchange(sharing.theirs)  # they hear that somebody needs what they keep
+        sharing.ours.lacks(ours)
+        sharing.report(sharing.ours)  # the next one would give it back
+        before = clock()
+        gate.look_again()
+        await settle()
+        assert task.done()
+        assert clock() - before < 0.01, "not at the next look"
+        assert gate.in_flight == 1
 
     run(story)
