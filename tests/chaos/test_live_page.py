@@ -173,7 +173,8 @@ async def test_a_prompt_is_answered_beside_its_explanation(
     await tab.click("#send")
     await tab.until("document.getElementById('answer-status').className === 'fail'")
     said = await tab.value("document.getElementById('answer-status').textContent")
-    assert "The answer ended with an error" in said
+    # A browser may drop the error event where the broken end of the body arrives together with it.
+    assert "The answer ended with an error" in said or "the connection ended before the answer was complete" in said
 
     await tab.click(button("slow", "try"))
     await tab.until("document.getElementById('mock-try').textContent.includes('In force: latency')")
