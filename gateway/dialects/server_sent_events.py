@@ -24,8 +24,7 @@ MAX_LINES = 200_000
 
 TWO_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 """What every end of an event holds, and nothing else: CR LF is one line end."""
-_END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_ENDS = re.compile(_END_OF_EVENT.pattern + rb"(?>(?>:[^\r\n]*+(?>\r\n|\n|\r))*+(?>\r\n|\n|\r))*+")
+_ENDS = re.compile(rb"(?>\r\n|\n|\r){2}(?>(?>:[^\r\n]*+(?>\r\n|\n|\r))*+(?>\r\n|\n|\r))*+")
 """With the further empty lines and events of comments that follow: one by one they would cost as much as real ones."""
 
 
@@ -109,7 +108,7 @@ class EventSplitter:
 
 
 def _has_end(data: bytes) -> bool:
-    """Return whether an event ends; as `_END_OF_EVENT`, which takes ten times as long to find nothing."""
+    """Return whether an event ends; as `_ENDS` would say, which takes ten times as long to find nothing."""
     return any(data.find(end) >= 0 for end in TWO_ENDS)
 
 

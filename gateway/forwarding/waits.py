@@ -4,7 +4,6 @@ import math
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from gateway.policy.lease import take
 from gateway.policy.waiting_room import Chance, Waiter
 from gateway.record import BRIDGING, COOLDOWN, FULL, Wait
 from gateway.stalls import stalled_since
@@ -247,13 +246,12 @@ class Waits:
         asked = [replica for replica in self.target.replicas if replica not in self._call.given_up]
         picked = self.target.pick(self.model, without=self._call.given_up)
         for replica in sorted(asked, key=lambda replica: (replica is not picked, replica.in_flight)):
-            lease = take(replica, self.model, trial=True)
+            lease = self.target.take(replica, self.model, trial=True)
             if lease is not None:
                 if self._is_retry:
                     replica.budget.take()
                 else:
                     replica.budget.count_first()
-                lease.passed_over = self.target.passed_over(replica, self.model)
                 self._trial = home, trial
                 return lease
         home.outage.end_trial(trial)

@@ -125,15 +125,15 @@ class Target:
         if replica is not None:
             return take(replica, model)
         replica = self._among_all(model, without, last)
-        lease = take(replica, model) if replica is not None else None
-        if lease is not None:
-            lease.passed_over = self.passed_over(lease.replica, model)
-        return lease
+        return self.take(replica, model) if replica is not None else None
 
-    def passed_over(self, asked: Replica, model: str) -> tuple[tuple[str, str], ...]:
-        """Return the replicas that could not, or should not, be asked in place of one, each with the reason."""
-        others = (other for other in self.replicas if other is not asked)
-        return tuple((other.name, why) for other in others if (why := other.why_not(model)) is not None)
+    def take(self, replica: Replica, model: str, *, trial: bool = False) -> "Lease | None":
+        """Take a place at one of its replicas, as `lease.take` does; the lease says why the others were passed over."""
+        lease = take(replica, model, trial=trial)
+        if lease is not None:
+            others = (other for other in self.replicas if other is not replica)
+            lease.passed_over = tuple((each.name, why) for each in others if (why := each.why_not(model)) is not None)
+        return lease
 
     def _at_once(self, model: str, last: "Callable[[Replica], bool] | None" = None) -> Replica | None:
         """Return the less busy of two random replicas if nothing speaks against either; no other one is looked at."""

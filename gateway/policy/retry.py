@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from tenacity import wait_exponential
 
-from gateway.policy.lease import take
 from gateway.policy.outage import TRIALS
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class Retry:
             BackendError: `failure`, when breaker or budget refuse at the last moment.
         """
         replica = self._next or self._pick(without=self._tried) or self._pick(without=self._tried[-1:]) or self._pick()
-        lease = take(replica, self._model) if replica is not None else None
+        lease = self._target.take(replica, self._model) if replica is not None else None
         if lease is None:
             self.stopped = self._why_nobody() or "breaker"
             raise failure
@@ -126,7 +125,6 @@ class Retry:
             self._refused = lease.replica
             self.stopped = "budget"
             raise failure
-        lease.passed_over = self._target.passed_over(lease.replica, self._model)
         return lease
 
     def is_over(self, _state: "RetryCallState") -> bool:

@@ -263,9 +263,9 @@ class Handlers:
         if answer.status != NO_CONTENT:
             headers.setdefault("content-type", "application/json")  # it had parameters that do not pass
         headers["server"] = SERVER
-        if len(answer.body) <= SMALL_ANSWER:
-            return Answer(body=answer.body, status=answer.status, headers=headers)
         response = Answer(body=answer.body, status=answer.status, headers=headers)
+        if len(answer.body) <= SMALL_ANSWER:
+            return response
         response.lines = explaining(call.record, self._clock())
         if self._admission.stopping:
             response.force_close()

@@ -16,6 +16,7 @@ from gateway.errors import (
     InvalidApiKey,
     Refusal,
 )
+from gateway.headers import RATE_LIMITS
 from gateway.server.aiohttp_protocol import Answer
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def _told(meter: "Meter", tightest: "Window", instant: float, kind: str) -> tupl
     It is the same until the meter is aimed again, once something is used of the present slot.
     """
     told = (
-        f"x-ratelimit-limit-{kind}: {tightest.limit}\r\nx-ratelimit-remaining-{kind}: ",
-        f"\r\nx-ratelimit-reset-{kind}: {_duration(tightest.empty_in(int(instant)))}\r\n",
+        f"{RATE_LIMITS}limit-{kind}: {tightest.limit}\r\n{RATE_LIMITS}remaining-{kind}: ",
+        f"\r\n{RATE_LIMITS}reset-{kind}: {_duration(tightest.empty_in(int(instant)))}\r\n",
     )
     if meter.reading > meter.opened:
         meter.told = told

@@ -23,7 +23,7 @@ from tests.integration.workers import (
     chat,
     lives,
     metrics_of,
-    stream_of,
+    streams_under_way,
     two_workers,
     until_both,
     workers_of,
@@ -68,8 +68,7 @@ async def test_a_worker_that_is_killed_takes_its_own_requests_alone_and_they_are
     async with MockModel(mock) as model, two_workers(model) as (gateway, url):
         assert await asyncio.gather(*(chat(url) for _ in range(10))) == [200] * 10
         before = await metrics_of(url)
-        streams = [asyncio.create_task(stream_of(url)) for _ in range(16)]
-        await until(lambda: len(model.journal.calls) == 26, "all streams have begun", seconds=PATIENCE)
+        streams = await streams_under_way(model, url, 16)
         victim, other = workers_of(gateway)
         os.kill(victim, signal.SIGKILL)
         whole = sum(await asyncio.gather(*streams))
@@ -116,8 +115,7 @@ async def health_by_the_other(url: str) -> dict[str, Any]:
 async def test_a_stop_lets_the_streams_of_all_workers_end() -> None:
     mock = MockSettings(port=0, control_port=0, mock_token_interval=0.05)
     async with MockModel(mock) as model, two_workers(model) as (gateway, url):
-        streams = [asyncio.create_task(stream_of(url)) for _ in range(8)]
-        await until(lambda: len(model.journal.calls) == 8, "all streams have begun", seconds=PATIENCE)
+        streams = await streams_under_way(model, url, 8)
         gateway.signal(signal.SIGTERM)
         assert await asyncio.gather(*streams) == [True] * 8
         code, _, errors = await gateway.end()

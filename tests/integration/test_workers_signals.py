@@ -24,7 +24,7 @@ from tests.integration.workers import (
     health_of,
     lives,
     metrics_of,
-    stream_of,
+    streams_under_way,
     two_workers,
     until_both,
     workers_of,
@@ -137,8 +137,7 @@ async def test_a_stop_is_clean_also_while_a_worker_starts(tmp_path: Path) -> Non
 async def test_a_worker_that_is_told_to_stop_alone_refuses_nobody_and_ends_its_streams() -> None:
     mock = MockSettings(port=0, control_port=0, mock_token_interval=0.2)
     async with MockModel(mock) as model, two_workers(model) as (gateway, url):
-        streams = [asyncio.create_task(stream_of(url)) for _ in range(8)]
-        await until(lambda: len(model.journal.calls) == 8, "all streams have begun", seconds=PATIENCE)
+        streams = await streams_under_way(model, url, 8)
         for pid in workers_of(gateway)[:1]:
             os.kill(pid, signal.SIGTERM)
         await until(lambda: "stopping: " in gateway.errors.read_text(), "it stops", seconds=PATIENCE)
@@ -175,8 +174,7 @@ async def test_workers_that_start_end_with_their_parent_and_say_nothing_of_it() 
 async def test_a_gateway_whose_parent_was_killed_can_be_started_anew_while_its_streams_end() -> None:
     mock = MockSettings(port=0, control_port=0, mock_token_interval=0.3)
     async with MockModel(mock) as model, two_workers(model, GATEWAY_SHUTDOWN_GRACE="60") as (gateway, url):
-        streams = [asyncio.create_task(stream_of(url)) for _ in range(4)]
-        await until(lambda: len(model.journal.calls) == 4, "all streams have begun", seconds=PATIENCE)
+        streams = await streams_under_way(model, url, 4)
         await gateway.kill()
         port = int(url.rsplit(":", 1)[1])
         async with asyncio.timeout(PATIENCE):

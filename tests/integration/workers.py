@@ -11,6 +11,7 @@ import aiohttp
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH, prompt
 from testkit.exposition import Exposition
+from testkit.polling import until
 from testkit.ports import free_port
 from tests.integration.processes import PATIENCE, Program, running
 
@@ -69,6 +70,14 @@ async def stream_of(url: str) -> bool:
             return (await answer.text()).endswith("data: [DONE]\n\n")
     except aiohttp.ClientError:
         return False
+
+
+async def streams_under_way(model: MockModel, url: str, number: int) -> list[asyncio.Task[bool]]:
+    """So many streams, all of which have begun."""
+    begun = len(model.journal.calls) + number
+    streams = [asyncio.create_task(stream_of(url)) for _ in range(number)]
+    await until(lambda: len(model.journal.calls) == begun, "all streams have begun", seconds=PATIENCE)
+    return streams
 
 
 async def chat(url: str) -> int:

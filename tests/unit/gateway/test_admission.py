@@ -757,24 +757,30 @@ def test_nobody_waits_longer_for_an_answer_than_in_the_queue() -> None:
     run(story)
 
 
+async def waiting_for_what_others_use(gate: Admission, sharing: Sharing) -> "asyncio.Task[None]":
+    """A request that waits for the last of 40, which others hold, and then use."""
+    theirs = [Reservation(sharing.others, 0) for _ in range(40)]
+    for each in theirs:
+        each.take()
+    sharing.exchange(sharing.theirs)
+    for each in theirs[:39]:
+        assert each.take() is None
+    sharing.exchange(sharing.ours)
+    task = asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0)))
+    await settle()
+    sharing.answers()
+    await settle()
+    assert gate.queued == 1, "one is held by others"
+    assert theirs[39].take() is None
+    sharing.exchange(sharing.theirs)
+    sharing.exchange(sharing.ours)
+    return task
+
+
 def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing, began = admission(slots=100), Sharing(clock, requests_per_minute=40), clock()
-        theirs = [Reservation(sharing.others, 0) for _ in range(40)]
-        for each in theirs:
-            each.take()
-        sharing.exchange(sharing.theirs)
-        for each in theirs[:39]:
-            assert each.take() is None
-        sharing.exchange(sharing.ours)
-        task = asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0)))
-        await settle()
-        sharing.answers()
-        await settle()
-        assert gate.queued == 1, "one is held by others"
-        assert theirs[39].take() is None
-        sharing.exchange(sharing.theirs)
-        sharing.exchange(sharing.ours)
+        task = await waiting_for_what_others_use(gate, sharing)
         assert isinstance(await error_of(task), RateLimitExceeded)
         assert clock() - began < QUEUE_TIMEOUT / 2
         assert_empty(gate)
@@ -785,21 +791,7 @@ def test_who_waits_for_what_others_hold_is_refused_once_they_have_used_it() -> N
 def test_who_waits_for_what_others_hold_gives_up_with_the_answer_that_says_that_it_is_used() -> None:
     async def story(clock: Clock) -> None:
         gate, sharing = admission(slots=100), Sharing(clock, requests_per_minute=40)
-        theirs = [Reservation(sharing.others, 0) for _ in range(40)]
-        for each in theirs:
-            each.take()
-        sharing.exchange(sharing.theirs)
-        for each in theirs[:39]:
-            assert each.take() is None
-        sharing.exchange(sharing.ours)
-        task = asyncio.create_task(gate.enter(LONG, "a", Reservation(sharing.limits, 0)))
-        await settle()
-        sharing.answers()
-        await settle()
-        assert gate.queued == 1, "one is held by others"
-        assert theirs[39].take() is None
-        sharing.exchange(sharing.theirs)
-        sharing.exchange(sharing.ours)
+        task = await waiting_for_what_others_use(gate, sharing)
         before = clock()
         gate.look_again()
         await settle()
