@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +113,7 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    epoch = time.time() - now() + findings.began
-    findings.arrivals = {url: [at - epoch for at in times] for url, times in stage.arrivals().items()}
+    findings.arrivals = stage.arrivals()
     played.verdicts = [
         *(_judge(promise, findings, steady.seconds) for promise in experiment.promises),
         *played.verdicts,

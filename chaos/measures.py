@@ -40,7 +40,7 @@ class Findings:
         samples: What was seen of the gateway.
         marks: What was done, and when, in seconds since time zero.
         revivals: When a backend that was started or thawed answered its own health probe, in seconds since time zero.
-        arrivals: When prompts came to each backend by its own journal, by its url, in seconds since time zero.
+        arrivals: The request ids of the prompts that came to each backend by its own journal, by its url.
     """
 
     began: float
@@ -48,7 +48,7 @@ class Findings:
     samples: list[Sample] = field(default_factory=list)
     marks: list[tuple[float, str]] = field(default_factory=list)
     revivals: list[float] = field(default_factory=list)
-    arrivals: dict[str, list[float]] = field(default_factory=dict)
+    arrivals: dict[str, list[str]] = field(default_factory=dict)
 
     def sent(self, since: float, until: float) -> list[Call]:
         """Return the calls sent in that span (seconds since time zero)."""
@@ -147,7 +147,11 @@ def _guards_tripped(findings: Findings, since: float, until: float) -> float | N
 
 
 def _arrivals_after_trip(findings: Findings, since: float, until: float) -> float | None:
-    """Return how many prompts came to backends that had lost their traffic; None where none has, or no journal."""
+    """Return how many prompts came to backends of which it had been seen that they had lost their traffic.
+
+    Those of calls that were sent before it was seen do not count: they may have been under way to it.
+    None where no backend has lost it, a journal is missing, or nothing was sent afterwards.
+    """
     trips: dict[str, float] = {}
     for sample in findings.samples:
         for url in sample.tripped.values():
@@ -155,7 +159,10 @@ def _arrivals_after_trip(findings: Findings, since: float, until: float) -> floa
     seen = {url: at for url, at in trips.items() if since <= at < until}
     if not seen or not seen.keys() <= findings.arrivals.keys():
         return None
-    return sum(at <= arrival < until for url, at in seen.items() for arrival in findings.arrivals[url])
+    sent = {url: {call.id for call in findings.sent(at, until)} for url, at in seen.items()}
+    if not any(sent.values()):
+        return None
+    return sum(one in sent[url] for url in seen for one in findings.arrivals[url])
 
 
 MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {

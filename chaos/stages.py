@@ -55,8 +55,8 @@ class Stage(Protocol):
     async def revived(self, mock: int) -> None:
         """Wait until that mock model, started or thawed, answers its own health probe."""
 
-    def arrivals(self) -> dict[str, list[float]]:
-        """Return when prompts came to each mock model, by its url, in seconds since the epoch; those that are known."""
+    def arrivals(self) -> dict[str, list[str]]:
+        """Return the request ids of the prompts that came to each mock model, by its url; of those that are known."""
 
     async def end(self) -> None:
         """Leave it as `begin` found it."""
@@ -135,9 +135,9 @@ class LocalStage:
         """Wait until that mock model answers its own health probe."""
         await self._arena.mocks[mock - 1].ready()
 
-    def arrivals(self) -> dict[str, list[float]]:
-        """Return when prompts came to each mock model, by its url, in seconds since the epoch."""
-        return {mock.url: [entry["time"] for entry in mock.arrivals()] for mock in self._arena.mocks}
+    def arrivals(self) -> dict[str, list[str]]:
+        """Return the request ids of the prompts that came to each mock model, by its url."""
+        return {mock.url: [str(entry["request_id"]) for entry in mock.arrivals()] for mock in self._arena.mocks}
 
 
 async def _do_to(store: LimitsServer, action: str) -> None:
@@ -178,7 +178,7 @@ class RemoteStage:
             if number <= len(self._controls):
                 await self._insist("PUT", number, self._found[number - 1])
 
-    def arrivals(self) -> dict[str, list[float]]:
+    def arrivals(self) -> dict[str, list[str]]:
         """Return nothing: the journals of mock models that run already hold what others sent, too."""
         return {}
 

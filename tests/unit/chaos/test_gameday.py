@@ -48,7 +48,7 @@ class FakeStage:
     async def do(self, step: Step) -> None:
         self.done.append(step.do)
 
-    def arrivals(self) -> dict[str, list[float]]:
+    def arrivals(self) -> dict[str, list[str]]:
         return {}
 
     async def revived(self, mock: int) -> None:

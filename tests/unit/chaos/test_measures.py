@@ -6,9 +6,11 @@ from chaos.measures import MEASURES, Findings, Sample, measured
 from testkit.load import Call, Try
 
 
-def call(*, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None) -> Call:
+def call(
+    *, sent: float, took: float, outcome: str = "ok", status: int | None = 200, flaw: str | None = None, name: str = "c"
+) -> Call:
     return Call(
-        id="c",
+        id=name,
         kind="answer",
         started=sent,
         ended=sent + took,
@@ -68,8 +70,9 @@ NEW = {"new": "http://b"}
     ("tripped", "metric", "arrivals", "since", "until", "guards", "after"),
     [
         ({}, 0, {}, 0, 9, 0, None),
-        (NEW, 1, {"http://b": [0.5, 2.9, 3.0, 8.0, 9.0], "http://a": [4.0]}, 0, 9, 1, 2),
-        (NEW, 1, {"http://b": [0.5, 2.9]}, 0, 9, 1, 0),
+        (NEW, 1, {"http://b": ["1", "2.9", "3.5", "8", "9"], "http://a": ["4"]}, 0, 9, 1, 2),
+        (NEW, 1, {"http://b": ["1", "2.9"]}, 0, 9, 1, 0),  # late ones of calls that were sent before it was seen
+        (NEW, 1, {"http://b": ["8"]}, 0, 3.2, 1, None),  # nothing was sent afterwards
         (NEW, 0, {"http://b": []}, 0, 9, 0, 0),  # the metric does not say so
         ({}, 1, {"http://b": []}, 0, 9, 0, None),  # `/health` does not
         (NEW, 1, {"http://a": []}, 0, 9, 1, None),  # without its journal
@@ -79,14 +82,15 @@ NEW = {"new": "http://b"}
 def test_what_a_guard_has_done_is_measured(  # noqa: PLR0917
     tripped: dict[str, str],
     metric: int,
-    arrivals: dict[str, list[float]],
+    arrivals: dict[str, list[str]],
     since: float,
     until: float,
     guards: float,
     after: float | None,
 ) -> None:
     samples = [Sample(1.0, {}, 0, 0), *(Sample(at, {}, 0, 0, 0.0, tripped, metric) for at in (3.0, 4.0))]
-    found = Findings(100.0, samples=samples, arrivals=arrivals)
+    calls = [call(sent=100 + float(number), took=0.1, name=number) for number in ("1", "2.9", "4", "3.5", "8", "9")]
+    found = Findings(100.0, calls, samples, arrivals=arrivals)
 
     assert MEASURES["guards_tripped"](found, since, until) == guards
     assert MEASURES["arrivals_after_trip"](found, since, until) == after
