@@ -1,6 +1,7 @@
 """The limits of a key: requests and tokens in any minute and in any day, and requests in flight. All that are set hold.
 
-Instants are seconds since the epoch of an injected clock that never goes back.
+Instants are seconds since the epoch of an injected clock that never goes back; those that each request compares are
+floats, since a float and an integer take several times as long.
 """
 
 import math
@@ -40,8 +41,8 @@ class Meter:
         tightest: the window of which the least is left; None: there is no limit.
         end: the reading at which nothing is left of that.
         opened: the reading at which nothing is used of the present slot of that window.
-        told: the words for all this that hold until it is aimed again, or nothing is used of that slot any more; None:
-            nobody has found them yet.
+        told: what is told of all this before the number that is left; it holds until it is aimed again, or nothing is
+            used of that slot any more; None: nobody has found it yet.
     """
 
     __slots__ = ("began", "bound", "end", "opened", "reading", "smallest", "tightest", "told", "windows")
@@ -68,7 +69,7 @@ class Meter:
             if (end := window.zero + window.limit - window.elsewhere) < least:
                 least, self.tightest = end, window
         self.opened = self.tightest.opened if self.tightest is not None else self.reading
-        self.told: tuple[str, str] | None = None
+        self.told: str | None = None
         self.began: float = began
         self.bound: float = bound
         self.smallest: float = smallest
@@ -195,10 +196,10 @@ class Window:
                     self._most -= forgotten
             self._slot = slot
             self._ends = self._end(slot)
-            self.began = max(self._since, slot * self._seconds)
+            self.began = max(self._since, slot * self._seconds + 0.0)
             if now >= self.empty_at:
                 self._elsewhere = 0  # nobody has told of it since
-        return (self._slot + 1) * self._seconds
+        return (self._slot + 1) * self._seconds + 0.0
 
     def wait(self, amount: int, now: float) -> float:
         """Return the seconds until so much more fits, 0 for now.
@@ -283,12 +284,12 @@ class Limits:
         requests, tokens: what is used of each; max_in_flight: requests at once, or None for any number.
         most_in_flight: those that may be here; fewer where other processes have the rest.
         in_flight: requests at once now.
+        rolls_at: the instant from which `roll` is due.
         touched: something was used since somebody last set this to False.
         allotment: the part of them that this process holds; None where they are its own.
     """
 
     __slots__ = (
-        "_rolls_at",
         "allotment",
         "clock",
         "epoch",
@@ -296,6 +297,7 @@ class Limits:
         "max_in_flight",
         "most_in_flight",
         "requests",
+        "rolls_at",
         "tokens",
         "touched",
     )
@@ -316,7 +318,7 @@ class Limits:
 
     def _set(self, config: "LimitsConfig", since: float) -> None:
         """Have these limits; those that are new begin at an instant."""
-        self._rolls_at = 0.0
+        self.rolls_at = 0.0
         for meter, limits in (
             (self.requests, _of("requests", config.requests_per_minute, config.requests_per_day)),
             (self.tokens, _of("tokens", config.tokens_per_minute, config.tokens_per_day)),
@@ -343,18 +345,18 @@ class Limits:
         """Return its windows of a day: they are worth keeping over a restart."""
         return tuple(window for window in self.windows if window.seconds == DAY)
 
-    def look(self, now: float | None = None) -> float:
-        """Return the instant, at which all windows are as they are to be; they are aimed anew once a second.
-
-        Args:
-            now: by the clock, where it has been asked already.
-        """
-        now = (self.clock() if now is None else now) + self.epoch
-        if now >= self._rolls_at:
-            self._rolls_at = min([math.floor(now) + 1, *(window.roll(now) for window in self.windows)])
-            self.requests.aim()
-            self.tokens.aim()
+    def look(self) -> float:
+        """Return the instant, at which all windows are as they are to be."""
+        now = self.clock() + self.epoch
+        if now >= self.rolls_at:
+            self.roll(now)
         return now
+
+    def roll(self, now: float) -> None:
+        """Have all windows as they are to be at an instant; they are aimed anew once a second."""
+        self.rolls_at = min([math.floor(now) + 1.0, *[window.roll(now) for window in self.windows]])
+        self.requests.aim()
+        self.tokens.aim()
 
     def state(self) -> "Iterator[tuple[str, int, int]]":
         """Yield each limit that is set: its name, what may be used, and what is used now, by this process."""
@@ -404,7 +406,9 @@ class Reservation(Struct, eq=False):
     def take(self) -> float | None:
         """Take it: None. Where it does not fit, return the seconds until it may; 0: when another request ends."""
         limits, tokens = self.limits, self.tokens
-        now = limits.look()
+        now = limits.clock() + limits.epoch
+        if now >= limits.rolls_at:  # as `look` does: a call less at each request
+            limits.roll(now)
         of_requests, of_tokens = limits.requests, limits.tokens
         cut = None
         if tokens > of_tokens.smallest:

@@ -62,28 +62,30 @@ def explaining(record: "Record", now: float) -> bytes:
 
 def _rate_limits(limits: "Limits", now: float) -> str:
     """Return `x-ratelimit-*` in OpenAI's form: of requests, and of tokens, the limit of which the least is left."""
-    instant = limits.look(now)
+    instant = now + limits.epoch
+    if instant >= limits.rolls_at:  # as `look` does: a call less at each answer
+        limits.roll(instant)
     requests, tokens = limits.requests, limits.tokens
     lines = ""
     if requests.tightest is not None:
-        before, after = requests.told or _told(requests, requests.tightest, instant, "requests")
+        told = requests.told or _told(requests, requests.tightest, instant, "requests")
         left = requests.end - requests.reading
-        lines = f"{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
+        lines = f"{told}{left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
     if tokens.tightest is not None:
-        before, after = tokens.told or _told(tokens, tokens.tightest, instant, "tokens")
+        told = tokens.told or _told(tokens, tokens.tightest, instant, "tokens")
         left = tokens.end - tokens.reading
-        return f"{lines}{before}{left if left > 0 else 0}{after}"  # noqa: FURB136 - at each answer
+        return f"{lines}{told}{left if left > 0 else 0}\r\n"  # noqa: FURB136 - at each answer
     return lines
 
 
-def _told(meter: "Meter", tightest: "Window", instant: float, kind: str) -> tuple[str, str]:
-    """Return what stands before and after the number that is left.
+def _told(meter: "Meter", tightest: "Window", instant: float, kind: str) -> str:
+    """Return what stands before the number that is left.
 
     It is the same until the meter is aimed again, once something is used of the present slot.
     """
     told = (
-        f"{RATE_LIMITS}limit-{kind}: {tightest.limit}\r\n{RATE_LIMITS}remaining-{kind}: ",
-        f"\r\n{RATE_LIMITS}reset-{kind}: {_duration(tightest.empty_in(int(instant)))}\r\n",
+        f"{RATE_LIMITS}limit-{kind}: {tightest.limit}\r\n"
+        f"{RATE_LIMITS}reset-{kind}: {_duration(tightest.empty_in(int(instant)))}\r\n{RATE_LIMITS}remaining-{kind}: "
     )
     if meter.reading > meter.opened:
         meter.told = told

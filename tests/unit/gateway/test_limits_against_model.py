@@ -257,8 +257,8 @@ class AgainstModel(RuleBasedStateMachine):
         minutes, seconds = divmod(seconds, 60)
         reset = f"{hours}h{minutes}m{seconds}s" if hours else f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
         return (
-            f"x-ratelimit-limit-{kind}: {tightest.limit}\r\nx-ratelimit-remaining-{kind}: {max(0, left)}\r\n"
-            f"x-ratelimit-reset-{kind}: {reset}\r\n"
+            f"x-ratelimit-limit-{kind}: {tightest.limit}\r\nx-ratelimit-reset-{kind}: {reset}\r\n"
+            f"x-ratelimit-remaining-{kind}: {max(0, left)}\r\n"
         )
 
 
