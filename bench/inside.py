@@ -172,7 +172,7 @@ def configured(key: str | None) -> tuple[Any, Any]:
         return settings, load_routing(settings)
 
 
-async def gateway_of(folder: str, events: int, *, traced: bool, key: str | None, counted: bool) -> Any:  # noqa: ANN401 - aiohttp's server
+async def gateway_of(folder: str, options: argparse.Namespace) -> Any:  # noqa: ANN401 - aiohttp's server
     """The server of the gateway in a folder: a call makes the protocol of a new connection."""
     sys.path.insert(0, folder)
     # ruff: noqa: PLC0415 - of the folder, not ours
@@ -190,15 +190,17 @@ async def gateway_of(folder: str, events: int, *, traced: bool, key: str | None,
             return len(body) > 0
 
     # An older checkout takes a connection for new only if it is told.
-    connect_to(Backend(events), getattr(aiohttp_connection, "note_new_connection", lambda: None))
-    settings, routing = configured(key)
+    connect_to(Backend(options.events), getattr(aiohttp_connection, "note_new_connection", lambda: None))
+    settings, routing = configured(options.key)
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: ASYNC230, SIM115 - as long as the process lives
     output = Output("stdout", nowhere)
     output.start()
     log = RequestLog(level="INFO", as_json=True, stream=cast("TextIO", output))
-    tracer = Tracer(Nobody(endpoint=NOWHERE) if traced else None)
-    telemetry = Telemetry(settings, tracer=tracer, log=log, **(_metric_export(tracer.resource) if traced else {}))
-    clock = partial(next, itertools.count(time.monotonic(), ASKED)) if counted else time.monotonic
+    tracer = Tracer(Nobody(endpoint=NOWHERE) if options.traced else None)
+    telemetry = Telemetry(
+        settings, tracer=tracer, log=log, **(_metric_export(tracer.resource) if options.traced else {})
+    )
+    clock = partial(next, itertools.count(time.monotonic(), ASKED)) if options.count else time.monotonic
     app = create_app(settings, routing, telemetry, clock=clock)
     runner = runner_of(app)
     await runner.setup()
@@ -221,17 +223,15 @@ def _metric_export(resource: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"metric_export": MetricExport(OtlpHttpMetricExporter(NOWHERE), resource=resource, interval=SELDOM)}
 
 
-async def measured(folder: str, events: int, calls: int, *, traced: bool, key: str | None, counted: bool) -> None:
+async def measured(options: argparse.Namespace) -> None:
     """Run a slice of so many calls per line of our input, and print the CPU time per request or event, us."""
-    making = (
-        bare_server(events) if folder == BARE else gateway_of(folder, events, traced=traced, key=key, counted=counted)
-    )
-    server = await making
+    folder, events, calls = options.folders[0], options.events, options.calls
+    server = await (bare_server(events) if folder == BARE else gateway_of(folder, options))
     prompt = body(Spec(mode="load", stream=events > 0))
     request = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"%scontent-length: %d\r\n\r\n%s"
-        % (b"authorization: Bearer %s\r\n" % KEY.encode() if key is not None else b"", len(prompt), prompt)
+        % (b"authorization: Bearer %s\r\n" % KEY.encode() if options.key is not None else b"", len(prompt), prompt)
     )
     loop = asyncio.get_running_loop()
     left = 0
@@ -345,8 +345,7 @@ def main() -> int:
     options = arguments()
     calls = max(SLICE * 20 // options.events, 2 * CALLERS) if options.events else SLICE
     if options.child:
-        folder, traced, counted = options.folders[0], options.traced, options.count
-        uvloop.run(measured(folder, options.events, options.calls, traced=traced, key=options.key, counted=counted))
+        uvloop.run(measured(options))
     try:
         if options.count:
             first = 0.0

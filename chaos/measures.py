@@ -162,7 +162,7 @@ def _arrivals_after_trip(findings: Findings, since: float, until: float) -> floa
     sent = {url: {call.id for call in findings.sent(at, until)} for url, at in seen.items()}
     if not any(sent.values()):
         return None
-    return sum(one in sent[url] for url in seen for one in findings.arrivals[url])
+    return sum(one in ids for url, ids in sent.items() for one in findings.arrivals[url])
 
 
 MEASURES: dict[str, Callable[[Findings, float, float], float | None]] = {

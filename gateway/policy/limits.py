@@ -70,7 +70,7 @@ class Meter:
                 least, self.tightest = end, window
         self.opened = self.tightest.opened if self.tightest is not None else self.reading
         self.told: str | None = None
-        self.began: float = began
+        self.began = float(began)
         self.bound: float = bound
         self.smallest: float = smallest
         self.end: float = least
@@ -196,10 +196,10 @@ class Window:
                     self._most -= forgotten
             self._slot = slot
             self._ends = self._end(slot)
-            self.began = max(self._since, slot * self._seconds + 0.0)
+            self.began = max(self._since, slot * self._seconds)
             if now >= self.empty_at:
                 self._elsewhere = 0  # nobody has told of it since
-        return (self._slot + 1) * self._seconds + 0.0
+        return (self._slot + 1) * self._seconds
 
     def wait(self, amount: int, now: float) -> float:
         """Return the seconds until so much more fits, 0 for now.
@@ -354,7 +354,7 @@ class Limits:
 
     def roll(self, now: float) -> None:
         """Have all windows as they are to be at an instant; they are aimed anew once a second."""
-        self.rolls_at = min([math.floor(now) + 1.0, *[window.roll(now) for window in self.windows]])
+        self.rolls_at = float(min([math.floor(now) + 1, *[window.roll(now) for window in self.windows]]))
         self.requests.aim()
         self.tokens.aim()
 
