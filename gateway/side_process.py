@@ -6,7 +6,6 @@ return goes to and fro, as pickles; long texts go beside them, without a copy, a
 A `memoryview` goes as a long text does, and arrives as bytes.
 """
 
-import ctypes
 import os
 import pickle
 import signal
@@ -22,6 +21,7 @@ from struct import Struct
 from typing import IO, Any, ParamSpec, TypeVar, cast
 
 from gateway.errors import drop_frames
+from gateway.parent_death import ask_for_signal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,8 +33,6 @@ OUT_OF_MEMORY_FIRST = "1000"
 """The system's highest `oom_score_adj`: where memory runs out, the gateway lives on."""
 LONGEST = 60.0
 """Seconds that a work may take, which is many times as long as the largest takes; then the process is killed."""
-PR_SET_PDEATHSIG = 1
-"""Of `prctl`: the signal that a process gets when the thread that started it ends."""
 _size = Struct("!Q")
 
 
@@ -201,8 +199,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # Linux alone has it
         Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY_FIRST, encoding="ascii")
-    with suppress(OSError, AttributeError):  # the same; a stopped process does not see that its input has ended
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ask_for_signal(signal.SIGKILL)  # stopped, it does not see that its input has ended
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed is no answer
     with suppress(EOFError, BrokenPipeError):

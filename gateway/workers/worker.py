@@ -8,6 +8,7 @@ from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from gateway.parent_death import ask_for_signal
 from gateway.telemetry.metrics import OPENMETRICS
 from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.in_flight_count import count_in
@@ -57,6 +58,9 @@ class Worker:
             grace: seconds that a stop may take. It ends `LAST_WORDS` after them, whatever it does, as the parent would
                 have it: nobody else ends it, and it has the port.
         """
+        ask_for_signal(
+            signal.SIGCONT
+        )  # one that is stopped, or about to be, goes on, and sees that the channel is closed
         self._handing.setblocking(False)
         await self._channel.open(self._questions)
         self._watching = asyncio.create_task(self._watch(grace))

@@ -146,15 +146,40 @@ async def test_a_worker_that_is_told_to_stop_alone_refuses_nobody_and_ends_its_s
         await until_both(gateway, url)
 
 
-async def test_a_stopped_worker_ends_with_its_parent_and_the_port_is_free_again() -> None:
-    async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
-        pids = workers_of(gateway)
-        os.kill(pids[0], signal.SIGSTOP)
-        await gateway.kill()
-        await until(lambda: not any(map(lives, pids)), "both have ended", seconds=PATIENCE)
-        port = url.rsplit(":", 1)[1]
-        async with running(**(LOCAL | {"PORT": port})) as next_one:
-            await next_one.up()
+BESIDE = """
+import ctypes, signal, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+subprocess.run(sys.argv[1:])
+signal.pause()
+"""
+"""Runs a program, and is the one to which its orphans are left, in its session, as the first of a container is."""
+
+
+@pytest.mark.parametrize("left_to", ["another session", "its session"])
+async def test_a_stopped_worker_ends_with_its_parent_and_the_port_is_free_again(left_to: str, tmp_path: Path) -> None:
+    """Stopped groups that are left to another session are sent SIGCONT by the system itself, unless it comes first."""
+    async with MockModel(MockSettings(port=0, control_port=0)) as model:
+        port = free_port()
+        local = LOCAL | {"PORT": str(port), "GATEWAY_BACKEND_URLS": model.url}
+        gateway = Program("gateway", local, tmp_path)
+        if left_to == "its session":
+            gateway.command = [sys.executable, "-c", BESIDE, *gateway.command]
+        await gateway.start(wait=False)
+        try:
+            await until_both(gateway, f"http://127.0.0.1:{port}")
+            parent = gateway.pid if left_to == "another session" else children_of(gateway.pid)[0]
+            pids = children_of(parent)
+            os.kill(pids[0], signal.SIGSTOP)
+            os.kill(parent, signal.SIGKILL)
+            try:
+                await until(lambda: not any(map(lives, pids)), "both have ended", seconds=PATIENCE)
+            finally:
+                for pid in filter(lives, pids):
+                    os.kill(pid, signal.SIGKILL)
+            async with running(**local) as next_one:
+                await next_one.up()
+        finally:
+            await gateway.kill()
 
 
 async def test_workers_that_start_end_with_their_parent_and_say_nothing_of_it() -> None:
