@@ -15,6 +15,7 @@ from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import answers, ask
 from testkit.polling import until
 from testkit.ports import LOOPBACK, free_ports
+from testkit.process_table import children_of
 from testkit.processes import Process, python
 
 
@@ -98,8 +99,7 @@ def child(pid: int, module: str) -> int:
     """The process of that module that another one has started."""
     if not sys.platform.startswith("linux"):
         pytest.skip("it looks for its children in /proc")
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (found,) = (int(one) for one in pids if f"-m\0{module}\0" in Path(f"/proc/{one}/cmdline").read_text())
+    (found,) = (one for one in children_of(pid) if f"-m\0{module}\0" in Path(f"/proc/{one}/cmdline").read_text())
     return found
 
 

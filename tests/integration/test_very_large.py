@@ -16,6 +16,7 @@ from gateway.dialects import json_text
 from gateway.executor import VERY_LARGE
 from testkit.completions import CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, MESSAGES_PATH, RESPONSES_PATH
 from testkit.polling import until
+from testkit.process_table import children_of, lives
 from testkit.servers import Gateway as GatewayProcess
 from tests.integration.backends_raw import END, STREAM_HEAD, RawCall, StartRaw
 from tests.integration.gateways import StartGateway
@@ -165,10 +166,6 @@ async def test_when_the_reading_process_is_killed_one_request_is_asked_to_come_a
     assert gateway.parts.byte_budget.held == 0
 
 
-def children_of(pid: int) -> list[str]:
-    return "".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 async def test_the_reading_process_ends_with_the_gateway(recorder: Recorder, tmp_path: Path, end: int) -> None:
@@ -180,5 +177,5 @@ async def test_the_reading_process_ends_with_the_gateway(recorder: Recorder, tmp
         [reader] = children_of(gateway.pid)
         gateway.signal(end)
         assert await gateway.wait() == (0 if end == signal.SIGTERM else -end)
-        await until(lambda: not Path(f"/proc/{reader}").exists(), "the reading process ends")
+        await until(lambda: not lives(reader), "the reading process ends")
         assert "Traceback" not in gateway.last_lines()

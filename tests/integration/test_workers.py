@@ -16,12 +16,12 @@ from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.polling import until
+from testkit.process_table import lives
 from tests.integration.processes import PATIENCE, run, running
 from tests.integration.workers import (
     BOTH,
     LOCAL,
     chat,
-    lives,
     metrics_of,
     streams_under_way,
     two_workers,

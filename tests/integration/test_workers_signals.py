@@ -16,13 +16,12 @@ from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.polling import until
 from testkit.ports import free_port
+from testkit.process_table import children_of, lives
 from tests.integration.processes import PATIENCE, Program, running
 from tests.integration.workers import (
     LOCAL,
     chat,
-    children_of,
     health_of,
-    lives,
     metrics_of,
     streams_under_way,
     two_workers,
@@ -248,7 +247,7 @@ async def test_nothing_stays_open_at_the_parent_of_workers_that_have_died() -> N
             os.kill(pids[0], signal.SIGKILL)
             pids = [await successor(gateway, pids), *(pid for pid in workers_of(gateway) if pid in pids[1:])]
         await until_both(gateway, url)
-        assert descriptors_of(gateway) == before
+        await until(lambda: descriptors_of(gateway) == before, "nothing more is open than before")
         told = gateway.errors.read_text()
     assert told.count("worker 1 ended with code 137; a new one is started") == 12
 

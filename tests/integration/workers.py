@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +12,7 @@ from testkit.completions import CHAT, CHAT_PATH, prompt
 from testkit.exposition import Exposition
 from testkit.polling import until
 from testkit.ports import free_port
+from testkit.process_table import children_of
 from tests.integration.processes import PATIENCE, Program, running
 
 LOCAL = {"HOST": "127.0.0.1", "PORT": "0", "GATEWAY_WORKERS": "2"}
@@ -52,12 +52,6 @@ def workers_of(gateway: Program) -> list[int]:
     return children_of(gateway.pid)
 
 
-def children_of(pid: int) -> list[int]:
-    """The process ids of those that any thread of a process has started."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 async def metrics_of(url: str) -> Exposition:
     async with aiohttp.request("GET", f"{url}/metrics") as answer:
         return Exposition.parse(await answer.text())
@@ -84,13 +78,6 @@ async def chat(url: str) -> int:
     async with aiohttp.request("POST", url + CHAT_PATH, json=CHAT) as answer:
         await answer.read()
         return answer.status
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 async def health_of(url: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from gateway.errors import ErrorInside, ErrorWords, GatewayError, GatewayOverloa
 from gateway.executor import Executor
 from gateway.side_process import LONG, SideProcess, SideProcessDiedError, _receive, _send, _serve
 from testkit.polling import until
+from testkit.process_table import lives, state_of
 
 CHATS = OpenAIChat()
 LONG_TEXT = b"a" * (2 * LONG)
@@ -259,15 +260,7 @@ async def test_even_a_process_that_is_stopped_ends_when_the_one_that_asks_is_kil
     asking.kill()
     await asking.wait()
 
-    await until(lambda: state_of(process) in "XZ")
-
-
-def state_of(process: int) -> str:
-    """Return the letter that Linux has for the state of a process, X for one that is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
+    await until(lambda: not lives(process))
 
 
 def test_signals_to_the_whole_group_do_not_end_it(worker: SideProcess) -> None:

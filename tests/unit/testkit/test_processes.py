@@ -12,6 +12,7 @@ import pytest
 from testkit import usage
 from testkit.polling import until
 from testkit.ports import LOOPBACK, free_port, free_ports
+from testkit.process_table import lives
 from testkit.processes import Process, ProcessError, clean_environment, python
 
 Make = Callable[..., Process]
@@ -43,14 +44,6 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
             return process
 
         yield begin
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
 
 
 async def test_a_process_serves_is_stopped_and_serves_again(make: Make) -> None:
@@ -117,10 +110,10 @@ async def test_what_a_process_started_ends_with_it(make: Make) -> None:
     await process.start(wait=False)
     await until(lambda: process.output.read_text().endswith("\n"))
     child = int(process.output.read_text())
-    assert alive(child)
+    assert lives(child)
     assert usage.resident_bytes(process.pid) > usage.resident_bytes(child) > 0
     await process.kill()
-    await until(lambda: not alive(child))
+    await until(lambda: not lives(child))
 
 
 async def test_its_lines_are_read_as_they_come(make: Make) -> None:
