@@ -263,6 +263,15 @@ class Parts:
         if not any(watch.trip is trip for route in self.pool.routes for watch in route.watches):
             return  # of a generation before, whose last requests say nothing about this one
         self.telemetry.guard_tripped(trip)
+        self._tell_trip(trip)
+
+    def tell_trips(self) -> None:
+        """Tell the other workers, of which one has just begun, which targets have lost their traffic."""
+        for watch in [watch for route in self.pool.routes for watch in route.watches]:
+            if watch.trip is not None:
+                self._tell_trip(watch.trip)
+
+    def _tell_trip(self, trip: "Trip") -> None:
         if self._worker is not None:
             self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])
 

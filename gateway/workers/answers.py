@@ -51,8 +51,11 @@ class Answers:
         parts = self._parts
         return [parts.admission.in_flight, parts.admission.queued, parts.byte_budget.held]
 
-    def _take_hint(self, kind: str, about: str, *more: Any) -> None:  # noqa: ANN401 - JSON
-        """Take in what another worker has found out about a replica, or a target of a route."""
+    def _take_hint(self, kind: str, about: Any, *more: Any) -> None:  # noqa: ANN401 - JSON
+        """Take in what another worker has found out about a replica, or a target of a route; or that it has begun."""
+        if kind == "joined":
+            self._parts.tell_trips()
+            return
         if kind == "guard":
             for route in self._parts.pool.routes:
                 if route.model == about and route.guard is not None:

@@ -306,4 +306,5 @@ class Parent:
         if child.behind:
             child.behind = False
             child.send(signal.SIGHUP)
+        self._tell_others(child, ["joined", child.number])
         return self._sharing.first(child), self._whole.generation

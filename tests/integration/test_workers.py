@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from gateway.workers.metrics_of_all import LEAST, SUMMED
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
-from testkit.completions import CHAT, CHAT_PATH
+from testkit.completions import CHAT, CHAT_PATH, prompt
 from testkit.polling import until
 from testkit.process_table import lives
 from tests.integration.processes import PATIENCE, run, running
@@ -22,6 +23,7 @@ from tests.integration.workers import (
     BOTH,
     LOCAL,
     chat,
+    health_of,
     metrics_of,
     streams_under_way,
     two_workers,
@@ -272,6 +274,37 @@ async def test_a_changed_configuration_comes_into_force_in_all_workers(tmp_path:
             os.kill(workers_of(gateway)[0], signal.SIGKILL)
             await until_both(gateway, url)
             assert (await metrics_of(url)).only("gateway_config_generation") == 2, "it counts on from the other"
+
+
+async def test_a_target_that_lost_its_traffic_has_not_got_it_back_when_every_worker_has_died(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.json"
+    mock = MockSettings(port=0, control_port=0)
+    async with MockModel(mock) as old, MockModel(mock) as new:
+        new.set_faults([{"kind": "status", "with": {"status": 500}}])
+        route = {
+            "model": "*",
+            "targets": [{"backend": "old", "weight": 1}, {"backend": "new", "weight": 1}],
+            "guard": {"min_requests": 5, "window": 3600},
+        }
+        backends = {"old": {"url": old.url}, "new": {"url": new.url}}
+        file.write_text(json.dumps({"backends": backends, "routes": [route]}))
+
+        async def lost() -> list[str]:
+            guards = (await health_of(url))["downstream"]["guards"]
+            return [guard["backend"] for guard in guards if guard["tripped"]]
+
+        async with two_workers(old, GATEWAY_CONFIG=str(file)) as (gateway, url):
+            async with asyncio.timeout(PATIENCE):
+                for number in count():
+                    if await lost() == ["new"]:
+                        break
+                    assert await chat(url, prompt(text=f"text {number}")) == 200  # the text draws the target
+            for pid in workers_of(gateway):
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda pid=pid: not lives(pid), "it has died")  # type: ignore[misc]
+                await until_both(gateway, url)
+                assert await lost() == ["new"]
+            assert (await metrics_of(url)).value("gateway_worker_deaths_total") == 2
 
 
 async def test_what_is_wrong_with_the_settings_is_said_once() -> None:

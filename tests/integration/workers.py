@@ -74,8 +74,9 @@ async def streams_under_way(model: MockModel, url: str, number: int) -> list[asy
     return streams
 
 
-async def chat(url: str) -> int:
-    async with aiohttp.request("POST", url + CHAT_PATH, json=CHAT) as answer:
+async def chat(url: str, body: dict[str, Any] = CHAT) -> int:
+    """The status of a call on a connection of its own."""
+    async with aiohttp.request("POST", url + CHAT_PATH, json=body) as answer:
         await answer.read()
         return answer.status
 
