@@ -6,7 +6,7 @@ import sqlite3
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Protocol, Self
 
-from gateway.policy.limits import DAY, SLOTS
+from gateway.policy.window import DAY, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

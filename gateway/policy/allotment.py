@@ -8,14 +8,15 @@ import math
 from typing import TYPE_CHECKING
 
 from gateway.policy.ledger import LIVES, Answer, Asked, Report, ledger_shift
-from gateway.policy.limits import SLOTS, SOON
+from gateway.policy.window import SLOTS, SOON
 
 if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable
 
     from gateway.policy.ledger import Granted
-    from gateway.policy.limits import Limits, Reservation, Window
+    from gateway.policy.limits import Limits, Reservation
+    from gateway.policy.window import Window
 
 INTERVAL = 0.2
 """Seconds between two reports of a key that is used."""

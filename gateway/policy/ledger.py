@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from gateway.policy.limits import DAY, SLOTS
+from gateway.policy.window import DAY, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gateway.dialects.dialect import Dialect
-    from gateway.policy.limits import Limits, Meter, Window
+    from gateway.policy.limits import Limits
+    from gateway.policy.window import Meter, Window
     from gateway.record import Record
 
 SERVER = f"llm-gateway/{__version__}"

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gateway.settings import Settings
-    from gateway.workers.parent import Child
+    from gateway.workers.child import Child
 
 PAUSE = 0.05
 """Seconds between two moves."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from gateway.workers.parent import Child
+    from gateway.workers.child import Child
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the workers count, so that little is lost when one dies."""

@@ -12,7 +12,8 @@ from gateway.config import LimitsConfig
 from gateway.policy import allotment, ledger
 from gateway.policy.allotment import INTERVAL, Allotment
 from gateway.policy.ledger import LIVES, Ledger, Report
-from gateway.policy.limits import DAY, MINUTE, Limits, Reservation
+from gateway.policy.limits import Limits, Reservation
+from gateway.policy.window import DAY, MINUTE
 from tests.unit.gateway.fakes import Clock
 
 EPOCH = 1_800_000_000.0

@@ -13,7 +13,8 @@ from gateway.limits_store import PREFIX
 from gateway.policy.allotment import Allotment
 from gateway.policy.caller import Caller
 from gateway.policy.ledger import Answer
-from gateway.policy.limits import DAY, Limits, Reservation
+from gateway.policy.limits import Limits, Reservation
+from gateway.policy.window import DAY
 from gateway.workers import parent_store
 from gateway.workers.parent_store import Ledgers
 from testkit.polling import until

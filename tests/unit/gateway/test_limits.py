@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.config import LimitsConfig
 from gateway.policy.caller import Caller
-from gateway.policy.limits import DAY, MINUTE, SLOTS, Limits, Meter, Reservation, Window
+from gateway.policy.limits import Limits, Reservation
+from gateway.policy.window import DAY, MINUTE, SLOTS, Meter, Window
 from gateway.record import Record
 from gateway.server.responses import explaining
 from tests.unit.gateway.fakes import Clock

@@ -16,11 +16,12 @@ from gateway.policy.shares import divided
 from gateway.server.listener import held_sockets, listening_sockets
 from gateway.settings import load
 from gateway.workers.channel import Channel, NoAnswer
+from gateway.workers.child import Child
 from gateway.workers.health_of_all import health_of_all
 from gateway.workers.in_flight_count import new_count
 from gateway.workers.metrics_of_all import MetricsOfAll, as_json
 from gateway.workers.page_of_all import PageOfAll
-from gateway.workers.parent import Child, Parent
+from gateway.workers.parent import Parent
 from gateway.workers.parent_store import MOST, Values
 from gateway.workers.requests_of_all import found_of_all, listed_of_all
 from gateway.workers.sharing import Sharing
