@@ -7,7 +7,7 @@ from gateway.workers.metrics_of_all import as_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gateway.app import Parts
+    from gateway.parts import Parts
 
 
 class Answers:

@@ -14,7 +14,9 @@ from gateway.workers.channel import Channel, NoAnswer
 from gateway.workers.in_flight_count import count_in
 
 if TYPE_CHECKING:
-    from gateway.workers.answers import Answers
+    from collections.abc import Callable
+
+    from gateway.workers.channel import Answer
 
 MOST_SOCKETS = 64
 """Addresses of a host."""
@@ -39,17 +41,26 @@ class Worker:
 
     Attributes:
         in_flight: holds the number of its requests in flight, which the parent reads when it dies.
-        answers: gives the answers to the parent's questions.
     """
 
     def __init__(self, number: int, questions: int, handing: int, count: int) -> None:
         self.number = number
         self.in_flight = count_in(count)
-        self.answers: Answers | None = None
+        self._answer: Answer | None = None
+        self._begin: Callable[[list[int], int], None] | None = None
         self._questions = socket.socket(fileno=questions)
         self._handing = socket.socket(fileno=handing)
-        self._channel = Channel(self._answer)
+        self._channel = Channel(self._give_answer)
         self._next_word = 0.0
+
+    def serve(self, answer: "Answer", *, begin: "Callable[[list[int], int], None]") -> None:
+        """Have what can serve.
+
+        Args:
+            answer: gives the answers to the parent's questions.
+            begin: takes its first shares of what all share, and the number of the configuration in force.
+        """
+        self._answer, self._begin = answer, begin
 
     async def open(self, grace: float) -> None:
         """Open the channel. Should the parent die, this process stops as it does at SIGTERM.
@@ -75,7 +86,7 @@ class Worker:
 
         Raises: NoAnswer.
         """
-        if self.answers is None:
+        if self._begin is None:
             raise RuntimeError("nothing is there yet that could serve")
         try:
             given = await self._channel.ask("sockets", timeout=SOCKETS_WITHIN)
@@ -85,7 +96,7 @@ class Worker:
             return []
         if given is None:
             return []
-        self.answers.begin(*given)
+        self._begin(*given)
         _, descriptors, _, _ = socket.recv_fds(self._handing, 1, MOST_SOCKETS)
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
@@ -142,7 +153,7 @@ class Worker:
         except NoAnswer:
             return None
 
-    async def _answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
-        if self.answers is None:
+    async def _give_answer(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
+        if self._answer is None:
             raise LookupError(what)
-        return await self.answers.to(what, data)
+        return await self._answer(what, data)

@@ -15,7 +15,8 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from yarl import URL
 
-from gateway.app import PARTS, Parts, runner_of
+from gateway.app import PARTS, runner_of
+from gateway.parts import Parts
 from gateway.server.aiohttp_protocol import Runner
 from gateway.server.listener import Listener, listening_sockets
 from mock_model.serve import MockModel
