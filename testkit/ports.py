@@ -9,23 +9,20 @@ FIRST, LAST = 10_000, 32_000
 """Below the ports that kernels give to outgoing connections: one of those could take a stopped process's place."""
 
 
-_given: set[int] = set()
-
-
 def free_port() -> int:
-    """Return a port on which nothing listens, and that this process was not given before: each may be taken later."""
+    """Return a port on which nothing listens."""
     while True:
         port = random.randint(FIRST, LAST)
-        if port in _given:
-            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind(("", port))
-                _given.add(port)
                 return port
 
 
 def free_ports(count: int) -> list[int]:
     """Return several different ports on which nothing listens."""
-    return [free_port() for _ in range(count)]
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -143,10 +142,8 @@ def test_settings_of_the_shell_reach_no_child(monkeypatch: pytest.MonkeyPatch) -
     assert not {"GATEWAY_BACKEND_URLS", "HTTPS_PROXY"} & found.keys()
 
 
-def test_free_ports_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = iter([10_000, *range(10_000, 32_000)])
-    monkeypatch.setattr(random, "randint", lambda _first, _last: next(drawn))
-    assert len({free_port(), free_port(), *free_ports(20)}) == 22
+def test_free_ports_differ() -> None:
+    assert len(set(free_ports(20))) == 20
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
