@@ -60,7 +60,7 @@ class Receiver:
 
     Args:
         take: Called with each export.
-        port: Where it listens; 0 for any free port.
+        port: Where it listens; 0 for a free one, which stays free while nothing listens.
 
     Attributes:
         delay: Seconds until it takes an export and answers.
@@ -69,7 +69,7 @@ class Receiver:
     """
 
     def __init__(self, take: Callable[[Export], None], port: int = 0, *, keep_metrics: bool = False) -> None:
-        self.port = port
+        self.port = port or free_port()
         self.delay = 0.0
         self.answer = ExportTraceServiceResponse()
         self.metrics_answer = ExportMetricsServiceResponse()

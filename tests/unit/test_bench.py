@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,8 +13,9 @@ from bench.caller import Caller, Lost, Spec, Tally
 from bench.http import Incoming
 from bench.load import Sample
 from bench.machine import BenchError
+from bench.measures import QUICK, Session, _pairs
 from bench.report import Figures, goals
-from bench.systems import BARE, GATEWAY
+from bench.systems import BARE, GATEWAY, System
 from bench.workers import Cost, Run, cost, counts_in
 from testkit import REPOSITORY
 from testkit.processes import python
@@ -40,7 +42,7 @@ async def _answered(pieces: list[bytes], events: int) -> Tally:
     await asyncio.sleep(0)
     for piece in pieces:
         caller.data_received(piece)
-    await asyncio.wait_for(call, 5)
+    await asyncio.wait_for(call, 30)
     return tally
 
 
@@ -54,6 +56,25 @@ async def test_the_caller_counts_each_event_once_however_the_reads_cut_them(size
 async def test_a_stream_with_an_event_too_few_is_no_good_call() -> None:
     with pytest.raises(Lost, match="4 of 5 events"):
         await _answered([HEAD + ROLE + b"".join(content_event() for _ in range(4)) + LAST], 5)
+
+
+async def test_what_a_system_adds_is_the_difference_to_the_direct_call_of_the_same_round() -> None:
+    class Given:
+        async def call(self, spec: Spec) -> Tally:
+            assert spec.ports == [1, 2, 3], "the backend first"
+            return Tally(pairs=[[1, 10, 1], [3, 11, 9], [1, 9, 1]])
+
+    systems = [
+        cast("System", SimpleNamespace(name=name, port=port, headers={})) for name, port in ((BARE, 2), ("x", 3))
+    ]
+    session = Session(cast("Any", None), cast("Any", Given()), QUICK)
+    await _pairs(session, "overhead", 1, systems, Spec(mode="paired"))
+
+    assert {(sample.system, sample.round): sample.values for sample in session.samples} == {
+        (BARE, 0): {"added_p50": 2, "added_p99": 8},
+        ("x", 0): {"added_p50": 0, "added_p99": 0},
+        ("(direct)", 0): {"p50": 1},
+    }
 
 
 def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
@@ -77,7 +98,7 @@ def test_a_goal_is_judged_by_the_median_of_the_rounds_ratios() -> None:
 @pytest.mark.parametrize("events", ["0", "5"])
 def test_the_way_inside_the_process_is_measured(folder: str, events: str) -> None:
     asked = python("bench.inside", "--child", "--calls", "64", "--events", events, "--traced", folder)
-    done = subprocess.run(asked, cwd=REPOSITORY, input="\n\n", capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
+    done = subprocess.run(asked, cwd=REPOSITORY, input="\n\n", capture_output=True, text=True, check=False, timeout=100)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert all(float(line) > 0 for line in done.stdout.split()), done.stdout
     assert len(done.stdout.split()) == 2, done.stdout

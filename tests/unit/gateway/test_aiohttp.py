@@ -168,12 +168,14 @@ def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
 
 def test_a_new_connection_is_opened_in_one_place_within_the_limit_of_its_call(runner: asyncio.Runner) -> None:
     async def story() -> None:
-        late = ConnectLimit(0.1, lambda: ConnectTimeout("late"))
+        def late(seconds: float) -> ConnectLimit:
+            return ConnectLimit(seconds, lambda: ConnectTimeout("late"))
+
         async with connector(resolver=Mute()) as made:
             with pytest.raises(ConnectTimeout):
-                await made.open(request_to(URL("http://model.test:9/")), late)
+                await made.open(request_to(URL("http://model.test:9/")), late(0.1))
         async with backend(answer_each) as url, connector() as made:
-            connection, _ = await made.open(request_to(url), late)
+            connection, _ = await made.open(request_to(url), late(30))
             connection.close()
 
     assert inspect.iscoroutinefunction(aiohttp.TCPConnector._create_connection)

@@ -24,9 +24,10 @@ EPOCH = 1_800_000_000.0
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_looks_and_patience_with_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(day_store, "INTERVAL", 0.01)
-    monkeypatch.setattr(day_store, "BUSY", 0.05)
+    for limit in ("BUSY", "LAST_SAVE"):
+        monkeypatch.setattr(day_store, limit, 30.0)
 
 
 def caller(clock: Clock, name: str = "a", **config: int) -> Caller:
@@ -47,7 +48,9 @@ def used(of: Caller) -> int:
 
 
 def rows(folder: Path) -> list[tuple[str, str, int, int]]:
-    with closing(sqlite3.connect(folder / FILE)) as database:
+    with closing(sqlite3.connect(folder / FILE, timeout=30)) as database:
+        if not list(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'used'")):
+            return []  # a file is there before its table is
         return list(database.execute("SELECT key, name, slot, amount FROM used ORDER BY slot"))
 
 
@@ -98,8 +101,11 @@ async def test_two_processes_in_one_folder_add_up(tmp_path: Path) -> None:
         assert used(after) == 125
 
 
-async def test_a_locked_file_is_said_once_and_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_locked_file_is_said_once_and_nothing_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO", "gateway")
+    monkeypatch.setattr(day_store, "BUSY", 0.05)
     clock = Clock(EPOCH)
     before = caller(clock)
     async with DayStore(tmp_path, [before], clock):

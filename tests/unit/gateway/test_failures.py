@@ -79,7 +79,7 @@ def test_a_name_that_cannot_be_resolved_for_want_of_descriptors_is_no_failure(mo
         assert isinstance(told, NoConnection)
         assert told.reason == "descriptors"
     monkeypatch.undo()
-    assert len(list(DESCRIPTORS.iterdir())) == before
+    assert len(list(DESCRIPTORS.iterdir())) <= before
 
 
 @pytest.mark.parametrize("number", [ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, EPERM, None])

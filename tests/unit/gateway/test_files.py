@@ -69,7 +69,7 @@ def test_a_folder_is_no_file_and_leaves_no_descriptor(tmp_path: Path) -> None:
     for again in (False, True):
         with pytest.raises(IsADirectoryError):
             Files(again=again).read(tmp_path)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_every_folder_on_the_way_to_a_file_is_watched(tmp_path: Path) -> None:

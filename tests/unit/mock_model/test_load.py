@@ -1,6 +1,27 @@
 import asyncio
+from collections.abc import Callable, Coroutine
 
-from mock_model.load import Load, Pace
+import pytest
+
+from mock_model.load import SLICE, Load, Pace
+from tests.unit.gateway.fakes import Clock
+from tests.unit.gateway.virtual import run
+
+Story = Callable[[Clock], Coroutine[None, None, list[float]]]
+
+
+@pytest.fixture
+def seconds_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Story], list[float]]:
+    """Plays a story in virtual time and returns the seconds it tells of."""
+
+    def played(story: Story) -> list[float]:
+        async def begun(clock: Clock) -> list[float]:
+            monkeypatch.setattr("mock_model.load.monotonic", clock)
+            return await story(clock)
+
+        return run(begun)
+
+    return played
 
 
 async def test_a_call_alone_takes_its_own_time() -> None:
@@ -23,34 +44,38 @@ async def test_latency_grows_with_the_calls_in_flight_up_to_twice() -> None:
     assert load.running == 0
 
 
-async def test_work_takes_longer_as_soon_as_there_is_company() -> None:
-    load, loop = Load(2), asyncio.get_running_loop()
+def test_work_takes_longer_as_soon_as_there_is_company(seconds_of: Callable[[Story], list[float]]) -> None:
+    async def story(clock: Clock) -> list[float]:
+        load = Load(2)
 
-    async def work() -> float:
-        async with load.place():
-            start = loop.time()
-            await load.work(0.3)
-            return loop.time() - start
+        async def work() -> float:
+            async with load.place():
+                start = clock()
+                await load.work(0.3)
+                return clock() - start
 
-    alone = await work()
-    first = asyncio.create_task(work())
-    await asyncio.sleep(0.1)
-    second = asyncio.create_task(work())
-    both = await asyncio.gather(first, second)
+        alone = await work()
+        first = asyncio.create_task(work())
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(work())
+        return [alone, *await asyncio.gather(first, second)]
 
-    assert 0.3 <= alone < 0.4
-    assert both[0] >= 0.45, "0.1 s alone, the other 0.2 s at half the speed"
-    assert both[1] >= 0.45
+    alone, first, second = seconds_of(story)
+
+    assert alone == pytest.approx(0.3, abs=0.001)
+    assert first == pytest.approx(0.5, abs=SLICE), "0.1 s alone, the other 0.2 s at half the speed"
+    assert second == pytest.approx(0.5, abs=SLICE), "0.2 s at half the speed, the other 0.1 s alone"
 
 
-async def test_work_without_a_capacity_takes_its_own_time() -> None:
-    load, loop = Load(0), asyncio.get_running_loop()
-    start = loop.time()
-    async with load.place(), load.place():
-        await load.work(0.1)
-        await load.work(0.0)
+def test_work_without_a_capacity_takes_its_own_time(seconds_of: Callable[[Story], list[float]]) -> None:
+    async def story(clock: Clock) -> list[float]:
+        load, start = Load(0), clock()
+        async with load.place(), load.place():
+            await load.work(0.1)
+            await load.work(0.0)
+        return [clock() - start]
 
-    assert 0.1 <= loop.time() - start < 0.2
+    assert seconds_of(story) == pytest.approx([0.1], abs=0.001)
 
 
 async def test_without_a_capacity_there_is_neither_queue_nor_growth() -> None:

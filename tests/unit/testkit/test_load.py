@@ -68,19 +68,25 @@ async def test_calls_are_sent_at_a_rate_and_each_is_told(serve: Serve) -> None:
     assert all(call.flaw is None and call.seconds > 0 for call in calls)
     assert [(one.backend, one.outcome) for one in calls[0].tries] == [("b", "ok")]
     assert {len(body["messages"][0]["content"]) for body in bodies} == {300}
-    started = sorted(call.started for call in calls)
-    assert started[-1] - started[0] >= 9 / 50 - 0.05
+    due = sorted(call.started - call.late for call in calls)
+    assert [at - due[0] for at in due] == pytest.approx([number / 50 for number in range(10)])
+    assert min(call.late for call in calls) > -0.01, "the loop's timers are whole milliseconds"
     assert len(good(calls)) == 10
+    started = sorted(call.started for call in calls)
     assert sent_between(calls, started[0], started[-1]) != calls
 
 
 async def test_callers_make_one_call_after_the_other(serve: Serve) -> None:
     at_once = most = 0
+    all_there = asyncio.Event()
 
     async def slowly(request: web.Request) -> web.Response:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
+        if at_once == 3:
+            all_there.set()
+        await all_there.wait()
         await asyncio.sleep(0.01)
         at_once -= 1
         return await answer(request)
