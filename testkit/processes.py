@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Self
 from testkit import REPOSITORY
 from testkit.http import answers
 from testkit.polling import STEP
+from testkit.process_table import has_stopped
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
@@ -216,8 +218,13 @@ class Process:
             os.kill(self._process.pid, number)
 
     def freeze(self) -> None:
-        """Stop it where it is: the kernel still accepts connections, but nothing answers."""
+        """Stop it where it is: the kernel still accepts connections, but nothing answers.
+
+        When this returns it has stopped: until then it may go on for a moment, on another core.
+        """
         self.signal(signal.SIGSTOP)
+        while self.running and sys.platform.startswith("linux") and not has_stopped(self.pid):
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """Let it go on."""
