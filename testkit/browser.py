@@ -186,7 +186,7 @@ async def browser_tab(browser: str, folder: Path) -> AsyncIterator[Tab]:
         async with aiohttp.ClientSession() as session:
             async with asyncio.timeout(START_SECONDS):
                 port = await _port(profile / "DevToolsActivePort")
-                while not (pages := await _pages(session, port)):
+                while not (pages := await _pages(session, port)):  # noqa: ASYNC110
                     await asyncio.sleep(POLL)
                 socket = await session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
             async with socket:

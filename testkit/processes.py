@@ -102,6 +102,7 @@ class Process:
         output: The file with its standard output.
         errors: The file with its standard error: the same one, unless a subclass names another.
         lives: How often it was started.
+        start_seconds: How long its last start took until it served; 0 where nobody waited for that.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Process:
         self.ready_url = ready_url
         self.output = self.errors = folder / f"{name}.log"
         self.lives = 0
+        self.start_seconds = 0.0
         self._cwd = cwd
         self._cores = cores
         self._swept = True
@@ -162,12 +164,14 @@ class Process:
         """
         self.lives += 1
         self._swept = False
+        began = time.monotonic()
         with self.output.open("ab") as output, self.errors.open("ab") as errors:
             self._process = await spawn(
                 self.command, env=self.env, stdout=output, stderr=errors, cwd=self._cwd, cores=self._cores
             )
         if wait:
             await self.ready()
+            self.start_seconds = time.monotonic() - began
 
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it serves.
