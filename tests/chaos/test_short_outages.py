@@ -105,6 +105,7 @@ async def test_a_kill_and_a_restart_cost_no_caller_an_error(start_arena: StartAr
         await asyncio.sleep(max(0.0, DOWN - arena.mock.start_seconds))
         restarted = now()
         await arena.mock.start()
+        back = now()
         await asyncio.sleep(2)
     budget = max(FLOOR, 0.2 * RATE * 10)
     await nothing_is_lost(
@@ -112,7 +113,7 @@ async def test_a_kill_and_a_restart_cost_no_caller_an_error(start_arena: StartAr
         load.calls,
         all_good(load.calls),
         *released(load.calls, restarted),
-        in_order(arena, load.calls, killed, restarted),
+        in_order(arena, load.calls, killed, back),
         answered_once(arena, load.calls),
         at_most("attempts that failed", failed_attempts(load.calls), budget + FIRSTS),
     )
