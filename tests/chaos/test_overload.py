@@ -11,6 +11,8 @@ from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}
 """An answer takes 0.24 s, and with all places taken twice that."""
+FLOOR = 10
+"""Retries in 10 s that the budget allows however little is asked."""
 PEAK, DOUBLE = 15.0, 32.0
 """Calls per second: just under what eight places can answer (8 / 0.48 s), and twice that."""
 
@@ -85,8 +87,9 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
 
     Each 429 is a cooldown of 0.2 s, after which one request tries first; the others follow after 0.1 s without a 429:
     goodput at twice the load >= 60 % of the peak. The rest gets that 429, or 429 `backend_rate_limited` with a
-    Retry-After; attempts per request <= 1.2, the retry budget; the breaker stays closed (429 is no failure of the
-    backend).
+    Retry-After; the retry budget holds, a fifth of the requests of any 10 s or 10 retries: of all of them 1.2 attempts
+    per request, and 10 more for the seconds that are left when the test does not take whole tens of them; the breaker
+    stays closed (429 is no failure of the backend).
     """
     arena = await start_arena(mock=SLOW)
     overload = {"capacity": 4, "retry_after": 0.2, "status": 429}
@@ -110,7 +113,7 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
         at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.6),
         fails_as(calls, {(429, "backend_error"), (429, "backend_rate_limited")}),
         Verdict("each with Retry-After", f"{len(told)} of {len(limited)}", len(told) == len(limited)),
-        attempts_at_most("attempts per request", calls, 1.2),
+        attempts_at_most("attempts per request", calls, 1.2 + FLOOR / len(calls)),
         at_most("times the breaker opened", opened, 0),
     )
 
