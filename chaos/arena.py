@@ -16,7 +16,7 @@ from testkit.fault_proxy import FaultProxy, Network
 from testkit.limits_server import LimitsServer
 from testkit.load import Call, now
 from testkit.otlp import Sink
-from testkit.polling import until
+from testkit.polling import PATIENCE, until
 from testkit.ports import LOOPBACK
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Arena:
         await mock.ready(seconds)
         return now()
 
-    async def idle(self, seconds: float = 10.0) -> None:
+    async def idle(self, seconds: float = PATIENCE) -> None:
         """Wait until no gateway that runs has anything under way."""
         names = (
             "gateway_in_flight_requests",

@@ -1,6 +1,5 @@
 """The gateway and the mock model as the chaos suite sees them: with what they counted, logged and hold."""
 
-import asyncio
 import json
 import signal
 from collections.abc import Mapping
@@ -12,9 +11,6 @@ from testkit import servers, usage
 from testkit.exposition import Exposition
 from testkit.polling import until
 from testkit.ports import LOOPBACK
-
-LOG_FLUSH = 0.6
-"""Seconds after which what a gateway has logged is in its file."""
 
 
 class Mock(servers.MockModel):
@@ -49,19 +45,28 @@ class Gateway(servers.Gateway):
         if names is not None:
             own["CHAOS_NAMES"] = str(names)
         super().__init__(name, folder, {**own, **settings}, module="chaos.inside")
+        self._logged_before = 0
+
+    async def start(self, *, wait: bool = True) -> None:
+        """Start it, and wait until it serves."""
+        self._logged_before = len(self.requests())
+        await super().start(wait=wait)
 
     async def counted(self) -> Exposition:
         """Return its metrics; when a life of it has ended, what its log says of the same, over all lives."""
-        if self.running and self.lives == 1:
-            return await self.metrics()
-        await asyncio.sleep(LOG_FLUSH)
+        if self.running:
+            metrics = await self.metrics()
+            if self.lives == 1:
+                return metrics
+            number = self._logged_before + metrics.value("gateway_requests_total")
+            await until(lambda: len(self.requests()) >= number, "what this life has counted is in the log")
         return from_log(self.requests())
 
     async def tasks(self) -> int:
         """Count its asyncio tasks."""
         self._tasks.unlink(missing_ok=True)
         self.signal(signal.SIGUSR2)
-        await until(self._tasks.exists, "the number of tasks", seconds=5)
+        await until(self._tasks.exists, "the number of tasks")
         return int(self._tasks.read_text(encoding="utf-8"))
 
     def memory(self) -> int:

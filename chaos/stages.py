@@ -95,7 +95,7 @@ class LocalStage:
         """Start everything."""
         await self._stack.enter_async_context(self._arena)
         plan = self._arena.load(1.0).plan
-        self.plan = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens}
+        self.plan = {"mock_seed": plan.mock_seed, "mock_tokens": plan.mock_tokens, "pids": plan.pids}
 
     async def end(self) -> None:
         """End everything."""

@@ -186,8 +186,8 @@ async def browser_tab(browser: str, folder: Path) -> AsyncIterator[Tab]:
         async with aiohttp.ClientSession() as session:
             async with asyncio.timeout(START_SECONDS):
                 port = await _port(profile / "DevToolsActivePort")
-                async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
-                    pages = [page for page in await response.json() if page["type"] == "page"]
+                while not (pages := await _pages(session, port)):  # noqa: ASYNC110
+                    await asyncio.sleep(POLL)
                 socket = await session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
             async with socket:
                 yield Tab(socket)
@@ -195,6 +195,12 @@ async def browser_tab(browser: str, folder: Path) -> AsyncIterator[Tab]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+async def _pages(session: aiohttp.ClientSession, port: str) -> list[dict[str, Any]]:
+    """Return the pages that are open: none, when the port is open before the first one."""
+    async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
+        return [page for page in await response.json() if page["type"] == "page"]
 
 
 async def _port(file: Path) -> str:

@@ -59,21 +59,28 @@ class Lag:
     def __init__(self) -> None:
         self._late: deque[tuple[float, float]] = deque()
         self._delays: deque[tuple[float, dict[int, float]]] = deque()
+        self._due = monotonic() + TICK
+        self._pids: set[int] = set()
 
     async def watch(self, pids: set[int]) -> None:
         """Measure until cancelled."""
+        self._pids = pids
         while True:
-            due = monotonic() + TICK
+            self._due = monotonic() + TICK
             await asyncio.sleep(TICK)
-            now = monotonic()
-            self._late.append((now, now - due))
-            self._delays.append((now, {pid: run_delay(pid) for pid in pids}))
-            while self._late[0][0] < now - KEPT:
-                self._late.popleft()
-                self._delays.popleft()
+            self._measure()
+
+    def _measure(self) -> None:
+        now = monotonic()
+        self._late.append((now, now - self._due))
+        self._delays.append((now, {pid: run_delay(pid) for pid in self._pids}))
+        while self._late[0][0] < now - KEPT:
+            self._late.popleft()
+            self._delays.popleft()
 
     def of(self, call: Call, pids: list[int]) -> float:
         """Return what of it affects a call: ours at worst, and the gateway's at the call's beginning and end."""
+        self._measure()  # what has just kept us from running may have kept this timer from it, too
         own = max((late for at, late in self._late if at >= call.started), default=0.0)
         if call.gateway is None or call.gateway >= len(pids):
             return own
@@ -83,7 +90,11 @@ class Lag:
         return own + self._delay(pid, call.started, begun) + self._delay(pid, nearly, call.ended)
 
     def _delay(self, pid: int, start: float, end: float) -> float:
-        values = [delays[pid] for at, delays in self._delays if start - 2 * TICK <= at <= end + 2 * TICK]
+        values = [
+            delays[pid]
+            for at, delays in self._delays
+            if start - 2 * TICK <= at <= end + 2 * TICK and delays[pid]  # 0: it has ended
+        ]
         return max(values) - min(values) if values else 0.0
 
 

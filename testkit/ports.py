@@ -3,26 +3,29 @@
 import contextlib
 import random
 import socket
+from collections import deque
 
 LOOPBACK = "127.0.0.1"
-FIRST, LAST = 10_000, 32_000
-"""Below the ports that kernels give to outgoing connections: one of those could take a stopped process's place."""
+FIRST, LAST = 10_000, 29_999
+"""Below the ports that kernels give to outgoing connections, one of which could take a stopped process's place, and
+below those at which Kubernetes takes what goes to any address of its node, though nothing listens there."""
+_given: deque[int] = deque(maxlen=1000)
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens."""
+    """Return a port on which nothing listens, and which was not returned just before: somebody will listen there."""
     while True:
         port = random.randint(FIRST, LAST)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind(("", port))
+                _given.append(port)
                 return port
 
 
 def free_ports(count: int) -> list[int]:
     """Return several different ports on which nothing listens."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
+    return [free_port() for _ in range(count)]

@@ -17,6 +17,15 @@ def lives(pid: int) -> bool:
     return state_of(pid) not in "XZ"
 
 
+def has_stopped(pid: int) -> bool:
+    """Whether none of its threads runs: all were stopped by a signal, or it has ended."""
+    states = set()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            states.add(state_of(int(thread.name)))
+    return states <= set("TtXZ")
+
+
 def children_of(pid: int) -> list[int]:
     """Return the process ids of those that its threads have started; of threads that end meanwhile, none."""
     children: list[int] = []

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Self
 from testkit import REPOSITORY
 from testkit.http import answers
 from testkit.polling import STEP
+from testkit.process_table import has_stopped
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
@@ -100,6 +102,7 @@ class Process:
         output: The file with its standard output.
         errors: The file with its standard error: the same one, unless a subclass names another.
         lives: How often it was started.
+        start_seconds: How long its last start took until it served; 0 where nobody waited for that.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Process:
         self.ready_url = ready_url
         self.output = self.errors = folder / f"{name}.log"
         self.lives = 0
+        self.start_seconds = 0.0
         self._cwd = cwd
         self._cores = cores
         self._swept = True
@@ -160,12 +164,14 @@ class Process:
         """
         self.lives += 1
         self._swept = False
+        began = time.monotonic()
         with self.output.open("ab") as output, self.errors.open("ab") as errors:
             self._process = await spawn(
                 self.command, env=self.env, stdout=output, stderr=errors, cwd=self._cwd, cores=self._cores
             )
         if wait:
             await self.ready()
+            self.start_seconds = time.monotonic() - began
 
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it serves.
@@ -216,8 +222,13 @@ class Process:
             os.kill(self._process.pid, number)
 
     def freeze(self) -> None:
-        """Stop it where it is: the kernel still accepts connections, but nothing answers."""
+        """Stop it where it is: the kernel still accepts connections, but nothing answers.
+
+        When this returns it has stopped: until then it may go on for a moment, on another core.
+        """
         self.signal(signal.SIGSTOP)
+        while self.running and sys.platform.startswith("linux") and not has_stopped(self.pid):
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """Let it go on."""

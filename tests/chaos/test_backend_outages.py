@@ -14,6 +14,7 @@ from chaos.promises import (
     quantile_at_most,
     share_good,
 )
+from testkit.http import ask
 from testkit.load import Call, good, now, sent_between, summary
 from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
@@ -54,6 +55,16 @@ async def seconds_until_down(gateway: Gateway) -> float:
         while (await gateway.health())["status"] != "down":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return now() - start
+
+
+async def open_for_more_than(seconds: float, gateway: Gateway) -> float:
+    """Wait until the breaker is open for more than so many seconds; for how many it is."""
+    async with asyncio.timeout(20):
+        while True:
+            (backend,) = (await gateway.health())["downstream"]["backends"]
+            if (left := float(backend["retry_in_seconds"] or 0)) > seconds:
+                return left
+            await asyncio.sleep(0.02)
 
 
 def refusals_are_fast(gateway: Gateway) -> Verdict:
@@ -238,7 +249,8 @@ async def test_of_two_replicas_one_is_killed_and_nobody_sees_it(start_arena: Sta
         await arena.mock.start()
         await asyncio.sleep(2)
     failed = [call for call in load.calls if call.outcome != "ok"]
-    committed = [call for call in failed if call.first is not None and call.first < killed + 0.1]
+    # Where it was sent tells that the killed one had it, wherever its first words were on their way at the kill.
+    committed = [call for call in failed if call.first is not None and call.started < killed]
     await nothing_is_lost(
         arena,
         load.calls,
@@ -303,10 +315,9 @@ async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(sta
         broken = now()
         await arena.mock.faults({"kind": "status", "with": {"status": 503}})
         await asyncio.sleep(12)
-        health = await arena.gateway.health()
+        open_for = await open_for_more_than(1, arena.gateway)  # no trial meets the end of the fault and opens it anew
         await arena.mock.faults()
         healed = now()
-        open_for = health["downstream"]["backends"][0]["retry_in_seconds"] or 0.0
         recovery = await recovers(load, healed, within=open_for + 1)
         recovered = now()
         await asyncio.sleep(1)
@@ -339,7 +350,7 @@ async def test_everything_down_for_a_minute_and_back(start_arena: StartArena) ->
         ready = []
         while now() < killed + 60:
             await asyncio.sleep(1)
-            ready.append(await arena.gateway.serves())
+            ready.append((await ask(arena.gateway.ready_url)).status == 200)
         states = [backend["breaker"] for backend in (await arena.gateway.health())["downstream"]["backends"]]
         sent = sent_between(load.calls, killed, now())
         growth = (arena.gateway.memory() - memory) / 1e6

@@ -178,6 +178,7 @@ async def test_a_prompt_is_answered_beside_its_explanation(
 
     await tab.click(button("slow", "try"))
     await tab.until("document.getElementById('mock-try').textContent.includes('In force: latency')")
+    await mock.faults({"kind": "latency", "with": {"delay": 60}})  # for longer than a slow browser takes
     await tab.click("#send")
     await tab.until("!document.getElementById('stop').disabled")
     await tab.click("#stop")

@@ -1,6 +1,7 @@
 """More calls than the backend can take, rate limits, slow answers, and callers who retry on top."""
 
 import asyncio
+from collections.abc import Sequence
 from itertools import pairwise
 
 from chaos.processes import Gateway
@@ -10,6 +11,8 @@ from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
 
 SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}
 """An answer takes 0.24 s, and with all places taken twice that."""
+FLOOR = 10
+"""Retries in 10 s that the budget allows however little is asked."""
 PEAK, DOUBLE = 15.0, 32.0
 """Calls per second: just under what eight places can answer (8 / 0.48 s), and twice that."""
 
@@ -17,6 +20,13 @@ PEAK, DOUBLE = 15.0, 32.0
 def goodput(calls: list[Call], start: float, end: float) -> float:
     """Good answers per second."""
     return len([call for call in good(calls) if start <= call.ended < end]) / (end - start)
+
+
+def asked_before_it_said_so(asked: Sequence[Call]) -> Verdict:
+    """Whoever was sent to a backend that said to leave it alone was under way when the first of them heard so."""
+    first = min((call.ended for call in asked), default=0.0)
+    late = [call.id for call in asked if call.started > first]
+    return Verdict("the backend is asked by those alone that were under way", f"{len(asked)}, late {late}", not late)
 
 
 async def highest(gateway: Gateway, name: str, seconds: float) -> float:
@@ -77,8 +87,9 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
 
     Each 429 is a cooldown of 0.2 s, after which one request tries first; the others follow after 0.1 s without a 429:
     goodput at twice the load >= 60 % of the peak. The rest gets that 429, or 429 `backend_rate_limited` with a
-    Retry-After; attempts per request <= 1.2, the retry budget; the breaker stays closed (429 is no failure of the
-    backend).
+    Retry-After; the retry budget holds, a fifth of the requests of any 10 s or 10 retries: of all of them 1.2 attempts
+    per request, and 10 more for the seconds that are left when the test does not take whole tens of them; the breaker
+    stays closed (429 is no failure of the backend).
     """
     arena = await start_arena(mock=SLOW)
     overload = {"capacity": 4, "retry_after": 0.2, "status": 429}
@@ -102,7 +113,7 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
         at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.6),
         fails_as(calls, {(429, "backend_error"), (429, "backend_rate_limited")}),
         Verdict("each with Retry-After", f"{len(told)} of {len(limited)}", len(told) == len(limited)),
-        attempts_at_most("attempts per request", calls, 1.2),
+        attempts_at_most("attempts per request", calls, 1.2 + FLOOR / len(calls)),
         at_most("times the breaker opened", opened, 0),
     )
 
@@ -110,9 +121,9 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
 async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: StartArena) -> None:
     """429 to everything, Retry-After 4 s, for 3 s under 30 calls/s, then well.
 
-    The backend is asked at most three times (those under way when it said so) before the 4 s are over; who cannot wait
-    that long gets 429 with what is left of them and no `x-should-retry`; all others wait, and get their answers: first
-    success <= 1 s after the 4 s; 0 failures of those who have the time.
+    Before the 4 s are over the backend is asked by none but those under way when it said so; who cannot wait that long
+    gets 429 with what is left of them and no `x-should-retry`; all others wait, and get their answers: first success
+    <= 1 s after the 4 s; 0 failures of those who have the time.
     """
     arena = await start_arena()
     async with arena.load(30) as load:
@@ -124,7 +135,7 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
         await arena.mock.faults()
         recovery = await recovers(load, limited_at + 4)
         await asyncio.sleep(1)
-    asked = sum(bool(line["fault"]) for line in arena.mock.arrivals())
+    asked = [line["request_id"] for line in arena.mock.arrivals() if line["fault"]]
     limited = [call for call in load.calls if call.outcome != "ok"]
     told = [call for call in limited if call.status == 429 and 1 <= int(call.retry_after or 0) <= 4]
     final = [call for call in limited if call.should_retry is not None]
@@ -132,7 +143,8 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
         arena,
         load.calls,
         recovery,
-        at_most("calls that were limited by the backend itself", asked, 3),
+        Verdict("calls that were limited by the backend itself", f"{len(asked)}", 0 < len(asked) == len(set(asked))),
+        asked_before_it_said_so([call for call in load.calls if call.id in asked]),
         Verdict("429 with what is left", f"{len(told)} of {len(limited)}", 0 < len(told) == len(limited)),
         Verdict("none says not to retry", f"{len(final)}", not final),
         all_good(sent_between(load.calls, limited_at + 2, now()), "callers who have the time"),
@@ -142,8 +154,8 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
 async def test_a_limit_for_an_hour_is_told_and_the_backend_left_alone(start_arena: StartArena) -> None:
     """429 to everything, Retry-After an hour, for 4 s under 30 calls/s.
 
-    The backend is asked at most three times; their callers get that Retry-After as it came, all others 429
-    `backend_rate_limited` with what is left of the 300 s that it is left alone at most; nobody waits.
+    The backend is asked by none but those under way when it said so; they get that Retry-After as it came, all others
+    429 `backend_rate_limited` with what is left of the 300 s that it is left alone at most; nobody waits.
     """
     arena = await start_arena()
     limit = {"status": 429, "headers": {"retry-after": "3600"}}
@@ -155,10 +167,12 @@ async def test_a_limit_for_an_hour_is_told_and_the_backend_left_alone(start_aren
     others = [c for c in calls if (c.status, c.outcome) == (429, "backend_rate_limited") and not c.tries]
     left = [int(call.retry_after or 0) for call in others]
     final = [call for call in calls if call.should_retry is not None]
+    came = len(arena.mock.arrivals())
     await nothing_is_lost(
         arena,
         calls,
-        Verdict("429 as it came", f"{len(first)} of {len(arena.mock.arrivals())}", 0 < len(first) <= 3),
+        Verdict("429 as it came", f"{len(first)} of {came}", 0 < len(first) == came),
+        asked_before_it_said_so(first),
         Verdict("429 without an attempt", f"{len(others)}", len(others) == len(calls) - len(first)),
         Verdict("what is left", f"{min(left)} to {max(left)} s", 290 <= min(left) <= max(left) <= 300),
         Verdict("none says not to retry", f"{len(final)}", not final),
@@ -190,14 +204,14 @@ async def test_a_short_retry_after_is_waited_for(start_arena: StartArena) -> Non
 
 
 async def test_a_slow_drip_ends_at_the_deadline(start_arena: StartArena) -> None:
-    """Every answer comes 20 bytes at a time, each 50 ms; the idle timeout is 0.3 s, the deadline 3 s; 10 calls/s, 6 s.
+    """Every answer comes 20 bytes at a time, each 50 ms; the idle timeout is 1.5 s, the deadline 3 s; 10 calls/s, 6 s.
 
     Nobody waits longer than deadline + 100 ms; no failure is the idle timer's, since bytes flow; memory grows <= 20 MB.
     """
     arena = await start_arena(
         mock={"MOCK_TOKENS": "200"},
         gateway={
-            "GATEWAY_IDLE_TIMEOUT": "0.3",
+            "GATEWAY_IDLE_TIMEOUT": "1.5",
             "GATEWAY_FIRST_TOKEN_TIMEOUT": "10",
             "GATEWAY_ANSWER_TIMEOUT": "10",
             "GATEWAY_BREAKER_FAILURES": "1000",

@@ -147,7 +147,7 @@ class Release:
             services = ["gateway", "gateway", "mock-model"]
             return wait_for(lambda: sorted(s.service for s in self.spans(trace_id)) == services, "its spans", 10)
 
-        wait_for(whole, "a whole trace", 60)
+        wait_for(whole, "a whole trace", 120)
 
     def pods(self, component: str = "gateway") -> list[dict[str, Any]]:
         """All pods of a component, those that end too."""

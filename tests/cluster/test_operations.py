@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chaos.promises import Verdict, at_least, at_most
-from testkit.load import Call, good, now
+from testkit.load import Call, good, now, sent_between
 from testkit.polling import wait_for
 from tests.cluster.cluster import FULLNAME, NAMESPACE, RELEASE, RESTART_KUBELET, TAGS, Release, kubectl, run
 from tests.cluster.rollouts import DEADLINE, Rollouts
@@ -123,7 +123,7 @@ async def test_the_collector_is_gone(release: Release, rollouts: Rollouts) -> No
         kubectl("scale", collector, "--replicas=0")
         mark("collector gone")
         wait_for(lambda: not release.pods("collector"), "the collector has gone", 60, 0.5)
-        wait_for(lambda: release.ask().status == 200, "a prompt is answered", 10)
+        wait_for(lambda: release.ask().status == 200, "a prompt is answered", 60)
         kubectl("scale", collector, "--replicas=1")
         kubectl("rollout", "status", collector, "--timeout=120s")
         mark("collector back")
@@ -137,6 +137,8 @@ def restarts(pod: str) -> int:
     return int(kubectl("get", "pod", pod, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"))
 
 
+PROXIES = 10
+"""Seconds in which the cluster's proxies learn what the kubelet has noticed, on a busy machine too."""
 KILL = """
 import os
 for number in filter(str.isdigit, os.listdir("/proc")):
@@ -169,10 +171,11 @@ async def test_a_killed_gateway_costs_only_what_it_held(release: Release, rollou
 
     def kill(mark: Mark) -> None:
         victim = min(release.names())
-        held.append(release.health(victim)["in_flight"])
         moments.append(now())
+        held.append(release.health(victim)["in_flight"])
         with suppress(AssertionError):  # the shell may end with the gateway
             kubectl("exec", victim, "--", "python", "-c", KILL)
+        moments.append(now())
         mark("gateway killed")
         wait_for(lambda: restarts(victim) == 1, "the kubelet has noticed", 60, 0.2)
         moments.append(now())
@@ -183,9 +186,10 @@ async def test_a_killed_gateway_costs_only_what_it_held(release: Release, rollou
         failed = [call for call in calls if call.outcome != "ok"]
         broken = [call for call in failed if call.outcome != "refused"]
         refused = [call for call in failed if call.outcome == "refused"]
-        late = [call for call in failed if not moments[0] - DEADLINE < call.started < moments[1] + 2]
+        asked, killed, noticed = moments
+        late = [call for call in failed if not asked - DEADLINE < call.started < noticed + PROXIES]
         hidden = [call for call in broken if call.flaw is None or call.outcome == "hung"]
-        limit = held[0] + 3  # three calls are those of the moments between the question and the signal
+        limit = held[0] + len(sent_between(calls, asked - 0.5, killed))  # and who came from the question to the signal
         return [
             at_least("calls that break", len(broken), 1),
             at_most("calls that break: those that the gateway held", len(broken), limit),
@@ -243,7 +247,7 @@ async def test_valkey_is_killed_and_comes_back(release: Release, rollouts: Rollo
         pods = release.names()
         return len(pods) == 2 and {release.health(pod)["limits"]["status"] for pod in pods} == {status}
 
-    assert all_say("ok")
+    wait_for(lambda: all_say("ok"), "both gateways share limits", 60, 0.5)
 
     def kill(mark: Mark) -> None:
         kubectl("scale", valkey, "--replicas=0")

@@ -22,6 +22,8 @@ from testkit.traces import Span, read_json_spans
 
 PROJECT = "llm-gateway-test"
 SERVICES = {"gateway", "mock-model", "otel-collector", "otel-collector-health", "jaeger"}
+PATIENCE = 40.0
+"""Seconds until something counts as missing: containers start slowly on a busy machine."""
 BENT_BY = ("GATEWAY_", "EDGE_", "MOCK_", "COMPOSE_", "OTEL_", "JAEGER_", "PROMETHEUS_", "GRAFANA_", "MODEL_NAME")
 """Variables of the caller's shell that would change the stack under test."""
 
@@ -45,7 +47,7 @@ def why_no_engine() -> str | None:
     """Why there is no Docker engine to use, in a few words; None when there is one."""
     for command, missing in (("info", "no Docker engine answers"), ("compose", "no Compose v2")):
         try:
-            docker(command, *(["version"] if command == "compose" else []), seconds=20)
+            docker(command, *(["version"] if command == "compose" else []), seconds=60)
         except FileNotFoundError:
             return "no docker command"
         except (AssertionError, subprocess.TimeoutExpired):
@@ -159,23 +161,23 @@ class Stack:
         answer = call("GET", self.url("JAEGER_PORT", f"/api/v3/traces/{trace_id}"))
         return list(read_json_spans(answer.json["result"])) if answer.status == 200 else []
 
-    def wait_for_spans(self, trace_id: str, services: list[str]) -> list[Span]:
+    def wait_for_spans(self, trace_id: str, services: list[str], seconds: float = PATIENCE) -> list[Span]:
         """The spans of a trace as soon as Jaeger has one for each of `services` (sorted, repeated if several)."""
 
         def complete() -> list[Span]:
             found = self.spans(trace_id)
             return found if sorted(span.service for span in found) == services else []
 
-        return wait_for(complete, f"spans of {services} in trace {trace_id}", 15, every=0.3)
+        return wait_for(complete, f"spans of {services} in trace {trace_id}", seconds, every=0.3)
 
     def steady(self) -> None:
         """Wait until the stack is as after a start: no fault, each backend `ok`, a prompt answered."""
-        wait_for(lambda: self.control("POST", "/reset"), "the mock model's control API", 15)
-        wait_for(lambda: self.ask().status == 200, "a prompt is answered", 40, every=0.25)
+        wait_for(lambda: self.control("POST", "/reset"), "the mock model's control API", PATIENCE)
+        wait_for(lambda: self.ask().status == 200, "a prompt is answered", PATIENCE, every=0.25)
         wait_for(
             lambda: self.gateway("/health").json["downstream"]["status"] == "ok",
             "the gateway is healthy",
-            20,
+            PATIENCE,
             every=0.25,
         )
         self.control("DELETE", "/journal")

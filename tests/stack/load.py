@@ -8,7 +8,7 @@ from chaos.promises import Verdict, at_most
 from testkit.load import Call, good, now
 from testkit.polling import wait_for
 from tests.chaos.verdict import good_probe
-from tests.stack.engine import Stack
+from tests.stack.engine import PATIENCE, Stack
 
 RECOVERY = 3.0
 """Seconds from the end of a fault, when the model answers, to the first caller who is answered."""
@@ -39,10 +39,10 @@ async def recovers(stack: Stack, load: Load, since: float) -> list[Verdict]:
     How long the model's start takes is the machine's affair. Its control API opens with the API, whose port is not
     published.
     """
-    await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "the model answers", 20, 0.05)
+    await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "the model answers", PATIENCE, 0.05)
     answered = now()
     well = await asyncio.to_thread(
-        wait_for, lambda: good_probe(stack.gateway("/health").json, since), "a probe is good", 20, 0.05
+        wait_for, lambda: good_probe(stack.gateway("/health").json, since), "a probe is good", PATIENCE, 0.05
     )
     assert well is not None
     await load.until(lambda calls: bool(good(calls, since=max(answered, well))), 20)

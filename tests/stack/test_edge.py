@@ -21,7 +21,7 @@ from testkit.load import now
 from testkit.polling import wait_for
 from testkit.ports import free_ports
 from tests.chaos.verdict import keep
-from tests.stack.engine import PROJECT, Stack, docker
+from tests.stack.engine import PATIENCE, PROJECT, Stack, docker
 from tests.stack.load import load
 
 DELAY = 5.0
@@ -68,7 +68,9 @@ def edge_stack(built_stack: Stack) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def caddy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Edge:
     authority = tmp_path_factory.mktemp("caddy") / "root.crt"
-    authority.write_text(wait_for(lambda: edge_stack.compose("exec", "-T", "edge", "cat", AUTHORITY), "a root", 20))
+    authority.write_text(
+        wait_for(lambda: edge_stack.compose("exec", "-T", "edge", "cat", AUTHORITY), "a root", PATIENCE)
+    )
     reload = (edge_stack.inspect("edge")["Id"], "USR1", "successfully reloaded config from file")
     return Edge(f"https://localhost:{edge_stack.env['EDGE_PORT']}", authority, reload)
 
@@ -111,7 +113,7 @@ def haproxy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def edge(edge_stack: Stack, request: pytest.FixtureRequest) -> Edge:
     proxy: Edge = request.getfixturevalue(request.param)
     edge_stack.steady()
-    wait_for(proxy.ready, "the proxy answers", 20)
+    wait_for(proxy.ready, "the proxy answers", PATIENCE)
     return proxy
 
 
@@ -141,13 +143,13 @@ async def test_an_event_goes_on_as_it_comes(edge_stack: Stack, edge: Edge) -> No
         (call,) = edge_stack.control("GET", "/journal").json["calls"]
         return bool(call["ended"] == "caller_left")
 
-    await asyncio.to_thread(wait_for, left, "the model hears that the caller has left", 20)
+    await asyncio.to_thread(wait_for, left, "the model hears that the caller has left", PATIENCE)
 
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 def test_the_model_hears_of_a_caller_who_leaves_before_the_answer(edge_stack: Stack, edge: Edge, version: str) -> None:
     edge_stack.script({"kind": "drip", "with": {"bytes": 2, "interval": 0.5}})
-    leaving = ("--silent", "--max-time", "2", "--cacert", str(edge.authority), version)
+    leaving = ("--silent", "--max-time", "4", "--cacert", str(edge.authority), version)
     prompt = ("--header", "content-type: application/json", "--data", json.dumps(CHAT), edge.url + CHAT_PATH)
     left = subprocess.run(["curl", *leaving, *prompt], capture_output=True, timeout=20, check=False)  # noqa: S603, S607
     assert left.returncode == TIMED_OUT, left.stderr
@@ -156,7 +158,7 @@ def test_the_model_hears_of_a_caller_who_leaves_before_the_answer(edge_stack: St
         (call,) = edge_stack.control("GET", "/journal").json["calls"]
         return bool(call["ended"] == "caller_left")
 
-    wait_for(heard, "the model hears that the caller has left", 15)
+    wait_for(heard, "the model hears that the caller has left", PATIENCE)
 
 
 def test_a_prompt_is_not_sent_again_by_the_proxy(edge_stack: Stack, edge: Edge) -> None:
@@ -228,7 +230,7 @@ async def test_a_proxy_reads_its_configuration_anew_under_open_streams(edge_stac
         def read_anew() -> bool:
             return docker("logs", container, complaints=True).count(told) > before
 
-        await asyncio.to_thread(wait_for, read_anew, "the proxy says so", 30)
+        await asyncio.to_thread(wait_for, read_anew, "the proxy says so", PATIENCE)
         sent = len(calling.calls)
         await calling.until(lambda calls: len(calls) >= sent + 20, 60)
     keep(calling.calls, all_good(calling.calls, "callers of the proxy"), well_formed(calling.calls))

@@ -9,7 +9,7 @@ import pytest
 
 from testkit.completions import prompt
 from testkit.polling import wait_for
-from tests.stack.engine import Stack
+from tests.stack.engine import PATIENCE, Stack
 
 
 def fault(kind: str, **details: object) -> dict[str, Any]:
@@ -189,5 +189,5 @@ def test_a_model_that_crashes_under_a_prompt_is_back_soon(stack: Stack) -> None:
     if answer.status != 200:  # the further attempts came while the container was away: refused, or into the void
         error = answer.status, answer.own_error["code"], answer.own_error["param"]
         assert error in {(502, "backend_connection_error", None), (504, "backend_timeout", "connect")}
-    wait_for(lambda: stack.ask().status == 200, "a prompt is answered again", 10)
+    wait_for(lambda: stack.ask().status == 200, "a prompt is answered again", PATIENCE)
     assert stack.inspect("mock-model")["RestartCount"] == restarts + 1

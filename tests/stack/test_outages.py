@@ -14,7 +14,7 @@ from testkit.load import Call, now, sent_between, summary
 from testkit.polling import wait_for
 from testkit.servers import METRICS_AGE
 from tests.chaos.verdict import keep
-from tests.stack.engine import PROJECT, Stack, docker
+from tests.stack.engine import PATIENCE, PROJECT, Stack, docker
 from tests.stack.load import CUT, SILENT, UNREACHABLE, load, recovers
 from tests.stack.test_images import OURS
 
@@ -45,7 +45,7 @@ async def test_a_killed_backend_is_reported_and_survived(stack: Stack) -> None:
         await asyncio.sleep(1)
         await asyncio.to_thread(stack.compose, "kill", "mock-model")
         killed = now()
-        await asyncio.to_thread(wait_for, says_down, "/health says so", 20, 0.05)
+        await asyncio.to_thread(wait_for, says_down, "/health says so", PATIENCE, 0.05)
         noticed = now() - killed
         health = stack.gateway("/health").json
         assert (health["status"], health["downstream"]["status"]) == ("down", "down")
@@ -152,7 +152,7 @@ async def test_a_backend_that_comes_back_with_another_address_is_found(stack: St
 
 
 async def test_a_process_that_dies_in_its_container_is_restarted(stack: Stack) -> None:
-    """Crashed under 10 calls/s; the engine starts it again within 10 s.
+    """Crashed under 10 calls/s; the engine starts it again.
 
     First success < 3 s after the model serves, and <= 1 s after a good probe. Failures, if the retries do not hide them
     all, are 502, 504 or, with the breaker open, 503.
@@ -165,8 +165,8 @@ async def test_a_process_that_dies_in_its_container_is_restarted(stack: Stack) -
     async with load(stack, 10, DEADLINE) as calling:
         await asyncio.sleep(1)
         await asyncio.to_thread(stack.control, "POST", "/crash")
-        await asyncio.to_thread(wait_for, restarted, "it is restarted", 10)
-        await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "it serves", 10)
+        await asyncio.to_thread(wait_for, restarted, "it is restarted", PATIENCE)
+        await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "it serves", PATIENCE)
         recovery = await recovers(stack, calling, now())
         await asyncio.sleep(1)
     assert stack.inspect("mock-model")["RestartCount"] == restarts + 1
@@ -175,14 +175,17 @@ async def test_a_process_that_dies_in_its_container_is_restarted(stack: Stack) -
     well_formed_and_in_time(calling.calls, *recovery)
 
 
-@pytest.mark.timeout(150, func_only=True)
+@pytest.mark.timeout(240, func_only=True)
 async def test_no_request_fails_without_collector_and_jaeger(stack: Stack) -> None:
+    def telemetry_is_degraded() -> bool:
+        return bool(stack.gateway("/health").json["telemetry"]["status"] == "degraded")
+
     async with load(stack, 20, DEADLINE) as calling:
         await asyncio.to_thread(stack.compose, "stop", "jaeger")
         await asyncio.sleep(2)
         await asyncio.to_thread(stack.compose, "stop", "otel-collector")
-        await asyncio.sleep(8)
-        telemetry = stack.gateway("/health")
+        await asyncio.to_thread(wait_for, telemetry_is_degraded, "an export has failed for good", PATIENCE)
+        telemetry = await asyncio.to_thread(stack.gateway, "/health")
         await asyncio.to_thread(stack.compose, "start", "jaeger", "otel-collector")
         await asyncio.sleep(1)
     assert telemetry.status == 200
@@ -192,6 +195,7 @@ async def test_no_request_fails_without_collector_and_jaeger(stack: Stack) -> No
     spans_flow(stack)
 
 
+@pytest.mark.timeout(180, func_only=True)
 async def test_no_request_notices_a_collector_that_hangs(stack: Stack) -> None:
     """`docker pause` for 5 s under 20 calls/s, then `unpause`: 0 failures, 95 % in < 1 s, spans flow by themselves."""
     async with load(stack, 20, DEADLINE) as calling:
@@ -216,9 +220,10 @@ def spans_flow(stack: Stack) -> None:
     """Check that a prompt's whole trace comes to Jaeger again."""
 
     def traced() -> bool:
-        return bool(stack.wait_for_spans(stack.ask().headers["x-trace-id"], ["gateway", "gateway", "mock-model"]))
+        services = ["gateway", "gateway", "mock-model"]
+        return bool(stack.wait_for_spans(stack.ask().headers["x-trace-id"], services, seconds=15))
 
-    wait_for(traced, "spans flow again", 30)
+    wait_for(traced, "spans flow again", 90)
 
 
 async def test_callers_who_leave_in_a_storm_give_everything_back(stack: Stack) -> None:
@@ -227,21 +232,24 @@ async def test_callers_who_leave_in_a_storm_give_everything_back(stack: Stack) -
     All 300 calls end at the model <= 1 s after the last has left; the gateway counts 300 disconnects, holds nothing and
     blames nobody.
     """
-    stack.script(DRIP)
-    before = disconnects(stack)
-    async with load(stack, 100, 10, total=300, burst=20, kinds=("stream",), leave_after=3) as calling:
-        await calling.all_sent(60)
-    left_at = max(call.ended for call in calling.calls)
 
     def ends() -> Counter[str]:
         ended = Counter(str(call["ended"]) for call in stack.control("GET", "/journal").json["calls"])
         return ended if "None" not in ended else Counter()
 
-    ended = await asyncio.to_thread(wait_for, ends, "every call has ended at the model", 20, 0.05)
-    took = now() - left_at
-    health = stack.gateway("/health").json
-    backend = health["downstream"]["backends"][0]
-    held = health["in_flight"], health["queued"], backend["in_flight"], backend["breaker"]
+    def held() -> tuple[int, int, int, str]:
+        health = stack.gateway("/health").json
+        backend = health["downstream"]["backends"][0]
+        return health["in_flight"], health["queued"], backend["in_flight"], backend["breaker"]
+
+    stack.script(DRIP)
+    before = disconnects(stack)
+    async with load(stack, 100, 10, total=300, burst=20, kinds=("stream",), leave_after=3) as calling:
+        await calling.until(lambda calls: len(calls) == 300, 60)
+        left_at = max(call.ended for call in calling.calls)
+        ended = await asyncio.to_thread(wait_for, ends, "every call has ended at the model", PATIENCE, 0.05)
+        took = now() - left_at
+    await asyncio.to_thread(wait_for, lambda: sum(held()[:3]) == 0, "nothing is held", PATIENCE)
     left = sum(call.outcome == "left" for call in calling.calls)
     keep(
         calling.calls,
@@ -250,7 +258,7 @@ async def test_callers_who_leave_in_a_storm_give_everything_back(stack: Stack) -
         Verdict("all calls end at the model", f"{dict(ended)}", ended == {"caller_left": 300}),
         at_most("the model works on for", took, 1, " s"),
         Verdict("disconnects counted", f"{disconnects(stack) - before:g}", disconnects(stack) - before == 300),
-        Verdict("nothing is held, nobody blamed", f"{held}", held == (0, 0, 0, "closed")),
+        Verdict("nothing is held, nobody blamed", f"{held()}", held() == (0, 0, 0, "closed")),
     )
     stack.script()
     assert stack.ask().status == 200
@@ -263,15 +271,27 @@ def disconnects(stack: Stack) -> float:
 
 
 async def test_a_stopped_gateway_finishes_what_it_began(stack: Stack) -> None:
-    """Each request that was there before the signal ends well; a later one gets 503, or is refused after the exit."""
-    stack.script({"kind": "latency", "with": {"delay": 1.0}, "match": {"stream": False}})
+    """Each request that was there before the signal ends well; one that comes when /readyz says so gets 503.
+
+    After the exit they are refused. Who was there is told by the model's journal.
+    """
+    stack.script({"kind": "drip", "with": {"bytes": 60, "interval": 0.5}, "match": {"stream": False}})  # some seconds
     container = stack.inspect("gateway")["Id"]
     to_monotonic = now() - time.time()
     since = time.time() - 1
+
+    def drains() -> bool:
+        return stack.gateway("/readyz").status == 503
+
     async with load(stack, 30, 10) as calling:
         await asyncio.sleep(3)
-        await asyncio.to_thread(stack.compose, "stop", "gateway")
+        journal = (await asyncio.to_thread(stack.control, "GET", "/journal")).json["calls"]
+        stopping = asyncio.create_task(asyncio.to_thread(stack.compose, "stop", "gateway"))
+        await asyncio.to_thread(wait_for, drains, "/readyz answers 503", PATIENCE, 0.05)
+        drained = now()
+        await stopping
         await asyncio.sleep(0.5)
+    arrived = {call["request_id"] for call in journal}
     assert stack.inspect("gateway")["State"]["ExitCode"] == 0
     events = docker(
         *("events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}", "--format", "{{json .}}"),
@@ -283,36 +303,36 @@ async def test_a_stopped_gateway_finishes_what_it_began(stack: Stack) -> None:
         moments.setdefault(event["Action"], event["timeNano"] / 1e9 + to_monotonic)
     signalled, exited = moments["kill"], moments["die"]
 
-    before = sent_between(calling.calls, 0, signalled - 0.05)
-    after = sent_between(calling.calls, signalled + 0.05, now())
-    draining = [call for call in after if call.ended < exited - 0.2]
-    at_the_exit = [call for call in after if call.ended >= exited - 0.2]
+    before = [call for call in calling.calls if call.id in arrived]
+    draining = [call for call in calling.calls if (call.status, call.outcome) == (503, "gateway_draining")]
+    gone = [call for call in sent_between(calling.calls, drained, now()) if call not in draining]
     assert sum(call.ended > signalled + 0.1 for call in before) >= 10, "some were under way"
     assert len(draining) >= 10, "new requests came while it was draining"
-    assert {(call.status, call.outcome) for call in draining} == {(503, "gateway_draining")}, summary(draining)
     # The engine's proxy takes a connection for a moment longer than the gateway lives: it is reset.
-    assert {call.outcome for call in at_the_exit} <= {"gateway_draining", "refused", "reset"}, summary(at_the_exit)
+    assert {call.outcome for call in gone} <= {"refused", "reset"}, summary(gone)
+    last = max(call.started for call in draining)
+    assert all(call.ended > last for call in gone), "it answered one who came later than one whom it refused"
     assert exited - signalled < 10
     keep(calling.calls, all_good(before, "requests under way"), well_formed([*before, *draining]))
 
 
-@pytest.mark.timeout(180, func_only=True)
+@pytest.mark.timeout(300, func_only=True)
 def test_the_services_start_in_any_order(stack: Stack) -> None:
     """The gateway first, then the model, then the collector, and Jaeger last."""
     stack.compose("stop", "--timeout=5", seconds=60)
     stack.compose("rm", "--force")
     stack.compose("up", "--detach", "--no-deps", "gateway")
-    wait_for(lambda: stack.gateway("/readyz").status == 200, "the gateway is ready without a model", 15)
+    wait_for(lambda: stack.gateway("/readyz").status == 200, "the gateway is ready without a model", PATIENCE)
     answer = stack.ask(x_request_timeout="3")
     assert answer.status in {502, 503}
     assert answer.own_error["code"] in {"backend_connection_error", "backend_unavailable"}
     assert answer.seconds < 3.5
 
     stack.compose("up", "--detach", "--no-deps", "mock-model")
-    wait_for(lambda: stack.ask(x_request_timeout="1").status == 200, "the model is found", 10)
+    wait_for(lambda: stack.ask(x_request_timeout="1").status == 200, "the model is found", PATIENCE)
     stack.compose("up", "--detach", "--no-deps", "otel-collector")
     assert stack.ask().status == 200
     stack.compose("up", "--detach", "--no-deps", "jaeger")
     spans_flow(stack)
     stack.compose("up", "--wait")
-    wait_for(lambda: stack.gateway("/health").json["status"] == "ok", "all is well", 15)
+    wait_for(lambda: stack.gateway("/health").json["status"] == "ok", "all is well", PATIENCE)

@@ -8,7 +8,7 @@ import sys
 from testkit import REPOSITORY
 from testkit.completions import prompt
 from testkit.polling import wait_for
-from tests.stack.engine import PROJECT, SERVICES, Stack, call, docker
+from tests.stack.engine import PATIENCE, PROJECT, SERVICES, Stack, call, docker
 
 
 def test_all_are_healthy(stack: Stack) -> None:
@@ -23,9 +23,9 @@ def test_all_are_healthy(stack: Stack) -> None:
 
     # The collector's image holds nothing that could ask it; its neighbour's health is its health.
     healthy = dict.fromkeys(SERVICES, ("running", "healthy")) | {"otel-collector": ("running", None)}
-    wait_for(lambda: healthy.items() <= states().items(), "all are healthy", 15, every=0.5)
+    wait_for(lambda: healthy.items() <= states().items(), "all are healthy", PATIENCE, every=0.5)
     stack.ask()  # a failure that an earlier test left behind as the last attempt's is over
-    wait_for(lambda: stack.gateway("/health").json["status"] == "ok", "the gateway is ok", 15, every=0.5)
+    wait_for(lambda: stack.gateway("/health").json["status"] == "ok", "the gateway is ok", PATIENCE, every=0.5)
     assert stack.gateway("/").json["app_mode"] == "prod"
 
 
@@ -97,7 +97,7 @@ def test_make_trace_prints_the_answer_and_where_its_trace_is(stack: Stack) -> No
         env=stack.env,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, "")

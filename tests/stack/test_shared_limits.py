@@ -7,7 +7,7 @@ import pytest
 from testkit.completions import CHAT_PATH, prompt
 from testkit.http import Answer
 from testkit.polling import wait_for
-from tests.stack.engine import Stack, call
+from tests.stack.engine import PATIENCE, Stack, call
 
 KEY = {"authorization": "Bearer demo-key-of-team-a"}
 PORTS = ("GATEWAY_PORT", "GATEWAY_B_PORT")
@@ -36,17 +36,17 @@ def test_two_gateways_share_limits_and_go_on_while_their_store_is_paused(sharing
     def are(status: str) -> bool:
         return all(limits(sharing_stack, port) == status for port in PORTS)
 
-    wait_for(lambda: are("ok"), "both share", 20)
+    wait_for(lambda: are("ok"), "both share", PATIENCE)
     used = [ask(sharing_stack, port).status for _ in range(10) for port in PORTS]
     assert set(used) == {200}
     sharing_stack.compose("pause", "valkey")
     try:
-        wait_for(lambda: are("degraded"), "both have noticed", 20)
+        wait_for(lambda: are("degraded"), "both have noticed", PATIENCE)
         used += [ask(sharing_stack, port).status for _ in range(10) for port in PORTS]
         assert set(used) == {200}
     finally:
         sharing_stack.compose("unpause", "valkey")
-    wait_for(lambda: are("ok"), "both share again", 20)
+    wait_for(lambda: are("ok"), "both share again", PATIENCE)
     used += [ask(sharing_stack, port).status for _ in range(60) for port in PORTS]
     assert 90 <= used.count(200) <= 105
     assert set(used) == {200, 429}

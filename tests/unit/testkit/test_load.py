@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from chaos.load import Plan as TextPlan
 from chaos.load import expecting
 from mock_model.draws import fingerprint
 from mock_model.text import Writer
+from testkit.caller import Lag
 from testkit.completions import CHAT_PATH, EMBEDDINGS_PATH
 from testkit.load import Call, Load, Plan, good, sent_between, summary
 from testkit.polling import until
@@ -279,3 +281,11 @@ async def test_a_worker_that_is_left_early_is_killed() -> None:
         process = worker._process
         assert process.returncode is None
     await until(lambda: process.returncode is not None)
+
+
+def test_what_keeps_the_load_from_running_counts_though_it_kept_its_timer_from_it_too() -> None:
+    lag, call = Lag(), Call(id="1", kind="answer", started=time.monotonic())
+    time.sleep(0.05)
+    call.ended = time.monotonic()
+
+    assert 0.03 < lag.of(call, []) <= time.monotonic() - call.started

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -12,7 +13,7 @@ import pytest
 from testkit import usage
 from testkit.polling import until
 from testkit.ports import LOOPBACK, free_port, free_ports
-from testkit.process_table import lives
+from testkit.process_table import has_stopped, lives
 from testkit.processes import Process, ProcessError, clean_environment, python
 
 Make = Callable[..., Process]
@@ -65,6 +66,7 @@ async def test_a_process_ends_with_its_block(make: Make) -> None:
 async def test_a_frozen_process_answers_again_when_it_is_thawed(make: Make) -> None:
     async with make() as process:
         process.freeze()
+        assert has_stopped(process.pid)
         assert not await process.serves()
         process.thaw()
         await process.ready()
@@ -144,6 +146,14 @@ def test_settings_of_the_shell_reach_no_child(monkeypatch: pytest.MonkeyPatch) -
 
 def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
+
+
+def test_a_port_that_was_given_is_not_given_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = free_ports(2)
+    draw, again = random.randint, [first, second]
+    monkeypatch.setattr(random, "randint", lambda *bounds: again.pop() if again else draw(*bounds))
+    assert free_port() not in {first, second}
+    assert again == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
