@@ -25,7 +25,7 @@ from testkit.http import Answer
 from testkit.limits_server import LimitsServer
 from testkit.polling import PATIENCE, until
 from testkit.ports import free_port
-from tests.integration.gateways import Gateway, StartGateway, config, get
+from tests.integration.gateways import Gateway, StartGateway, config, get, patient
 
 KEY = "gw-secret-of-a"
 HANG = {"kind": "hang_before_headers"}
@@ -66,7 +66,7 @@ keys:
         if store is not None:  # else the environment has it
             settings["gateway_limits_url"] = store if isinstance(store, str) else store.url
         file = config(tmp_path, text)
-        return [await start_gateway(gateway_config=file, **settings) for _ in range(count)]
+        return [await patient(start_gateway)(gateway_config=file, **settings) for _ in range(count)]
 
     return start_sharing
 
