@@ -30,6 +30,14 @@ REFUSED = "http://127.0.0.1:1"
 EXPLAINING = {"x-request-id", "x-trace-id", "x-gateway-attempts", "server-timing"}
 """The headers of every answer of `/v1`."""
 
+LIMITS = {
+    "hang_before_headers": ("answer", "first_token"),
+    "hang_after_headers": ("idle", "first_token"),
+    "slow_first_token": ("idle", "first_token"),
+    "stall": ("idle", "idle"),
+}
+"""The time limit that passes first with a fault that waits: of a whole answer, of a stream."""
+
 
 class GatewayServer(BaseTestServer):
     """The gateway behind its own runner and listener, as `python -m gateway` has it."""
@@ -120,6 +128,11 @@ class Gateway:
         """The text of `/metrics`."""
         async with self.client.get("/metrics") as response:
             return await response.text()
+
+
+def soon(kind: str, *, stream: bool) -> dict[str, Any]:
+    """The setting with which the time limit of a fault that waits passes soon; no other one is shorter than usual."""
+    return {f"gateway_{LIMITS[kind][stream]}_timeout": 0.3} if kind in LIMITS else {}
 
 
 async def get(gateway: Gateway, path: str, **headers: str) -> Answer:

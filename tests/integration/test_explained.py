@@ -14,7 +14,7 @@ from mock_model.serve import MockModel
 from testkit.http import Answer
 from testkit.polling import until
 from tests.integration.backends_raw import RawCall, raw_backends
-from tests.integration.gateways import Gateway, StartGateway, StartMock
+from tests.integration.gateways import Gateway, StartGateway, StartMock, soon
 from tests.integration.wire import dial, post
 
 QUICK = {"gateway_backoff_initial": 0.01, "gateway_backoff_max": 0.01}
@@ -105,7 +105,7 @@ async def test_a_success_after_failures(mock: MockModel, start_gateway: StartGat
 
 
 async def test_a_stream_whose_headers_came_names_the_backend(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_first_token_timeout=0.2)
+    gateway = await start_gateway(mock, gateway_first_token_timeout=1)
     mock.set_faults([{"kind": "hang_after_headers"}])
     answer = await gateway.chat(stream=True)
     assert answer.status == 504
@@ -137,7 +137,7 @@ async def test_a_stream_that_was_held_has_an_outcome(mock: MockModel, start_gate
 async def test_a_failure_after_all_attempts(
     mock: MockModel, start_gateway: StartGateway, fault: dict[str, Any], outcome: str, backend: str | None
 ) -> None:
-    gateway = await start_gateway(mock, gateway_idle_timeout=0.2, **QUICK)
+    gateway = await start_gateway(mock, **QUICK)
     mock.set_faults([fault])
     answer = await gateway.chat()
     assert answer.status >= 500
@@ -169,20 +169,20 @@ async def test_a_failure_that_is_not_tried_again(
     outcome: str,
     backend: str | None,
 ) -> None:
-    gateway = await start_gateway(mock, gateway_answer_timeout=0.2, gateway_idle_timeout=0.2)
+    gateway = await start_gateway(mock, **soon(fault["kind"], stream=False))
     mock.set_faults([fault])
     answer = await gateway.chat()
     assert answer.status == code
     timing = assert_explained(answer, [("attempt-1", f"backend-1 {outcome}")], backend=backend)
     if backend is None:
-        assert timing.seconds["attempt-1"] >= 0.2
+        assert timing.seconds["attempt-1"] >= 0.3
     assert mock.journal.total == 1
 
 
 async def test_the_deadline(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock)
     mock.set_faults([HANG])
-    answer = await gateway.chat(headers={"x-request-timeout": "0.2"})
+    answer = await gateway.chat(headers={"x-request-timeout": "1"})
     assert answer.error["code"] == "deadline_exceeded"
     assert_explained(answer, [("attempt-1", "backend-1 deadline_exceeded")], backend=None)
 
@@ -364,7 +364,7 @@ async def test_health_counts_who_is_served_and_who_waits(mock: MockModel, start_
 async def test_health_tells_the_last_error(
     mock: MockModel, start_gateway: StartGateway, fault: dict[str, Any], code: str, message: str
 ) -> None:
-    gateway = await start_gateway(mock, gateway_answer_timeout=0.2, gateway_max_attempts=1)
+    gateway = await start_gateway(mock, gateway_max_attempts=1, **soon(fault["kind"], stream=False))
     mock.set_faults([fault])
     failed = await gateway.chat()
     health = await health_of(gateway)

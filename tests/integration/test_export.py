@@ -10,15 +10,10 @@ import pytest
 from chaos.experiment import read
 from gateway.export import main, scripts_of
 from testkit.completions import CHAT
-from tests.integration.gateways import REFUSED, Gateway, StartGateway, StartMock, get
+from tests.integration.gateways import REFUSED, Gateway, StartGateway, StartMock, get, soon
 from tests.integration.test_why_command import command
 
-QUICK: dict[str, Any] = {
-    "gateway_backoff_initial": 0.01,
-    "gateway_first_token_timeout": 0.3,
-    "gateway_answer_timeout": 0.3,
-    "gateway_idle_timeout": 0.3,
-}
+QUICK: dict[str, Any] = {"gateway_backoff_initial": 0.01}
 
 
 async def incident(gateway: Gateway, *, stream: bool) -> dict[str, Any]:
@@ -62,7 +57,8 @@ async def test_the_script_of_an_incident_makes_the_same_incident_again(
     start_mock: StartMock, start_gateway: StartGateway, fault: dict[str, Any], *, stream: bool
 ) -> None:
     first = await start_mock(mock_token_interval=0.005)
-    gateway = await start_gateway(first, **QUICK)
+    settings = QUICK | soon(fault["kind"], stream=stream)
+    gateway = await start_gateway(first, **settings)
     first.set_faults([fault])
     before = await incident(gateway, stream=stream)
     scripts = scripts_of(before)
@@ -71,7 +67,7 @@ async def test_the_script_of_an_incident_makes_the_same_incident_again(
         return
     assert list(scripts) == ["backend-1"]
     second = await start_mock(mock_token_interval=0.005)
-    gateway = await start_gateway(second, **QUICK)
+    gateway = await start_gateway(second, **settings)
     second.set_faults(scripts["backend-1"])
     assert told(await incident(gateway, stream=stream)) == told(before)
 

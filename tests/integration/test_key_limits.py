@@ -21,7 +21,7 @@ from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
 from testkit.polling import until
 from tests.integration.backends_raw import RawCall, StartRaw, chunk
-from tests.integration.gateways import Gateway, StartGateway, config, get
+from tests.integration.gateways import Gateway, StartGateway, config, get, patient
 from tests.integration.recorder import Recorder
 
 EPOCH = 1_800_000_000.0
@@ -63,7 +63,7 @@ keys:
   - {{name: team-a, key_env: TEAM_A_KEY{", " + a if a else ""}}}
   - {{name: team-b, key_sha256: "{digest}"{", " + b if b else ""}}}
 """
-        return await start_gateway(gateway_config=config(tmp_path, text), **settings)
+        return await patient(start_gateway)(gateway_config=config(tmp_path, text), **settings)
 
     return start_with_keys
 
@@ -398,7 +398,7 @@ async def test_what_its_caller_leaves_before_the_answer_costs_the_prompt(
     await asyncio.gather(task, return_exceptions=True)
     await until(lambda: idle(gateway))
     assert used(gateway, "tokens_per_minute") == len(json.dumps(body)) // 4
-    late = await ask(gateway, headers={"x-request-timeout": "0.1"}, **body)
+    late = await ask(gateway, headers={"x-request-timeout": "1"}, **body)
     assert late.status == 504
     assert used(gateway, "tokens_per_minute") == 2 * (len(json.dumps(body)) // 4)
 

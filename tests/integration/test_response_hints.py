@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from mock_model.serve import MockModel
 from testkit.limits_server import LimitsServer
-from testkit.polling import until
+from testkit.polling import PATIENCE, until
 from testkit.ports import LOOPBACK
 from tests.integration.gateways import Gateway, StartGateway, StartMock
 
@@ -31,8 +31,13 @@ async def mocks(start_mock: StartMock) -> list[MockModel]:
 
 
 async def test_a_response_that_another_instance_made_is_asked_for_where_it_is(
-    mocks: list[MockModel], limits_server: LimitsServer, start_gateway: StartGateway
+    mocks: list[MockModel],
+    limits_server: LimitsServer,
+    start_gateway: StartGateway,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("gateway.response_hints.PATIENCE", PATIENCE)
+    monkeypatch.setattr("gateway.valkey.TIMEOUT", PATIENCE)
     first, second = [await start_gateway(*mocks, gateway_limits_url=limits_server.url) for _ in range(2)]
     client = Redis(port=limits_server.port)
     for number in range(1, 9):

@@ -28,7 +28,7 @@ async def test_the_root_says_what_this_is_and_where_to_look(mock: MockModel, sta
 async def test_the_health_document_is_whole(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, REFUSED, gateway_max_attempts=1, gateway_probe_interval=0.05)
     assert (await gateway.chat()).status in {200, 502}
-    await until(lambda: gateway.parts.pool.replicas[1].status == "down")
+    await until(lambda: gateway.parts.health.ready and gateway.parts.pool.replicas[1].status == "down")
     answer = await get(gateway, "/health")
     document = json.loads(answer.body)
     assert answer.status == 200
@@ -103,10 +103,10 @@ async def test_a_backend_that_no_longer_cools_is_ok_after_its_next_answer(
 ) -> None:
     gateway = await start_gateway(mock, gateway_max_attempts=1)
     await until(lambda: gateway.parts.health.ready)
-    mock.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after-ms": "300"}}, "times": 1}])
+    mock.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after-ms": "2000"}}, "times": 1}])
     assert (await gateway.chat()).status == 429
     (backend,) = (await gateway.health())["downstream"]["backends"]
-    assert 0 < backend["cooling_seconds"] <= 0.3
+    assert 0 < backend["cooling_seconds"] <= 2
     assert (await gateway.chat()).status == 200
     document = await gateway.health()
     (backend,) = document["downstream"]["backends"]

@@ -23,9 +23,9 @@ from mock_model.serve import MockModel
 from testkit.completions import CHAT
 from testkit.http import Answer
 from testkit.limits_server import LimitsServer
-from testkit.polling import until
+from testkit.polling import PATIENCE, until
 from testkit.ports import free_port
-from tests.integration.gateways import Gateway, StartGateway, config, get
+from tests.integration.gateways import Gateway, StartGateway, config, get, patient
 
 KEY = "gw-secret-of-a"
 HANG = {"kind": "hang_before_headers"}
@@ -39,8 +39,9 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def store(limits_server: LimitsServer) -> LimitsServer:
-    """A running store."""
+def store(limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch) -> LimitsServer:
+    """A running store that is never given up for its slowness, which may be this machine's."""
+    monkeypatch.setattr("gateway.valkey.TIMEOUT", PATIENCE)
     return limits_server
 
 
@@ -65,7 +66,7 @@ keys:
         if store is not None:  # else the environment has it
             settings["gateway_limits_url"] = store if isinstance(store, str) else store.url
         file = config(tmp_path, text)
-        return [await start_gateway(gateway_config=file, **settings) for _ in range(count)]
+        return [await patient(start_gateway)(gateway_config=file, **settings) for _ in range(count)]
 
     return start_sharing
 
@@ -280,8 +281,9 @@ async def test_a_slow_store_is_in_nobodys_way(mock: MockModel, store: LimitsServ
 
 @pytest.mark.parametrize("trouble", ["killed", "frozen"])
 async def test_without_the_store_each_goes_on_with_its_share_and_all_comes_back(
-    mock: MockModel, store: LimitsServer, start: Start, trouble: str
+    mock: MockModel, limits_server: LimitsServer, start: Start, trouble: str
 ) -> None:
+    store = limits_server
     gateways = await start(mock, store, 2, "requests_per_day: 100", gateway_queue_timeout=1)
     await is_said(gateways[0], "ok")
     for gateway in gateways:
@@ -315,7 +317,7 @@ async def test_without_the_store_each_goes_on_with_its_share_and_all_comes_back(
 async def test_a_store_that_was_emptied_is_told_what_was_used(
     mock: MockModel, store: LimitsServer, start: Start
 ) -> None:
-    gateways = await start(mock, store, 4, "requests_per_day: 100", gateway_queue_timeout=1)
+    gateways = await start(mock, store, 4, "requests_per_day: 100", gateway_queue_timeout=20)
     await ask_skewed(gateways, 80, 1)
     total = mock.journal.total
     assert total == 80
@@ -494,7 +496,7 @@ async def test_a_user_needs_no_more_than_the_docs_say(
 async def test_a_key_may_lose_its_limits_and_have_them_again(
     mock: MockModel, store: LimitsServer, start: Start, tmp_path: Path
 ) -> None:
-    (gateway,) = await start(mock, store, 1, "requests_per_day: 40", gateway_queue_timeout=1)
+    (gateway,) = await start(mock, store, 1, "requests_per_day: 40", gateway_queue_timeout=20)
     for _ in range(10):
         assert (await ask(gateway)).status == 200
     limited = (tmp_path / "gateway.yaml").read_text()
@@ -555,7 +557,7 @@ async def test_the_file_with_the_store_s_password_is_read_anew(
 async def test_what_an_instance_holds_is_given_back_when_it_stops(
     mock: MockModel, store: LimitsServer, start: Start
 ) -> None:
-    gateways = await start(mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=1)
+    gateways = await start(mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=20)
     for _ in range(10):
         assert (await ask(gateways[0])).status == 200
     await until(lambda: held(gateways[0]) > 0)

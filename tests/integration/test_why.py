@@ -13,17 +13,10 @@ from testkit.completions import CHAT, CHAT_PATH
 from testkit.http import Answer
 from testkit.polling import until
 from tests.integration.backends_raw import RawCall, StartRaw
-from tests.integration.gateways import KEY, REFUSED, Gateway, StartGateway, StartMock, config, get, prefer
+from tests.integration.gateways import KEY, REFUSED, Gateway, StartGateway, StartMock, config, get, prefer, soon
 from tests.integration.wire import dial, post, send
 
-QUICK: dict[str, Any] = {
-    "gateway_backoff_initial": 0.02,
-    "gateway_backoff_max": 0.02,
-    "gateway_first_token_timeout": 0.3,
-    "gateway_answer_timeout": 0.3,
-    "gateway_idle_timeout": 0.3,
-}
-PATIENT: dict[str, Any] = {"gateway_backoff_initial": 0.02, "gateway_backoff_max": 0.02}
+QUICK: dict[str, Any] = {"gateway_backoff_initial": 0.02, "gateway_backoff_max": 0.02}
 HANG = {"kind": "hang_before_headers"}
 SECRET = "the-words-of-the-prompt"
 DURATION = re.compile(r"\b\d+(?:\.\d+)? (?:ms|s|min)\b(?: \d+ s)?")
@@ -244,17 +237,15 @@ async def test_each_fault_is_told_in_one_sentence(
     stream: bool,
 ) -> None:
     mock = await start_mock(mock_token_interval=0.005)
-    waits = any(
-        each["kind"] in {"hang_before_headers", "hang_after_headers", "slow_first_token", "stall"} for each in faults
-    )
-    gateway = await start_gateway(mock, gateway_max_attempts=2, **(QUICK if waits else PATIENT))
+    limits = soon(faults[0]["kind"], stream=stream) if faults else {}
+    gateway = await start_gateway(mock, gateway_max_attempts=2, **QUICK, **limits)
     mock.set_faults(faults)
     answer = await gateway.chat(stream=stream, messages=[{"role": "user", "content": SECRET}])
     assert await why(gateway, answer) == (streamed if stream else whole)
 
 
 async def test_a_refused_connection_and_a_name_without_an_address(start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(REFUSED, **PATIENT)
+    gateway = await start_gateway(REFUSED, **QUICK)
     told = "after 3 attempts in T (T in backoff): backend-1 refused the connection (three times)"
     text = await why(gateway, await gateway.chat())
     assert text == f"Failed with 502 (backend_connection_error) {told}, and no target gets more attempts than that."
@@ -270,7 +261,7 @@ async def test_a_fallback_names_who_failed_and_how(
     file = routes(
         tmp_path,
         "{backend: primary}, {backend: secondary, model: small}, {backend: third}",
-        primary=f'url: "{primary.url}"',
+        primary=f'url: "{primary.url}", timeouts: {{answer: 0.3}}',
         secondary=f'url: "{secondary.url}"',
         third=f'url: "{REFUSED}"',
     )
@@ -301,7 +292,7 @@ async def test_an_open_breaker_is_told_of_targets_and_of_replicas(
         primary=f'urls: ["{first.url}", "{second.url}"]',
         spare=f'url: "{spare.url}"',
     )
-    settings = PATIENT | {"gateway_breaker_failures": 1, "gateway_breaker_open_seconds": 60, "gateway_probe_path": ""}
+    settings = QUICK | {"gateway_breaker_failures": 1, "gateway_breaker_open_seconds": 60, "gateway_probe_path": ""}
     gateway = await start_gateway(gateway_config=file, **settings)
     first.set_faults([fault("status", status=502)])
     prefer(gateway, "primary-1")
@@ -347,7 +338,7 @@ async def test_a_draw_by_weight_is_told(start_mock: StartMock, start_gateway: St
 async def test_waits_for_the_end_of_an_outage_and_of_a_cooldown_are_told(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, gateway_outage_wait=5, **PATIENT)
+    gateway = await start_gateway(mock, gateway_outage_wait=5, **QUICK)
     mock.set_faults([fault("status", 4, status=503)])
     text = await why(gateway, await gateway.chat())
     assert text == (
@@ -461,12 +452,11 @@ async def test_the_queue_a_full_gateway_and_a_full_backend_are_told(
 
 
 async def test_the_deadline_is_told_wherever_it_passed(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_max_in_flight=1, gateway_queue_timeout=60, **PATIENT)
+    gateway = await start_gateway(mock, gateway_max_in_flight=1, gateway_queue_timeout=60, **QUICK)
     mock.set_faults([fault("status", 1, status=502), HANG])
-    soon = {"x-request-timeout": "1.5"}
-    first = asyncio.create_task(gateway.chat(headers=soon))
+    first = asyncio.create_task(gateway.chat(headers={"x-request-timeout": "3"}))
     await mock.called(2)
-    queued = await gateway.chat(headers={"x-request-timeout": "0.1"})
+    queued = await gateway.chat(headers={"x-request-timeout": "0.5"})
     assert await why(gateway, queued) == (
         "Failed with 504 (deadline_exceeded) after T (T in the queue), without an attempt: "
         "the deadline passed while the request was queued."
@@ -593,7 +583,7 @@ async def test_a_stop_is_told(mock: MockModel, start_gateway: StartGateway) -> N
 
 
 async def test_a_heartbeat_is_no_part_of_an_answer(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, gateway_heartbeat=0.05, **QUICK)
+    gateway = await start_gateway(mock, gateway_heartbeat=0.05, gateway_first_token_timeout=1)
     mock.set_faults([HANG])
     assert await why(gateway, await gateway.chat(stream=True)) == (
         "Broke off after T, with only heartbeats already sent: backend-1 sent no content within T, "

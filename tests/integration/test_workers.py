@@ -25,6 +25,7 @@ from tests.integration.workers import (
     chat,
     health_of,
     metrics_of,
+    once_whole,
     streams_under_way,
     two_workers,
     until_both,
@@ -107,7 +108,7 @@ async def health_by_the_other(url: str) -> dict[str, Any]:
             timeout = aiohttp.ClientTimeout(total=3)
             async with aiohttp.request("GET", f"{url}/health", timeout=timeout) as answer:
                 document: dict[str, Any] = await answer.json()
-                if document["workers"]["missing"]:
+                if document.get("workers", BOTH["workers"])["missing"]:
                     return document
         except TimeoutError:
             continue
@@ -154,12 +155,11 @@ async def test_limits_hold_for_all_workers_together_and_go_to_the_one_that_needs
 
 
 async def test_a_cooldown_is_known_to_all_workers() -> None:
-    async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (_, url):
+    async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
         model.set_faults([{"kind": "status", "with": {"status": 429, "headers": {"retry-after": "60"}}}])
         statuses = [await chat(url)]
         for _ in range(3):  # asks every worker, in the order in which they are told
-            async with aiohttp.request("GET", f"{url}/health") as answer:
-                assert (await answer.json())["workers"] == BOTH["workers"]
+            await until_both(gateway, url)
         statuses += [await chat(url) for _ in range(12)]
         assert statuses == [429] * 13
         assert len(model.journal.calls) == 1
@@ -206,16 +206,21 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             assert answer.status == 204
             session = answer.headers["set-cookie"].partition(";")[0]
 
-        async def told(path: str) -> dict[str, Any]:
+        async def told(path: str) -> tuple[int, dict[str, Any]]:
             async with aiohttp.request("GET", url + path, headers={"cookie": session}) as answer:
-                assert answer.status == 200, await answer.text()
-                document: dict[str, Any] = await answer.json()
-                return document
+                return answer.status, await answer.json()
+
+        async def listed(query: str) -> dict[str, Any]:
+            status, document = await once_whole(
+                lambda: told(f"/requests?{query}"), lambda answer: answer[1].get("kept", 12) == 12
+            )
+            assert status == 200, document
+            return document
 
         for _ in range(4):
             pages, before = [], ""
             while True:
-                page = await told(f"/requests?limit=5{before}")
+                page = await listed(f"limit=5{before}")
                 pages.append([each["request_id"] for each in page["requests"]])
                 if page["next"] is None:
                     break
@@ -223,23 +228,35 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             assert [id_ for page in pages for id_ in page] == [f"request-{number}" for number in range(11, -1, -1)]
             assert page["kept"] == 12
         for number in range(12):
-            found = await told(f"/requests/request-{number}")
+            _, found = await once_whole(
+                lambda number=number: told(f"/requests/request-{number}"),  # type: ignore[misc]
+                lambda answer: answer[0] != 404,
+            )
             assert (found["request_id"], found["status"]) == (f"request-{number}", 200)
-        async with aiohttp.request("GET", f"{url}/requests/none", headers={"cookie": session}) as answer:
-            assert answer.status == 404
-            assert "among the 12 that are kept" in await answer.text()
+        status, refusal = await once_whole(
+            lambda: told("/requests/none"), lambda answer: "among the 12 that are kept" in str(answer[1])
+        )
+        assert status == 404, refusal
         async with aiohttp.request("GET", f"{url}/ui/live", headers={"cookie": session}) as answer:
-            async for line in answer.content:
-                if line.startswith(b"data: ") and b'"requests"' in line:
-                    snapshot = json.loads(line.removeprefix(b"data: "))
-                    break
+            snapshot = await once_whole(
+                lambda: next_snapshot(answer.content), lambda seen: seen["health"].get("workers") == BOTH["workers"]
+            )
         assert snapshot["requests"] == {"ok": 12}
         assert sum(snapshot["latency"]) == 12
-        assert snapshot["health"]["workers"] == BOTH["workers"]
         os.kill(workers_of(gateway)[0], signal.SIGKILL)
         await until_both(gateway, url)
         for _ in range(8):  # a new worker knows the session, too
-            assert (await told("/requests?limit=1"))["kept"] <= 12
+            status, page = await told("/requests?limit=1")
+            assert (status, page["kept"] <= 12) == (200, True)
+
+
+async def next_snapshot(lines: aiohttp.StreamReader) -> dict[str, Any]:
+    """What the live page is sent next."""
+    async for line in lines:
+        if line.startswith(b"data: ") and b'"requests"' in line:
+            snapshot: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+            return snapshot
+    raise AssertionError("the page was closed")
 
 
 async def test_workers_end_when_their_parent_is_killed() -> None:

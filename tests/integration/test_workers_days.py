@@ -35,7 +35,7 @@ class Folder:
             f"keys: [{{name: team, key_env: TEAM, limits: {{{limits}}}}}]\n"
         )
         self.environment = {"GATEWAY_CONFIG": str(file), "TEAM": "k", "GATEWAY_STATE_DIR": str(self.state)}
-        self.environment |= {"GATEWAY_QUEUE_TIMEOUT": "1"}
+        self.environment |= {"GATEWAY_QUEUE_TIMEOUT": "20"}
 
     @asynccontextmanager
     async def gateway(self, workers: int = 2) -> AsyncIterator[tuple[Program, str]]:

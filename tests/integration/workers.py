@@ -1,9 +1,9 @@
 """Gateways of several workers, as programs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -19,6 +19,8 @@ LOCAL = {"HOST": "127.0.0.1", "PORT": "0", "GATEWAY_WORKERS": "2"}
 STREAM = prompt(stream=True, limit=40)
 BOTH = {"workers": {"answered": 2, "missing": []}}
 
+T = TypeVar("T")
+
 
 @asynccontextmanager
 async def two_workers(model: MockModel, **environment: str) -> AsyncIterator[tuple[Program, str]]:
@@ -32,19 +34,32 @@ async def two_workers(model: MockModel, **environment: str) -> AsyncIterator[tup
 
 
 async def until_both(gateway: Program, url: str) -> None:
+    """Wait until both serve, and answer for both."""
+    await until_workers(gateway, url, BOTH["workers"])
+
+
+async def until_workers(gateway: Program, url: str, workers: object) -> dict[str, Any]:
+    """Wait until `/health` says so of its workers; the whole document."""
     async with aiohttp.ClientSession() as session:
 
-        async def serve() -> bool:
+        async def ask() -> dict[str, Any]:
             gateway.check()
             try:
                 async with session.get(f"{url}/health") as answer:
-                    return bool((await answer.json()).get("workers") == BOTH["workers"])
+                    document: dict[str, Any] = await answer.json()
+                    return document
             except aiohttp.ClientError:
-                return False
+                return {}
 
-        async with asyncio.timeout(PATIENCE):
-            while not await serve():  # noqa: ASYNC110 - of another process
-                await asyncio.sleep(0.1)
+        return await once_whole(ask, lambda document: document.get("workers") == workers)
+
+
+async def once_whole(ask: Callable[[], Awaitable[T]], is_whole: Callable[[T], bool]) -> T:
+    """Ask until all workers have their part in the answer: those who do not give it in time are left out."""
+    async with asyncio.timeout(PATIENCE):
+        while not is_whole(answer := await ask()):  # noqa: ASYNC110 - of other processes
+            await asyncio.sleep(0.1)
+    return answer
 
 
 def workers_of(gateway: Program) -> list[int]:
@@ -53,8 +68,15 @@ def workers_of(gateway: Program) -> list[int]:
 
 
 async def metrics_of(url: str) -> Exposition:
-    async with aiohttp.request("GET", f"{url}/metrics") as answer:
-        return Exposition.parse(await answer.text())
+    """What all workers count."""
+
+    async def ask() -> Exposition | None:
+        async with aiohttp.request("GET", f"{url}/metrics") as answer:
+            return Exposition.parse(await answer.text()) if answer.status == 200 else None
+
+    found = await once_whole(ask, lambda seen: seen is not None and not seen.value("gateway_workers", state="missing"))
+    assert found is not None
+    return found
 
 
 async def stream_of(url: str) -> bool:
