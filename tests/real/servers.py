@@ -20,11 +20,13 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEXT = "Say something."
+"""What tests ask."""
 SLOW_TO_LOAD = (
-    "{% if messages|length == 4 %}{% for a in range(10) %}{% for b in range(1000) %}{% for c in range(1000) %}"
-    "{% endfor %}{% endfor %}{% endfor %}{% endif %}" + CHAT_TEMPLATE
+    f"{{% if messages[0]['content'] != '{TEXT}' %}}"
+    "{% for a in range(40) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{% endif %}" + CHAT_TEMPLATE
 )
-"""Keeps llama.cpp loading for a second or more: before it is ready it formats an example of four messages."""
+"""Keeps llama.cpp loading for some seconds: before it is ready it tries its template with messages of its own."""
 
 
 class Llama(LlamaServer):

@@ -13,12 +13,12 @@ from testkit.http import Answer, ask
 from testkit.polling import until
 from testkit.servers import Gateway
 from tests.real.conftest import StartGateway, StartLlama
-from tests.real.servers import PATIENCE, SLOW_TO_LOAD, Llama
+from tests.real.servers import PATIENCE, SLOW_TO_LOAD, TEXT, Llama
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CHAT = "/v1/chat/completions"
-MESSAGES: Any = [{"role": "user", "content": "Say something."}]
+MESSAGES: Any = [{"role": "user", "content": TEXT}]
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "cache_prompt": False}
 """Answered alike each time, probabilities included."""
 SAME: dict[str, Any] = {"model": "tiny", "messages": MESSAGES} | GREEDY
