@@ -3,6 +3,7 @@
 import contextlib
 import random
 import socket
+from collections.abc import Iterator
 
 LOOPBACK = "127.0.0.1"
 FIRST, LAST = 10_000, 32_000
@@ -18,6 +19,15 @@ def free_port() -> int:
             with contextlib.suppress(OSError):
                 probe.bind(("", port))
                 return port
+
+
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """Hold a port that refuses connections: it is bound, so that nobody else gets it, and nothing listens."""
+    with socket.socket() as held:
+        held.bind((LOOPBACK, 0))
+        port: int = held.getsockname()[1]
+        yield port
 
 
 def free_ports(count: int) -> list[int]:

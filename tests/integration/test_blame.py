@@ -605,7 +605,13 @@ async def probed(wire: Wire) -> bool:
 async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
     start_raw: StartRaw, tmp_path: Path, queue: str
 ) -> None:
-    backend = await start_raw(in_time)
+    all_inside = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        await all_inside.wait()
+        await in_time(call)
+
+    backend = await start_raw(play)
     settings = {"GATEWAY_BACKEND_URLS": backend.url, "GATEWAY_MAX_IN_FLIGHT": "4"}
     if queue == "of a backend":
         file = tmp_path / "gateway.yaml"
@@ -620,6 +626,7 @@ async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
             asking = [asyncio.create_task(ask(gateway.url)) for _ in range(6)]
             await until(lambda: inside(wire, 6), "two are under way and four wait")
             await backend.called(2)
+            all_inside.set()
             await pause(gateway)
             assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 6
             await all_well(wire)
