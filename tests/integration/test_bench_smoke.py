@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from math import isfinite
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from testkit import REPOSITORY
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bench pins processes and reads /proc")
+@pytest.mark.timeout(180)
 def test_a_quick_bench_measures_and_saves_what_it_measured(tmp_path: Path) -> None:
     options = ["--quick", "--only", "first-token", "--systems", BARE, GATEWAY, "--results", str(tmp_path)]
     bench = subprocess.run(  # noqa: S603 - our own command
@@ -21,7 +23,7 @@ def test_a_quick_bench_measures_and_saves_what_it_measured(tmp_path: Path) -> No
         capture_output=True,
         text=True,
         check=False,
-        timeout=55,
+        timeout=170,
     )
     assert bench.returncode == 0, bench.stderr
     assert "added time to first token / bare's" in bench.stdout
@@ -32,4 +34,6 @@ def test_a_quick_bench_measures_and_saves_what_it_measured(tmp_path: Path) -> No
     assert {(sample.measure, sample.system) for sample in result.samples} == {
         ("first token", name) for name in (BARE, GATEWAY, "(direct)")
     }
-    assert all(sample.values["added_p50"] > 0 for sample in result.samples if sample.system != "(direct)")
+    measured = {"added_p50", "added_p99"}
+    assert all(sample.values.keys() == measured for sample in result.samples if sample.system != "(direct)")
+    assert all(isfinite(value) and value for sample in result.samples for value in sample.values.values())

@@ -41,12 +41,18 @@ def waiting(gateway: Gateway) -> list[int]:
 
 
 async def still(gateway: Gateway) -> None:
-    """Wait until a while has passed in which no stream's buffer has changed, and something waits in each."""
+    """Wait until a while has passed in which no stream's buffer has changed, and something waits in each.
+
+    Two whiles: in one of them the machine may have stood still.
+    """
     before: list[int] = []
+    unchanged = 0
     async with asyncio.timeout(30):
-        while not before or before != waiting(gateway) or not all(before):
-            before = waiting(gateway)
-            await asyncio.sleep(0.3)
+        while unchanged < 2:
+            now = waiting(gateway)
+            unchanged = unchanged + 1 if now == before and now and all(now) else 0
+            before = now
+            await asyncio.sleep(0.2)
 
 
 def empty(gateway: Gateway) -> bool:
