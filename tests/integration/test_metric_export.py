@@ -98,6 +98,7 @@ def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if words in record.getMessage()]
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_what_is_counted_goes_out_with_genai_s_names_and_the_last_of_it_at_the_stop(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
@@ -128,6 +129,7 @@ async def test_exports_follow_each_other_and_add_up(
     assert await dropped(gateway) == 0
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_deltas_of_all_exports_together_are_what_was_counted(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
@@ -286,6 +288,7 @@ async def test_data_points_that_a_collector_rejects_are_counted(
     assert len(lines(caplog, "rejected 3")) == 1
 
 
+@pytest.mark.usefixtures("patient_stop")
 @pytest.mark.parametrize("rejected", [2**62, -(2**62)])
 async def test_no_collector_can_reject_more_than_it_got(
     mock: MockModel, start_gateway: StartGateway, collector: Collector, rejected: int

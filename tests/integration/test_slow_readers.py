@@ -180,7 +180,7 @@ async def test_a_caller_who_takes_a_little_now_and_then_is_not_cut_off(
         await call.answer(b'{"choices": [], "text": "%s"}' % (b"x" * 5_000_000))
 
     backend = await start_raw(play)
-    gateway = await start_gateway(backend.url, gateway_connect_timeout=30, gateway_write_timeout=2)
+    gateway = await start_gateway(backend.url, gateway_connect_timeout=30, gateway_write_timeout=4)
     async with dial(gateway.url, receive_buffer=4096) as caller:
         await caller.send(post())
         assert (await caller.head())[0] == 200

@@ -271,6 +271,7 @@ def test_a_dead_grpc_collector_does_not_hold_up_the_stop(black_hole: int, refusi
         assert stopped_in(GrpcExporter(endpoint=f"http://127.0.0.1:{port}", timeout=LONG)) < STOP
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_the_last_spans_are_exported_at_the_stop(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
