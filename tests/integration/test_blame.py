@@ -232,6 +232,8 @@ async def test_used_up_local_ports_are_told(
     slow_mock: MockModel, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the system itself: while a stream holds the one port there is, there is none for a second call."""
+    gateway = await start_gateway(slow_mock, **STRICT, gateway_probe_path="")
+    await listed(gateway)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(OnePort, "port", free.getsockname()[1])
@@ -239,8 +241,6 @@ async def test_used_up_local_ports_are_told(
         OnePort().close()
     except OSError:
         pytest.skip("this kernel cannot limit the local ports of a socket")
-    gateway = await start_gateway(slow_mock, **STRICT, gateway_probe_path="")
-    await listed(gateway)
     monkeypatch.setattr(aiohttp_connection, "_Socket", OnePort)
     streaming = asyncio.create_task(gateway.chat(stream=True))
     await slow_mock.called(1)
