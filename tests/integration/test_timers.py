@@ -628,7 +628,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
     async def play(call: RawCall) -> None:
         try:
             await call.send(STREAM_HEAD)
-            for _ in range(160):
+            for _ in range(16):
                 await call.events(words)
             await call.events(chunk(finish="stop"))
             await call.send(END)
@@ -639,6 +639,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
     gateway = await start_gateway(backend.url)
     headers = {"x-request-timeout": "1", "x-gateway-commit": "complete" if hold else "first_token"}
     async with dial(gateway.url, receive_buffer=8192) as wire, Stopwatch() as watch:
+        await until(lambda: gateway.limit_send_buffers(16_384) == 1)  # so that little has to come within the deadline
         await wire.send(post(json.dumps({**CHAT, "stream": True}).encode(), headers))
         await until(lambda: len(gateway.parts.in_flight) == 1)
         await until(lambda: idle(gateway))
