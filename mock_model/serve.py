@@ -26,6 +26,8 @@ GRACE = 0.2
 """Seconds that a call under way has left when the mock model stops."""
 POLL = 0.005
 """Seconds."""
+PATIENCE = 20.0
+"""Seconds that a test waits for what must happen: far more than a busy machine needs."""
 
 _log = logging.getLogger("mock_model")
 
@@ -185,7 +187,7 @@ class MockModel:
         """Listen again on the API's port."""
         await self._listener.revive()
 
-    async def called(self, total: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109
+    async def called(self, total: int, timeout: float = PATIENCE) -> None:  # noqa: ASYNC109
         """Wait until `total` calls are in the journal.
 
         Raises:
@@ -193,7 +195,7 @@ class MockModel:
         """
         await _until(lambda: self.journal.total >= total, timeout)
 
-    async def settled(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
+    async def settled(self, timeout: float = PATIENCE) -> None:  # noqa: ASYNC109
         """Wait until no call is under way: then the journal is final.
 
         Raises:

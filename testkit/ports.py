@@ -4,6 +4,7 @@ import contextlib
 import random
 import socket
 from collections import deque
+from collections.abc import Iterator
 
 LOOPBACK = "127.0.0.1"
 FIRST, LAST = 10_000, 29_999
@@ -24,6 +25,15 @@ def free_port() -> int:
                 probe.bind(("", port))
                 _given.append(port)
                 return port
+
+
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """Hold a port that refuses connections: it is bound, so that nobody else gets it, and nothing listens."""
+    with socket.socket() as held:
+        held.bind((LOOPBACK, 0))
+        port: int = held.getsockname()[1]
+        yield port
 
 
 def free_ports(count: int) -> list[int]:

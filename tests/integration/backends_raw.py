@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 from typing import Any, Self
 
+from testkit.polling import PATIENCE
+
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 OPEN_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 """Of a body that ends with its connection."""
@@ -117,7 +119,7 @@ class RawBackend:
 
     async def called(self, total: int) -> None:
         """Wait until so many prompts have come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while len(self.calls) < total:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -20,7 +20,7 @@ from gateway.app import PARTS, create_app
 from gateway.config import Routing, load_routing
 from gateway.files import Files
 from gateway.settings import Settings, load
-from gateway.telemetry import Telemetry
+from gateway.telemetry import Telemetry, export_thread
 from gateway.telemetry.logs import RequestLog
 from gateway.telemetry.metric_export import MetricExport
 from gateway.telemetry.otlp_exporter import OtlpHttpExporter
@@ -28,6 +28,7 @@ from gateway.telemetry.tracing import MAX_WAITING, Tracer
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.limits_server import LimitsServer, why_no_server
+from testkit.polling import PATIENCE
 from tests.integration.backends_raw import StartRaw, raw_backends
 from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, GatewayServer, StartGateway, StartMock, patient
@@ -79,6 +80,12 @@ async def collector() -> AsyncIterator[Collector]:
     """An OTLP/HTTP receiver."""
     async with Collector() as running:
         yield running
+
+
+@pytest.fixture
+def patient_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last export of a gateway that stops has as much time as it needs."""
+    monkeypatch.setattr(export_thread, "LAST_EXPORT", PATIENCE)
 
 
 @pytest.fixture

@@ -232,6 +232,8 @@ async def test_used_up_local_ports_are_told(
     slow_mock: MockModel, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the system itself: while a stream holds the one port there is, there is none for a second call."""
+    gateway = await start_gateway(slow_mock, **STRICT, gateway_probe_path="")
+    await listed(gateway)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(OnePort, "port", free.getsockname()[1])
@@ -239,8 +241,6 @@ async def test_used_up_local_ports_are_told(
         OnePort().close()
     except OSError:
         pytest.skip("this kernel cannot limit the local ports of a socket")
-    gateway = await start_gateway(slow_mock, **STRICT, gateway_probe_path="")
-    await listed(gateway)
     monkeypatch.setattr(aiohttp_connection, "_Socket", OnePort)
     streaming = asyncio.create_task(gateway.chat(stream=True))
     await slow_mock.called(1)
@@ -605,7 +605,13 @@ async def probed(wire: Wire) -> bool:
 async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
     start_raw: StartRaw, tmp_path: Path, queue: str
 ) -> None:
-    backend = await start_raw(in_time)
+    all_inside = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        await all_inside.wait()
+        await in_time(call)
+
+    backend = await start_raw(play)
     settings = {"GATEWAY_BACKEND_URLS": backend.url, "GATEWAY_MAX_IN_FLIGHT": "4"}
     if queue == "of a backend":
         file = tmp_path / "gateway.yaml"
@@ -620,6 +626,7 @@ async def test_a_pause_of_the_gateway_sends_nobody_out_of_a_queue(
             asking = [asyncio.create_task(ask(gateway.url)) for _ in range(6)]
             await until(lambda: inside(wire, 6), "two are under way and four wait")
             await backend.called(2)
+            all_inside.set()
             await pause(gateway)
             assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 6
             await all_well(wire)

@@ -37,7 +37,7 @@ async def open_breaker(gateway: Gateway, mock: MockModel, fault: dict[str, Any] 
         assert breaker_of(gateway) == "closed"
         answer = await gateway.chat(user=f"opener {number}", **changes)
         assert mock.journal.total == number
-    assert breaker_of(gateway) == "open"
+    assert breaker_of(gateway) in {"open", "half_open"}, "it opened; where it opens soon, that may be over"
     return answer
 
 
@@ -108,9 +108,8 @@ async def test_does_not_open_on_answers_that_are_no_failure(
 async def test_does_not_open_on_the_callers_deadline(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, **ALONE, **STAYS_OPEN)
     mock.set_faults([{"kind": "hang_before_headers"}])
-    for _ in range(5):
-        answer = await gateway.chat(headers={"x-request-timeout": "0.05"})
-        assert answer.error["code"] == "deadline_exceeded"
+    answers = await asyncio.gather(*(gateway.chat(headers={"x-request-timeout": "1"}) for _ in range(5)))
+    assert {answer.error["code"] for answer in answers} == {"deadline_exceeded"}
     assert mock.journal.total == 5
     assert (await backend(gateway))["consecutive_failures"] == 0
 
@@ -403,7 +402,6 @@ async def test_half_open_closes_by_the_first_content_of_a_stream(
     gateway = await start_gateway(server.url, **ALONE, **OPENS_SOON)
     for number in range(3):
         await gateway.chat(user=str(number))
-    assert breaker_of(gateway) == "open"
     await until(lambda: breaker_of(gateway) == "half_open")
     streaming = asyncio.create_task(gateway.chat(stream=True))
     await until(lambda: breaker_of(gateway) == "closed")
@@ -449,7 +447,7 @@ async def test_deadline_in_a_half_open_attempt_gives_its_place_back(
     await open_breaker(gateway, mock)
     await until(lambda: breaker_of(gateway) == "half_open")
     mock.set_faults([{"kind": "hang_before_headers", "times": 1}])
-    answer = await gateway.chat(headers={"x-request-timeout": "0.1"})
+    answer = await gateway.chat(headers={"x-request-timeout": "0.5"})
     assert answer.error["code"] == "deadline_exceeded"
     assert (await gateway.chat()).status == 200
     assert mock.journal.total == 5

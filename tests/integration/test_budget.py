@@ -132,7 +132,7 @@ async def test_the_replica_whose_budget_refused_is_told(start_mock: StartMock, s
 async def test_retry_elsewhere_of_a_silent_replica_costs(start_mock: StartMock, start_gateway: StartGateway) -> None:
     silent, good = await start_mock(), await start_mock()
     gateway = await start_gateway(
-        silent, good, **QUICK, gateway_retry_budget=0.001, gateway_retry_floor=1, gateway_answer_timeout=0.1
+        silent, good, **QUICK, gateway_retry_budget=0.001, gateway_retry_floor=1, gateway_answer_timeout=0.3
     )
     prefer(gateway, "backend-1")
     silent.set_faults([{"kind": "hang_before_headers"}])

@@ -413,7 +413,7 @@ async def test_without_a_descriptor_an_idle_connection_gives_way(mock: MockModel
         for _ in range(20):
             wire = await stack.enter_async_context(dial(program.url))
             await livez(wire)
-        assert "could not be accepted" in program.errors.read_text()
+        await until(lambda: "could not be accepted" in program.errors.read_text())
 
 
 def cpu_seconds(pid: int) -> float:

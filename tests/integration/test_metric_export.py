@@ -35,17 +35,17 @@ from gateway.telemetry.otlp_exporter import OtlpHttpExporter, OtlpHttpMetricExpo
 from gateway.telemetry.otlp_transport import MAX_ANSWER, Transport
 from mock_model.serve import MockModel
 from testkit.exposition import Exposition
-from testkit.polling import until
-from testkit.ports import LOOPBACK
+from testkit.polling import PATIENCE, until
+from testkit.ports import LOOPBACK, refusing_port
 from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, StartGateway, patient
 
 TIMEOUT = 0.4
-"""Seconds an export may take in these tests."""
+"""Seconds an export may take where it is to fail."""
 OFTEN = 0.05
 """Seconds between exports, where more than the last one is wanted."""
 SELDOM = 3600.0
-STOP = export_thread.LAST_EXPORT + 3.0
+STOP = export_thread.LAST_EXPORT + 8.0
 """Seconds that a stop may take: its promise, and what a busy machine adds."""
 
 
@@ -54,8 +54,8 @@ def start_gateway(start_gateway: StartGateway) -> StartGateway:
     return patient(start_gateway)
 
 
-def export_to(port: int, *, interval: float = SELDOM, delta: bool = False) -> MetricExport:
-    exporter = OtlpHttpMetricExporter(f"http://{LOOPBACK}:{port}/v1/metrics", timeout=TIMEOUT)
+def export_to(port: int, *, interval: float = SELDOM, delta: bool = False, timeout: float = PATIENCE) -> MetricExport:
+    exporter = OtlpHttpMetricExporter(f"http://{LOOPBACK}:{port}/v1/metrics", timeout=timeout)
     return MetricExport(exporter, resource=Resource({"service.name": "gateway"}), interval=interval, delta=delta)
 
 
@@ -94,18 +94,11 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-@contextmanager
-def refusing() -> Iterator[int]:
-    """A port where nobody listens."""
-    with closing(socket.create_server((LOOPBACK, 0))) as gone:
-        port: int = gone.getsockname()[1]
-    yield port
-
-
 def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if words in record.getMessage()]
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_what_is_counted_goes_out_with_genai_s_names_and_the_last_of_it_at_the_stop(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
@@ -136,6 +129,7 @@ async def test_exports_follow_each_other_and_add_up(
     assert await dropped(gateway) == 0
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_deltas_of_all_exports_together_are_what_was_counted(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
@@ -150,7 +144,7 @@ async def test_deltas_of_all_exports_together_are_what_was_counted(
         assert sum(sum(numbers(request, name)) for request in collector.metrics) == 12, name
 
 
-@pytest.mark.parametrize("kind", [silent, refusing])
+@pytest.mark.parametrize("kind", [silent, refusing_port])
 async def test_a_collector_that_is_gone_costs_points_and_no_request_and_is_told_once(
     mock: MockModel,
     start_gateway: StartGateway,
@@ -158,7 +152,7 @@ async def test_a_collector_that_is_gone_costs_points_and_no_request_and_is_told_
     kind: Callable[[], Any],
 ) -> None:
     with kind() as port:
-        gateway = await start_gateway(mock, metric_export=export_to(port, interval=OFTEN))
+        gateway = await start_gateway(mock, metric_export=export_to(port, interval=OFTEN, timeout=TIMEOUT))
         telemetry = gateway.parts.telemetry
         await all_is_well(gateway, mock)
         await until(lambda: telemetry.status == "degraded")
@@ -178,7 +172,7 @@ async def test_a_collector_that_is_gone_costs_points_and_no_request_and_is_told_
 async def test_metrics_flow_again_when_the_collector_is_back(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
-    gateway = await start_gateway(mock, metric_export=export_to(collector.port, interval=OFTEN))
+    gateway = await start_gateway(mock, metric_export=export_to(collector.port, interval=OFTEN, timeout=TIMEOUT))
     telemetry = gateway.parts.telemetry
     await collector.stop()
     await all_is_well(gateway, mock)
@@ -193,7 +187,7 @@ async def test_a_failed_export_is_soon_followed_by_another(
     mock: MockModel, start_gateway: StartGateway, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metric_export, "AGAIN", OFTEN)
-    export = export_to(collector.port, interval=OFTEN)
+    export = export_to(collector.port, interval=OFTEN, timeout=TIMEOUT)
     await collector.stop()
     gateway = await start_gateway(mock, metric_export=export)
     await until(lambda: gateway.parts.telemetry.status == "degraded")
@@ -242,7 +236,7 @@ async def test_a_redirect_or_an_error_is_a_failure(mock: MockModel, start_gatewa
         server = await asyncio.start_server(refuse, LOOPBACK, 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            gateway = await start_gateway(mock, metric_export=export_to(port, interval=OFTEN))
+            gateway = await start_gateway(mock, metric_export=export_to(port, interval=OFTEN, timeout=TIMEOUT))
             await all_is_well(gateway, mock, 2)
             await until(lambda: gateway.parts.telemetry.status == "degraded")  # noqa: B023
             await gateway.client.close()
@@ -294,6 +288,7 @@ async def test_data_points_that_a_collector_rejects_are_counted(
     assert len(lines(caplog, "rejected 3")) == 1
 
 
+@pytest.mark.usefixtures("patient_stop")
 @pytest.mark.parametrize("rejected", [2**62, -(2**62)])
 async def test_no_collector_can_reject_more_than_it_got(
     mock: MockModel, start_gateway: StartGateway, collector: Collector, rejected: int

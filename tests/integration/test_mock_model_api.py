@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from mock_model.serve import MockModel
 from mock_model.settings import Settings
+from tests.integration.stopwatch import Stopwatch
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 WEATHER: Any = {
@@ -380,14 +381,17 @@ async def test_an_answer_gets_slower_when_it_gets_company(
                 await answer.read()
             return loop.time() - start
 
-        alone = await took("a")
+        async with Stopwatch() as watch:
+            alone = await took("a")
         first = asyncio.create_task(took("b"))
-        await asyncio.sleep(0.05)
+        await mock.called(2)
         second = asyncio.create_task(took("c"))
         both = await asyncio.gather(first, second)
+        _, begun, joined = (call.time for call in mock.journal.calls)
 
-    assert 0.3 <= alone < 0.45
-    assert both[0] >= 0.45, "0.05 s alone, then at half the speed"
+    assert alone >= 0.3
+    assert watch.within(0.45), watch
+    assert both[0] >= 0.5 - (joined - begun), "alone until the other came, then at half the speed"
 
 
 async def test_pace_is_kept_in_streams_and_whole_answers(http: aiohttp.ClientSession) -> None:

@@ -69,23 +69,31 @@ class Raw:
 async def post(
     mock: MockModel, body: Any = None, path: str = CHAT, *, silence: float | None = None, method: str = "POST"
 ) -> Raw:
-    """Call and read to the end: `end`, `reset`, or `silence` after so many seconds of it."""
+    """Call and read to the end: `end`, `reset`, or `silence` after so many seconds of it.
+
+    The silence is of two halves: in one of them the machine may have stood still, and what came is yet to be read.
+    """
     content = json.dumps(BODY if body is None else body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", mock.port)
     head = f"{method} {path} HTTP/1.1\r\nHost: mock\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
-    raw, end = b"", "end"
-    try:
-        while True:
-            data = await asyncio.wait_for(reader.read(65_536), silence or 20)
-            if not data:
+    raw, end, silent_halves = b"", "end", 0
+    while True:
+        try:
+            data = await asyncio.wait_for(reader.read(65_536), 20 if silence is None else silence / 2)
+        except ConnectionResetError:
+            end = "reset"
+            break
+        except TimeoutError:
+            assert silence is not None, "the mock model fell silent"
+            silent_halves += 1
+            if silent_halves == 2:
+                end = "silence"
                 break
-            raw += data
-    except ConnectionResetError:
-        end = "reset"
-    except TimeoutError:
-        assert silence is not None, "the mock model fell silent"
-        end = "silence"
+            continue
+        if not data:
+            break
+        raw, silent_halves = raw + data, 0
     writer.close()
     await asyncio.gather(writer.wait_closed(), return_exceptions=True)
     return Raw(raw, end)

@@ -16,24 +16,19 @@ from typing import Any
 
 import pytest
 
+from testkit.ports import free_ports
+
 ROOT = Path(__file__).parents[2]
 BODY = {"model": "m", "messages": [{"role": "user", "content": "a secret prompt"}]}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Process:
     """A mock model that is up."""
 
     def __init__(self, **environment: str) -> None:
-        self.port, self.control_port = free_port(), free_port()
+        self.port, self.control_port = free_ports(2)
         self.process = start(PORT=str(self.port), CONTROL_PORT=str(self.control_port), **environment)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while True:
             try:
                 self.call("/health")

@@ -23,7 +23,7 @@ from gateway.telemetry.otlp_exporter import OtlpHttpExporter
 from gateway.telemetry.otlp_transport import MAX_REASON
 
 TIMEOUT = 1.0
-"""Seconds that an export may take."""
+"""Seconds that an export may take where it is to run out of time."""
 LATER = 20.0
 """Seconds: far more than a busy machine adds to it."""
 MEMORY = 64 * 1024
@@ -55,9 +55,9 @@ async def collector(answer: Answer) -> AsyncIterator[str]:
         await asyncio.wait_for(asyncio.gather(*answering), LATER)
 
 
-async def sent(url: str) -> tuple[bool, float]:
+async def sent(url: str, limit: float = LATER) -> tuple[bool, float]:
     """Whether an export was taken, and the seconds it took."""
-    exporter = OtlpHttpExporter(url, timeout=TIMEOUT)
+    exporter = OtlpHttpExporter(url, timeout=limit)
     began = monotonic()
     try:
         return await asyncio.to_thread(exporter.send, b"x"), monotonic() - began
@@ -120,7 +120,7 @@ async def unavailable_with_a_long_name(writer: asyncio.StreamWriter) -> None:
 async def test_an_answer_that_does_not_end_fails_in_time(answer: Answer) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with collector(answer) as url:
-        taken, seconds = await sent(url)
+        taken, seconds = await sent(url, TIMEOUT)
 
     assert not taken
     assert seconds < TIMEOUT + LATER
@@ -173,7 +173,7 @@ async def test_no_more_of_an_answer_is_read_than_it_needs(kind: str) -> None:
         taken, seconds = await sent(url)
 
     assert taken
-    assert seconds < TIMEOUT + LATER
+    assert seconds < LATER
     assert written < 1 << 28
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY
 

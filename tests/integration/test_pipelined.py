@@ -49,9 +49,9 @@ def connection(gateway: Gateway) -> Protocol:
 
 
 async def flood(caller: Wire, request: bytes) -> None:
-    """Send a request over and over, until nothing more is taken."""
-    async with asyncio.timeout(0.5):
-        while True:
+    """Send a request over and over, until nothing more is taken for a while."""
+    while True:
+        async with asyncio.timeout(0.5):
             await caller.send(request)
 
 

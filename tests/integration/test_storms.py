@@ -274,7 +274,7 @@ async def test_a_date_to_come_again_is_passed_on_alone(mock: MockModel, start_ga
     async with Sdk(gateway) as sdk:
         await sdk.ask()
     assert [answer.headers["retry-after"] for answer in sdk.answers[:1]] == [date]
-    assert {int(answer.headers["retry-after"]) for answer in sdk.answers[1:]} <= {58, 59, 60}
+    assert {int(answer.headers["retry-after"]) for answer in sdk.answers[1:]} <= set(range(50, 61))
     assert not any("x-should-retry" in answer.headers for answer in sdk.answers)
     assert all(20 < wait <= 60 for wait in sdk.waits)
     assert mock.journal.total == 1

@@ -23,14 +23,17 @@ from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.exposition import Exposition
 from testkit.http import ask
-from testkit.polling import until
+from testkit.polling import PATIENCE, until
+from testkit.ports import refusing_port
 from tests.integration.collector import Collector
 from tests.integration.gateways import Gateway, StartGateway, patient
 from tests.integration.processes import running
 
 TIMEOUT = 0.4
-"""Seconds an export may take in these tests."""
-STOP = export_thread.LAST_EXPORT + 3.0
+"""Seconds an export may take where it is to fail."""
+LONG = 30.0
+"""Seconds that an export under way may take where the stop is to end it."""
+STOP = export_thread.LAST_EXPORT + 8.0
 """Seconds that stopping a tracer may take: its promise, and what a busy machine adds."""
 
 
@@ -47,15 +50,14 @@ def black_hole() -> Iterator[int]:
 
 
 @pytest.fixture
-def refusing() -> int:
+def refusing() -> Iterator[int]:
     """A port where nobody listens."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as gone:
-        port: int = gone.getsockname()[1]
-    return port
+    with refusing_port() as port:
+        yield port
 
 
-def exporter_to(port: int) -> OtlpHttpExporter:
-    return OtlpHttpExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=TIMEOUT)
+def exporter_to(port: int, timeout: float = TIMEOUT) -> OtlpHttpExporter:
+    return OtlpHttpExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=timeout)
 
 
 async def all_is_well(gateway: Gateway, mock: MockModel, requests: int = 20) -> set[str]:
@@ -143,13 +145,16 @@ async def test_a_slow_collector_gets_everything(
 async def test_spans_flow_again_when_the_collector_is_back(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:
-    gateway = await start_gateway(mock, exporter=exporter_to(collector.port))
+    exporter = exporter_to(collector.port, PATIENCE)
+    gateway = await start_gateway(mock, exporter=exporter)
     await all_is_well(gateway, mock)
     await until(lambda: len(collector.spans) >= 40)
     await collector.stop()
+    exporter._client._timeout = TIMEOUT  # only where it is to run out: the collector shares a busy event loop
     await all_is_well(gateway, mock)
     await lost(gateway, 40)
     await collector.start()
+    exporter._client._timeout = PATIENCE
     await all_is_well(gateway, mock)
     await until(lambda: len(collector.spans) >= 80)
 
@@ -258,14 +263,15 @@ def finished() -> Record:
 
 def test_a_dead_collector_does_not_hold_up_the_stop(black_hole: int, refusing: int) -> None:
     for port in (black_hole, refusing):
-        assert stopped_in(OtlpHttpExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=15)) < STOP
+        assert stopped_in(exporter_to(port, LONG)) < STOP
 
 
 def test_a_dead_grpc_collector_does_not_hold_up_the_stop(black_hole: int, refusing: int) -> None:
     for port in (black_hole, refusing):
-        assert stopped_in(GrpcExporter(endpoint=f"http://127.0.0.1:{port}", timeout=15)) < STOP
+        assert stopped_in(GrpcExporter(endpoint=f"http://127.0.0.1:{port}", timeout=LONG)) < STOP
 
 
+@pytest.mark.usefixtures("patient_stop")
 async def test_the_last_spans_are_exported_at_the_stop(
     mock: MockModel, start_gateway: StartGateway, collector: Collector
 ) -> None:

@@ -189,8 +189,8 @@ async def test_signs_of_life_are_waited_for_when_the_other_replica_was_silent(
 
 async def test_signs_of_life_are_followed_until_the_deadline(start_raw: StartRaw, start_gateway: StartGateway) -> None:
     backend = await start_raw(lambda call: think(call, SIGNS["comments"], ENDLESS))
-    gateway = await start_gateway(backend.url, gateway_first_token_timeout=SHORT, gateway_breaker_failures=1)
-    answer = await _meets_its_deadline(gateway, deadline=1, stream=True)
+    gateway = await start_gateway(backend.url, gateway_first_token_timeout=0.6, gateway_breaker_failures=1)
+    answer = await _meets_its_deadline(gateway, deadline=1.5, stream=True)
     assert answer.status == 504
     assert _is_deadline(answer.error)
     assert len(backend.calls) == 1
@@ -594,7 +594,7 @@ async def test_no_backoff_and_no_retry_after_outlives_the_deadline(
     )
     headers = {} if retry_after is None else {"retry-after": retry_after}
     mock.set_faults([{"kind": "status", "with": {"status": 503, "headers": headers}}])
-    answer = await _meets_its_deadline(gateway, deadline=0.4)
+    answer = await _meets_its_deadline(gateway, deadline=1)
     assert answer.status == 503
     assert answer.error["code"] == "mock_503", "the last attempt's own failure"
     assert mock.journal.total == int(answer.headers["x-gateway-attempts"])
@@ -628,7 +628,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
     async def play(call: RawCall) -> None:
         try:
             await call.send(STREAM_HEAD)
-            for _ in range(160):
+            for _ in range(16):
                 await call.events(words)
             await call.events(chunk(finish="stop"))
             await call.send(END)
@@ -639,6 +639,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
     gateway = await start_gateway(backend.url)
     headers = {"x-request-timeout": "1", "x-gateway-commit": "complete" if hold else "first_token"}
     async with dial(gateway.url, receive_buffer=8192) as wire, Stopwatch() as watch:
+        await until(lambda: gateway.limit_send_buffers(16_384) == 1)  # so that little has to come within the deadline
         await wire.send(post(json.dumps({**CHAT, "stream": True}).encode(), headers))
         await until(lambda: len(gateway.parts.in_flight) == 1)
         await until(lambda: idle(gateway))
@@ -646,6 +647,7 @@ async def test_deadline_of_a_stream_whose_caller_does_not_read(
         assert watch.until(ended) <= 1 + PROMISE, watch
         assert ended - watch.started >= 1, "the caller was not blocked at all"
         await wire.rest()
+    await until(lambda: left, "the backend's call has ended")
     assert len(left) == 1
     text = await gateway.metrics()
     line = f'gateway_requests_total{{outcome="deadline_exceeded",route="{CHAT_PATH}",status="200"}} 1.0'
