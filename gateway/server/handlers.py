@@ -313,8 +313,8 @@ class Handlers:
     async def health(self, request: web.Request) -> Answer:
         """Answer `GET /health` from memory."""
         in_full = self._generations.current.keys.fit(request)
-        document = await self._siblings.health(in_full=in_full) if self._siblings else None
-        document = document or self._health.document(in_full=in_full)
+        own = partial(self._health.document, in_full=in_full)
+        document = await self._siblings.health(own, in_full=in_full) if self._siblings else own()
         return json_response(document, status=503 if document["status"] == "down" else 200)
 
     async def config(self, _request: web.Request) -> Answer:

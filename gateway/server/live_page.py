@@ -134,8 +134,8 @@ class LivePage:
             now = self._clock()
             if now - self._taken_at >= INTERVAL:
                 self._taken_at = now
-                document = await self._siblings.snapshot() if self._siblings else None
-                self._latest = _event("now", _encode(document or self.snapshot.document()))
+                own = self.snapshot.document
+                self._latest = _event("now", _encode(await self._siblings.snapshot(own) if self._siblings else own()))
         return self._latest
 
     def close(self) -> None:

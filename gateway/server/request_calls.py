@@ -53,12 +53,14 @@ class RequestCalls:
     async def requests(self, request: "web.Request") -> "web.Response":
         """Answer `GET /requests`: those that fit the filters, the newest first. Raises: InvalidRequest."""
         asked = _filters(request)
-        listed = await self._siblings.listed(asked) if self._siblings else None
-        listed = listed or self.listed(asked)
+        listed = self.listed(asked)
+        if self._siblings is not None:
+            listed = await self._siblings.listed(asked, listed)
         found = listed["found"]
         after = str(found[-1]["number"]) if listed["more"] else None
         documents = [each["request"] for each in found]
-        return json_response({"requests": documents, "next": after, "kept": listed["kept"]})
+        workers = {"workers": listed["workers"]} if "workers" in listed else {}
+        return json_response({"requests": documents, "next": after, "kept": listed["kept"], **workers})
 
     def listed(self, asked: dict[str, str]) -> dict[str, Any]:
         """Return those that fit the filters, each with its number, and whether there are more, and how many are kept.
@@ -81,10 +83,13 @@ class RequestCalls:
     async def request(self, request: "web.Request") -> "web.Response":
         """Answer `GET /requests/{id}`: by request id or trace id, the newest that has it. Raises: NotFound."""
         id_ = request.match_info["id"]
-        found = await self._siblings.found(id_) if self._siblings else None
-        found = found or self.found(id_)
+        found = self.found(id_)
+        if self._siblings is not None:
+            found = await self._siblings.found(id_, found)
         if found["request"] is None:
-            raise NotFound(f"No request with this id is under way or among the {found['kept']} that are kept.")
+            whole = "workers" not in found or found["workers"]["missing"] == []
+            unasked = "" if whole else " Not all workers answered: ask again."
+            raise NotFound(f"No request with this id is under way or among the {found['kept']} that are kept.{unasked}")
         return json_response(found["request"] | {"others_with_this_id": found["others"][:MAX_LIMIT]})
 
     def found(self, id_: str) -> dict[str, Any]:

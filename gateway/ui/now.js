@@ -146,7 +146,8 @@ function noticesOf({config, downstream, limits, telemetry, workers}) {
     `The guard of route ${guard.route} took the traffic of ${targetOf(guard)} ${ago(guard.tripped_seconds_ago)}: ${failuresOf(guard)}. It gets traffic again with the next configuration.`);
   if (config.error) notices.unshift(`The new configuration is wrong, and generation ${config.generation} stays in force: ${config.error}`);
   if (limits.status === "degraded") notices.push("The limits of keys cannot be kept beyond this process now; its log says why.");
-  if (workers?.missing.length) notices.push(`Nothing is heard of ${workers.missing.length} of its workers.`);
+  if (workers?.missing?.length) notices.push(`Nothing is heard of ${workers.missing.length} of its workers.`);
+  if (workers?.missing === null) notices.push("This is of one of its workers: the process that asks the others does not answer.");
   if (telemetry.status === "degraded") notices.push(`Spans cannot be exported now; ${amount(telemetry.spans_dropped)} have been dropped since the start.`);
   return notices;
 }

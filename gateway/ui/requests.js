@@ -56,7 +56,8 @@ async function listRequests() {
     listRequests().then(() => byId("list-table").querySelector("a")?.focus());
   };
   byId("newest").hidden = older === null;
-  say(byId("kept"), `${amount(page.kept)} requests are kept in memory; prompts and answers are not.`);
+  const whole = !page.workers || page.workers.missing?.length === 0;
+  say(byId("kept"), `${amount(page.kept)} requests are kept in memory; prompts and answers are not.${whole ? "" : " Not all workers answered."}`);
 }
 
 /** Ask again if there was a request since; what is older does not change. */

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from gateway.health import downstream_status, whole_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 Document = dict[str, Any]
 BACKEND, GUARD = itemgetter("name"), itemgetter("route", "backend", "model")
@@ -17,7 +17,7 @@ STATUSES = ("off", "ok", "degraded", "down")
 """The same, for parts that have one."""
 
 
-def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> Document:
+def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int] | None") -> Document:
     """Return one document for several workers.
 
     A backend is `down` where it is so for all, and no better than `degraded` where it is not `ok` for one. Counts are
@@ -25,7 +25,7 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
 
     Args:
         documents: of the workers that answered, at least one.
-        missing: the numbers of those that did not.
+        missing: the numbers of those that did not; None: nobody knows.
     """
     first = documents[0]
     backends = [_backend_of_all(same) for same in _alike(documents, "backends", BACKEND)]
@@ -33,7 +33,9 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
     downstream = downstream_status(backends, guards)
     telemetry = _worst(STATUSES, [each["telemetry"]["status"] for each in documents])
     limits = _worst(STATUSES, [each["limits"]["status"] for each in documents])
-    degraded = bool(missing) or "degraded" in {telemetry, limits, *(each["status"] for each in documents)}
+    degraded = (
+        missing is None or bool(missing) or "degraded" in {telemetry, limits, *(each["status"] for each in documents)}
+    )
     return first | {
         "status": whole_status(downstream, degraded=degraded),
         "uptime_seconds": max(each["uptime_seconds"] for each in documents),
@@ -47,8 +49,13 @@ def health_of_all(documents: "Sequence[Document]", missing: "Sequence[int]") -> 
             "spans_dropped": sum(each["telemetry"]["spans_dropped"] for each in documents),
         },
         "limits": {"status": limits},
-        "workers": {"answered": len(documents), "missing": list(missing)},
+        "workers": who_answered(documents, missing),
     }
+
+
+def who_answered(answers: "Collection[Document]", missing: "Sequence[int] | None") -> Document:
+    """Return how many workers have their part in a document, and who has not; None: nobody knows who else there is."""
+    return {"answered": len(answers), "missing": missing}
 
 
 def _alike(documents: "Sequence[Document]", part: str, key: "Callable[[Document], object]") -> list[list[Document]]:

@@ -132,11 +132,11 @@ class Whole:
 
     async def _listed(self, asked: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("listed", asked)
-        return listed_of_all(answers.values(), limit_of(asked)) if answers else None
+        return listed_of_all(answers.values(), limit_of(asked), self._missing(answers)) if answers else None
 
     async def _found(self, id_: str) -> Any:  # noqa: ANN401 - JSON
         answers = await self._ask("found", id_)
-        return found_of_all(answers.values()) if answers else None
+        return found_of_all(answers.values(), self._missing(answers)) if answers else None
 
     def _missing(self, answers: "Collection[int]") -> list[int]:
         return [child.number for child in self._children if child.number not in answers]

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from gateway.parent_death import ask_for_signal
 from gateway.telemetry.metrics import OPENMETRICS
 from gateway.workers.channel import Channel, NoAnswer
+from gateway.workers.health_of_all import health_of_all
 from gateway.workers.in_flight_count import count_in
+from gateway.workers.requests_of_all import found_of_all, listed_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.workers.channel import Answer
+
+    Document = dict[str, Any]
 
 MOST_SOCKETS = 64
 """Addresses of a host."""
@@ -130,21 +134,24 @@ class Worker:
         answer = await self._of_all("metrics", OPENMETRICS in accept)
         return None if answer is None else (answer[0].encode(), answer[1])
 
-    async def health(self, *, in_full: bool) -> dict[str, Any] | None:
-        """Return the document of `/health` for all workers, or None."""
-        return await self._of_all("health", in_full)  # type: ignore[no-any-return]
+    async def health(self, own: "Callable[[], Document]", *, in_full: bool) -> "Document":
+        """Return the document of `/health` for all workers; if the parent does not answer, of this one alone."""
+        return await self._of_all("health", in_full) or health_of_all([own()], None)
 
-    async def snapshot(self) -> dict[str, Any] | None:
-        """Return what the live page shows of all workers, or None."""
-        return await self._of_all("snapshot")  # type: ignore[no-any-return]
+    async def snapshot(self, own: "Callable[[], Document]") -> "Document":
+        """Return what the live page shows of all workers, or of this one alone."""
+        if (document := await self._of_all("snapshot")) is None:
+            document = own()
+            document["health"] = health_of_all([document["health"]], None)
+        return document  # type: ignore[no-any-return]
 
-    async def listed(self, asked: dict[str, str]) -> dict[str, Any] | None:
-        """Return the requests of all workers that fit filters, as `RequestCalls.listed` does, or None."""
-        return await self._of_all("listed", asked)  # type: ignore[no-any-return]
+    async def listed(self, asked: dict[str, str], own: "Document") -> "Document":
+        """Return the requests of all workers that fit filters, or of this one alone, as `RequestCalls.listed` does."""
+        return await self._of_all("listed", asked) or listed_of_all([own], len(own["found"]), None)
 
-    async def found(self, id_: str) -> dict[str, Any] | None:
-        """Return what the workers know of a request, as `RequestCalls.found` does, or None."""
-        return await self._of_all("found", id_)  # type: ignore[no-any-return]
+    async def found(self, id_: str, own: "Document") -> "Document":
+        """Return what all workers know of a request, or this one alone, as `RequestCalls.found` does."""
+        return await self._of_all("found", id_) or found_of_all([own], None)
 
     async def _of_all(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
         """Return what the parent says of all workers; None if it does not answer."""

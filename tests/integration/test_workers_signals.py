@@ -1,12 +1,14 @@
 """Workers and their parent are killed, stopped, told to stop and to read anew, at any time: the others serve on."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -19,10 +21,12 @@ from testkit.ports import free_port
 from testkit.process_table import children_of, lives
 from tests.integration.processes import PATIENCE, Program, running
 from tests.integration.workers import (
+    BOTH,
     LOCAL,
     chat,
     health_of,
     metrics_of,
+    once_whole,
     streams_under_way,
     two_workers,
     until_both,
@@ -230,10 +234,44 @@ async def test_a_parent_that_does_not_answer_is_no_reason_to_show_less_than_was_
                     503,
                     "The workers' parent process does not answer. Ask again.\n",
                 )
-            assert (await chat(url), (await health_of(url))["status"]) == (200, "ok")
+            assert await chat(url) == 200
+            alone = {"answered": 1, "missing": None}
+            health, listed = await health_of(url), (await told(url, "/requests"))[1]
+            assert (health["status"], health["workers"], listed["workers"]) == ("degraded", alone, alone)
+            status, refusal = await told(url, "/requests/none")
+            assert (status, "Not all workers answered" in refusal["error"]["message"]) == (404, True)
         finally:
             gateway.signal(signal.SIGCONT)
         assert (await metrics_of(url)).value("gateway_requests_total", route=CHAT_PATH) == 11
+
+
+async def test_a_worker_that_does_not_answer_is_named_where_its_requests_are_missing() -> None:
+    async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
+        assert await chat(url) == 200
+        _, listed = await once_whole(lambda: told(url, "/requests"), lambda answer: answer[1].get("kept") == 1)
+        assert listed["workers"] == BOTH["workers"]
+        silent = workers_of(gateway)[0]
+        os.kill(silent, signal.SIGSTOP)
+        try:
+
+            async def named(path: str) -> tuple[int, dict[str, Any]]:
+                """What the other one says: some connections go to the one that is stopped."""
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(5):
+                        return await told(url, path)
+                return 0, {}
+
+            _, listed = await once_whole(lambda: named("/requests"), lambda answer: bool(answer[0]))
+            assert listed["workers"] in ({"answered": 1, "missing": [1]}, {"answered": 1, "missing": [2]})
+            status, refusal = await once_whole(lambda: named("/requests/none"), lambda answer: bool(answer[0]))
+            assert (status, "Not all workers answered" in refusal["error"]["message"]) == (404, True)
+        finally:
+            os.kill(silent, signal.SIGCONT)
+
+
+async def told(url: str, path: str) -> tuple[int, dict[str, Any]]:
+    async with aiohttp.request("GET", url + path) as answer:
+        return answer.status, await answer.json()
 
 
 def descriptors_of(gateway: Program) -> int:

@@ -271,6 +271,8 @@ def test_a_backend_is_down_where_it_is_so_for_all_and_no_better_than_degraded_fo
     assert health_of_all([well, well], [])["status"] == "ok"
     assert health_of_all([well], [2])["status"] == "degraded"
     assert health_of_all([well], [2])["workers"] == {"answered": 1, "missing": [2]}
+    alone = health_of_all([well], None)
+    assert (alone["status"], alone["workers"]) == ("degraded", {"answered": 1, "missing": None})
 
 
 def test_while_workers_reload_each_backend_is_told_of_with_those_who_know_it() -> None:
@@ -328,15 +330,16 @@ def test_the_page_shows_sums_that_do_not_fall_when_a_worker_dies() -> None:
 def test_lists_of_requests_are_put_together_by_their_ends() -> None:
     one = {"found": [{"number": 9, "request": "i"}, {"number": 4, "request": "d"}], "more": True, "kept": 5}
     two = {"found": [{"number": 7, "request": "g"}], "more": False, "kept": 1}
-    listed = listed_of_all([one, two], 2)
+    listed = listed_of_all([one, two], 2, [3])
+    assert listed["workers"] == {"answered": 2, "missing": [3]}
     assert ([each["request"] for each in listed["found"]], listed["more"], listed["kept"]) == (["i", "g"], True, 6)
     nothing: dict[str, Any] = {"number": 0, "request": None, "others": [], "kept": 2}
     older = {"number": 1, "request": {"request_id": "a", "trace_id": "t1"}, "others": [], "kept": 3}
     newer = {"number": 2, "request": {"request_id": "a", "trace_id": "t2"}, "others": [{"request_id": "a"}], "kept": 4}
-    found = found_of_all([older, nothing, newer])
+    found = found_of_all([older, nothing, newer], [])
     assert (found["request"]["trace_id"], found["kept"]) == ("t2", 9)
     assert found["others"] == [{"request_id": "a"}, {"request_id": "a", "trace_id": "t1"}]
-    assert found_of_all([nothing])["request"] is None
+    assert found_of_all([nothing], None) == nothing | {"workers": {"answered": 1, "missing": None}}
 
 
 def test_a_parent_keeps_values_for_a_time_and_not_too_many() -> None:
