@@ -77,7 +77,7 @@ def create_app(
     )
     if worker is not None:
         answers = Answers(parts)
-        worker.serve(answers.to, begin=answers.begin)
+        worker.answer_with(answers.to, begin=answers.begin)
     handlers, recorded, unrecorded = parts.handlers, parts.middleware.recorded, parts.middleware.unrecorded
 
     def admin(handler: "Handler") -> "Handler":

@@ -20,7 +20,7 @@ def document(routing: "Routing", *, with_secrets: bool = False) -> dict[str, Any
 
     Args:
         routing: the configuration.
-        with_secrets: for a comparison in this process; else `(set)` stands for each of them.
+        with_secrets: for a comparison, which tells nobody; else `(set)` stands for each of them.
     """
     shown: dict[str, Any] = _plain(routing, with_secrets=with_secrets)
     return shown

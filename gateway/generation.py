@@ -1,8 +1,11 @@
 """The configuration in force, and how a new one takes its place: whole, or not at all."""
 
+import json
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from gateway.config_document import document
 from gateway.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -30,6 +33,11 @@ class Generation:
     pool: "Pool"
     keys: "Keys"
     loaded_at: float
+
+    @property
+    def fingerprint(self) -> str:
+        """What other processes with the same configuration have as well: SHA-256 of all that was read."""
+        return sha256(json.dumps(document(self.routing, with_secrets=True)).encode()).hexdigest()
 
 
 class Generations:

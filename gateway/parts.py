@@ -1,7 +1,7 @@
 """The parts of a running application, built once and handed to each other."""
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gateway.backend.client import HttpClient
 from gateway.day_store import DayStore
@@ -91,6 +91,7 @@ class Parts:
         worker: "Worker | None" = None,
     ) -> None:
         self._worker = worker
+        self._clock = clock
         self.telemetry = telemetry
         self.client = client
         self.executor = Executor()
@@ -247,17 +248,20 @@ class Parts:
         if not any(watch.trip is trip for route in self.pool.routes for watch in route.watches):
             return  # of a generation before, whose last requests say nothing about this one
         self.telemetry.guard_tripped(trip)
-        self._tell_trip(trip)
-
-    def tell_trips(self) -> None:
-        """Tell the other workers, of which one has just begun, which targets have lost their traffic."""
-        for watch in [watch for route in self.pool.routes for watch in route.watches]:
-            if watch.trip is not None:
-                self._tell_trip(watch.trip)
-
-    def _tell_trip(self, trip: "Trip") -> None:
         if self._worker is not None:
-            self._worker.tell("hint", ["guard", trip.route, trip.target, trip.error_rate, trip.requests])
+            self._worker.tell("hint", self._hint_of(trip))
+
+    def tell_trips(self, number: int) -> None:
+        """Tell another worker, which has just begun, which targets have lost their traffic."""
+        for watch in [watch for route in self.pool.routes for watch in route.watches]:
+            if watch.trip is not None and self._worker is not None:
+                self._worker.tell("hint_to", [number, self._hint_of(watch.trip)])
+
+    def _hint_of(self, trip: "Trip") -> list[Any]:
+        """Return what others with the same configuration take a trip from."""
+        age = self._clock() - trip.at
+        fingerprint = self.generations.current.fingerprint
+        return ["guard", fingerprint, trip.route, (trip.target, trip.error_rate, trip.requests, age)]
 
     def _cooldown_begun(self, replica: "Replica", model: str, seconds: float) -> None:
         self.telemetry.cooldown_begun(replica.name, seconds)

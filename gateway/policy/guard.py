@@ -171,12 +171,19 @@ class Guard:
         """Return the number of the present part of the window."""
         return int(self._clock() * SLICES / self._window)
 
-    def hint(self, target: str, error_rate: float, requests: int) -> None:
-        """Take a target's traffic as somebody else's guard of the same route has, unless it is the last one's."""
+    def hint(self, target: str, error_rate: float, requests: int, age: float) -> None:
+        """Take a target's traffic as somebody else's guard of the same route did, unless it is the last one's.
+
+        Args:
+            target: its name.
+            error_rate: 0 to 1, of so many `requests`.
+            requests: that were given to it.
+            age: seconds since then.
+        """
         for watch in self.watches:
             others = any(other.trip is None for other in self.watches if other is not watch)
             if watch.name == target and watch.trip is None and others:
-                self._take(watch, error_rate, requests)
+                self._take(watch, error_rate, requests, age)
 
     def judge(self, watch: Watch) -> bool:
         """Return whether a target loses its traffic now."""
@@ -195,9 +202,10 @@ class Guard:
         self._tripped(self._take(watch, rate, seen.requests))
         return True
 
-    def _take(self, watch: Watch, rate: float, requests: int) -> Trip:
+    def _take(self, watch: Watch, rate: float, requests: int, age: float = 0.0) -> Trip:
         """Take a target's traffic."""
-        trip = Trip(self._route, watch.name, rate, requests, self._window, self._max_error_rate, self._clock())
+        at = self._clock() - age
+        trip = Trip(self._route, watch.name, rate, requests, self._window, self._max_error_rate, at)
         watch.trip = trip
         self.lost = [*self.lost, watch.name]
         return trip

@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,7 @@ class RequestCalls:
         found = listed["found"]
         after = str(found[-1]["number"]) if listed["more"] else None
         documents = [each["request"] for each in found]
-        workers = {"workers": listed["workers"]} if "workers" in listed else {}
-        return json_response({"requests": documents, "next": after, "kept": listed["kept"], **workers})
+        return json_response({"requests": documents, "next": after, "kept": listed["kept"], **_workers_of(listed)})
 
     def listed(self, asked: dict[str, str]) -> dict[str, Any]:
         """Return those that fit the filters, each with its number, and whether there are more, and how many are kept.
@@ -83,14 +83,14 @@ class RequestCalls:
     async def request(self, request: "web.Request") -> "web.Response":
         """Answer `GET /requests/{id}`: by request id or trace id, the newest that has it. Raises: NotFound."""
         id_ = request.match_info["id"]
-        found = self.found(id_)
-        if self._siblings is not None:
-            found = await self._siblings.found(id_, found)
+        own = partial(self.found, id_)
+        found = await self._siblings.found(id_, own) if self._siblings is not None else own()
         if found["request"] is None:
             whole = "workers" not in found or found["workers"]["missing"] == []
-            unasked = "" if whole else " Not all workers answered: ask again."
-            raise NotFound(f"No request with this id is under way or among the {found['kept']} that are kept.{unasked}")
-        return json_response(found["request"] | {"others_with_this_id": found["others"][:MAX_LIMIT]})
+            hint = "" if whole else " Not all workers answered: ask again."
+            raise NotFound(f"No request with this id is under way or among the {found['kept']} that are kept.{hint}")
+        others = {"others_with_this_id": found["others"][:MAX_LIMIT]}
+        return json_response(found["request"] | others | _workers_of(found))
 
     def found(self, id_: str) -> dict[str, Any]:
         """Return what is known of the newest request with this id, or None; the ids of others; how many are kept."""
@@ -104,6 +104,11 @@ class RequestCalls:
 def limit_of(asked: dict[str, str]) -> int:
     """Return how many requests are asked for. Raises: InvalidRequest."""
     return _number(asked, "limit", LIMIT, most=MAX_LIMIT)
+
+
+def _workers_of(document: dict[str, Any]) -> dict[str, Any]:
+    """Return which workers have their part in a document, where there are several."""
+    return {"workers": document["workers"]} if "workers" in document else {}
 
 
 def _filters(request: "web.Request") -> dict[str, str]:

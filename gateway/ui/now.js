@@ -14,7 +14,9 @@ const PANELS = {
 /** Take a snapshot: keep it with those of the last two minutes, and say what is different. */
 function takeSnapshot(snapshot) {
   const before = snapshots.at(-1);
-  if (before && snapshot.health.uptime_seconds < before.health.uptime_seconds) snapshots.length = 0; // it has been started anew
+  const isOfOne = ({health}) => health.workers?.missing === null; // whose totals are not those of all workers
+  const startedAnew = before && snapshot.health.uptime_seconds < before.health.uptime_seconds;
+  if (startedAnew || (before && isOfOne(snapshot) !== isOfOne(before))) snapshots.length = 0;
   else if (before) noteChanges(before.health, snapshot.health);
   snapshots.push({...snapshot, callers: null});
   while (snapshots[0].at < snapshot.at - SPAN - 1) snapshots.shift();
@@ -147,7 +149,7 @@ function noticesOf({config, downstream, limits, telemetry, workers}) {
   if (config.error) notices.unshift(`The new configuration is wrong, and generation ${config.generation} stays in force: ${config.error}`);
   if (limits.status === "degraded") notices.push("The limits of keys cannot be kept beyond this process now; its log says why.");
   if (workers?.missing?.length) notices.push(`Nothing is heard of ${workers.missing.length} of its workers.`);
-  if (workers?.missing === null) notices.push("This is of one of its workers: the process that asks the others does not answer.");
+  if (workers?.missing === null) notices.push("These are the figures of one of its workers only: the others could not be asked.");
   if (telemetry.status === "degraded") notices.push(`Spans cannot be exported now; ${amount(telemetry.spans_dropped)} have been dropped since the start.`);
   return notices;
 }

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from gateway.workers.metrics_of_all import as_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from gateway.parts import Parts
+    from gateway.policy.replica import Replica
 
 
 class Answers:
@@ -28,6 +29,12 @@ class Answers:
             "use": lambda _: self._use(),
             "shares": self.take_shares,
             "hint": lambda hint: self._take_hint(*hint),
+        }
+        self._by_hint: dict[str, Callable[..., None]] = {
+            "joined": parts.tell_trips,
+            "guard": self._take_trip,
+            "breaker": self._take_opened,
+            "cooldown": self._take_cooldown,
         }
 
     async def to(self, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
@@ -51,18 +58,24 @@ class Answers:
         parts = self._parts
         return [parts.admission.in_flight, parts.admission.queued, parts.byte_budget.held]
 
-    def _take_hint(self, kind: str, about: Any, *more: Any) -> None:  # noqa: ANN401 - JSON
-        """Take in what another worker has found out about a replica, or a target of a route; or that it has begun."""
-        if kind == "joined":
-            self._parts.tell_trips()
-            return
-        if kind == "guard":
+    def _take_hint(self, kind: str, *about: Any) -> None:  # noqa: ANN401 - JSON
+        """Take in what another worker has found out, or that it has begun."""
+        self._by_hint[kind](*about)
+
+    def _take_trip(self, fingerprint: str, model: str, trip: tuple[str, float, int, float]) -> None:
+        """Take in that a target of a route has lost its traffic; with another configuration that says nothing."""
+        if fingerprint == self._parts.generations.current.fingerprint:
             for route in self._parts.pool.routes:
-                if route.model == about and route.guard is not None:
-                    route.guard.hint(*more)
-            return
-        for replica in self._parts.pool.replicas:
-            if replica.id == about and kind == "breaker":
-                replica.breaker.hint()
-            elif replica.id == about:
-                replica.cooldown.hint(*more)
+                if route.model == model and route.guard is not None:
+                    route.guard.hint(*trip)
+
+    def _replicas(self, id_: str) -> "Iterator[Replica]":
+        return (replica for replica in self._parts.pool.replicas if replica.id == id_)
+
+    def _take_opened(self, id_: str) -> None:
+        for replica in self._replicas(id_):
+            replica.breaker.hint()
+
+    def _take_cooldown(self, id_: str, model: str, seconds: float) -> None:
+        for replica in self._replicas(id_):
+            replica.cooldown.hint(model, seconds)

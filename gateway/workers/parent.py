@@ -85,6 +85,7 @@ class Parent:
             "leave": lambda child, _: self._let_go(child),
             "short": lambda _child, _: self._sharing.short(),
             "hint": self._tell_others,
+            "hint_to": lambda _child, data: self._tell(*data),
             "ledgers": lambda child, reports: self._ledgers.exchange(child.number, reports),
             "publish": lambda _child, data: values[data[0]].publish(*data[1:]),
             "look_up": lambda _child, data: values[data[0]].look_up(data[1]),
@@ -226,6 +227,11 @@ class Parent:
         for other in self.children:
             if other is not child and other.channel is not None:
                 other.channel.tell("hint", data)
+
+    def _tell(self, number: int, hint: Any) -> None:  # noqa: ANN401 - JSON
+        channel = self.children[number - 1].channel
+        if channel is not None:
+            channel.tell("hint", hint)
 
     def _hand_over(self, child: Child, handing: socket.socket) -> "tuple[Shares, int] | None":
         """Give a worker that is ready its sockets; return its shares, and the number of the configuration in force.

@@ -57,8 +57,8 @@ class Worker:
         self._channel = Channel(self._give_answer)
         self._next_word = 0.0
 
-    def serve(self, answer: "Answer", *, begin: "Callable[[list[int], int], None]") -> None:
-        """Have what can serve.
+    def answer_with(self, answer: "Answer", *, begin: "Callable[[list[int], int], None]") -> None:
+        """Have what this process serves with.
 
         Args:
             answer: gives the answers to the parent's questions.
@@ -73,9 +73,7 @@ class Worker:
             grace: seconds that a stop may take. It ends `LAST_WORDS` after them, whatever it does, as the parent would
                 have it: nobody else ends it, and it has the port.
         """
-        ask_for_signal(
-            signal.SIGCONT
-        )  # one that is stopped, or about to be, goes on, and sees that the channel is closed
+        ask_for_signal(signal.SIGCONT)  # stopped, or about to be, it goes on, and sees that the channel is closed
         self._handing.setblocking(False)
         await self._channel.open(self._questions)
         self._watching = asyncio.create_task(self._watch(grace))
@@ -149,9 +147,9 @@ class Worker:
         """Return the requests of all workers that fit filters, or of this one alone, as `RequestCalls.listed` does."""
         return await self._of_all("listed", asked) or listed_of_all([own], len(own["found"]), None)
 
-    async def found(self, id_: str, own: "Document") -> "Document":
+    async def found(self, id_: str, own: "Callable[[], Document]") -> "Document":
         """Return what all workers know of a request, or this one alone, as `RequestCalls.found` does."""
-        return await self._of_all("found", id_) or found_of_all([own], None)
+        return await self._of_all("found", id_) or found_of_all([own()], None)
 
     async def _of_all(self, what: str, data: Any = None) -> Any:  # noqa: ANN401 - JSON
         """Return what the parent says of all workers; None if it does not answer."""

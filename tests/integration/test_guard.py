@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.policy.guard import Counts
+from gateway.workers.answers import Answers
 from mock_model.serve import MockModel
 from testkit.completions import CHAT_PATH, EMBEDDINGS_PATH, MESSAGES_PATH, RESPONSES_PATH, prompt
 from testkit.exposition import Exposition
@@ -353,3 +354,15 @@ async def test_a_route_without_a_guard_leaves_everybody_their_traffic(
     assert new.journal.total > asked > 20
     assert await rollout.guards() == []
     assert "gateway_guard_tripped{" not in await gateway.metrics()
+
+
+async def test_what_a_worker_is_told_of_a_trip_holds_with_the_same_configuration_alone(rollout: Rollout) -> None:
+    answers = Answers(rollout.gateway.parts)
+    trip = ["demo-model", ["new (canary)", 0.5, 40, 7.0]]
+    await answers.to("hint", ["guard", "another", *trip])
+    assert await rollout.tripped() == []
+
+    await answers.to("hint", ["guard", rollout.gateway.parts.generations.current.fingerprint, *trip])
+    assert await rollout.tripped() == ["new"]
+    (guard,) = [each for each in await rollout.guards() if each["tripped"]]
+    assert (guard["requests"], guard["error_rate"], guard["tripped_seconds_ago"] >= 7) == (40, 0.5, True)

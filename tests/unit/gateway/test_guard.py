@@ -258,9 +258,9 @@ def test_one_replica_of_a_target_is_watched_as_the_target_is(tmp_path: Path) -> 
 
 def test_a_hint_takes_a_targets_traffic_without_a_word_but_never_the_last_ones() -> None:
     of = Guarded()
-    of.guard.hint("new", 0.5, 40)
-    of.guard.hint("new", 0.9, 90)
-    of.guard.hint("old", 0.5, 40)
+    of.guard.hint("new", 0.5, 40, 7.0)
+    of.guard.hint("new", 0.9, 90, 1.0)
+    of.guard.hint("old", 0.5, 40, 7.0)
     assert (of.guard.lost, of.trips) == (["new"], [])
     assert of.new.trip is not None
     assert (of.new.trip.error_rate, of.new.trip.requests, of.old.trip) == (0.5, 40, None)
