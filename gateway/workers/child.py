@@ -66,6 +66,11 @@ class Child:
         except NoAnswer:
             return None
 
+    def tell(self, what: str, data: Any) -> None:  # noqa: ANN401 - JSON
+        """Tell its process, if there is one."""
+        if self.channel is not None:
+            self.channel.tell(what, data)
+
     def send(self, number: int) -> None:
         """Send its process a signal."""
         if self.process is not None and self.process.returncode is None:

@@ -85,7 +85,7 @@ class Parent:
             "leave": lambda child, _: self._let_go(child),
             "short": lambda _child, _: self._sharing.short(),
             "hint": self._tell_others,
-            "hint_to": lambda _child, data: self._tell(*data),
+            "hint_to": lambda _child, data: self.children[data[0] - 1].tell("hint", data[1]),
             "ledgers": lambda child, reports: self._ledgers.exchange(child.number, reports),
             "publish": lambda _child, data: values[data[0]].publish(*data[1:]),
             "look_up": lambda _child, data: values[data[0]].look_up(data[1]),
@@ -225,13 +225,8 @@ class Parent:
 
     def _tell_others(self, child: Child, data: Any) -> None:  # noqa: ANN401 - JSON
         for other in self.children:
-            if other is not child and other.channel is not None:
-                other.channel.tell("hint", data)
-
-    def _tell(self, number: int, hint: Any) -> None:  # noqa: ANN401 - JSON
-        channel = self.children[number - 1].channel
-        if channel is not None:
-            channel.tell("hint", hint)
+            if other is not child:
+                other.tell("hint", data)
 
     def _hand_over(self, child: Child, handing: socket.socket) -> "tuple[Shares, int] | None":
         """Give a worker that is ready its sockets; return its shares, and the number of the configuration in force.

@@ -16,6 +16,7 @@ from gateway.workers.metrics_of_all import LEAST, SUMMED
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH, prompt
+from testkit.http import Answer, ask
 from testkit.polling import until
 from testkit.process_table import lives
 from tests.integration.processes import PATIENCE, run, running
@@ -206,15 +207,15 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             assert answer.status == 204
             session = answer.headers["set-cookie"].partition(";")[0]
 
-        async def told(path: str) -> tuple[int, dict[str, Any]]:
-            async with aiohttp.request("GET", url + path, headers={"cookie": session}) as answer:
-                return answer.status, await answer.json()
+        async def told(path: str) -> Answer:
+            return await ask(url + path, headers={"cookie": session}, seconds=PATIENCE)
 
         async def listed(query: str) -> dict[str, Any]:
-            status, document = await once_whole(
-                lambda: told(f"/requests?{query}"), lambda answer: answer[1].get("kept", 12) == 12
+            answer = await once_whole(
+                lambda: told(f"/requests?{query}"), lambda answer: answer.json.get("kept", 12) == 12
             )
-            assert status == 200, document
+            document: dict[str, Any] = answer.json
+            assert answer.status == 200, document
             return document
 
         for _ in range(4):
@@ -228,15 +229,15 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             assert [id_ for page in pages for id_ in page] == [f"request-{number}" for number in range(11, -1, -1)]
             assert page["kept"] == 12
         for number in range(12):
-            _, found = await once_whole(
+            found = await once_whole(
                 lambda number=number: told(f"/requests/request-{number}"),  # type: ignore[misc]
-                lambda answer: answer[0] != 404,
+                lambda answer: answer.status != 404,
             )
-            assert (found["request_id"], found["status"]) == (f"request-{number}", 200)
-        status, refusal = await once_whole(
-            lambda: told("/requests/none"), lambda answer: "among the 12 that are kept" in str(answer[1])
+            assert (found.json["request_id"], found.json["status"]) == (f"request-{number}", 200)
+        refusal = await once_whole(
+            lambda: told("/requests/none"), lambda answer: b"among the 12 that are kept" in answer.body
         )
-        assert status == 404, refusal
+        assert refusal.status == 404, refusal
         async with aiohttp.request("GET", f"{url}/ui/live", headers={"cookie": session}) as answer:
             snapshot = await once_whole(
                 lambda: next_snapshot(answer.content), lambda seen: seen["health"].get("workers") == BOTH["workers"]
@@ -246,8 +247,8 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
         os.kill(workers_of(gateway)[0], signal.SIGKILL)
         await until_both(gateway, url)
         for _ in range(8):  # a new worker knows the session, too
-            status, page = await told("/requests?limit=1")
-            assert (status, page["kept"] <= 12) == (200, True)
+            latest = await told("/requests?limit=1")
+            assert (latest.status, latest.json["kept"] <= 12) == (200, True)
 
 
 async def next_snapshot(lines: aiohttp.StreamReader) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import signal
 import sys
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH
+from testkit.http import Answer, ask
 from testkit.polling import until
 from testkit.ports import free_port
 from testkit.process_table import children_of, lives
@@ -236,10 +236,10 @@ async def test_a_parent_that_does_not_answer_is_no_reason_to_show_less_than_was_
                 )
             assert await chat(url) == 200
             alone = {"answered": 1, "missing": None}
-            health, listed = await health_of(url), (await told(url, "/requests"))[1]
+            health, listed = await health_of(url), (await ask(f"{url}/requests", seconds=PATIENCE)).json
             assert (health["status"], health["workers"], listed["workers"]) == ("degraded", alone, alone)
-            status, refusal = await told(url, "/requests/none")
-            assert (status, "Not all workers answered" in refusal["error"]["message"]) == (404, True)
+            refusal = await ask(f"{url}/requests/none", seconds=PATIENCE)
+            assert (refusal.status, "Not all workers answered" in refusal.error["message"]) == (404, True)
         finally:
             gateway.signal(signal.SIGCONT)
         assert (await metrics_of(url)).value("gateway_requests_total", route=CHAT_PATH) == 11
@@ -248,30 +248,27 @@ async def test_a_parent_that_does_not_answer_is_no_reason_to_show_less_than_was_
 async def test_a_worker_that_does_not_answer_is_named_where_its_requests_are_missing() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
         assert await chat(url) == 200
-        _, listed = await once_whole(lambda: told(url, "/requests"), lambda answer: answer[1].get("kept") == 1)
-        assert listed["workers"] == BOTH["workers"]
+        listed = await once_whole(
+            lambda: ask(f"{url}/requests", seconds=PATIENCE), lambda answer: answer.json.get("kept") == 1
+        )
+        assert listed.json["workers"] == BOTH["workers"]
         silent = workers_of(gateway)[0]
         os.kill(silent, signal.SIGSTOP)
         try:
 
-            async def named(path: str) -> tuple[int, dict[str, Any]]:
-                """What the other one says: some connections go to the one that is stopped."""
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(5):
-                        return await told(url, path)
-                return 0, {}
+            async def of_the_other(path: str) -> Answer:
+                """What it says: some connections go to the one that is stopped."""
+                async with asyncio.timeout(PATIENCE):
+                    while True:
+                        with contextlib.suppress(TimeoutError):
+                            return await ask(url + path, seconds=5)
 
-            _, listed = await once_whole(lambda: named("/requests"), lambda answer: bool(answer[0]))
-            assert listed["workers"] in ({"answered": 1, "missing": [1]}, {"answered": 1, "missing": [2]})
-            status, refusal = await once_whole(lambda: named("/requests/none"), lambda answer: bool(answer[0]))
-            assert (status, "Not all workers answered" in refusal["error"]["message"]) == (404, True)
+            listed = await of_the_other("/requests")
+            assert listed.json["workers"] in ({"answered": 1, "missing": [1]}, {"answered": 1, "missing": [2]})
+            refusal = await of_the_other("/requests/none")
+            assert (refusal.status, "Not all workers answered" in refusal.error["message"]) == (404, True)
         finally:
             os.kill(silent, signal.SIGCONT)
-
-
-async def told(url: str, path: str) -> tuple[int, dict[str, Any]]:
-    async with aiohttp.request("GET", url + path) as answer:
-        return answer.status, await answer.json()
 
 
 def descriptors_of(gateway: Program) -> int:
