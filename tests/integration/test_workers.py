@@ -23,6 +23,7 @@ from tests.integration.processes import PATIENCE, run, running
 from tests.integration.workers import (
     BOTH,
     LOCAL,
+    beside_a_stopped_one,
     chat,
     health_of,
     metrics_of,
@@ -94,26 +95,12 @@ async def test_a_worker_that_does_not_answer_is_left_out_and_named() -> None:
         frozen, _ = workers_of(gateway)
         os.kill(frozen, signal.SIGSTOP)
         try:
-            document = await health_by_the_other(url)
+            document = (await beside_a_stopped_one(f"{url}/health")).json
             assert document["workers"]["answered"] == 1
             assert len(document["workers"]["missing"]) == 1
             assert document["status"] == "degraded"
         finally:
             os.kill(frozen, signal.SIGCONT)
-
-
-async def health_by_the_other(url: str) -> dict[str, Any]:
-    """What a worker that runs says; a connection may be a frozen one's, so that several are tried."""
-    for _ in range(40):
-        try:
-            timeout = aiohttp.ClientTimeout(total=3)
-            async with aiohttp.request("GET", f"{url}/health", timeout=timeout) as answer:
-                document: dict[str, Any] = await answer.json()
-                if document.get("workers", BOTH["workers"])["missing"]:
-                    return document
-        except TimeoutError:
-            continue
-    raise AssertionError("no worker answered")
 
 
 async def test_a_stop_lets_the_streams_of_all_workers_end() -> None:

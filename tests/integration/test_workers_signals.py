@@ -1,7 +1,6 @@
 """Workers and their parent are killed, stopped, told to stop and to read anew, at any time: the others serve on."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH
-from testkit.http import Answer, ask
+from testkit.http import ask
 from testkit.polling import until
 from testkit.ports import free_port
 from testkit.process_table import children_of, lives
@@ -23,9 +22,11 @@ from tests.integration.processes import PATIENCE, Program, running
 from tests.integration.workers import (
     BOTH,
     LOCAL,
+    beside_a_stopped_one,
     chat,
     health_of,
     metrics_of,
+    of_one_that_runs,
     once_whole,
     streams_under_way,
     two_workers,
@@ -255,17 +256,9 @@ async def test_a_worker_that_does_not_answer_is_named_where_its_requests_are_mis
         silent = workers_of(gateway)[0]
         os.kill(silent, signal.SIGSTOP)
         try:
-
-            async def of_the_other(path: str) -> Answer:
-                """What it says: some connections go to the one that is stopped."""
-                async with asyncio.timeout(PATIENCE):
-                    while True:
-                        with contextlib.suppress(TimeoutError):
-                            return await ask(url + path, seconds=5)
-
-            listed = await of_the_other("/requests")
+            listed = await beside_a_stopped_one(f"{url}/requests")
             assert listed.json["workers"] in ({"answered": 1, "missing": [1]}, {"answered": 1, "missing": [2]})
-            refusal = await of_the_other("/requests/none")
+            refusal = await of_one_that_runs(f"{url}/requests/none")
             assert (refusal.status, "Not all workers answered" in refusal.error["message"]) == (404, True)
         finally:
             os.kill(silent, signal.SIGCONT)

@@ -10,6 +10,7 @@ import aiohttp
 from mock_model.serve import MockModel
 from testkit.completions import CHAT, CHAT_PATH, prompt
 from testkit.exposition import Exposition
+from testkit.http import Answer, ask
 from testkit.polling import until
 from testkit.ports import free_port
 from testkit.process_table import children_of
@@ -101,6 +102,25 @@ async def chat(url: str, body: dict[str, Any] = CHAT) -> int:
     async with aiohttp.request("POST", url + CHAT_PATH, json=body) as answer:
         await answer.read()
         return answer.status
+
+
+async def beside_a_stopped_one(url: str) -> Answer:
+    """What is said of all workers while one is stopped, by the other, as soon as it has given its part in time."""
+    return await once_whole(lambda: of_one_that_runs(url), lambda answer: bool(answer.json["workers"]["missing"]))
+
+
+async def of_one_that_runs(url: str) -> Answer:
+    """The first answer to the same call on 16 connections: those that go to a worker that is stopped get none.
+
+    One after another would take too long where several do: a worker that is stopped is killed after half a minute.
+    """
+    calls = [asyncio.create_task(ask(url, seconds=PATIENCE)) for _ in range(16)]
+    try:
+        return await next(asyncio.as_completed(calls))
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def health_of(url: str) -> dict[str, Any]:
