@@ -226,7 +226,7 @@ async def test_a_backend_whose_probes_are_late_and_whose_prompts_succeed_is_not_
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
     mock.set_faults([{"kind": "status", "with": {"status": 503}, "match": {"path": "/health"}}])
-    gateway = await start_gateway(mock, gateway_probe_interval=0.05)
+    gateway = await start_gateway(mock, gateway_probe_interval=0.5)  # three more that fail say "down" again
     replica = gateway.parts.pool.replicas[0]
     await until(lambda: replica.status == "down")
     answer = await get(gateway, "/health")

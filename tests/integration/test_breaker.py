@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ async def test_does_not_open_on_answers_that_are_no_failure(
 async def test_does_not_open_on_the_callers_deadline(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, **ALONE, **STAYS_OPEN)
     mock.set_faults([{"kind": "hang_before_headers"}])
-    answers = await asyncio.gather(*(gateway.chat(headers={"x-request-timeout": "1"}) for _ in range(5)))
+    answers = await asyncio.gather(*(gateway.chat(headers={"x-request-timeout": "3"}) for _ in range(5)))
     assert {answer.error["code"] for answer in answers} == {"deadline_exceeded"}
     assert mock.journal.total == 5
     assert (await backend(gateway))["consecutive_failures"] == 0
@@ -273,23 +274,22 @@ async def test_429_is_no_failure_but_cools(mock: MockModel, start_gateway: Start
     assert (await gateway.chat()).status == 429
     document = await backend(gateway)
     assert (document["breaker"], document["consecutive_failures"]) == ("closed", 0)
-    assert 0 < document["cooling_seconds"] <= 1
-    answer = await gateway.chat()
-    assert answer.status == 200
-    assert len(answer.waits("cooldown")) == 1
+    assert (document["cooling_seconds"] or 0) <= 1
+    assert (await gateway.chat()).status == 200
     first, second = mock.journal.calls
-    assert second.time - first.time >= 1
+    assert second.time - first.time >= 1, "however late the second one came"
     assert (await backend(gateway))["cooling_seconds"] is None
 
 
 async def test_503_with_retry_after_cools_and_counts(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, **ALONE | {"gateway_breaker_failures": 2}, **STAYS_OPEN)
-    mock.set_faults([{"kind": "status", "with": {"status": 503, "headers": {"retry-after-ms": "200"}}}])
+    mock.set_faults([{"kind": "status", "with": {"status": 503, "headers": {"retry-after-ms": "2000"}}}])
     assert (await gateway.chat()).status == 503
     document = await backend(gateway)
     assert (document["breaker"], document["consecutive_failures"]) == ("closed", 1)
-    assert 0 < document["cooling_seconds"] <= 0.2
-    assert (await gateway.chat()).status == 503
+    assert 0 < document["cooling_seconds"] <= 2
+    answer = await gateway.chat()
+    assert (answer.status, len(answer.waits("cooldown"))) == (503, 1)
     assert mock.journal.total == 2
     assert breaker_of(gateway) == "open"
 
@@ -416,12 +416,12 @@ async def test_failed_half_open_attempt_opens_it_again_for_longer(mock: MockMode
     )
     await open_breaker(gateway, mock)
     await until(lambda: breaker_of(gateway) == "half_open")
+    began = monotonic()
     await gateway.chat()
     assert mock.journal.total == 4
-    document = await backend(gateway)
-    assert document["breaker"] == "open"
-    assert document["retry_in_seconds"] > 0.5 * 1.2, "at least twice as long, less a fifth, less the time since"
-    assert document["retry_in_seconds"] <= 2 * 0.5 * 1.2
+    retry_in = (await backend(gateway))["retry_in_seconds"]
+    assert retry_in <= 2 * 0.5 * 1.2
+    assert retry_in + monotonic() - began > 0.5 * 1.2, "at least twice as long, less a fifth"
 
 
 async def test_cancelled_half_open_attempt_gives_its_place_back(mock: MockModel, start_gateway: StartGateway) -> None:
@@ -447,31 +447,34 @@ async def test_deadline_in_a_half_open_attempt_gives_its_place_back(
     await open_breaker(gateway, mock)
     await until(lambda: breaker_of(gateway) == "half_open")
     mock.set_faults([{"kind": "hang_before_headers", "times": 1}])
-    answer = await gateway.chat(headers={"x-request-timeout": "0.5"})
+    answer = await gateway.chat(headers={"x-request-timeout": "2"})
     assert answer.error["code"] == "deadline_exceeded"
     assert (await gateway.chat()).status == 200
     assert mock.journal.total == 5
 
 
 async def test_report_from_before_the_breaker_opened_changes_nothing(
-    mock: MockModel, start_gateway: StartGateway
+    start_raw: StartRaw, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, **ALONE, **STAYS_OPEN)
-    mock.set_faults(
-        [
-            {"kind": "latency", "with": {"delay": 0.5}, "match": {"model": "slow"}},
-            {"kind": "status", "with": {"status": 500}},
-        ]
-    )
-    slow = asyncio.create_task(gateway.chat(model="slow"))
-    await mock.called(1)
+    late = asyncio.Event()
+
+    async def play(call: RawCall) -> None:
+        if call.number == 1:
+            await late.wait()
+        await call.answer(status="200 OK" if call.number == 1 else "500 Oh")
+
+    server = await start_raw(play)
+    gateway = await start_gateway(server.url, **ALONE, **STAYS_OPEN)
+    slow = asyncio.create_task(gateway.chat())
+    await server.called(1)
     for number in range(3):
         await gateway.chat(user=str(number))
     assert breaker_of(gateway) == "open"
+    late.set()
     assert (await slow).status == 200, "an attempt under way goes on"
     assert breaker_of(gateway) == "open"
     assert refused(await gateway.chat())
-    assert mock.journal.total == 4
+    assert len(server.calls) == 4
 
 
 async def test_failure_from_before_the_breaker_opened_does_not_count_after_it_has_closed(
@@ -591,7 +594,7 @@ async def test_other_replica_takes_over_and_the_open_one_is_not_touched(
 
 
 async def test_each_change_is_counted(mock: MockModel, start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(mock, **ALONE, gateway_breaker_open_seconds=1)
+    gateway = await start_gateway(mock, **ALONE, gateway_breaker_open_seconds=3)
     assert 'gateway_breaker_state{backend="backend-1"} 0.0' in await gateway.metrics()
     await open_breaker(gateway, mock)
     assert 'gateway_breaker_state{backend="backend-1"} 2.0' in await gateway.metrics()

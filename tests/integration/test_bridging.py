@@ -83,7 +83,7 @@ async def test_refused_connections_are_bridged_until_the_backend_is_back(
     async with Stopwatch() as watch:
         answer = await asking
     assert answer.status == 200
-    assert watch.within(1), "the interval of trials is never longer"
+    assert watch.within(1 + 0.5), f"the interval of trials is never longer than a second: {watch}"
     assert mock.journal.total == 1
     assert await bridged(gateway) == {"answered": 1}
 
@@ -223,17 +223,17 @@ async def test_nobody_waits_where_another_replica_can_answer(
 async def test_an_outage_that_lasts_gives_errors_at_once_after_its_first_seconds(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(mock, **BRIDGES | {"gateway_outage_wait": 1, "gateway_breaker_failures": 100})
+    gateway = await start_gateway(mock, **BRIDGES | {"gateway_outage_wait": 4, "gateway_breaker_failures": 100})
     mock.set_faults([status(503)])
     async with Stopwatch() as watch:
         answer = await gateway.chat()
     assert (answer.status, answer.error["code"]) == (503, "mock_503"), "the last attempt's failure"
     assert answer.headers["x-should-retry"] == "false"
-    assert watch.took >= 0.9
-    assert watch.within(1 + 1), watch
+    assert watch.took >= 3.9
+    assert watch.within(4 + 1), watch
     asked = mock.journal.total
     assert asked == answer.attempts
-    assert 4 <= asked <= 3 + 3, "trials at 0.25 s, then doubling"
+    assert 4 <= asked <= 3 + 6, "trials at 0.25 s, then doubling"
     async with Stopwatch() as watch:
         at_last = await gateway.chat(user="later")
     assert at_last.status == 503
@@ -379,8 +379,8 @@ async def test_the_deadline_ends_a_wait(mock: MockModel, start_gateway: StartGat
     gateway = await start_gateway(mock, **BRIDGES, gateway_connect_timeout=0.1)
     mock.set_faults([status(503)])
     async with Stopwatch() as watch:
-        answer = await gateway.chat(headers={"x-request-timeout": "0.8"})
-    assert watch.within(0.8 + 0.1), watch
+        answer = await gateway.chat(headers={"x-request-timeout": "3"})
+    assert watch.within(3 + 0.1), watch
     assert (answer.status, answer.error["code"]) == (503, "mock_503"), "what the last attempt met"
     assert answer.attempts == mock.journal.total
     assert await bridged(gateway) == {"failed": 1}

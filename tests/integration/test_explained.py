@@ -182,7 +182,7 @@ async def test_a_failure_that_is_not_tried_again(
 async def test_the_deadline(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock)
     mock.set_faults([HANG])
-    answer = await gateway.chat(headers={"x-request-timeout": "1"})
+    answer = await gateway.chat(headers={"x-request-timeout": "3"})
     assert answer.error["code"] == "deadline_exceeded"
     assert_explained(answer, [("attempt-1", "backend-1 deadline_exceeded")], backend=None)
 

@@ -404,7 +404,7 @@ async def test_no_fallback_after_commit(
     config = write_config({"first": first.url, "second": second.url}, {"*": ["first", "second"]})
     gateway = await start_gateway(gateway_config=config)
     first.set_faults([{"kind": "stall", "with": {"after_events": 4}}])
-    answer = await gateway.chat(stream=True, headers={"x-request-timeout": "0.5"})
+    answer = await gateway.chat(stream=True, headers={"x-request-timeout": "2"})
     assert Events(answer.body).only_error()["code"] == "deadline_exceeded"
     first.set_faults([{"kind": "cut", "with": {"after_events": 4, "how": "end"}}])
     answer = await gateway.chat(stream=True)

@@ -309,7 +309,7 @@ async def test_the_gateway_tries_again_waits_and_tells(
     again = await gateway.chat()
     assert (again.status, again.attempts) == (200, 2)
 
-    await control(proxy, "PUT", fault("refuse", seconds=1))
+    await control(proxy, "PUT", fault("refuse", seconds=3))
     waited = await gateway.chat(stream=True)
     assert (waited.status, Events(waited.body).done) == (200, 1)
     assert waited.waits("bridging")

@@ -38,11 +38,10 @@ class Wire:
         """The next answer, whole."""
         status, headers = await self.head()
         low = {name.lower(): value for name, value in headers.items()}
-        async with asyncio.timeout(PATIENCE):
-            if low.get("transfer-encoding") == "chunked":
-                body = await self._chunks()
-            else:
-                body = await self._reader.readexactly(int(low["content-length"]))
+        if low.get("transfer-encoding") == "chunked":
+            body = await self._chunks()
+        else:
+            body = await self.some(int(low["content-length"]))
         return Answer(status, headers, body)
 
     async def some(self, size: int) -> bytes:
@@ -72,8 +71,7 @@ class Wire:
 
     async def rest_of_chunks(self) -> bytes:
         """The body of a chunked answer whose head has been read."""
-        async with asyncio.timeout(PATIENCE):
-            return await self._chunks()
+        return await self._chunks()
 
     def leave(self) -> None:
         """Close at once."""
@@ -85,11 +83,16 @@ class Wire:
 
     async def _chunks(self) -> bytes:
         pieces = []
-        while size := int(await self._reader.readuntil(b"\r\n"), 16):
-            pieces.append(await self._reader.readexactly(size))
-            assert await self._reader.readexactly(2) == b"\r\n"
-        assert await self._reader.readexactly(2) == b"\r\n"
+        while piece := await self._chunk():
+            pieces.append(piece)
         return b"".join(pieces)
+
+    async def _chunk(self) -> bytes:
+        async with asyncio.timeout(PATIENCE):  # for each: a large body takes a busy machine long
+            size = int(await self._reader.readuntil(b"\r\n"), 16)
+            piece = await self._reader.readexactly(size)
+            assert await self._reader.readexactly(2) == b"\r\n"
+        return piece
 
 
 @asynccontextmanager
