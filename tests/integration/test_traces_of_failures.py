@@ -55,15 +55,18 @@ async def test_a_retry_after_is_on_the_attempt_that_got_it_and_the_wait_on_the_n
     )
     _, trace = await stack.chat()
 
-    first, second = (span.attributes for span in trace.attempts)
+    before, after = trace.attempts
+    first, second = before.attributes, after.attributes
     assert first["gateway.retry_after_seconds"] == pytest.approx(0.07)
     assert first["gateway.decision"] == "waited: cooldown"
     assert "gateway.backoff_seconds" not in second
     (cooldown,) = trace.server.events_named("gateway.cooldown")
-    assert cooldown == {"gateway.backend": "backend-1", "gateway.cooldown_seconds": pytest.approx(0.07, abs=0.01)}
+    assert 0 < cooldown.pop("gateway.cooldown_seconds") <= 0.07, "what was left of it when the attempt had ended"
+    assert cooldown == {"gateway.backend": "backend-1"}
     (waited,) = trace.server.events_named("gateway.waited")
     assert (waited["gateway.wait"], waited["gateway.backend"]) == ("cooldown", "backend")
-    assert waited["gateway.wait_seconds"] >= 0.06
+    assert waited["gateway.wait_seconds"] > 0
+    assert after.start - before.start >= 0.07e9
 
 
 async def test_the_last_failure_says_why_nothing_followed(start_stack: StartStack) -> None:
