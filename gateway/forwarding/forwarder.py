@@ -187,8 +187,7 @@ class Forwarder:
         """Take a place for the first attempt at a target; None, noted, when it has none to give."""
         model = target.model or call.model
         home = target.home
-        somebody_waits = home.bridging.queue or home.outage.is_tried  # who makes the trial is not in the queue
-        if home.full.queue or (somebody_waits and home.outage.holds_newcomers):  # behind those who wait already
+        if home.full.queue or (home.bridging.queue and home.outage.holds_newcomers):  # behind those who wait already
             call.record.skip_target(target.backend, "full" if home.full.queue else "bridging", self._clock())
             return None
         last = partial(_comes_last, call, model) if len(target.replicas) > 1 else None

@@ -99,26 +99,6 @@ def test_those_who_wait_are_released_in_order() -> None:
     run(story)
 
 
-def test_who_comes_while_the_only_one_that_waited_makes_its_trial_waits_as_well() -> None:
-    def serve(at: float, _body: bytes) -> tuple[float, BackendError | None]:
-        return (0.2 if at > 0.2 else 0.001, OUTAGES["503"]()) if at < 1 else (0.05, None)
-
-    async def story(clock: Clock) -> None:
-        scene = Scene(clock, {"a-1": serve}, gateway_backoff_initial=0)
-        first = asyncio.create_task(scene.send(prompt(0)))
-        await asyncio.sleep(0.3)
-        before = len(scene.calls)
-        assert scene.calls[-1][0] < 0.3 < scene.calls[-1][0] + 0.2, "its trial is under way"
-        others = [asyncio.create_task(scene.send(prompt(number))) for number in range(1, 30)]
-        await asyncio.sleep(0.6)
-        assert len(scene.calls) <= before + 1, "a trial, and no attempt of each"
-        await asyncio.gather(first, *others)
-        assert not scene.failed
-        assert max(each.began + each.seconds for each in scene.ended) < 3
-
-    run(story)
-
-
 def test_an_outage_that_lasts_gives_errors_at_once_after_its_first_five_seconds() -> None:
     async def story(clock: Clock) -> None:
         scene = Scene(clock, {"a-1": out("503", until=1e9)})
