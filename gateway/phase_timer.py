@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from gateway.errors import GatewayError
-
 LAST_LOOK = 0.005
 """Seconds after a timer has come due in which the loop reads what has arrived: a phase that it ends is in time."""
 
@@ -34,7 +32,7 @@ class PhaseTimer:
 
     Raises (at the end of the block):
         DeadlineExceeded: the hard end came.
-        GatewayError: what `late` returned for the phase that took too long.
+        Exception: what `late` returned for the phase that took too long.
     """
 
     __slots__ = (
@@ -63,14 +61,14 @@ class PhaseTimer:
         self._end = end
         self._end_message = end_message
         self._began = self._seconds = 0.0
-        self._late: Callable[[], GatewayError] | None = None
+        self._late: Callable[[], Exception] | None = None
         self._ran_out = False
         self._handle: asyncio.Handle | None = None
         self._armed_for = math.inf
         self._task: asyncio.Task[object]
         self._cancelling = 0
 
-    def limit(self, seconds: float, late: "Callable[[], GatewayError]", *, began: float | None = None) -> None:
+    def limit(self, seconds: float, late: "Callable[[], Exception]", *, began: float | None = None) -> None:
         """Begin a phase, or set the limit of the one that goes on.
 
         Args:

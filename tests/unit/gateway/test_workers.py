@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Any, cast
 
 import pytest
@@ -93,6 +94,19 @@ async def test_a_question_ends_with_the_other_process_with_its_failure_and_with_
     answering.close()
     with pytest.raises(NoAnswer, match="ended"):
         await waiting
+
+
+async def test_time_in_which_this_process_stood_still_is_none_that_the_other_has_taken() -> None:
+    """Both are one process here, so that none of them runs; the answer comes after the time for it."""
+
+    async def answer(_what: str, _data: object) -> str:
+        time.sleep(0.5)  # noqa: ASYNC251 - the loop is to stand still
+        return "here it is"
+
+    asking, answering = await _pair(_nothing, answer)
+    await asyncio.sleep(0.2)  # the loop runs
+    assert await asking.ask("waits", timeout=0.3) == "here it is"
+    answering.close()
 
 
 class _Process:
