@@ -111,7 +111,7 @@ class Parent:
             loop.add_signal_handler(number, self._stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         _log.info("gateway %s runs %d workers on port %d", __version__, self._count, self._port)
-        beside = [loop.create_task(self._whole.watch()), loop.create_task(self._bury())]
+        beside = [loop.create_task(self._whole.watch()), loop.create_task(self._bury_again_and_again())]
         await asyncio.gather(*map(self._keep_alive, self.children))
         for task in beside:
             task.cancel()
@@ -206,17 +206,21 @@ class Parent:
             return 0
         return code if code >= 0 else BY_SIGNAL - code
 
-    async def _bury(self) -> None:
-        """Wait, now and then, for processes that dead workers have left to this one, the first of a container.
-
-        They may end long after their worker, and one of its own hides those that ended after it.
-        """
+    async def _bury_again_and_again(self) -> None:
         while True:
             await asyncio.sleep(BURIED_EVERY)
-            own = {child.process.pid for child in self.children if child.process is not None}
-            with suppress(ChildProcessError):
-                while not self._starting and (ended := _somebody_who_ended()) and ended not in own:
-                    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOHANG)
+            if not self._starting:  # else there may be a worker that is not known yet
+                self._bury()
+
+    def _bury(self) -> None:
+        """Wait for processes that dead workers have left to this one, which is the first of a container.
+
+        They may end long after their worker, and one of its own that has ended hides those behind it for a while.
+        """
+        own = {child.process.pid for child in self.children if child.process is not None}
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+                os.waitid(os.P_PID, ended.si_pid, os.WEXITED | os.WNOHANG)
 
     async def _answer_to(self, child: Child, handing: socket.socket, what: str, data: Any) -> Any:  # noqa: ANN401 - JSON
         if what == "sockets":
@@ -259,9 +263,3 @@ class Parent:
             child.send(signal.SIGHUP)
         self._tell_others(child, ["joined", child.number])
         return self._sharing.first(child), self._whole.generation
-
-
-def _somebody_who_ended() -> int | None:
-    """Return the id of a child that nobody has waited for. Raises: ChildProcessError, there is no child."""
-    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return ended.si_pid if ended is not None else None

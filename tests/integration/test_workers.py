@@ -27,6 +27,7 @@ from tests.integration.workers import (
     chat,
     health_of,
     metrics_of,
+    metrics_text_of,
     once_whole,
     streams_under_way,
     two_workers,
@@ -55,9 +56,7 @@ async def test_whichever_worker_is_asked_it_speaks_for_all() -> None:
             assert (await metrics_of(url)).value("gateway_requests_total", outcome="ok", route=CHAT_PATH) == 20
             await asyncio.sleep(0.3)
         assert len(model.journal.calls) == 20
-        accept = {"accept": "application/openmetrics-text"}
-        async with aiohttp.request("GET", f"{url}/metrics", headers=accept) as answer:
-            text = await answer.text()
+        text = await metrics_text_of(url, accept="application/openmetrics-text")
         assert text.endswith("# EOF\n")
         assert text.count("# TYPE gateway_requests ") == 1
         gauges = set(re.findall("# TYPE (.*) gauge", text))
