@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 
 from gateway.errors import DeadlineExceeded
@@ -145,3 +147,11 @@ class PhaseTimer:
     def _check_after_readers(self, looked_for: float) -> None:
         """Check when those have run who wait for what the loop has just read."""
         self._handle = self._loop.call_soon(self._check, looked_for)
+
+
+async def ended_within(seconds: float, task: "asyncio.Task[None]") -> None:
+    """Wait for the end of a task, at most for so many seconds in which the loop ran; after them it goes on."""
+    timer = PhaseTimer(monotonic, math.inf)
+    timer.limit(seconds, TimeoutError)
+    with suppress(TimeoutError), timer:
+        await asyncio.wait([task])
