@@ -1,6 +1,7 @@
 """Gateways of several workers, as programs."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -74,11 +75,13 @@ async def metrics_of(url: str) -> Exposition:
 
 
 async def metrics_text_of(url: str, **headers: str) -> str:
-    """The page of metrics of all workers."""
-    answer = await once_whole(
-        lambda: ask(f"{url}/metrics", headers=headers, seconds=PATIENCE),
-        lambda answer: answer.status == 200 and b'gateway_workers{state="missing"} 0.0' in answer.body,
-    )
+    """The page of metrics of all workers, or of the only process there is."""
+
+    def is_of_all(answer: Answer) -> bool:
+        missing = re.search(rb'gateway_workers{state="missing"} (\d+)', answer.body)
+        return answer.status == 200 and (missing is None or not int(missing[1]))
+
+    answer = await once_whole(lambda: ask(f"{url}/metrics", headers=headers, seconds=PATIENCE), is_of_all)
     return answer.body.decode()
 
 
