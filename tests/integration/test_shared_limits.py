@@ -290,7 +290,7 @@ async def test_without_the_store_each_goes_on_with_its_share_and_all_comes_back(
     mock: MockModel, limits_server: LimitsServer, start: Start, trouble: str
 ) -> None:
     store = limits_server
-    gateways = await start(mock, store, 2, "requests_per_day: 100", gateway_queue_timeout=1)
+    gateways = await start(mock, store, 2, "requests_per_day: 100", gateway_queue_timeout=20)
     await is_said(gateways[0], "ok")
     for gateway in gateways:
         for _ in range(10):
@@ -389,7 +389,7 @@ async def test_an_instance_that_never_reached_the_store_uses_a_part_of_each_limi
 ) -> None:
     await store.kill()
     gateways = await start(
-        mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=1, gateway_limits_fallback_share=0.2
+        mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=20, gateway_limits_fallback_share=0.2
     )
     for gateway in gateways:
         await is_said(gateway, "degraded")
