@@ -179,8 +179,7 @@ async def test_metrics_flow_again_when_the_collector_is_back(
     await until(lambda: telemetry.status == "degraded")
     await collector.start()
     await until(lambda: telemetry.status == "ok")
-
-    assert latest(collector, "gateway_requests_total") == [10], "nothing that was counted is missing"
+    await until(lambda: latest(collector, "gateway_requests_total") == [10], "nothing that was counted is missing")
 
 
 async def test_a_failed_export_is_soon_followed_by_another(
