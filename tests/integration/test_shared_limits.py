@@ -247,10 +247,12 @@ async def slow_before(store: LimitsServer, seconds: float) -> AsyncIterator[str]
     pipes: set[asyncio.Task[None]] = set()
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause: float) -> None:
-        while data := await reader.read(65_536):
-            await asyncio.sleep(pause)
-            writer.write(data)
-        writer.close()
+        try:
+            while data := await reader.read(65_536):
+                await asyncio.sleep(pause)
+                writer.write(data)
+        finally:
+            writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", store.port)
