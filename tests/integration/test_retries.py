@@ -426,7 +426,7 @@ async def test_retry_after_is_waited_for(
 
 async def test_retry_after_as_a_date(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock, **QUICK)
-    date = (datetime.now(UTC) + timedelta(seconds=2)).replace(microsecond=0)
+    date = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
     mock.set_faults([{**status(503, retry_after=format_datetime(date, usegmt=True)), "times": 1}])
     answer = await gateway.chat()
     assert answer.status == 200

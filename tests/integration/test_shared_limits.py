@@ -42,6 +42,7 @@ Start = Callable[..., Any]
 def store(limits_server: LimitsServer, monkeypatch: pytest.MonkeyPatch) -> LimitsServer:
     """A running store that is never given up for its slowness, which may be this machine's."""
     monkeypatch.setattr("gateway.valkey.TIMEOUT", PATIENCE)
+    monkeypatch.setattr("gateway.limits_store.LAST", PATIENCE)
     return limits_server
 
 
