@@ -287,7 +287,7 @@ async def test_without_the_store_each_goes_on_with_its_share_and_all_comes_back(
     mock: MockModel, limits_server: LimitsServer, start: Start, trouble: str
 ) -> None:
     store = limits_server
-    gateways = await start(mock, store, 2, "requests_per_day: 100", gateway_queue_timeout=1)
+    gateways = await start(mock, store, 2, "requests_per_day: 100", gateway_queue_timeout=10)
     await is_said(gateways[0], "ok")
     for gateway in gateways:
         for _ in range(10):
@@ -386,7 +386,7 @@ async def test_an_instance_that_never_reached_the_store_uses_a_part_of_each_limi
 ) -> None:
     await store.kill()
     gateways = await start(
-        mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=1, gateway_limits_fallback_share=0.2
+        mock, store, 2, "requests_per_day: 40", gateway_queue_timeout=10, gateway_limits_fallback_share=0.2
     )
     for gateway in gateways:
         await is_said(gateway, "degraded")
@@ -464,7 +464,7 @@ async def cluster(tmp_path: Path, store: LimitsServer) -> AsyncIterator[LimitsSe
 
 
 async def test_a_cluster_is_a_store_too(mock: MockModel, cluster: LimitsServer, start: Start) -> None:
-    gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=5)
+    gateways = await start(mock, cluster, 2, "requests_per_day: 40", gateway_queue_timeout=10)
     for gateway in gateways:
         await is_said(gateway, "ok")
     await ask_skewed(gateways, 60, 1)
