@@ -49,14 +49,15 @@ class Stopwatch:
             await self._task
 
     async def _look(self) -> None:
+        due = self.started + STEP  # this begins only when the block waits for the first time
         while True:
-            due = monotonic() + STEP
             try:
-                await asyncio.sleep(STEP)
+                await asyncio.sleep(due - monotonic())
             finally:
                 late = monotonic() - due
                 if late > FINE:
                     self.starved += late
+            due = monotonic() + STEP
 
     def __str__(self) -> str:
         return f"took {self.took:.3f} s, of which the machine was late for {self.starved:.3f} s"

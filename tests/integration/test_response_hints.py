@@ -130,16 +130,18 @@ class _Between:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         store_reader, store = await asyncio.open_connection(LOOPBACK, self._store)
         back = asyncio.create_task(self._pass_on(store_reader, writer))
-        with suppress(ConnectionError):
-            while data := await reader.read(65_536):
-                if self.nonsense:
-                    self.answered_nonsense += 1
-                    writer.write(self.nonsense)
-                else:
-                    store.write(data)
-        back.cancel()
-        writer.close()
-        store.close()
+        try:
+            with suppress(ConnectionError):
+                while data := await reader.read(65_536):
+                    if self.nonsense:
+                        self.answered_nonsense += 1
+                        writer.write(self.nonsense)
+                    else:
+                        store.write(data)
+        finally:
+            back.cancel()
+            writer.close()
+            store.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
