@@ -88,7 +88,7 @@ def test_one_that_begins_or_ends_is_no_stall(machine: Machine) -> None:
 
 
 def test_what_this_process_does_itself_does_not_keep_the_control_from_running() -> None:
-    """The lock of the interpreter changes hands. Where the machine lets nobody run meanwhile, this thread sees it too."""
+    """The interpreter's lock changes hands. Where the machine lets nobody run meanwhile, this thread sees it, too."""
     with Stalls() as stalls:
         began, looks = time.monotonic(), [time.monotonic()]
         while looks[-1] < began + 0.3:
