@@ -18,7 +18,7 @@ class Stalls:
 
     This one: a thread that sleeps wakes up late, however busy the others of the process are. Others: the run delay of
     their main threads, as Linux counts it. What a process does itself, however long it takes, is no stall, nor is a
-    stop by a signal.
+    stop by a signal. Spans that were found are known afterwards, too.
 
     Args:
         pids: Returns the ids of the others; those that have ended count for nothing.
@@ -51,7 +51,8 @@ class Stalls:
             aftermath: What was left undone is caught up with after a stall; the part of its length that is to count.
         """
         with self._lock:
-            self._look()
+            if not self._ending.is_set():
+                self._look()
             spans = sorted((begun, ended + aftermath * (ended - begun)) for begun, ended in self._found)
         seconds, reached = 0.0, start
         for begun, ended in spans:
