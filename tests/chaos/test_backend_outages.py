@@ -128,7 +128,7 @@ async def test_a_killed_backend_costs_nobody_more_than_an_error(start_arena: Sta
         arena,
         load.calls,
         recovery,
-        soon(arena, "/health says down", gone, gone + noticed, 1.5),
+        soon(arena.stalls, "/health says down", gone, gone + noticed, 1.5),
         all_good(undisturbed(arena, sent_between(load.calls, 0, killed - 1)), "callers before"),
         all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
         fails_as(load.calls, UNREACHABLE | CUT),

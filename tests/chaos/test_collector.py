@@ -110,8 +110,8 @@ async def test_a_dead_collector_costs_nothing_but_spans(start_arena: StartArena)
         load.calls,
         *verdicts,
         at_least("spans counted as lost", dropped, 1),
-        soon(arena, "spans come again", back, back + flow, 5),
-        soon(arena, "telemetry is ok again", back, back + well, 5),
+        soon(arena.stalls, "spans come again", back, back + flow, 5),
+        soon(arena.stalls, "telemetry is ok again", back, back + well, 5),
     )
 
 
@@ -141,8 +141,8 @@ async def test_a_hanging_collector_costs_nothing_but_spans(start_arena: StartAre
         load.calls,
         *await unnoticed(arena, load.calls, was, back),
         at_most("spans that came meanwhile", meanwhile, 0),
-        soon(arena, "spans come again", back, back + flow, 15),
-        soon(arena, "telemetry is ok again", back, back + well, 15),
+        soon(arena.stalls, "spans come again", back, back + flow, 15),
+        soon(arena.stalls, "telemetry is ok again", back, back + well, 15),
     )
 
 
@@ -164,5 +164,5 @@ async def test_a_hanging_collector_does_not_hold_up_the_stop(start_arena: StartA
         all_good(load.calls),
         Verdict("exit code", f"{code}", code == 0),
         at_most("spans that came", arena.collector.spans(), 0),
-        soon(arena, "it stops", told, stopped, 4),
+        soon(arena.stalls, "it stops", told, stopped, 4),
     )

@@ -50,9 +50,9 @@ async def test_a_gateway_that_is_told_to_stop_loses_nothing(start_arena: StartAr
         all_good(before, "callers before"),
         at_least("requests under way", under_way, 20),
         Verdict("new ones are told to come again", f"{kinds}", kinds == {(503, "gateway_draining", "1")}),
-        soon(arena, "/readyz says so", told, drained, 0.5),
+        soon(arena.stalls, "/readyz says so", told, drained, 0.5),
         Verdict("exit code", f"{code}", code == 0),
-        soon(arena, "it stops", told, stopped, 4),
+        soon(arena.stalls, "it stops", told, stopped, 4),
     )
 
 
@@ -84,7 +84,7 @@ async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(star
             begun <= kinds <= typed,
         ),
         Verdict("exit code", f"{code}", code == 0),
-        soon(arena, "it stops", told, stopped, 3),
+        soon(arena.stalls, "it stops", told, stopped, 3),
     )
 
 

@@ -38,7 +38,7 @@ async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(
     await nothing_is_lost(
         arena,
         load.calls,
-        soon(arena, "a probe is good again", back, probed, 3),
+        soon(arena.stalls, "a probe is good again", back, probed, 3),
         recovery,
         Verdict("the connect timer and then the breaker", f"{sorted(failures, key=str)}", failures == allowed),
         at_most("prompts that arrived", arrived, 0),
@@ -72,7 +72,7 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
     await nothing_is_lost(
         arena,
         load.calls,
-        soon(arena, "a probe is good again", back, probed, 3),
+        soon(arena.stalls, "a probe is good again", back, probed, 3),
         recovery,
         # An unstreamed answer that was being written when the bytes began to be lost stands still: the idle timer.
         Verdict(

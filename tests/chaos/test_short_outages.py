@@ -34,7 +34,7 @@ def released(arena: Arena, calls: Sequence[Call], since: float) -> list[Verdict]
     last = max(call.ended for call in waited)
     return [
         at_least("callers who waited", len(waited), 5),
-        soon(arena, "after the first good answer all who waited have theirs", first, last, 1 + ANSWER),
+        soon(arena.stalls, "after the first good answer all who waited have theirs", first, last, 1 + ANSWER),
     ]
 
 

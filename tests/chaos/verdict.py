@@ -11,6 +11,7 @@ from chaos.counts import Books
 from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
 from testkit.load import Call, Load, good, now, summary
+from testkit.stalls import Stalls
 
 StartArena = Callable[..., Awaitable[Arena]]
 RECOVERY = 1.0
@@ -55,15 +56,15 @@ async def recovers(arena: Arena, load: Load, since: float, within: float = RECOV
     """How long after `since` the first caller was answered; waits for it."""
     await load.until(lambda calls: bool(good(calls, since=since)), within + 20)
     answered = min(call.ended for call in good(load.calls, since=since))
-    return soon(arena, "the first good answer", since, answered, within)
+    return soon(arena.stalls, "the first good answer", since, answered, within)
 
 
-def soon(arena: Arena, promise: str, start: float, end: float, limit: float) -> Verdict:
+def soon(stalls: Stalls, promise: str, start: float, end: float, limit: float) -> Verdict:
     """Judge how long something took; seconds in which the machine kept one of us from running are told, not counted.
 
     They are measured in the same run, with a control that only sleeps (`Stalls`): on a machine that runs, all count.
     """
-    seconds, stalled = end - start, arena.stalls.within(start, end)
+    seconds, stalled = end - start, stalls.within(start, end)
     told = f", {stalled:.3f} s of it stalls of the machine" if stalled else ""
     return Verdict(f"{promise} within {limit:g} s", f"{seconds:.3f} s{told}", seconds - stalled <= limit)
 

@@ -56,7 +56,7 @@ async def test_what_is_soon_is_so_by_the_time_in_which_the_machine_ran(
     kept: bool,  # noqa: FBT001
     measured: str,
 ) -> None:
-    verdict = soon(Scene(*stalls).arena, "it is back", NOW, NOW + 1.5, 1.0)
+    verdict = soon(Scene(*stalls).stalls, "it is back", NOW, NOW + 1.5, 1.0)
     assert (verdict.promise, verdict.measured, verdict.kept) == ("it is back within 1 s", measured, kept)
     load = Sent(call(0.2, 0.1, outcome="backend_unavailable"), call(0.1, 1.9), call(0.4, 1.1), call(-1, 0.5))
     recovery = await recovers(Scene(*stalls).arena, cast("Load", load), NOW)
