@@ -120,7 +120,7 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
         arena,
         calls,
         at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.6),
-        fails_as(calls, {(429, "backend_error"), (429, "backend_rate_limited")}),
+        fails_as(undisturbed(arena, calls), {(429, "backend_error"), (429, "backend_rate_limited")}),
         Verdict("each with Retry-After", f"{len(told)} of {len(limited)}", len(told) == len(limited)),
         attempts_at_most("attempts per request", calls, 1.2 + FLOOR / len(calls)),
         at_most("times the breaker opened", opened, 0),
