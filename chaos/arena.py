@@ -18,6 +18,7 @@ from testkit.load import Call, now
 from testkit.otlp import Sink
 from testkit.polling import PATIENCE, until
 from testkit.ports import LOOPBACK
+from testkit.stalls import Stalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,6 +77,9 @@ class Arena:
         named: whether the (one) replica is reached by a host name; see `resolve`.
         collected: whether the gateways send their spans to a `Sink`.
         limits: of the one key, `KEY`, that a store shares; none: there is neither.
+
+    Attributes:
+        stalls: when the machine kept this process, a gateway, a replica or a load from running.
     """
 
     def __init__(
@@ -109,6 +113,8 @@ class Arena:
         self.collector: Sink
         self.store: LimitsServer
         self._before: list[Vitals] = []
+        self._loads: list[Load] = []
+        self.stalls = Stalls(self._pids)
 
     @property
     def mock(self) -> Mock:
@@ -146,7 +152,9 @@ class Arena:
             "mock_seed": int(self._mock_env["MOCK_SEED"]),
             "mock_tokens": int(self._mock_env["MOCK_TOKENS"]),
         }
-        return Load(Plan(rate=rate, seed=self.seed, **(fields | plan)), on_call=on_call)
+        load = Load(Plan(rate=rate, seed=self.seed, **(fields | plan)), on_call=on_call)
+        self._loads.append(load)
+        return load
 
     def resolve(self, address: str | None) -> None:
         """Let the host name of the backend resolve to an address; None: to nothing."""
@@ -233,8 +241,13 @@ class Arena:
             if now_ > was + SLACK
         ]
 
+    def _pids(self) -> list[int]:
+        processes = [process.pid for process in (*self.gateways, *self.mocks) if process.running]
+        return processes + [load.pid for load in self._loads if load.pid]
+
     async def _start(self) -> None:
         stack = self._stack
+        stack.enter_context(self.stalls)
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         mocks, gateways = self._numbers
         await asyncio.gather(*(self.add_mock() for _ in range(mocks)))

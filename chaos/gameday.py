@@ -114,6 +114,7 @@ async def _play(played: Played, stage: "Stage", session: aiohttp.ClientSession, 
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
     findings.arrivals = stage.arrivals()
+    findings.stalled = lambda start, end: stage.stalled(findings.began + start, findings.began + end)
     played.verdicts = [
         *(_judge(promise, findings, steady.seconds) for promise in experiment.promises),
         *played.verdicts,

@@ -41,6 +41,7 @@ class Findings:
         marks: What was done, and when, in seconds since time zero.
         revivals: When a backend that was started or thawed answered its own health probe, in seconds since time zero.
         arrivals: The request ids of the prompts that came to each backend by its own journal, by its url.
+        stalled: Returns for how many seconds of a span (since time zero) the machine kept the stage from running.
     """
 
     began: float
@@ -49,6 +50,12 @@ class Findings:
     marks: list[tuple[float, str]] = field(default_factory=list)
     revivals: list[float] = field(default_factory=list)
     arrivals: dict[str, list[str]] = field(default_factory=dict)
+    stalled: Callable[[float, float], float] = lambda _start, _end: 0.0
+
+    def released(self, since: float, until: float) -> tuple[float, float] | None:
+        """Return when the first and the last of those ended that `waiting` finds."""
+        ends = [call.ended - self.began for call in self.waiting(since, until)]
+        return (ends[0], ends[-1]) if ends else None
 
     def sent(self, since: float, until: float) -> list[Call]:
         """Return the calls sent in that span (seconds since time zero)."""
@@ -126,9 +133,12 @@ def _recovery_past_open(findings: Findings, since: float, until: float) -> float
 
 
 def _release(findings: Findings, since: float, until: float) -> float | None:
-    """Return the seconds from the first good answer after `since` until all calls that waited for it have ended."""
-    waiting = findings.waiting(since, until)
-    return waiting[-1].ended - waiting[0].ended if waiting else None
+    """Return the seconds from the first good answer after `since` until all calls that waited for it have ended.
+
+    Those in which the machine stood still are not the gateway's.
+    """
+    span = findings.released(since, until)
+    return span[1] - span[0] - findings.stalled(*span) if span is not None else None
 
 
 def _attempts_per_request(findings: Findings, since: float, until: float) -> float | None:
@@ -199,6 +209,8 @@ def measured(name: str, findings: Findings, since: float, until: float) -> tuple
         text += f" (the longest took {max(call.seconds for call in calls):.2f} s)"
     elif name == "release_seconds":
         text += f" for {len(findings.waiting(since, until))}"
+        if stalled := findings.stalled(*(findings.released(since, until) or (0.0, 0.0))):
+            text += f" (not counted: {stalled:.3g} s in which the machine stood still)"
     elif name == "failed_attempts":
         text += f" of {sum(len(call.tries) for call in calls)}, for {len(calls)} calls"
     elif name in COUNTS:

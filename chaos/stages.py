@@ -58,6 +58,9 @@ class Stage(Protocol):
     def arrivals(self) -> dict[str, list[str]]:
         """Return the request ids of the prompts that came to each mock model, by its url; of those that are known."""
 
+    def stalled(self, start: float, end: float) -> float:
+        """Return for how many seconds of a span (of `time.monotonic`) the machine kept it from running; 0: unknown."""
+
     async def end(self) -> None:
         """Leave it as `begin` found it."""
 
@@ -139,6 +142,10 @@ class LocalStage:
         """Return the request ids of the prompts that came to each mock model, by its url."""
         return {mock.url: [str(entry["request_id"]) for entry in mock.arrivals()] for mock in self._arena.mocks}
 
+    def stalled(self, start: float, end: float) -> float:
+        """Return for how many seconds of a span the machine kept one of us from running."""
+        return self._arena.stalls.within(start, end)
+
 
 async def _do_to(store: LimitsServer, action: str) -> None:
     if action == "kill-store":
@@ -181,6 +188,10 @@ class RemoteStage:
     def arrivals(self) -> dict[str, list[str]]:
         """Return nothing: the journals of mock models that run already hold what others sent, too."""
         return {}
+
+    def stalled(self, _start: float, _end: float) -> float:
+        """Return 0: it may run on another machine."""
+        return 0.0
 
     async def do(self, step: "Step") -> None:
         """Do what the step says."""

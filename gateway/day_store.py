@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Protocol, Self
 
+from gateway.phase_timer import ended_within
 from gateway.policy.window import DAY, SLOTS
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class DayStore:
         if self._task is None:
             return
         self._stopping.set()
-        await asyncio.wait([self._task], timeout=LAST_SAVE)
+        await ended_within(LAST_SAVE, self._task)
 
     async def _keep(self) -> None:
         """Save once a second, and a last time."""

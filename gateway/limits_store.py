@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
+from gateway.phase_timer import ended_within
 from gateway.policy.allotment import INTERVAL, Allotment
 from gateway.policy.ledger import SETTLES, Answer
 from gateway.store import StoreError
@@ -113,7 +114,7 @@ class LimitsStore:
         if self._task is not None:
             self._stopping = True
             self._wake.set()
-            await asyncio.wait([self._task], timeout=LAST)
+            await ended_within(LAST, self._task)
             self._task.cancel()
         await self._store.close()
 

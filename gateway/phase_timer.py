@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 
 from gateway.errors import DeadlineExceeded
@@ -10,8 +12,6 @@ from gateway.stalls import stalled_since
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-
-    from gateway.errors import GatewayError
 
 LAST_LOOK = 0.005
 """Seconds after a timer has come due in which the loop reads what has arrived: a phase that it ends is in time."""
@@ -34,7 +34,7 @@ class PhaseTimer:
 
     Raises (at the end of the block):
         DeadlineExceeded: the hard end came.
-        GatewayError: what `late` returned for the phase that took too long.
+        Exception: what `late` returned for the phase that took too long.
     """
 
     __slots__ = (
@@ -63,14 +63,14 @@ class PhaseTimer:
         self._end = end
         self._end_message = end_message
         self._began = self._seconds = 0.0
-        self._late: Callable[[], GatewayError] | None = None
+        self._late: Callable[[], Exception] | None = None
         self._ran_out = False
         self._handle: asyncio.Handle | None = None
         self._armed_for = math.inf
         self._task: asyncio.Task[object]
         self._cancelling = 0
 
-    def limit(self, seconds: float, late: "Callable[[], GatewayError]", *, began: float | None = None) -> None:
+    def limit(self, seconds: float, late: "Callable[[], Exception]", *, began: float | None = None) -> None:
         """Begin a phase, or set the limit of the one that goes on.
 
         Args:
@@ -147,3 +147,11 @@ class PhaseTimer:
     def _check_after_readers(self, looked_for: float) -> None:
         """Check when those have run who wait for what the loop has just read."""
         self._handle = self._loop.call_soon(self._check, looked_for)
+
+
+async def ended_within(seconds: float, task: "asyncio.Task[None]") -> None:
+    """Wait for the end of a task, at most for so many seconds in which the loop ran; after them it goes on."""
+    timer = PhaseTimer(monotonic, math.inf)
+    timer.limit(seconds, TimeoutError)
+    with suppress(TimeoutError), timer:
+        await asyncio.wait([task])

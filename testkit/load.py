@@ -176,6 +176,11 @@ class Load:
                 self._reading.cancel()
 
     @property
+    def pid(self) -> int:
+        """Of the process that sends; 0 before it has begun."""
+        return self._worker.pid
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more is sent and every call has ended."""
         return self._reading.done()

@@ -7,16 +7,19 @@ from collections import deque
 from collections.abc import Iterator
 
 LOOPBACK = "127.0.0.1"
-FIRST, LAST = 10_000, 29_999
+PORTS = range(10_300, 25_000)
 """Below the ports that kernels give to outgoing connections, one of which could take a stopped process's place, and
-below those at which Kubernetes takes what goes to any address of its node, though nothing listens there."""
+below those at which Kubernetes takes what goes to any address of its node, though nothing listens there; above those of
+Kubernetes' own processes, which may just be starting."""
+CONTAINERS = range(25_000, 30_000)
+"""For containers, which listen minutes after their ports are chosen, while other tests run beside them."""
 _given: deque[int] = deque(maxlen=1000)
 
 
-def free_port() -> int:
+def free_port(among: range = PORTS) -> int:
     """Return a port on which nothing listens, and which was not returned just before: somebody will listen there."""
     while True:
-        port = random.randint(FIRST, LAST)
+        port = random.randint(among.start, among.stop - 1)
         if port in _given:
             continue
         with socket.socket() as probe:
@@ -36,6 +39,6 @@ def refusing_port() -> Iterator[int]:
         yield port
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, among: range = PORTS) -> list[int]:
     """Return several different ports on which nothing listens."""
-    return [free_port() for _ in range(count)]
+    return [free_port(among) for _ in range(count)]

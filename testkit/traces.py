@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import copy
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ GATEWAY = "gateway"
 BAR_WIDTH, NAME_WIDTH = 24, 46
 QUIET_SECONDS = 1.5
 """After which a trace with its root counts as whole, whatever may be missing."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at the traces: those are counted, so that a machine that stood still was not quiet."""
 MAX_TRACES = 2000
 """How many unfinished traces are kept: a load test leaves some."""
 
@@ -167,7 +168,7 @@ class Joiner:
 
     def __init__(self) -> None:
         self._open: dict[str, list[Span]] = {}
-        self._last: dict[str, float] = {}
+        self._quiet_looks: dict[str, int] = {}
         self._done: deque[str] = deque(maxlen=MAX_TRACES)
 
     def take(self, export: Export) -> None:
@@ -175,7 +176,7 @@ class Joiner:
         for span in read_spans(export.request):
             if span.trace_id not in self._done:
                 self._open.setdefault(span.trace_id, []).append(span)
-                self._last[span.trace_id] = time.monotonic()
+                self._quiet_looks[span.trace_id] = 0
         while len(self._open) > MAX_TRACES:
             self._close(next(iter(self._open)))
 
@@ -184,16 +185,17 @@ class Joiner:
         while True:
             for trace_id, spans in list(self._open.items()):
                 trace = Trace(spans)
-                quiet = time.monotonic() - self._last[trace_id] > QUIET_SECONDS
+                self._quiet_looks[trace_id] += 1
+                quiet = self._quiet_looks[trace_id] * LOOK_EVERY > QUIET_SECONDS
                 if trace.is_whole or (trace.has_root and quiet):
                     self._close(trace_id)
                     self._done.append(trace_id)
                     yield trace_id, trace
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(LOOK_EVERY)
 
     def _close(self, trace_id: str) -> None:
         self._open.pop(trace_id, None)
-        self._last.pop(trace_id, None)
+        self._quiet_looks.pop(trace_id, None)
 
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[Span]:

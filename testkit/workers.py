@@ -24,9 +24,13 @@ class Worker:
         module: What runs.
         order: What it is to do, without line ends.
         cores: The cores it may run on; None for all.
+
+    Attributes:
+        pid: Of its process; 0 before it has begun.
     """
 
     def __init__(self, module: str, order: bytes, *, cores: Collection[int] | None = None) -> None:
+        self.pid = 0
         self._module = module
         self._order = order
         self._cores = cores
@@ -37,6 +41,7 @@ class Worker:
         self._process = await spawn(
             python(self._module), env=env, stdin=PIPE, stdout=PIPE, cores=self._cores, limit=LONGEST_LINE
         )
+        self.pid = self._process.pid
         try:
             self._write(self._order + b"\n")
             await self._begun()

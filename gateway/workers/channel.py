@@ -7,8 +7,13 @@ A message is its length in 4 bytes, and JSON: `[number, what, data]` asks (numbe
 import asyncio
 import json
 import logging
+import math
 from itertools import count
+from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
+
+from gateway.phase_timer import PhaseTimer
+from gateway.stalls import stalls_of_loop
 
 if TYPE_CHECKING:
     import socket
@@ -49,6 +54,7 @@ class Channel(asyncio.Protocol):
 
     async def open(self, end: "socket.socket") -> None:
         """Use one end of a pair of sockets; it is closed with the channel."""
+        stalls_of_loop()  # time in which this process itself stood still is none that the other has taken
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
 
     def close(self) -> None:
@@ -57,16 +63,16 @@ class Channel(asyncio.Protocol):
             self._transport.abort()
 
     async def ask(self, what: str, data: Any = None, *, timeout: float) -> Any:  # noqa: ANN401, ASYNC109 - JSON; of one answer
-        """Return the answer to a question. Raises: NoAnswer, also after `timeout` seconds."""
+        """Return the answer to a question. Raises: NoAnswer, also after `timeout` seconds in which this process ran."""
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
             self._send(number, what, data)
-            async with asyncio.timeout(timeout):
+            timer = PhaseTimer(monotonic, math.inf)
+            timer.limit(timeout, lambda: NoAnswer(f"no answer within {timeout:g} s"))
+            with timer:
                 return await answer
-        except TimeoutError:
-            raise NoAnswer(f"no answer within {timeout:g} s") from None
         finally:
             del self._waiting[number]
 

@@ -29,6 +29,8 @@ BACK_WITHIN = 1.0
 """Seconds after a worker's death for which callers wait for the next one; then its place at the port is closed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before a worker that died is started anew: the first time, and at most; doubled each time."""
+BURIED_EVERY = 1.0
+"""Seconds between two looks for processes that dead workers have left behind, and that have ended."""
 LAST_REPORT = 1.0
 """Seconds in which what a worker said before its end is read."""
 HEALTHY_AFTER = 30.0
@@ -75,6 +77,7 @@ class Parent:
         self._stopping = asyncio.Event()
         self._code = 0
         self._has_served = False
+        self._starting = 0
         self.children: list[Child] = []
         self._sharing = Sharing(settings, self.children)
         self._ledgers = Ledgers(settings.gateway_state_dir if settings.gateway_limits_url is None else None)
@@ -108,9 +111,10 @@ class Parent:
             loop.add_signal_handler(number, self._stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         _log.info("gateway %s runs %d workers on port %d", __version__, self._count, self._port)
-        watching = loop.create_task(self._whole.watch())
+        beside = [loop.create_task(self._whole.watch()), loop.create_task(self._bury_again_and_again())]
         await asyncio.gather(*map(self._keep_alive, self.children))
-        watching.cancel()
+        for task in beside:
+            task.cancel()
 
     def _open_place(self) -> list[socket.socket]:
         return listening_sockets(self._host, self._port, shared=True)
@@ -171,6 +175,7 @@ class Parent:
             child.forget_in_flight()
             ends = its_questions.fileno(), its_handing.fileno(), child.count_descriptor
             arguments = (str(child.number), *map(str, ends))
+            self._starting += 1
             try:
                 child.process = await asyncio.create_subprocess_exec(
                     *self._command, *arguments, pass_fds=ends, process_group=0
@@ -178,6 +183,8 @@ class Parent:
             except BaseException:
                 questions.close()
                 raise
+            finally:
+                self._starting -= 1
             its_questions.close()
             its_handing.close()
             channel = child.channel = Channel(lambda what, data: self._answer_to(child, handing, what, data))
@@ -193,15 +200,23 @@ class Parent:
         channel.close()
         self._sharing.ended(child)
         self._ledgers.ended(child.number)
-        asyncio.get_running_loop().call_later(BACK_WITHIN, self._bury)
         if not self._stopping.is_set():
             self._whole.ended(child)
         if in_vain and self._has_served:
             return 0
         return code if code >= 0 else BY_SIGNAL - code
 
+    async def _bury_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(BURIED_EVERY)
+            if not self._starting:  # else there may be a worker that is not known yet
+                self._bury()
+
     def _bury(self) -> None:
-        """Wait for processes that dead workers have left to this one, which is the first of a container."""
+        """Wait for processes that dead workers have left to this one, which is the first of a container.
+
+        They may end long after their worker, and one of its own that has ended hides those behind it for a while.
+        """
         own = {child.process.pid for child in self.children if child.process is not None}
         with suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:

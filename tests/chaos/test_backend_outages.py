@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from chaos.arena import Arena
 from chaos.processes import Gateway
 from chaos.promises import (
     Verdict,
@@ -16,7 +17,16 @@ from chaos.promises import (
 )
 from testkit.http import ask
 from testkit.load import Call, good, now, sent_between, summary
-from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+from tests.chaos.verdict import (
+    UNHURRIED,
+    StartArena,
+    nothing_is_lost,
+    recovers,
+    seconds_in_gateway,
+    seconds_of_callers,
+    soon,
+    undisturbed,
+)
 
 RATE = 40.0
 LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
@@ -27,7 +37,7 @@ UNREACHABLE = {(502, "backend_connection_error"), (503, "backend_unavailable")}
 CUT = {(502, "backend_invalid_response"), (200, "backend_invalid_response")}
 """Answers and streams under way when their backend dies."""
 FLAPS, UP, DOWN = 6, 2.0, 2.0
-LASTING = {"GATEWAY_OUTAGE_WAIT": "1"}
+LASTING = {**UNHURRIED, "GATEWAY_OUTAGE_WAIT": "1"}
 """Outages of 3 s last longer than requests wait for their end; tests/chaos/test_short_outages.py has the others."""
 TRIAL = 1.2
 """Seconds after which a backend that is back has answered the next trial of an outage; there is one a second."""
@@ -67,19 +77,19 @@ async def open_for_more_than(seconds: float, gateway: Gateway) -> float:
             await asyncio.sleep(0.02)
 
 
-def refusals_are_fast(gateway: Gateway) -> Verdict:
+def refusals_are_fast(arena: Arena) -> Verdict:
     """Of requests that did not wait for the end of the outage.
 
     Measured in the gateway: on the way to the caller lies the machine.
     """
-    refused = [line for line in gateway.requests() if line["outcome"] == "backend_unavailable"]
-    seconds = [line["seconds"] for line in refused if "waits" not in line]
+    refused = [line for line in arena.gateway.requests() if line["outcome"] == "backend_unavailable"]
+    seconds = seconds_in_gateway(arena, [line for line in refused if "waits" not in line])
     return quantile_at_most("p99 of the refusals by an open breaker", seconds, 0.99, 0.05, " s")
 
 
-def failures_are_fast(calls: Sequence[Call]) -> Verdict:
+def failures_are_fast(arena: Arena, calls: Sequence[Call]) -> Verdict:
     """Of those who come when the first seconds of an outage, in which requests wait, are over."""
-    seconds = [call.seconds for call in calls if call.outcome != "ok"]
+    seconds = seconds_of_callers(arena, [call for call in calls if call.outcome != "ok"])
     return quantile_at_most("p99 of the failures after the first 5 s", seconds, 0.99, 0.5, " s")
 
 
@@ -107,23 +117,24 @@ async def test_a_killed_backend_costs_nobody_more_than_an_error(start_arena: Sta
         await asyncio.sleep(2)
         killed = now()
         await arena.mock.kill()
+        gone = now()
         noticed = await seconds_until_down(arena.gateway)
         await asyncio.sleep(3 - noticed)
         await arena.mock.start()
-        recovery = await recovers(load, now())
+        recovery = await recovers(arena, load, now())
         recovered = now()
         await asyncio.sleep(1.5)
     await nothing_is_lost(
         arena,
         load.calls,
         recovery,
-        at_most("/health says down after", noticed, 1.5, " s"),
-        all_good(sent_between(load.calls, 0, killed - 1), "callers before"),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
-        fails_as(load.calls, UNREACHABLE | CUT),
+        soon(arena.stalls, "/health says down", gone, gone + noticed, 1.5),
+        all_good(undisturbed(arena, sent_between(load.calls, 0, killed - 1)), "callers before"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
+        fails_as(undisturbed(arena, load.calls), UNREACHABLE | CUT),
         attempts_at_most("attempts per request while down", sent_between(load.calls, killed, killed + 3), 1.2),
         ended_by_one_event(load.calls, killed),
-        refusals_are_fast(arena.gateway),
+        refusals_are_fast(arena),
     )
 
 
@@ -133,7 +144,7 @@ async def test_a_backend_that_crashes_is_found_again(start_arena: StartArena) ->
     Attempts per request while it is gone <= 1.2; nobody fails but streams that have begun, with one error event; first
     success <= 1.2 s after it answers its probe: a trial a second; every answer in time and well-formed.
     """
-    arena = await start_arena()
+    arena = await start_arena(gateway=UNHURRIED)
     async with arena.load(RATE, deadline=PATIENT) as load:
         await asyncio.sleep(1)
         await arena.mock.faults({"kind": "crash"})
@@ -142,7 +153,7 @@ async def test_a_backend_that_crashes_is_found_again(start_arena: StartArena) ->
         await asyncio.sleep(1.5)
         await arena.mock.start()
         back = now()
-        recovery = await recovers(load, back, within=TRIAL)
+        recovery = await recovers(arena, load, back, within=TRIAL)
         await asyncio.sleep(1)
     await nothing_is_lost(
         arena,
@@ -159,7 +170,7 @@ async def test_three_restarts_in_a_row_are_each_recovered_from(start_arena: Star
     First success <= 1.2 s after each time the backend answers its probe: a trial a second; attempts per request while
     it is gone <= 1.2; 0 failures, since requests wait; every answer in time and well-formed.
     """
-    arena = await start_arena()
+    arena = await start_arena(gateway=UNHURRIED)
     recoveries, absences = [], []
     async with arena.load(RATE, deadline=PATIENT) as load:
         for _ in range(3):
@@ -170,7 +181,7 @@ async def test_three_restarts_in_a_row_are_each_recovered_from(start_arena: Star
             await arena.mock.start()
             back = now()
             absences.append((gone, back))
-            recoveries.append(await recovers(load, back, within=TRIAL))
+            recoveries.append(await recovers(arena, load, back, within=TRIAL))
         await asyncio.sleep(0.5)
     while_gone = [call for gone, back in absences for call in sent_between(load.calls, gone, back)]
     await nothing_is_lost(
@@ -195,16 +206,19 @@ async def test_a_frozen_backend_holds_nobody_beyond_the_deadline(start_arena: St
         arena.mock.freeze()
         await asyncio.sleep(4)
         arena.mock.thaw()
-        recovery = await recovers(load, now())
+        recovery = await recovers(arena, load, now())
         recovered = now()
         await asyncio.sleep(1.5)
     await nothing_is_lost(
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, {(504, "backend_timeout"), (200, "backend_timeout"), (503, "backend_unavailable")}),
+        fails_as(
+            undisturbed(arena, load.calls),
+            {(504, "backend_timeout"), (200, "backend_timeout"), (503, "backend_unavailable")},
+        ),
         ended_by_one_event(load.calls, frozen),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -221,16 +235,16 @@ async def test_a_backend_that_refuses_is_found_again(start_arena: StartArena) ->
         await arena.mock.faults({"kind": "refuse", "with": {"seconds": 3}, "times": 1})
         await asyncio.sleep(2)
         open_again = await arena.answers(arena.mock)
-        recovery = await recovers(load, open_again)
+        recovery = await recovers(arena, load, open_again)
         recovered = now()
         await asyncio.sleep(1)
     await nothing_is_lost(
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, UNREACHABLE),
+        fails_as(undisturbed(arena, load.calls), UNREACHABLE),
         attempts_at_most("attempts per request while refused", sent_between(load.calls, refused, open_again), 1.2),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -240,7 +254,7 @@ async def test_of_two_replicas_one_is_killed_and_nobody_sees_it(start_arena: Sta
     0 failures, but for streams already committed, of which there are some (an answer takes 0.42 s): one error event
     each.
     """
-    arena = await start_arena(mocks=2, mock=LONG)
+    arena = await start_arena(mocks=2, mock=LONG, gateway=UNHURRIED)
     async with arena.load(RATE, kinds=MIXED) as load:
         await asyncio.sleep(2)
         killed = now()
@@ -272,7 +286,7 @@ async def test_a_flapping_backend_gives_its_up_time(start_arena: StartArena) -> 
     the last 0.1 s; some 90 % is usual. The breaker opens once per flap and once for each open time (>= 0.8 s) that
     passes in it; every answer in time and well-formed.
     """
-    arena = await start_arena()
+    arena = await start_arena(gateway=UNHURRIED)
     ups: list[tuple[float, float, float]] = []
     recoveries = []
     openings = 0.0
@@ -285,13 +299,15 @@ async def test_a_flapping_backend_gives_its_up_time(start_arena: StartArena) -> 
             await arena.mock.start()
             up = now()
             openings += 1 + (up - down) / 0.8
-            recoveries.append(await recovers(load, up))
+            recoveries.append(await recovers(arena, load, up))
             recovered = min(call.ended for call in good(load.calls, since=up))
             await asyncio.sleep(up + UP - now())
             ups.append((up, recovered, now()))
     opened = (await arena.gateway.metrics()).value("gateway_breaker_transitions_total", to="open")
     while_up = [call for up, _, down in ups for call in sent_between(load.calls, up, down)]
-    while_well = [call for _, well, down in ups for call in sent_between(load.calls, well, down - LAST_CALLS)]
+    while_well = [
+        call for _, well, down in ups for call in undisturbed(arena, sent_between(load.calls, well, down - LAST_CALLS))
+    ]
     await nothing_is_lost(
         arena,
         load.calls,
@@ -309,7 +325,7 @@ async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(sta
     and nobody who comes after the first 5 s waits; first success within the open time then running + 1 s (its probe was
     good all the time, so that nothing but the open time can end it); 0 failures afterwards.
     """
-    arena = await start_arena()
+    arena = await start_arena(gateway=UNHURRIED)
     async with arena.load(RATE) as load:
         await asyncio.sleep(1)
         broken = now()
@@ -318,7 +334,7 @@ async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(sta
         open_for = await open_for_more_than(1, arena.gateway)  # no trial meets the end of the fault and opens it anew
         await arena.mock.faults()
         healed = now()
-        recovery = await recovers(load, healed, within=open_for + 1)
+        recovery = await recovers(arena, load, healed, within=open_for + 1)
         recovered = now()
         await asyncio.sleep(1)
     sent = sent_between(load.calls, broken, healed)
@@ -326,11 +342,11 @@ async def test_a_backend_that_answers_errors_is_asked_little_and_found_again(sta
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, {(503, "backend_error"), (503, "backend_unavailable")}),
+        fails_as(undisturbed(arena, load.calls), {(503, "backend_error"), (503, "backend_unavailable")}),
         attempts_at_most("attempts per request", sent, 1.2),
-        refusals_are_fast(arena.gateway),
-        failures_are_fast(sent_between(load.calls, broken + 5.5, healed)),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        refusals_are_fast(arena),
+        failures_are_fast(arena, sent_between(load.calls, broken + 5.5, healed)),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -341,7 +357,7 @@ async def test_everything_down_for_a_minute_and_back(start_arena: StartArena) ->
     waits; /readyz stays 200; memory grows <= 20 MB;
     first success <= 1 s after the first backend answers its probe again; 0 failures afterwards.
     """
-    arena = await start_arena(mocks=2)
+    arena = await start_arena(mocks=2, gateway=UNHURRIED)
     async with arena.load(RATE / 2) as load:
         await asyncio.sleep(1)
         memory = arena.gateway.memory()
@@ -355,7 +371,7 @@ async def test_everything_down_for_a_minute_and_back(start_arena: StartArena) ->
         sent = sent_between(load.calls, killed, now())
         growth = (arena.gateway.memory() - memory) / 1e6
         await arena.mock.start()
-        recovery = await recovers(load, now())
+        recovery = await recovers(arena, load, now())
         await arena.mocks[1].start()
         recovered = now()
         await asyncio.sleep(1.5)
@@ -363,12 +379,12 @@ async def test_everything_down_for_a_minute_and_back(start_arena: StartArena) ->
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, UNREACHABLE | CUT),
+        fails_as(undisturbed(arena, load.calls), UNREACHABLE | CUT),
         attempts_at_most("attempts per request", sent, 1.2),
         Verdict("no breaker is closed after 60 s", f"{states}", "closed" not in states),
         Verdict("/readyz answers 200 all the time", f"{ready.count(True)} of {len(ready)} looks", all(ready)),
         at_most("memory grows", growth, 20, " MB"),
-        refusals_are_fast(arena.gateway),
-        failures_are_fast(sent_between(load.calls, killed + 5.5, killed + 60)),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        refusals_are_fast(arena),
+        failures_are_fast(arena, sent_between(load.calls, killed + 5.5, killed + 60)),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )

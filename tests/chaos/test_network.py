@@ -6,11 +6,11 @@ from chaos.promises import Verdict, all_good, at_most, attempts_at_most, fails_a
 from testkit.fault_proxy import Network
 from testkit.load import now, sent_between
 from testkit.ports import LOOPBACK
-from tests.chaos.verdict import StartArena, nothing_is_lost, probed_well, recovers
+from tests.chaos.verdict import UNHURRIED, StartArena, nothing_is_lost, probed_well, recovers, soon, undisturbed
 
 RATE = 30.0
 LONG = {"MOCK_TOKENS": "20", "MOCK_TOKEN_INTERVAL": "0.02"}
-LASTING = {"GATEWAY_OUTAGE_WAIT": "1"}
+LASTING = {**UNHURRIED, "GATEWAY_OUTAGE_WAIT": "1"}
 """Outages of 3 s last longer than requests wait for their end."""
 UNREACHABLE = {(502, "backend_connection_error"), (503, "backend_unavailable")}
 
@@ -31,18 +31,18 @@ async def test_a_backend_that_accepts_no_connection_runs_into_the_connect_timer(
         await arena.proxy.be(Network.GOOD)
         back = now()
         probed = await probed_well(arena.gateway, back)
-        recovery = await recovers(load, probed)
+        recovery = await recovers(arena, load, probed)
         recovered = now()
         await asyncio.sleep(1)
     allowed = {(504, "backend_timeout", "connect"), (503, "backend_unavailable", None)}
     await nothing_is_lost(
         arena,
         load.calls,
-        at_most("a probe is good again after", probed - back, 3, " s"),
+        soon(arena.stalls, "a probe is good again", back, probed, 3),
         recovery,
         Verdict("the connect timer and then the breaker", f"{sorted(failures, key=str)}", failures == allowed),
         at_most("prompts that arrived", arrived, 0),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -62,7 +62,7 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
         await arena.proxy.be(Network.GOOD)
         back = now()
         probed = await probed_well(arena.gateway, back)
-        recovery = await recovers(load, probed)
+        recovery = await recovers(arena, load, probed)
         recovered = now()
         await asyncio.sleep(1)
     timers = {(call.kind, call.status, call.param) for call in load.calls if call.outcome == "backend_timeout"}
@@ -72,7 +72,7 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
     await nothing_is_lost(
         arena,
         load.calls,
-        at_most("a probe is good again after", probed - back, 3, " s"),
+        soon(arena.stalls, "a probe is good again", back, probed, 3),
         recovery,
         # An unstreamed answer that was being written when the bytes began to be lost stands still: the idle timer.
         Verdict(
@@ -81,7 +81,7 @@ async def test_a_black_hole_runs_into_the_timer_of_its_phase(start_arena: StartA
             expected <= timers <= expected | {("answer", 504, "idle"), ("stream", 504, "idle")},
         ),
         Verdict("a stream that has begun ends with one error event", f"{failed}", bool(failed) and set(failed) == {1}),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -101,7 +101,7 @@ async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(
         await asyncio.sleep(3)
         back = await arena.add_mock(host="127.0.0.2", port=arena.mock.port)
         arena.resolve(back.host)
-        recovery = await recovers(load, now())
+        recovery = await recovers(arena, load, now())
         recovered = now()
         await asyncio.sleep(1)
     down = sent_between(load.calls, gone, recovered)
@@ -109,10 +109,13 @@ async def test_a_name_that_does_not_resolve_and_comes_back_with_another_address(
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, UNREACHABLE | {(502, "backend_invalid_response"), (200, "backend_invalid_response")}),
+        fails_as(
+            undisturbed(arena, load.calls),
+            UNREACHABLE | {(502, "backend_invalid_response"), (200, "backend_invalid_response")},
+        ),
         attempts_at_most("attempts per request while gone", down, 1.2),
         Verdict("the new address took the calls", f"{len(back.arrivals())} arrivals", bool(back.arrivals())),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -121,7 +124,7 @@ async def test_a_name_that_vanishes_for_a_short_while_is_not_missed(start_arena:
 
     0 failures, 1 attempt per request: kept connections need no name, new ones take the address of the last 10 s.
     """
-    arena = await start_arena(named=True)
+    arena = await start_arena(named=True, gateway=UNHURRIED)
     async with arena.load(RATE) as load:
         await asyncio.sleep(1)
         arena.resolve(None)
@@ -147,17 +150,17 @@ async def test_a_name_that_cannot_be_resolved_is_told_and_asked_for_again(start_
         arrived = len(arena.mock.arrivals())
         arena.resolve(LOOPBACK)
         back = now()
-        recovery = await recovers(load, back)
+        recovery = await recovers(arena, load, back)
         recovered = now()
         await asyncio.sleep(1)
     await nothing_is_lost(
         arena,
         load.calls,
         recovery,
-        fails_as(load.calls, UNREACHABLE),
+        fails_as(undisturbed(arena, load.calls), UNREACHABLE),
         at_most("prompts that arrived meanwhile", arrived, 0),
         attempts_at_most("attempts per request meanwhile", sent_between(load.calls, 0, back), 1.2),
-        all_good(sent_between(load.calls, recovered, now()), "callers after"),
+        all_good(undisturbed(arena, sent_between(load.calls, recovered, now())), "callers after"),
     )
 
 
@@ -166,7 +169,7 @@ async def test_resets_before_the_headers_are_retried(start_arena: StartArena) ->
 
     0 failures for callers: each is sent again; no call is sent twice that was answered (the counts agree).
     """
-    arena = await start_arena(gateway={"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"})
+    arena = await start_arena(gateway={**UNHURRIED, "GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"})
     await arena.mock.faults({"kind": "reset", "rate": 0.1})
     async with arena.load(RATE, total=120) as load:
         await load.all_sent(30)

@@ -4,10 +4,18 @@ import asyncio
 from collections.abc import Sequence
 from itertools import pairwise
 
+from chaos.arena import Arena
 from chaos.processes import Gateway
 from chaos.promises import Verdict, all_good, at_least, at_most, attempts_at_most, fails_as, quantile_at_most
 from testkit.load import Call, good, now, sent_between
-from tests.chaos.verdict import StartArena, nothing_is_lost, recovers
+from tests.chaos.verdict import (
+    StartArena,
+    nothing_is_lost,
+    recovers,
+    seconds_in_gateway,
+    seconds_of_callers,
+    undisturbed,
+)
 
 SLOW = {"MOCK_TTFT": "0.1", "MOCK_TOKEN_INTERVAL": "0.02"}
 """An answer takes 0.24 s, and with all places taken twice that."""
@@ -17,9 +25,10 @@ PEAK, DOUBLE = 15.0, 32.0
 """Calls per second: just under what eight places can answer (8 / 0.48 s), and twice that."""
 
 
-def goodput(calls: list[Call], start: float, end: float) -> float:
-    """Good answers per second."""
-    return len([call for call in good(calls) if start <= call.ended < end]) / (end - start)
+def goodput(arena: Arena, calls: list[Call], start: float, end: float) -> float:
+    """Good answers per second in which the machine ran."""
+    ran = end - start - arena.stalls.within(start, end)
+    return len([call for call in good(calls) if start <= call.ended < end]) / ran
 
 
 def asked_before_it_said_so(asked: Sequence[Call]) -> Verdict:
@@ -60,15 +69,15 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
     async with arena.load(PEAK) as load:
         start = now()
         await asyncio.sleep(6)
-        peak = goodput(load.calls, start + 1, start + 6)
+        peak = goodput(arena, load.calls, start + 1, start + 6)
     calls = list(load.calls)
     async with arena.load(DOUBLE, prefix="double") as load:
         start = now()
         queued = await highest(arena.gateway, "gateway_queued_requests", 20)
-        double = goodput(load.calls, start + 2, now())
+        double = goodput(arena, load.calls, start + 2, now())
     calls += load.calls
     refused = [call for call in calls if call.outcome != "ok"]
-    lines = [line["seconds"] for line in arena.gateway.requests() if line["outcome"] == "gateway_overloaded"]
+    lines = [line for line in arena.gateway.requests() if line["outcome"] == "gateway_overloaded"]
     told = [call for call in refused if call.outcome == "gateway_overloaded" and call.retry_after]
     await nothing_is_lost(
         arena,
@@ -77,7 +86,7 @@ async def test_at_twice_the_load_the_goodput_stays(start_arena: StartArena) -> N
         Verdict(
             "the rest is refused, with Retry-After", f"{len(told)} of {len(refused)}", 0 < len(told) == len(refused)
         ),
-        quantile_at_most("p99 of the refusals", lines, 0.99, 0.05, " s"),
+        quantile_at_most("p99 of the refusals", seconds_in_gateway(arena, lines), 0.99, 0.05, " s"),
         at_most("requests in the queue", queued, 8),
     )
 
@@ -97,12 +106,12 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
     async with arena.load(PEAK) as load:
         start = now()
         await asyncio.sleep(6)
-        peak = goodput(load.calls, start + 1, start + 6)
+        peak = goodput(arena, load.calls, start + 1, start + 6)
     calls = list(load.calls)
     async with arena.load(DOUBLE, prefix="double") as load:
         start = now()
         await asyncio.sleep(12)
-        double = goodput(load.calls, start + 2, now())
+        double = goodput(arena, load.calls, start + 2, now())
     calls += load.calls
     opened = (await arena.gateway.metrics()).value("gateway_breaker_transitions_total", to="open")
     limited = [call for call in calls if call.status == 429]
@@ -111,7 +120,7 @@ async def test_a_backend_that_sheds_is_used_and_left_alone(start_arena: StartAre
         arena,
         calls,
         at_least(f"goodput at twice the load, of {peak:.1f}/s at the peak", double / peak, 0.6),
-        fails_as(calls, {(429, "backend_error"), (429, "backend_rate_limited")}),
+        fails_as(undisturbed(arena, calls), {(429, "backend_error"), (429, "backend_rate_limited")}),
         Verdict("each with Retry-After", f"{len(told)} of {len(limited)}", len(told) == len(limited)),
         attempts_at_most("attempts per request", calls, 1.2 + FLOOR / len(calls)),
         at_most("times the breaker opened", opened, 0),
@@ -133,7 +142,7 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
         await arena.mock.faults({"kind": "status", "with": limit})
         await asyncio.sleep(3)
         await arena.mock.faults()
-        recovery = await recovers(load, limited_at + 4)
+        recovery = await recovers(arena, load, limited_at + 4)
         await asyncio.sleep(1)
     asked = [line["request_id"] for line in arena.mock.arrivals() if line["fault"]]
     limited = [call for call in load.calls if call.outcome != "ok"]
@@ -147,7 +156,7 @@ async def test_a_storm_of_rate_limits_is_passed_on_and_not_fed(start_arena: Star
         asked_before_it_said_so([call for call in load.calls if call.id in asked]),
         Verdict("429 with what is left", f"{len(told)} of {len(limited)}", 0 < len(told) == len(limited)),
         Verdict("none says not to retry", f"{len(final)}", not final),
-        all_good(sent_between(load.calls, limited_at + 2, now()), "callers who have the time"),
+        all_good(undisturbed(arena, sent_between(load.calls, limited_at + 2, now())), "callers who have the time"),
     )
 
 
@@ -176,7 +185,7 @@ async def test_a_limit_for_an_hour_is_told_and_the_backend_left_alone(start_aren
         Verdict("429 without an attempt", f"{len(others)}", len(others) == len(calls) - len(first)),
         Verdict("what is left", f"{min(left)} to {max(left)} s", 290 <= min(left) <= max(left) <= 300),
         Verdict("none says not to retry", f"{len(final)}", not final),
-        quantile_at_most("p99 of all", [call.seconds for call in calls], 0.99, 0.5, " s"),
+        quantile_at_most("p99 of all", seconds_of_callers(arena, calls), 0.99, 0.5, " s"),
     )
 
 

@@ -7,10 +7,12 @@ import pytest
 from chaos.promises import Verdict, all_good, at_most
 from testkit.completions import CHAT_PATH, MESSAGES_PATH
 from testkit.load import Call
-from tests.chaos.verdict import StartArena, nothing_is_lost
+from tests.chaos.verdict import UNHURRIED, StartArena, nothing_is_lost
 
 PATIENT = {"GATEWAY_RETRY_FLOOR": "1000", "GATEWAY_BREAKER_FAILURES": "1000"}
 """Retries alone are looked at: neither budget nor breaker ends them."""
+SILENT = frozenset({"hang_before_headers", "hang_after_headers", "slow_first_token", "stall"})
+"""Faults that a timer ends."""
 RATE = 30.0
 TOTAL = 45
 PART = 0.3
@@ -25,6 +27,11 @@ AFTER = 4
 
 def fault(kind: str, **details: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"kind": kind, "with": details}
+
+
+def settings(script: dict[str, Any]) -> dict[str, str]:
+    """Those of the gateway: its timers are short where the fault is one that they end."""
+    return PATIENT if script["kind"] in SILENT else PATIENT | UNHURRIED
 
 
 BEFORE = {
@@ -63,7 +70,7 @@ async def test_a_fault_before_commit_is_seen_by_nobody(start_arena: StartArena, 
     a kept connection goes to the same replica on a new one first, since the old one may just have died: at most 3
     attempts).
     """
-    arena = await start_arena(mocks=2, gateway=PATIENT)
+    arena = await start_arena(mocks=2, gateway=settings(BEFORE[name]))
     await arena.mock.faults({**BEFORE[name], "times": SPOILED})
     async with arena.load(RATE, total=TOTAL, kinds=KINDS, path=path) as load:
         await load.all_sent(60)
@@ -111,7 +118,7 @@ async def test_a_fault_after_commit_is_one_error_event(start_arena: StartArena, 
     one attempt; 0 failures else.
     """
     script, expected = AFTER_COMMIT[name]
-    arena = await start_arena(mocks=2, gateway=PATIENT)
+    arena = await start_arena(mocks=2, gateway=settings(script))
     for mock in arena.mocks:
         await mock.faults({**in_the_stream_of(path, script), "rate": PART, "match": {"stream": True}})
     async with arena.load(RATE, total=TOTAL, path=path) as load:
@@ -147,7 +154,7 @@ async def test_a_cut_after_commit_is_one_error_event_in_the_other_apis(
     responses `event: error` of the type `error`), never with a silent end; each took one attempt; 0 failures else.
     """
     path, events = OTHER_APIS[api]
-    arena = await start_arena(gateway=PATIENT)
+    arena = await start_arena(gateway=PATIENT | UNHURRIED)
     await arena.mock.faults({**fault("cut", after_events=events, how=how), "rate": PART, "match": {"stream": True}})
     async with arena.load(RATE, total=TOTAL, path=path) as load:
         await load.all_sent(60)
@@ -174,7 +181,7 @@ async def test_a_stream_that_is_held_back_is_retried_whole(start_arena: StartAre
     The other replica is well. 0 failures; each spoiled stream was sent again once.
     """
     script, _ = AFTER_COMMIT[name]
-    arena = await start_arena(mocks=2, gateway=PATIENT)
+    arena = await start_arena(mocks=2, gateway=settings(script))
     await arena.mock.faults({**script, "times": SPOILED, "match": {"stream": True}})
     async with arena.load(RATE, total=TOTAL, kinds=KINDS, headers={"x-gateway-commit": "complete"}) as load:
         await load.all_sent(60)
@@ -195,7 +202,7 @@ async def test_a_stream_that_is_held_back_is_retried_whole(start_arena: StartAre
 @pytest.mark.parametrize("script", [fault("no_done"), fault("drip", bytes=200, interval=0.01)], ids=["no-done", "drip"])
 async def test_what_is_odd_but_whole_is_no_failure(start_arena: StartArena, script: dict[str, Any]) -> None:
     """Streams without `[DONE]`, or that come in small pieces: 0 failures, 1 attempt per request; `[DONE]` is there."""
-    arena = await start_arena(gateway=PATIENT)
+    arena = await start_arena(gateway=PATIENT | UNHURRIED)
     await arena.mock.faults({**script, "rate": PART})
     async with arena.load(RATE, total=TOTAL) as load:
         await load.all_sent(60)

@@ -1,7 +1,9 @@
 """What every chaos test ends with."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 from chaos.arena import Arena
@@ -9,10 +11,15 @@ from chaos.counts import Books
 from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
 from testkit.load import Call, Load, good, now, summary
+from testkit.stalls import Stalls
 
 StartArena = Callable[..., Awaitable[Arena]]
 RECOVERY = 1.0
 """Seconds from a backend's first good answer to a probe to the first caller who is answered."""
+UNHURRIED = {"GATEWAY_FIRST_TOKEN_TIMEOUT": "5", "GATEWAY_ANSWER_TIMEOUT": "5", "GATEWAY_IDLE_TIMEOUT": "5"}
+"""Timers of a gateway whose backend is never just silent: those of the arena, 0.8 s, would time the machine."""
+FELT = 0.4
+"""Seconds: half of what the arena's timers allow a backend before it counts as silent."""
 
 
 def keep(calls: Sequence[Call], *verdicts: Verdict) -> None:
@@ -45,8 +52,50 @@ def good_probe(health: dict[str, Any], since: float) -> float | None:
     return at if probe["ok"] and at >= since else None
 
 
-async def recovers(load: Load, since: float, within: float = RECOVERY) -> Verdict:
+async def recovers(arena: Arena, load: Load, since: float, within: float = RECOVERY) -> Verdict:
     """How long after `since` the first caller was answered; waits for it."""
     await load.until(lambda calls: bool(good(calls, since=since)), within + 20)
-    seconds = min(call.ended for call in good(load.calls, since=since)) - since
-    return Verdict(f"the first good answer within {within:g} s", f"{seconds:.3f} s", seconds <= within)
+    answered = min(call.ended for call in good(load.calls, since=since))
+    return soon(arena.stalls, "the first good answer", since, answered, within)
+
+
+def soon(stalls: Stalls, promise: str, start: float, end: float, limit: float) -> Verdict:
+    """Judge how long something took; seconds in which the machine kept one of us from running are told, not counted.
+
+    They are measured in the same run, with a control that only sleeps (`Stalls`): on a machine that runs, all count.
+    """
+    seconds, stalled = end - start, stalls.within(start, end)
+    told = f", {stalled:.3f} s of it stalls of the machine" if stalled else ""
+    return Verdict(f"{promise} within {limit:g} s", f"{seconds:.3f} s{told}", seconds - stalled <= limit)
+
+
+def unstalled(arena: Arena, spans: Iterable[tuple[float, float]]) -> list[float]:
+    """Return the seconds of each span (its start and end) in which the machine ran.
+
+    As much time again after a stall, in which all that has come meanwhile is caught up with, is the stall's, too.
+    """
+    return [end - start - arena.stalls.within(start, end, aftermath=1.0) for start, end in spans]
+
+
+def seconds_in_gateway(arena: Arena, lines: Iterable[dict[str, Any]]) -> list[float]:
+    """Return how long the requests in a gateway's log took it while the machine ran."""
+    to_monotonic = time.monotonic() - time.time()
+    ends = [(datetime.fromisoformat(line["time"]).timestamp() + to_monotonic, line["seconds"]) for line in lines]
+    return unstalled(arena, [(end - seconds, end) for end, seconds in ends])
+
+
+def seconds_of_callers(arena: Arena, calls: Iterable[Call]) -> list[float]:
+    """Return how long callers waited while the machine ran."""
+    return unstalled(arena, [(call.started, call.ended) for call in calls])
+
+
+def undisturbed(arena: Arena, calls: Iterable[Call]) -> list[Call]:
+    """Return those in whose time the machine kept nobody from running for as long as `FELT`.
+
+    Whatever became of the others, they say nothing of the gateway; it is told how many they are.
+    """
+    calls = list(calls)
+    found = [call for call in calls if arena.stalls.within(call.started, call.ended) < FELT]
+    if len(found) < len(calls):
+        print(f"the machine stood still under {len(calls) - len(found)} of {len(calls)} calls")  # noqa: T201
+    return found

@@ -30,7 +30,7 @@ VALUES: dict[str, Any] = {
     "image": {"tag": TAGS[0]},
     "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "768Mi"}},
     "service": {"type": "NodePort"},
-    "progressDeadlineSeconds": 30,
+    "progressDeadlineSeconds": 200,
     "mockModel": {
         "enabled": True,
         "image": {"tag": TAGS[0]},

@@ -20,7 +20,7 @@ COMMAND = "make test-cluster"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark(items, HERE, "cluster", 420)
+    mark(items, HERE, "cluster", 720)
 
 
 @pytest.hookimpl(wrapper=True)

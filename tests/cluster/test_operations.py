@@ -102,7 +102,7 @@ async def test_two_pods_five_and_two_again(release: Release, rollouts: Rollouts)
 async def test_a_bad_image_stops_its_own_rollout(release: Release, rollouts: Rollouts) -> None:
     def break_it(mark: Mark) -> None:
         before = release.names()
-        release.upgrade("--set", "image.tag=there-is-none")
+        release.upgrade("--set", "image.tag=there-is-none,progressDeadlineSeconds=30")
         mark("a bad image")
         with pytest.raises(AssertionError, match="exceeded its progress deadline"):
             kubectl("rollout", "status", f"deployment/{FULLNAME}", "--timeout=120s", seconds=150)

@@ -49,10 +49,10 @@ class Stopwatch:
             await self._task
 
     async def _look(self) -> None:
-        due = self.started + STEP  # what passed before this task began to run counts as well
+        due = self.started + STEP  # this begins only when the block waits for the first time
         while True:
             try:
-                await asyncio.sleep(STEP)
+                await asyncio.sleep(due - monotonic())
             finally:
                 late = monotonic() - due
                 if late > FINE:

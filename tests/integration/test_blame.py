@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -294,9 +295,18 @@ async def test_a_gateway_without_descriptors_blames_nobody(mock: MockModel, host
             assert found.by("gateway_shed_requests_total", "reason") == {"descriptors": 2}
             assert mock.journal.total == 0
             resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            ended = monotonic()
+            await until(lambda: is_probed_well(wire, ended), "a good probe: one before may have found no name")
             await wire.send(post())
             assert (await wire.answer()).status == 200
             unblamed((await get(wire, "/health")).json)
+
+
+async def is_probed_well(wire: Wire, since: float) -> bool:
+    """Whether a probe of the only backend has ended well since an instant."""
+    seconds = monotonic() - since
+    (backend,) = (await get(wire, "/health")).json["downstream"]["backends"]
+    return bool(backend["probe"]["ok"] and backend["probe"]["seconds_ago"] < seconds)
 
 
 # Answers above our limits

@@ -389,6 +389,7 @@ async def test_without_a_descriptor_callers_wait_and_the_gateway_rests(start_raw
             await busy.send(post())
             await waiting.send(post())
             await backend.called(2)
+            await until(lambda: backend.probes and backend.lists, "nothing more is opened, or closed, by itself")
             free = min(set(range(256)) - descriptors(program.pid))
             resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (free, 256))
             async with dial(program.url) as new:

@@ -57,16 +57,22 @@ async def test_a_response_that_another_instance_made_is_asked_for_where_it_is(
 
 @pytest.mark.parametrize("trouble", ["frozen", "gone", "nonsense"])
 async def test_without_a_hint_the_replicas_are_asked_in_turn(
-    mocks: list[MockModel], limits_server: LimitsServer, start_gateway: StartGateway, trouble: str
+    mocks: list[MockModel],
+    limits_server: LimitsServer,
+    start_gateway: StartGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
 ) -> None:
-    first, second = [await start_gateway(*mocks, gateway_limits_url=limits_server.url) for _ in range(2)]
     client = Redis(port=limits_server.port)
-    response_id, replica = await made(first, "Hello")
 
     async def told() -> list[bytes]:
         return [bytes(key) for key in await client.keys("llm-gateway:responses:*") if isinstance(key, bytes)]
 
-    await until(told, "the hint is told")
+    with monkeypatch.context() as patient:
+        patient.setattr("gateway.valkey.TIMEOUT", PATIENCE)  # a hint is told once
+        first, second = [await start_gateway(*mocks, gateway_limits_url=limits_server.url) for _ in range(2)]
+        response_id, replica = await made(first, "Hello")
+        await until(told, "the hint is told")
     if trouble == "nonsense":
         await client.set((await told())[0], b"\xc1")
     await client.aclose()
@@ -124,16 +130,18 @@ class _Between:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         store_reader, store = await asyncio.open_connection(LOOPBACK, self._store)
         back = asyncio.create_task(self._pass_on(store_reader, writer))
-        with suppress(ConnectionError):
-            while data := await reader.read(65_536):
-                if self.nonsense:
-                    self.answered_nonsense += 1
-                    writer.write(self.nonsense)
-                else:
-                    store.write(data)
-        back.cancel()
-        writer.close()
-        store.close()
+        try:
+            with suppress(ConnectionError):
+                while data := await reader.read(65_536):
+                    if self.nonsense:
+                        self.answered_nonsense += 1
+                        writer.write(self.nonsense)
+                    else:
+                        store.write(data)
+        finally:
+            back.cancel()
+            writer.close()
+            store.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):

@@ -13,8 +13,9 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
-from testkit.polling import until
+from testkit.polling import PATIENCE, until
 from tests.integration.gateways import Gateway, StartGateway
+from tests.integration.stopwatch import Stopwatch
 from tests.integration.wire import dial, post
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
@@ -25,6 +26,9 @@ HANG = {"kind": "hang_before_headers"}
 
 class Sdk(openai.AsyncOpenAI):
     """The real SDK as everybody has it; what it would sleep before a retry is noted, and not slept.
+
+    Its read timeout is told the gateway, and passes only after `PATIENCE` more: a busy machine may stand still just
+    between the two.
 
     Attributes:
         answers: every answer it got, those it retried included.
@@ -38,11 +42,14 @@ class Sdk(openai.AsyncOpenAI):
         async def note(answer: Any) -> None:  # noqa: ANN401
             self.answers.append(answer)
 
+        async def be_patient(request: Any) -> None:  # noqa: ANN401
+            request.extensions["timeout"]["read"] += PATIENCE
+
         super().__init__(
             base_url=f"{gateway.url}/v1",
             api_key="sk-test",
             max_retries=RETRIES,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [note]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [be_patient], "response": [note]}),
             **options,
         )
 
@@ -208,9 +215,9 @@ async def test_the_deadline_is_final_once_the_backend_was_asked(mock: MockModel,
 async def test_the_gateway_answers_before_the_sdks_own_timeout(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(mock)
     mock.set_faults([HANG])
-    async with Sdk(gateway, timeout=2.5) as sdk:
+    async with Sdk(gateway, timeout=2.5) as sdk, Stopwatch() as watch:
         failure = await sdk.ask()
-    assert not isinstance(failure, openai.APITimeoutError)
+    assert watch.within(2.5), watch
     assert failure.code == "deadline_exceeded"
     told_to_stay_away(sdk)
     assert mock.journal.total == 1
@@ -258,11 +265,11 @@ async def test_a_retry_after_that_was_not_waited_for_is_passed_on_alone_and_kept
         failure = await sdk.ask()
     first, *others = sdk.answers
     assert {name.replace("-", "_"): v for name, v in first.headers.items() if name.startswith("retry-")} == headers
-    assert sdk.waits == [20.0] * RETRIES, "the SDK was not told when to come again"
+    assert sdk.waits[0] == 20, "the SDK was not told when to come again"
     assert not any("x-should-retry" in answer.headers for answer in sdk.answers)
     assert isinstance(failure, openai.RateLimitError), "the SDK's sleeps take no time here: it comes too early"
     assert failure.code == "backend_rate_limited"
-    assert {answer.headers["retry-after"] for answer in others} == {"20"}
+    assert {int(answer.headers["retry-after"]) for answer in others} <= set(range(10, 21))
     assert sdk.attempts == ["1"] + ["0"] * RETRIES
     assert mock.journal.total == 1, "no more than once per cooldown"
 
@@ -284,7 +291,7 @@ async def test_a_retry_after_beyond_the_deadline_is_passed_on_alone(
     mock: MockModel, start_gateway: StartGateway
 ) -> None:
     gateway = await start_gateway(mock, gateway_request_deadline=4)
-    mock.set_faults([status(429, retry_after="5")])
+    mock.set_faults([status(429, retry_after="9")])
     async with Sdk(gateway) as sdk:
         await sdk.ask()
     told_when_to_come(sdk, status=429)
@@ -329,13 +336,16 @@ async def test_an_open_breaker_keeps_the_sdk_off_the_backend(mock: MockModel, st
 
 async def test_the_sdk_that_obeys_finds_the_breaker_half_open(mock: MockModel, start_gateway: StartGateway) -> None:
     gateway = await start_gateway(
-        mock, gateway_breaker_failures=1, gateway_breaker_open_seconds=1, gateway_max_attempts=1
+        mock, gateway_breaker_failures=1, gateway_breaker_open_seconds=10, gateway_max_attempts=1
     )
     mock.set_faults([status(500) | {"times": 1}])
-    await gateway.chat()
-    async with gateway.sdk.with_options(max_retries=1) as sdk:
+    (replica,) = gateway.parts.pool.replicas
+    clock = replica.breaker._clock
+    async with Sdk(gateway) as sdk:
+        replica.breaker._clock = lambda: clock() + sum(sdk.waits)
+        await gateway.chat()
         answer = await sdk.chat.completions.with_raw_response.create(model="demo-model", messages=MESSAGES)
-    assert answer.retries_taken == 1
+    assert answer.retries_taken == len(sdk.waits) == 1
     assert mock.journal.total == 2
     assert (await gateway.health())["downstream"]["backends"][0]["breaker"] == "closed"
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from gateway.forwarding.stream_relay import AFTER_FINISH
+from gateway.server import stream_writer
 from mock_model.serve import MockModel
 from testkit.completions import CHAT
+from testkit.polling import PATIENCE
 from testkit.sse import DONE, Events
 from tests.integration.backends_raw import END, OPEN_STREAM_HEAD, STREAM_HEAD, RawCall, StartRaw, chunk
 from tests.integration.gateways import StartGateway, StartMock
@@ -173,8 +175,9 @@ async def test_a_stream_that_fails_after_its_first_words_ends_with_one_error_eve
 
 @pytest.mark.parametrize("heartbeat", [0, 0.05])
 async def test_a_stream_that_breaks_while_the_caller_does_not_read_ends_with_one_error_event(
-    start_raw: StartRaw, start_gateway: StartGateway, heartbeat: float
+    start_raw: StartRaw, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, heartbeat: float
 ) -> None:
+    monkeypatch.setattr(stream_writer, "LAST_WORD", PATIENCE)  # the caller reads by then, as fast as the machine can
     full, broken = asyncio.Event(), asyncio.Event()
     much = chunk("word " * 20_000)
 

@@ -16,7 +16,7 @@ from gateway.workers.metrics_of_all import LEAST, SUMMED
 from mock_model.serve import MockModel
 from mock_model.settings import Settings as MockSettings
 from testkit.completions import CHAT, CHAT_PATH, prompt
-from testkit.http import Answer, ask
+from testkit.http import Answer
 from testkit.polling import until
 from testkit.process_table import lives
 from tests.integration.processes import PATIENCE, run, running
@@ -27,6 +27,7 @@ from tests.integration.workers import (
     chat,
     health_of,
     metrics_of,
+    metrics_text_of,
     once_whole,
     streams_under_way,
     two_workers,
@@ -55,9 +56,7 @@ async def test_whichever_worker_is_asked_it_speaks_for_all() -> None:
             assert (await metrics_of(url)).value("gateway_requests_total", outcome="ok", route=CHAT_PATH) == 20
             await asyncio.sleep(0.3)
         assert len(model.journal.calls) == 20
-        accept = {"accept": "application/openmetrics-text"}
-        async with aiohttp.request("GET", f"{url}/metrics", headers=accept) as answer:
-            text = await answer.text()
+        text = await metrics_text_of(url, accept="application/openmetrics-text")
         assert text.endswith("# EOF\n")
         assert text.count("# TYPE gateway_requests ") == 1
         gauges = set(re.findall("# TYPE (.*) gauge", text))
@@ -195,7 +194,8 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             session = answer.headers["set-cookie"].partition(";")[0]
 
         async def told(path: str) -> Answer:
-            return await ask(url + path, headers={"cookie": session}, seconds=PATIENCE)
+            async with one_worker(session) as caller:
+                return await once_whole(lambda: answer_of(caller, url + path), lambda answer: answer.status != 401)
 
         async def listed(query: str) -> dict[str, Any]:
             answer = await once_whole(
@@ -225,9 +225,9 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             lambda: told("/requests/none"), lambda answer: b"among the 12 that are kept" in answer.body
         )
         assert refusal.status == 404, refusal
-        async with aiohttp.request("GET", f"{url}/ui/live", headers={"cookie": session}) as answer:
+        async with one_worker(session) as caller:
             snapshot = await once_whole(
-                lambda: next_snapshot(answer.content), lambda seen: seen["health"].get("workers") == BOTH["workers"]
+                lambda: next_snapshot(caller, url), lambda seen: seen["health"].get("workers") == BOTH["workers"]
             )
         assert snapshot["requests"] == {"ok": 12}
         assert sum(snapshot["latency"]) == 12
@@ -238,13 +238,27 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
             assert (latest.status, latest.json["kept"] <= 12) == (200, True)
 
 
-async def next_snapshot(lines: aiohttp.StreamReader) -> dict[str, Any]:
-    """What the live page is sent next."""
-    async for line in lines:
-        if line.startswith(b"data: ") and b'"requests"' in line:
-            snapshot: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-            return snapshot
-    raise AssertionError("the page was closed")
+def one_worker(session: str) -> aiohttp.ClientSession:
+    """Somebody who has signed in, on one connection, so at one worker.
+
+    Where the parent does not say at once whether it knows the session, the worker is asked again: no other one instead.
+    """
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1), headers={"cookie": session})
+
+
+async def answer_of(caller: aiohttp.ClientSession, url: str) -> Answer:
+    async with caller.get(url) as answer:
+        return await Answer.of(answer)
+
+
+async def next_snapshot(caller: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """What the live page is sent first; of nobody where it is not opened, or closed."""
+    async with caller.get(f"{url}/ui/live") as answer:
+        async for line in answer.content:
+            if line.startswith(b"data: ") and b'"requests"' in line:
+                snapshot: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+                return snapshot
+    return {"health": {}}
 
 
 async def test_workers_end_when_their_parent_is_killed() -> None:

@@ -24,7 +24,6 @@ from tests.integration.workers import (
     LOCAL,
     beside_a_stopped_one,
     chat,
-    health_of,
     metrics_of,
     of_one_that_runs,
     once_whole,
@@ -228,21 +227,18 @@ async def is_refused(port: int) -> bool:
 async def test_a_parent_that_does_not_answer_is_no_reason_to_show_less_than_was_counted() -> None:
     async with MockModel(MockSettings(port=0, control_port=0)) as model, two_workers(model) as (gateway, url):
         assert await asyncio.gather(*(chat(url) for _ in range(10))) == [200] * 10
-        gateway.signal(signal.SIGSTOP)
+        gateway.freeze()
         try:
-            async with aiohttp.request("GET", f"{url}/metrics") as answer:
-                assert (answer.status, await answer.text()) == (
-                    503,
-                    "The workers' parent process does not answer. Ask again.\n",
-                )
+            answer = await ask(f"{url}/metrics", seconds=PATIENCE)
+            assert (answer.status, answer.body) == (503, b"The workers' parent process does not answer. Ask again.\n")
             assert await chat(url) == 200
             alone = {"answered": 1, "missing": None}
-            health, listed = await health_of(url), (await ask(f"{url}/requests", seconds=PATIENCE)).json
+            health, listed = [(await ask(f"{url}{path}", seconds=PATIENCE)).json for path in ("/health", "/requests")]
             assert (health["status"], health["workers"], listed["workers"]) == ("degraded", alone, alone)
             refusal = await ask(f"{url}/requests/none", seconds=PATIENCE)
             assert (refusal.status, "Not all workers answered" in refusal.error["message"]) == (404, True)
         finally:
-            gateway.signal(signal.SIGCONT)
+            gateway.thaw()
         assert (await metrics_of(url)).value("gateway_requests_total", route=CHAT_PATH) == 11
 
 

@@ -1,6 +1,7 @@
 """Gateways of several workers, as programs."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -70,14 +71,18 @@ def workers_of(gateway: Program) -> list[int]:
 
 async def metrics_of(url: str) -> Exposition:
     """What all workers count."""
+    return Exposition.parse(await metrics_text_of(url))
 
-    async def ask() -> Exposition | None:
-        async with aiohttp.request("GET", f"{url}/metrics") as answer:
-            return Exposition.parse(await answer.text()) if answer.status == 200 else None
 
-    found = await once_whole(ask, lambda seen: seen is not None and not seen.value("gateway_workers", state="missing"))
-    assert found is not None
-    return found
+async def metrics_text_of(url: str, **headers: str) -> str:
+    """The page of metrics of all workers, or of the only process there is."""
+
+    def is_of_all(answer: Answer) -> bool:
+        missing = re.search(rb'gateway_workers{state="missing"} (\d+)', answer.body)
+        return answer.status == 200 and (missing is None or not int(missing[1]))
+
+    answer = await once_whole(lambda: ask(f"{url}/metrics", headers=headers, seconds=PATIENCE), is_of_all)
+    return answer.body.decode()
 
 
 async def stream_of(url: str) -> bool:
@@ -124,6 +129,10 @@ async def of_one_that_runs(url: str) -> Answer:
 
 
 async def health_of(url: str) -> dict[str, Any]:
-    async with aiohttp.request("GET", f"{url}/health") as answer:
-        document: dict[str, Any] = await answer.json()
-        return document
+    """What `/health` says of all of them, or of the only process there is."""
+
+    def is_of_all(answer: Answer) -> bool:
+        return "workers" not in answer.json or answer.json["workers"]["missing"] == []
+
+    document: dict[str, Any] = (await once_whole(lambda: ask(f"{url}/health", seconds=PATIENCE), is_of_all)).json
+    return document

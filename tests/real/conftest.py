@@ -14,6 +14,7 @@ from testkit.http import ask
 from testkit.servers import Gateway, MockModel
 from tests.real.clients import NODE, PROGRAMS, Client
 from tests.real.servers import ENVIRONMENT, HERE, LiteLlm, Llama
+from tests.suites import mark
 
 REQUIRED = os.environ.get("REAL_TESTS") == "require"
 NO_NODE = (
@@ -27,10 +28,7 @@ NO_NODE = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is marked `real`; what shares processes names the session's event loop itself."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.real)
-            item.add_marker(pytest.mark.timeout(180))
+    mark(items, HERE, "real", 180)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ import pytest
 import pytest_asyncio
 
 from testkit.http import Answer, ask
+from testkit.polling import until
 from testkit.servers import Gateway
 from tests.real.conftest import StartGateway
 from tests.real.servers import PATIENCE, LiteLlm
@@ -103,6 +104,11 @@ async def test_a_wrong_key_gets_the_proxys_own_words(start_gateway: StartGateway
 async def test_a_probe_without_a_key_is_good_and_asks_no_model(gateway: Gateway, litellm: LiteLlm) -> None:
     assert (await ask(f"{litellm.url}/health", seconds=PATIENCE)).status == 401
 
+    async def probed() -> bool:
+        (backend,) = (await gateway.health())["downstream"]["backends"]
+        return backend["probe"]["ok"] is not None
+
+    await until(probed, "the gateway has made its first probe", seconds=PATIENCE)
     (backend,) = (await gateway.health())["downstream"]["backends"]
 
     assert (backend["status"], backend["probe"]["ok"]) == ("ok", True)

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark(items, HERE, "stack", 120)
+    mark(items, HERE, "stack", 240)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,7 +17,7 @@ from testkit import REPOSITORY
 from testkit.completions import CHAT_PATH, prompt
 from testkit.http import Answer
 from testkit.polling import wait_for
-from testkit.ports import free_ports
+from testkit.ports import CONTAINERS, free_ports
 from testkit.traces import Span, read_json_spans
 
 PROJECT = "llm-gateway-test"
@@ -99,7 +99,7 @@ class Stack:
             "PROMETHEUS_PORT",
             "GRAFANA_PORT",
         )
-        ports = {name: str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
+        ports = {name: str(port) for name, port in zip(names, free_ports(len(names), CONTAINERS), strict=True)}
         own = {name: value for name, value in os.environ.items() if not name.startswith(BENT_BY)}
         return cls(own | ports | {"GATEWAY_ENV_FILE": "tests/stack/gateway.env", "VERSION": __version__})
 

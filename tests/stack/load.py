@@ -4,10 +4,11 @@ import asyncio
 from typing import Any
 
 from chaos.load import Load, Plan
-from chaos.promises import Verdict, at_most
+from chaos.promises import Verdict
 from testkit.load import Call, good, now
 from testkit.polling import wait_for
-from tests.chaos.verdict import good_probe
+from testkit.stalls import Stalls
+from tests.chaos.verdict import good_probe, soon
 from tests.stack.engine import PATIENCE, Stack
 
 RECOVERY = 3.0
@@ -39,18 +40,24 @@ async def recovers(stack: Stack, load: Load, since: float) -> list[Verdict]:
     How long the model's start takes is the machine's affair. Its control API opens with the API, whose port is not
     published.
     """
-    await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "the model answers", PATIENCE, 0.05)
-    answered = now()
-    well = await asyncio.to_thread(
-        wait_for, lambda: good_probe(stack.gateway("/health").json, since), "a probe is good", PATIENCE, 0.05
-    )
-    assert well is not None
-    await load.until(lambda calls: bool(good(calls, since=max(answered, well))), 20)
-    after_model, after_probe = (_first(load.calls, moment) - moment for moment in (answered, well))
+    with stalls(load) as machine:
+        await asyncio.to_thread(wait_for, lambda: stack.control("GET", "/faults"), "the model answers", PATIENCE, 0.05)
+        answered = now()
+        well = await asyncio.to_thread(
+            wait_for, lambda: good_probe(stack.gateway("/health").json, since), "a probe is good", PATIENCE, 0.05
+        )
+        assert well is not None
+        await load.until(lambda calls: bool(good(calls, since=max(answered, well))), 20)
     return [
-        at_most("the first good answer after the model answers", after_model, RECOVERY, " s"),
-        at_most("... and after a good probe", after_probe, AFTER_PROBE, " s"),
+        soon(machine, f"the first good answer after {what}", moment, _first(load.calls, moment), limit)
+        for what, moment, limit in (("the model answers", answered, RECOVERY), ("a good probe", well, AFTER_PROBE))
     ]
+
+
+def stalls(load: Load) -> Stalls:
+    """When the machine kept this process, the load or its gateway from running; to be entered."""
+    pids = [pid for plan in load.plans for pid in plan.pids]
+    return Stalls(lambda: [load.pid, *pids])
 
 
 def _first(calls: list[Call], since: float) -> float:

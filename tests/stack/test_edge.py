@@ -19,7 +19,7 @@ from testkit import REPOSITORY
 from testkit.completions import CHAT, CHAT_PATH
 from testkit.load import now
 from testkit.polling import wait_for
-from testkit.ports import free_ports
+from testkit.ports import CONTAINERS, free_ports
 from tests.chaos.verdict import keep
 from tests.stack.engine import PATIENCE, PROJECT, Stack, docker
 from tests.stack.load import load
@@ -85,7 +85,7 @@ def haproxy(edge_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iter
     for part in (folder.parent, folder):
         part.chmod(0o755)  # another uid reads it
     (folder / "localhost.pem").chmod(0o644)
-    (port,) = free_ports(1)
+    (port,) = free_ports(1, CONTAINERS)
     etc = "/usr/local/etc/haproxy"
     docker(
         *("run", "--detach", "--name", HAPROXY, "--network", f"{PROJECT}_outside"),

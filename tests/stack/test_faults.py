@@ -85,7 +85,7 @@ BEFORE_COMMIT = [
     Case("not JSON", fault("not_json"), 502, INVALID, 3),
     Case("reset", fault("reset"), 502, "backend_connection_error", 3, again=True),
     Case("reset, stream", fault("reset"), 502, "backend_connection_error", 3, stream=True, again=True),
-    Case("refuse", fault("refuse", seconds=2), 502, "backend_connection_error", 1),
+    Case("refuse", fault("refuse", seconds=5), 502, "backend_connection_error", 1),
 ]
 
 

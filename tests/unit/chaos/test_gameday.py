@@ -53,6 +53,10 @@ class FakeStage:
     def arrivals(self) -> dict[str, list[str]]:
         return {}
 
+    def stalled(self, start: float, end: float) -> float:
+        assert 1 < start <= end, "of the clock"
+        return 0.0
+
     async def revived(self, mock: int) -> None:
         self.done.append(f"mock-{mock} answers")
 

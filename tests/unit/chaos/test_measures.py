@@ -139,6 +139,11 @@ def test_who_waited_for_the_end_of_an_outage_is_released_within() -> None:
     assert MEASURES["release_seconds"](found, 2, 9) == pytest.approx(0.5)
     assert measured("release_seconds", found, 2, 9)[1] == "0.5 s for 2"
     assert measured("release_seconds", found, 4, 9) == (None, "not measured")
+    found.stalled = lambda start, end: 0.2 if (start, end) == pytest.approx((2.5, 3.0)) else 9
+    assert MEASURES["release_seconds"](found, 2, 9) == pytest.approx(0.3)
+    assert measured("release_seconds", found, 2, 9)[1].endswith(
+        " for 2 (not counted: 0.2 s in which the machine stood still)"
+    )
 
 
 def test_a_stream_that_had_begun_is_not_unanswered() -> None:

@@ -887,14 +887,16 @@ async def test_a_protocol_waits_for_headers_with_a_waiter_of_its_own() -> None:
 async def test_a_protocol_is_closed_at_its_time_only_when_it_is_idle() -> None:
     loop = asyncio.get_running_loop()
     protocol = server_protocol()
-    protocol._keepalive_timeout = 0.01
+    protocol._keepalive_timeout = 1000
     before = loop.time()
     protocol.connection_made(Transport())
-    assert before + 0.01 <= protocol._next_keepalive_close_time <= loop.time() + 0.01
+    assert before + 1000 <= protocol._next_keepalive_close_time <= loop.time() + 1000
     await asyncio.sleep(0)
     protocol._keepalive_handle.cancel()
-    await asyncio.sleep(0.05)
-    assert not protocol._force_close
+    protocol._process_keepalive()
+    assert not protocol._force_close, "it is too early"
+    protocol._keepalive_handle.cancel()
+    protocol._next_keepalive_close_time = before
     protocol._process_keepalive()
     assert (protocol._force_close, protocol._keepalive_handle) == (True, None)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import CallerLeft, DeadlineExceeded, GatewayError, Silent, Stalled
-from gateway.phase_timer import LAST_LOOK, PhaseTimer
+from gateway.phase_timer import LAST_LOOK, PhaseTimer, ended_within
 from gateway.stalls import INTERVAL, stalls_of_loop
 from tests.unit.gateway.fakes import Clock
 from tests.unit.gateway.virtual import TICK, run, settle
@@ -349,6 +349,26 @@ def test_time_in_which_the_loop_stood_still_does_not_count(real: asyncio.Runner)
     error, took = real.run(story())
     assert isinstance(error, Stalled)
     assert took >= 1.2 - INTERVAL
+
+
+@pytest.mark.parametrize(("takes", "ends"), [(0.01, True), (60, False)])
+def test_a_last_work_has_its_time_though_the_loop_stands_still_and_no_more(
+    real: asyncio.Runner,
+    takes: float,
+    ends: bool,  # noqa: FBT001
+) -> None:
+    async def work() -> None:
+        stand_still(0.5)
+        await asyncio.sleep(takes)
+
+    async def story() -> bool:
+        stalls_of_loop()
+        await asyncio.sleep(INTERVAL)
+        task = asyncio.create_task(work())
+        await ended_within(0.2, task)
+        return task.done()
+
+    assert real.run(story()) == ends
 
 
 def test_the_hard_end_is_a_promise_whatever_the_loop_does(real: asyncio.Runner) -> None:

@@ -1,10 +1,13 @@
 """What workers share, and what they say as one."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -30,6 +33,8 @@ from gateway.workers.worker import Worker
 from testkit.polling import until
 from testkit.ports import free_port
 
+PR_SET_CHILD_SUBREAPER = 36
+"""Of `prctl`: what descendants leave behind is left to this process."""
 USES = st.lists(st.integers(0, 200), min_size=1, max_size=16)
 
 
@@ -93,6 +98,19 @@ async def test_a_question_ends_with_the_other_process_with_its_failure_and_with_
     answering.close()
     with pytest.raises(NoAnswer, match="ended"):
         await waiting
+
+
+async def test_time_in_which_this_process_stood_still_is_none_that_the_other_has_taken() -> None:
+    """Both are one process here, so that none of them runs; the answer comes after the time for it."""
+
+    async def answer(_what: str, _data: object) -> str:
+        time.sleep(0.5)  # noqa: ASYNC251 - the loop is to stand still
+        return "here it is"
+
+    asking, answering = await _pair(_nothing, answer)
+    await asyncio.sleep(0.2)  # the loop runs
+    assert await asking.ask("waits", timeout=0.3) == "here it is"
+    answering.close()
 
 
 class _Process:
@@ -368,6 +386,38 @@ async def test_a_worker_that_cannot_be_started_is_said(caplog: pytest.LogCapture
     settings = load(host="127.0.0.1", port=free_port(), gateway_workers=2)
     assert await Parent(settings, command=("/nowhere/python",)).run() == 1
     assert caplog.text.count("worker 1 cannot be started: ") == 1
+
+
+LEAVES = """
+import os, pathlib, sys, time
+file = pathlib.Path(sys.argv[1])
+if not file.exists():
+    left = os.fork()
+    if left:
+        file.write_text(str(left))
+        sys.exit(4)
+    time.sleep(4)
+    os._exit(0)
+time.sleep(600)
+"""
+"""A worker that leaves a process behind, which lives longer than it; those after it leave none."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has subreapers")
+async def test_what_a_dead_worker_has_left_behind_is_buried_whenever_it_ends(tmp_path: Path) -> None:
+    file = tmp_path / "left"
+    parent = _parent(LEAVES, str(file))
+    parent._has_served = True  # else the first death would be the end of all
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        running = asyncio.create_task(parent.run())
+        await until(lambda: file.exists() and file.read_text(), seconds=50)
+        left = Path(f"/proc/{file.read_text()}")
+        await until(lambda: not left.exists(), "it is buried", seconds=50)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+    finally:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 async def test_nobody_waits_at_a_port_where_no_worker_serves_yet_and_no_other_gateway_gets_it() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from testkit import usage
 from testkit.polling import until
-from testkit.ports import LOOPBACK, free_port, free_ports
+from testkit.ports import CONTAINERS, LOOPBACK, PORTS, free_port, free_ports
 from testkit.process_table import has_stopped, lives
 from testkit.processes import Process, ProcessError, clean_environment, python
 
@@ -146,6 +146,8 @@ def test_settings_of_the_shell_reach_no_child(monkeypatch: pytest.MonkeyPatch) -
 
 def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
+    assert not set(PORTS) & set(CONTAINERS)
+    assert set(free_ports(20, CONTAINERS)) < set(CONTAINERS)
 
 
 def test_a_port_that_was_given_is_not_given_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
