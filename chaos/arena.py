@@ -18,7 +18,7 @@ from testkit.load import Call, now
 from testkit.otlp import Sink
 from testkit.polling import PATIENCE, until
 from testkit.ports import LOOPBACK
-from testkit.stalls import Stalls
+from testkit.stalls import MachineStalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -114,7 +114,7 @@ class Arena:
         self.store: LimitsServer
         self._before: list[Vitals] = []
         self._loads: list[Load] = []
-        self.stalls = Stalls(self._pids)
+        self.stalls = MachineStalls(self._pids)
 
     @property
     def mock(self) -> Mock:

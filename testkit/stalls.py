@@ -13,7 +13,7 @@ SHORTEST = 0.02
 """Seconds; who waited for less has not been kept from anything that is judged here."""
 
 
-class Stalls:
+class MachineStalls:
     """Spans of time in which this process, or one of others, was ready to run and could not; watched while entered.
 
     This one: a thread that sleeps wakes up late, however busy the others of the process are. Others: the run delay of
@@ -50,15 +50,23 @@ class Stalls:
             end: Of the span; now at the latest.
             aftermath: What was left undone is caught up with after a stall; the part of its length that is to count.
         """
+        seconds, reached = 0.0, start
+        for begun, ended in self._spans():
+            over = ended + aftermath * (ended - begun)
+            seconds += max(0.0, min(over, end) - max(begun, reached))
+            reached = max(reached, over)
+        return seconds
+
+    def holds(self, at: float) -> bool:
+        """Return whether an instant lies in one of them."""
+        return any(begun < at <= ended for begun, ended in self._spans())
+
+    def _spans(self) -> list[tuple[float, float]]:
+        """Return them, up to now; in order, and none of them reaches into another."""
         with self._lock:
             if not self._ending.is_set():
                 self._look()
-            spans = sorted((begun, ended + aftermath * (ended - begun)) for begun, ended in self._found)
-        seconds, reached = 0.0, start
-        for begun, ended in spans:
-            seconds += max(0.0, min(ended, end) - max(begun, reached))
-            reached = max(reached, ended)
-        return seconds
+            return list(self._found)
 
     def _watch(self) -> None:
         while not self._ending.wait(TICK):
@@ -69,11 +77,14 @@ class Stalls:
         now = monotonic()
         self._note(self._due, now)
         self._due = now + TICK
-        delays = {pid: run_delay(pid) for pid in self._pids()}
+        delays = {pid: delay for pid in self._pids() if (delay := run_delay(pid))}  # an id may come again
         for pid, delay in delays.items():
             self._note(now - (delay - self._delays.get(pid, delay)), now)
         self._delays = delays
 
     def _note(self, begun: float, ended: float) -> None:
-        if ended - begun >= SHORTEST:
-            self._found.append((begun, ended))
+        if ended - begun < SHORTEST:
+            return
+        while self._found and self._found[-1][1] >= begun:
+            begun = min(begun, self._found.pop()[0])
+        self._found.append((begun, ended))

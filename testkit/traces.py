@@ -185,8 +185,8 @@ class Joiner:
         while True:
             for trace_id, spans in list(self._open.items()):
                 trace = Trace(spans)
+                quiet = self._quiet_looks[trace_id] * LOOK_EVERY >= QUIET_SECONDS
                 self._quiet_looks[trace_id] += 1
-                quiet = self._quiet_looks[trace_id] * LOOK_EVERY > QUIET_SECONDS
                 if trace.is_whole or (trace.has_root and quiet):
                     self._close(trace_id)
                     self._done.append(trace_id)

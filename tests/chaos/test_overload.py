@@ -26,9 +26,10 @@ PEAK, DOUBLE = 15.0, 32.0
 
 
 def goodput(arena: Arena, calls: list[Call], start: float, end: float) -> float:
-    """Good answers per second in which the machine ran."""
+    """Good answers per second, of those in which the machine ran."""
     ran = end - start - arena.stalls.within(start, end)
-    return len([call for call in good(calls) if start <= call.ended < end]) / ran
+    ended = [call.ended for call in good(calls) if start <= call.ended < end]
+    return len([at for at in ended if not arena.stalls.holds(at)]) / ran
 
 
 def asked_before_it_said_so(asked: Sequence[Call]) -> Verdict:

@@ -336,7 +336,7 @@ async def test_no_more_than_half_of_the_places_wait(mock: MockModel, start_gatew
     mock.set_faults([status(503)])
     asking = at_once(gateway, 8)
     await until(lambda: sum(task.done() for task in asking) == 4)
-    await until(lambda: waiting(gateway) == 4, "all but one that makes a trial")
+    await until(lambda: waiting(gateway) == 4, "all four wait, and none makes a trial")
     failed = [task.result() for task in asking if task.done()]
     assert {answer.status for answer in failed} <= {503}
     mock.set_faults([])

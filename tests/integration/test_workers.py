@@ -241,7 +241,8 @@ async def test_what_was_kept_of_requests_is_told_by_any_worker_and_a_session_is_
 def one_worker(session: str) -> aiohttp.ClientSession:
     """Somebody who has signed in, on one connection, so at one worker.
 
-    Where the parent does not say at once whether it knows the session, the worker is asked again: no other one instead.
+    Where the parent does not say at once whether it knows the session, that worker is asked again; but for the live
+    page: it is left in the middle, so that its connection is closed.
     """
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1), headers={"cookie": session})
 

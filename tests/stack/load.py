@@ -7,7 +7,7 @@ from chaos.load import Load, Plan
 from chaos.promises import Verdict
 from testkit.load import Call, good, now
 from testkit.polling import wait_for
-from testkit.stalls import Stalls
+from testkit.stalls import MachineStalls
 from tests.chaos.verdict import good_probe, soon
 from tests.stack.engine import PATIENCE, Stack
 
@@ -54,10 +54,10 @@ async def recovers(stack: Stack, load: Load, since: float) -> list[Verdict]:
     ]
 
 
-def stalls(load: Load) -> Stalls:
+def stalls(load: Load) -> MachineStalls:
     """When the machine kept this process, the load or its gateway from running; to be entered."""
     pids = [pid for plan in load.plans for pid in plan.pids]
-    return Stalls(lambda: [load.pid, *pids])
+    return MachineStalls(lambda: [load.pid, *pids])
 
 
 def _first(calls: list[Call], since: float) -> float:

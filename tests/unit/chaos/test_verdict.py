@@ -8,8 +8,9 @@ import pytest
 
 from chaos.arena import Arena
 from testkit.load import Call, Load
-from testkit.stalls import Stalls
-from tests.chaos.verdict import recovers, seconds_in_gateway, seconds_of_callers, soon, undisturbed
+from testkit.stalls import MachineStalls
+from tests.chaos.test_overload import goodput
+from tests.chaos.verdict import _ran, recovers, seconds_in_gateway, seconds_of_callers, soon, undisturbed
 
 NOW = time.monotonic() - 100
 """So long ago that the stalls of the machine that runs these tests are no part of it."""
@@ -19,7 +20,7 @@ class Scene:
     """An arena, as far as verdicts ask about it."""
 
     def __init__(self, *stalls: tuple[float, float]) -> None:
-        self.stalls = Stalls()
+        self.stalls = MachineStalls()
         self.stalls._found = [(NOW + begun, NOW + ended) for begun, ended in stalls]
 
     @property
@@ -78,12 +79,26 @@ def test_the_log_of_the_gateway_is_placed_on_the_clock_of_the_stalls() -> None:
     assert seconds_in_gateway(scene.arena, [line]) == pytest.approx([0.4], abs=0.01)
 
 
-def test_who_was_under_way_in_a_long_stall_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    calls = [call(0, 0.9), call(0.5, 1.2, outcome="backend_timeout"), call(1.9, 0.3)]
+def test_who_was_under_way_in_a_long_stall_says_nothing() -> None:
+    calls = [call(0, 0.9), call(0.5, 1.2, outcome="backend_timeout"), call(1.9, 0.3), call(0, 9)]
     assert undisturbed(Scene((1, 1.3)).arena, calls) == calls
-    assert capsys.readouterr().out == ""
     assert undisturbed(Scene((1, 2)).arena, calls) == [calls[0], calls[2]], "whose share of it is 0.1 s"
-    assert capsys.readouterr().out == "the machine stood still under 1 of 3 calls\n"
+    assert undisturbed(Scene(*((at, at + 0.3) for at in range(9))).arena, calls) == calls
+    assert undisturbed(Scene((7.7, 8.2)).arena, calls) == calls[:3]
+
+
+def test_a_machine_that_stood_still_under_most_calls_is_no_ground_for_a_judgement() -> None:
+    calls = [call(0, 1), call(1, 1), call(2, 1)]
+    verdict = _ran(Scene((0, 0.5)).arena, calls)
+    assert (verdict.measured, verdict.kept) == ("2 of 3", True)
+    verdict = _ran(Scene((0, 0.5), (1, 1.5)).arena, calls)
+    assert (verdict.measured, verdict.kept) == ("1 of 3", False)
+
+
+def test_an_answer_that_ends_in_a_stall_counts_as_little_as_its_seconds() -> None:
+    calls = [call(at / 10, 0.15) for at in range(20)]
+    assert goodput(Scene().arena, calls, NOW, NOW + 2) == pytest.approx(9.5, abs=0.6)
+    assert goodput(Scene((0.5, 1.3)).arena, calls, NOW, NOW + 2) == pytest.approx(9.5, abs=0.9)
 
 
 async def test_an_arena_watches_the_machine_while_it_is_entered() -> None:

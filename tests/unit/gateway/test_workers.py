@@ -372,8 +372,8 @@ def test_a_parent_keeps_values_for_a_time_and_not_too_many() -> None:
 # The parent's processes
 
 
-def _parent(*code: str) -> Parent:
-    settings = load(host="127.0.0.1", port=free_port(), gateway_workers=2, gateway_shutdown_grace=1)
+def _parent(*code: str, workers: int = 2) -> Parent:
+    settings = load(host="127.0.0.1", port=free_port(), gateway_workers=workers, gateway_shutdown_grace=1)
     return Parent(settings, command=(sys.executable, "-c", *code))
 
 
@@ -406,12 +406,12 @@ time.sleep(600)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has subreapers")
 async def test_what_a_dead_worker_has_left_behind_is_buried_whenever_it_ends(tmp_path: Path) -> None:
     file = tmp_path / "left"
-    parent = _parent(LEAVES, str(file))
+    parent = _parent(LEAVES, str(file), workers=1)
     parent._has_served = True  # else the first death would be the end of all
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         running = asyncio.create_task(parent.run())
-        await until(lambda: file.exists() and file.read_text(), seconds=50)
+        await until(lambda: file.exists() and file.read_text(), "it has left a process behind", seconds=50)
         left = Path(f"/proc/{file.read_text()}")
         await until(lambda: not left.exists(), "it is buried", seconds=50)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from testkit import stalls as module
-from testkit.stalls import SHORTEST, TICK, Stalls
+from testkit.stalls import SHORTEST, TICK, MachineStalls
 
 
 class Machine:
@@ -16,7 +16,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.delays: dict[int, float] = {}
-        self.stalls = Stalls(lambda: self.delays)
+        self.stalls = MachineStalls(lambda: self.delays)
         self.stalls._due = self.now + TICK
         monkeypatch.setattr(module, "monotonic", lambda: self.now)
         monkeypatch.setattr(module, "run_delay", lambda pid: self.delays[pid])
@@ -66,7 +66,7 @@ def test_a_machine_that_stands_still_counts_once_and_before_the_control_has_noti
 
 
 def test_one_that_is_kept_from_running_alone_counts_where_it_was(machine: Machine) -> None:
-    machine.delays = {1: 0.0, 2: 0.0}
+    machine.delays = {1: 0.1, 2: 0.1}
     machine.runs(1)
     machine.keeps(2, 0.3)
     ended = machine.now
@@ -84,12 +84,16 @@ def test_one_that_begins_or_ends_is_no_stall(machine: Machine) -> None:
     machine.runs(0.1)
     machine.delays = {1: 9.0, 2: 8.0}
     machine.runs(0.1)
+    machine.delays[1] = 0.0  # it has ended, and is still asked about
+    machine.runs(0.1)
+    machine.delays[1] = 7.0  # another one has its id
+    machine.runs(0.1)
     assert machine.stalls.within(0, machine.now) == 0
 
 
 def test_what_this_process_does_itself_does_not_keep_the_control_from_running() -> None:
     """The interpreter's lock changes hands. Where the machine lets nobody run meanwhile, this thread sees it, too."""
-    with Stalls() as stalls:
+    with MachineStalls() as stalls:
         began, looks = time.monotonic(), [time.monotonic()]
         while looks[-1] < began + 0.3:
             looks.append(time.monotonic())
