@@ -207,9 +207,9 @@ def measured(name: str, findings: Findings, since: float, until: float) -> tuple
     calls = findings.sent(since, until)
     if name == "seconds_over_deadline":
         text += f" (the longest took {max(call.seconds for call in calls):.2f} s)"
-    elif name == "release_seconds":
+    elif name == "release_seconds" and (span := findings.released(since, until)) is not None:
         text += f" for {len(findings.waiting(since, until))}"
-        if stalled := findings.stalled(*(findings.released(since, until) or (0.0, 0.0))):
+        if stalled := findings.stalled(*span):
             text += f" (not counted: {stalled:.3g} s in which the machine stood still)"
     elif name == "failed_attempts":
         text += f" of {sum(len(call.tries) for call in calls)}, for {len(calls)} calls"

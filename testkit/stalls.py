@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from time import monotonic
 from typing import Self
 
@@ -11,6 +12,36 @@ TICK = 0.01
 """Seconds for which the control sleeps."""
 SHORTEST = 0.02
 """Seconds; who waited for less has not been kept from anything that is judged here."""
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """Those that were found.
+
+    Attributes:
+        spans: Begin and end of each (of `time.monotonic`), in order; none of them reaches into another.
+    """
+
+    spans: tuple[tuple[float, float], ...]
+
+    def within(self, start: float, end: float, *, aftermath: float = 0.0) -> float:
+        """Return for how many seconds of a span (of `time.monotonic`) somebody was kept from running.
+
+        Args:
+            start: Of the span.
+            end: Of the span; now at the latest.
+            aftermath: What was left undone is caught up with after a stall; the part of its length that is to count.
+        """
+        seconds, reached = 0.0, start
+        for begun, ended in self.spans:
+            over = ended + aftermath * (ended - begun)
+            seconds += max(0.0, min(over, end) - max(begun, reached))
+            reached = max(reached, over)
+        return seconds
+
+    def holds(self, at: float) -> bool:
+        """Return whether an instant lies in one of them."""
+        return any(begun < at <= ended for begun, ended in self.spans)
 
 
 class MachineStalls:
@@ -42,31 +73,16 @@ class MachineStalls:
         self._ending.set()
         self._thread.join()
 
-    def within(self, start: float, end: float, *, aftermath: float = 0.0) -> float:
-        """Return for how many seconds of a span (of `time.monotonic`) at least one of them was kept from running.
-
-        Args:
-            start: Of the span.
-            end: Of the span; now at the latest.
-            aftermath: What was left undone is caught up with after a stall; the part of its length that is to count.
-        """
-        seconds, reached = 0.0, start
-        for begun, ended in self._spans():
-            over = ended + aftermath * (ended - begun)
-            seconds += max(0.0, min(over, end) - max(begun, reached))
-            reached = max(reached, over)
-        return seconds
-
-    def holds(self, at: float) -> bool:
-        """Return whether an instant lies in one of them."""
-        return any(begun < at <= ended for begun, ended in self._spans())
-
-    def _spans(self) -> list[tuple[float, float]]:
-        """Return them, up to now; in order, and none of them reaches into another."""
+    def so_far(self) -> "Stalls":
+        """Return those up to now, to be asked about many spans."""
         with self._lock:
             if not self._ending.is_set():
                 self._look()
-            return list(self._found)
+            return Stalls(tuple(self._found))
+
+    def within(self, start: float, end: float) -> float:
+        """Return the same as `Stalls.within`, of those up to now."""
+        return self.so_far().within(start, end)
 
     def _watch(self) -> None:
         while not self._ending.wait(TICK):

@@ -27,10 +27,9 @@ def left_behind(arena: Arena, calls: list[Call]) -> tuple[int, float]:
             ids[line["call"]] = line["request_id"]
         elif line["event"] == "ended" and line["ended"] == "caller_left":
             ended[ids[line["call"]]] = line["time"] + to_monotonic
+    stalls = arena.stalls.so_far()
     waits = [
-        ended[call.id] - call.ended - arena.stalls.within(call.ended, ended[call.id])
-        for call in calls
-        if call.id in ended
+        ended[call.id] - call.ended - stalls.within(call.ended, ended[call.id]) for call in calls if call.id in ended
     ]
     return len(ended), max(waits, default=0.0)
 

@@ -12,7 +12,6 @@ from tests.chaos.verdict import UNHURRIED, StartArena, nothing_is_lost, soon
 
 LONG = {"MOCK_TOKENS": "40", "MOCK_TOKEN_INTERVAL": "0.05"}
 """An answer takes 2 s."""
-PATIENT = {"GATEWAY_ANSWER_TIMEOUT": "5", "GATEWAY_FIRST_TOKEN_TIMEOUT": "5"}
 NEW_ONES = 5
 """Calls that come while it drains, at least."""
 
@@ -29,7 +28,7 @@ async def test_a_gateway_that_is_told_to_stop_loses_nothing(start_arena: StartAr
     come then get 503 `gateway_draining` with Retry-After; the exit code is 0, at most 2 s after the last request under
     way could end (2 s).
     """
-    arena = await start_arena(mock=LONG, gateway={**PATIENT, "GATEWAY_SHUTDOWN_GRACE": "8"})
+    arena = await start_arena(mock=LONG, gateway={**UNHURRIED, "GATEWAY_SHUTDOWN_GRACE": "8"})
     async with arena.load(20, deadline=6) as load:
         await asyncio.sleep(2.5)
         arrived = {line["request_id"] for line in arena.mock.arrivals()}
@@ -62,7 +61,7 @@ async def test_what_is_left_at_the_end_of_the_grace_ends_with_a_typed_error(star
     Each request that is cut off gets `gateway_draining`: 503, or one error event in a stream that has begun; the exit
     code is 0, at most 3 s after SIGTERM (grace, 1 s for the last words, 1.5 s for the machine).
     """
-    longer, patient = {**LONG, "MOCK_TOKENS": "80"}, {**PATIENT, "GATEWAY_ANSWER_TIMEOUT": "9"}
+    longer, patient = {**LONG, "MOCK_TOKENS": "80"}, {**UNHURRIED, "GATEWAY_ANSWER_TIMEOUT": "9"}
     arena = await start_arena(mock=longer, gateway={**patient, "GATEWAY_SHUTDOWN_GRACE": "0.5"})
     async with arena.load(20, deadline=9, total=50) as load:
         while len(arena.mock.arrivals()) < 50:  # noqa: ASYNC110

@@ -27,9 +27,10 @@ PEAK, DOUBLE = 15.0, 32.0
 
 def goodput(arena: Arena, calls: list[Call], start: float, end: float) -> float:
     """Good answers per second, of those in which the machine ran."""
-    ran = end - start - arena.stalls.within(start, end)
+    stalls = arena.stalls.so_far()
+    ran = end - start - stalls.within(start, end)
     ended = [call.ended for call in good(calls) if start <= call.ended < end]
-    return len([at for at in ended if not arena.stalls.holds(at)]) / ran
+    return len([at for at in ended if not stalls.holds(at)]) / ran
 
 
 def asked_before_it_said_so(asked: Sequence[Call]) -> Verdict:

@@ -11,7 +11,7 @@ from chaos.counts import Books
 from chaos.processes import Gateway
 from chaos.promises import Verdict, agree, in_time, nothing_held, well_formed
 from testkit.load import Call, Load, good, now, summary
-from testkit.stalls import MachineStalls
+from testkit.stalls import MachineStalls, Stalls
 
 StartArena = Callable[..., Awaitable[Arena]]
 RECOVERY = 1.0
@@ -74,7 +74,8 @@ def unstalled(arena: Arena, spans: Iterable[tuple[float, float]]) -> list[float]
 
     As much time again after a stall, in which all that has come meanwhile is caught up with, is the stall's, too.
     """
-    return [end - start - arena.stalls.within(start, end, aftermath=1.0) for start, end in spans]
+    stalls = arena.stalls.so_far()
+    return [end - start - stalls.within(start, end, aftermath=1.0) for start, end in spans]
 
 
 def seconds_in_gateway(arena: Arena, lines: Iterable[dict[str, Any]]) -> list[float]:
@@ -94,13 +95,14 @@ def undisturbed(arena: Arena, calls: Iterable[Call]) -> list[Call]:
 
     Whatever became of the others, they say nothing of the gateway. `nothing_is_lost` tells how many they are.
     """
-    return [call for call in calls if not _is_disturbed(arena, call)]
+    stalls = arena.stalls.so_far()
+    return [call for call in calls if not _is_disturbed(stalls, call)]
 
 
-def _is_disturbed(arena: Arena, call: Call) -> bool:
+def _is_disturbed(stalls: Stalls, call: Call) -> bool:
     at = call.started
     while at < call.ended:
-        if arena.stalls.within(at, min(at + 1, call.ended)) >= FELT:
+        if stalls.within(at, min(at + 1, call.ended)) >= FELT:
             return True
         at += FELT / 2
     return False

@@ -62,7 +62,7 @@ def test_a_machine_that_stands_still_counts_once_and_before_the_control_has_noti
     assert machine.stalls.within(0, machine.now) == pytest.approx(3, abs=TICK)
     assert machine.stalls.within(began + 1, began + 2) == pytest.approx(1)
     assert machine.stalls.within(began + 3, machine.now) == 0
-    assert machine.stalls.within(began + 2, machine.now, aftermath=0.1) == pytest.approx(1.3, abs=TICK)
+    assert machine.stalls.so_far().within(began + 2, machine.now, aftermath=0.1) == pytest.approx(1.3, abs=TICK)
 
 
 def test_one_that_is_kept_from_running_alone_counts_where_it_was(machine: Machine) -> None:
